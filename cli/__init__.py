@@ -1,0 +1,1 @@
+"""The command line of coreinfer_sim; installed as coreinfer_sim_cli."""

@@ -1,0 +1,97 @@
+"""`coreinfer-sim build-index`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options
+from .console import ConsoleProgress, print_json, quiet_libraries
+
+_D = {"show_default": True}
+
+
+def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    if not value.isdigit():
+        raise click.BadParameter(f"{value!r} is neither a number nor 'auto'.")
+    return int(value)
+
+
+@click.command("build-index")
+@click.argument("corpus")
+@click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Index folder to make.")
+@click.option("--name", help="Configuration of a hub data set.")
+@click.option("--split", default="train", **_D, help="Split of a hub data set or save_to_disk folder.")
+@click.option("--prompt-column", metavar="COLUMN", help="Column to embed.  [default: prompt, text, or the only one]")
+@click.option(
+    "--template",
+    callback=options.template_text,
+    metavar="TEXT",
+    help="What the language model reads, such as 'Question: {question}\\nAnswer: {answer}'.  [default: the prompt]",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use at most N prompts.")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=512, **_D, help="Cut longer texts; the report counts them."
+)
+@click.option("--deduplicate/--keep-duplicates", default=True, **_D, help="Drop rows whose text has been seen.")
+@click.option("--clusters", default="auto", callback=_clusters, metavar="N|auto", **_D, help="Semantic clusters.")
+@click.option("--alpha", type=float, default=0.4, **_D, help="Share of positive activations: token-wise core.")
+@click.option("--beta", type=float, default=0.4, **_D, help="Share of d_ff: sentence-wise core.")
+@click.option("--gamma", type=float, default=0.8, **_D, help="Default keep ratio of the index; free to change later.")
+@click.option("--seed", type=int, default=0, **_D, help="Seed of k-means.")
+@click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers to record, such as '4:'.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, **_D, help="Texts in one forward pass.")
+@click.option("--shard-size", type=click.IntRange(1), default=64, **_D, help="Texts in one shard.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: fill the cores]")
+@click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Threads of each process.  [default: a quarter of the cores]"
+)
+@options.encoder
+@options.model_options
+@click.option("--force", is_flag=True, help="Replace an index; start a broken-off build anew.")
+@click.option("--quiet", is_flag=True, help="No plan and no progress.")
+@options.as_json
+def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Build an index over CORPUS: a hub id, a .jsonl, .json, .csv, .parquet or .txt file, or a save_to_disk folder.
+
+    A build that was broken off is continued by the same command.
+
+    \b
+    coreinfer-sim build-index prompts.jsonl --model ./my-model --out my-index
+    coreinfer-sim build-index rajpurkar/squad --prompt-column question \\
+        --template 'Question: {question}\\nAnswer: {context}' --limit 2000 --model ./my-model --out squad-index
+    """
+    from coreinfer_sim.build import build_index as build
+    from coreinfer_sim.config import BuildConfig, CorpusConfig
+    from coreinfer_sim.embeddings import DEFAULT_ENCODER
+
+    quiet_libraries()
+    of_corpus = ("name", "split", "prompt_column", "template", "limit", "max_tokens", "deduplicate")
+    of_build = ("clusters", "alpha", "beta", "gamma", "seed", "layers", "batch_size", "shard_size")
+    index = build(
+        model,
+        CorpusConfig(corpus, **{name: given[name] for name in of_corpus}),
+        out,
+        BuildConfig(**{name: given[name] for name in of_build}),
+        encoder=given["encoder"] or DEFAULT_ENCODER,
+        dtype=given["dtype"],
+        device=given["device"],
+        workers=given["workers"],
+        threads=given["threads"],
+        force=given["force"],
+        progress=ConsoleProgress(quiet),
+    )
+    if as_json:
+        from .inspect import index_summary
+
+        print_json(index_summary(index))
+        return
+    from .inspect import print_clusters
+
+    click.echo(f"{out}: {len(index)} clusters over {index.manifest.corpus.n_sentences:,} prompts")
+    print_clusters(index)

@@ -1,0 +1,111 @@
+"""What people see while a command runs: on stderr, and bars only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Units per second since the stage began."""
+
+    def render(self, task: Task) -> Text:
+        """Render as ``1,234 tokens/s``."""
+        done = task.completed - task.fields["before"]
+        rate = done / task.elapsed if task.elapsed and done else None
+        return Text("" if rate is None else f"{rate:,.0f} {task.fields['unit']}/s")
+
+
+class ConsoleProgress:
+    """Shows a build's stages on a terminal; elsewhere only its lines of text, unless quiet."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        """Write to stderr; ``quiet`` writes nothing."""
+        self._console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text)
+
+    def start(self, stage: str, total: int | None, unit: str, done: int = 0) -> None:
+        """Open a bar."""
+        if not self._console.is_terminal:
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console)
+        self._task = self._progress.add_task(stage, total=total, completed=done, before=done, unit=unit)
+        self._progress.start()
+
+    def advance(self, n: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.advance(self._task, n)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def status(text: str) -> Any:
+    """Return a context manager that shows a spinner on a terminal, for a wait without a count."""
+    return Console(stderr=True).status(text) if sys.stderr.isatty() else _Nothing()
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def print_json(value: Any) -> None:
+    """Print a result for machines, on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices off the terminal; errors still come through."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def size_text(n_bytes: float) -> str:
+    """Return megabytes for people."""
+    return f"{n_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,194 @@
+"""`coreinfer-sim generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
+
+from . import options
+from .console import print_json, quiet_libraries, size_text, status
+
+if TYPE_CHECKING:
+    from coreinfer_sim.generation import Generation, TextGenerator
+
+_D = {"show_default": True}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One prompt a line.")
+@click.option("--index", type=click.Path(), help="Index folder; similarity and global need it.")
+@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]")
+@click.option(
+    "--mode",
+    type=click.Choice(["similarity", "stability", "global", "random", "dense"]),
+    default="similarity",
+    **_D,
+    help="Where the kept neurons come from.",
+)
+@click.option("--keep-ratio", type=float, help="Share of neurons that decode keeps.  [default: the index's γ]")
+@click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", **_D, help="What ranks neurons.")
+@click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
+@click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
+@click.option("--system", metavar="TEXT", help="System message, with --chat.")
+@click.option("--compare", is_flag=True, help="Decode densely too, and show both.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, **_D)
+@click.option("--min-new-tokens", type=click.IntRange(0))
+@click.option("--temperature", type=click.FloatRange(0.0, min_open=True), help="Sample; greedy without any of these.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample among the k likeliest tokens.")
+@click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), help="Nucleus sampling.")
+@click.option("--min-p", type=click.FloatRange(0.0, 1.0), help="Drop tokens below this share of the likeliest.")
+@click.option("--typical-p", type=click.FloatRange(0.0, 1.0, min_open=True), help="Locally typical sampling.")
+@click.option("--repetition-penalty", type=click.FloatRange(0.0, min_open=True))
+@click.option("--no-repeat-ngram-size", type=click.IntRange(1))
+@click.option("--num-beams", type=click.IntRange(1), default=1, **_D, help="Beam search; does not stream.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop after this text; may be given several times.")
+@click.option("--seed", type=int, default=0, **_D, help="Of sampling and of random mode.")
+@options.encoder
+@options.model_options
+@options.as_json
+def generate(prompt: str | None, file: Path | None, as_json: bool, compare: bool, **given: Any) -> None:
+    """Generate from PROMPT, from the lines of --file, or from the lines of stdin.
+
+    Prefill is dense; decode reads only the kept neurons.
+
+    \b
+    coreinfer-sim generate --index my-index --model ./my-model "How do stars form?"
+    coreinfer-sim generate --index my-index --chat --compare --keep-ratio 0.6 "How do stars form?"
+    """
+    prompts = _prompts(prompt, file)
+    first = next(prompts, None)
+    if first is None:
+        raise PromptError("no prompt was given, expected an argument, --file, or lines on stdin.")
+    quiet_libraries()
+    with status("Loading the model"):
+        contenders = _contenders(given, compare)
+    results = []
+    n_failed = 0
+    for number, text in enumerate(_chain(first, prompts)):
+        try:
+            runs = [_run(generator, text, given, None if as_json else compare, number) for generator in contenders]
+        except PromptError as error:  # the other lines are still worth an answer
+            if prompt is not None:
+                raise
+            click.echo(f"Error: line {number + 1}: {error}", err=True)
+            n_failed += 1
+            continue
+        results.append([run.as_dict() for run in runs])
+    if as_json:
+        flat = results if compare else [runs[0] for runs in results]
+        print_json(flat[0] if prompt is not None else flat)
+    if n_failed:
+        raise PromptError(f"{n_failed} of {n_failed + len(results)} prompts failed; the messages above say why.")
+
+
+def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
+    if prompt is not None and file is not None:
+        raise click.UsageError("give PROMPT or --file, not both.")
+    if prompt is not None:
+        yield prompt
+    elif file is not None:
+        yield from (line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    elif not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
+    """Load index and model, and return the sparse generator, after it the dense one if both are wanted."""
+    from coreinfer_sim.embeddings import SentenceEncoder
+    from coreinfer_sim.generation import TextGenerator
+    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.models import load_model
+    from coreinfer_sim.predictors import make_predictor
+
+    index = None
+    if given["index"] is not None:
+        encoder = SentenceEncoder(given["encoder"]) if given["encoder"] else None
+        index = SemanticIndex.load(given["index"], encoder)
+    if given["model"] is None and index is None:
+        raise ConfigError("neither a model nor an index was given, expected --model, or --index to take it from.")
+    language_model = load_model(given["model"] or index.manifest.model.name, given["dtype"], given["device"])
+    modes = [given["mode"]] + (["dense"] if compare and given["mode"] != "dense" else [])
+    predictors = [
+        make_predictor(
+            mode,
+            language_model.layers,
+            index,
+            keep_ratio=given["keep_ratio"],
+            score=given["score"],
+            sparse_layers=given["layers"],
+            seed=given["seed"],
+        )
+        for mode in modes
+    ]
+    return [TextGenerator(language_model, predictor) for predictor in predictors]
+
+
+def _options(given: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:
+    """Turn the command's options into those of transformers' generate."""
+    chosen = {name: given[name] for name in _SAMPLING if given[name] is not None}
+    found = {"do_sample": bool(chosen), "num_beams": given["num_beams"], **chosen}
+    if not chosen:  # a checkpoint's own sampling settings do not apply to greedy decoding
+        found.update(temperature=None, top_k=None, top_p=None)
+    for name in ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
+        if given[name] is not None:
+            found[name] = given[name]
+    if given["stop"]:
+        found.update(stop_strings=list(given["stop"]), tokenizer=generator.language_model.tokenizer)
+    return found
+
+
+def _run(generator: TextGenerator, text: str, given: dict[str, Any], compare: bool | None, number: int) -> Generation:
+    """Generate one text; ``compare`` None shows nothing."""
+    import torch
+
+    torch.manual_seed(given["seed"])
+    messages: Any = text
+    if given["system"] is not None:
+        if not given["chat"]:
+            raise ConfigError("--system was given without --chat, which it needs.")
+        messages = [{"role": "system", "content": given["system"]}, {"role": "user", "content": text}]
+    if compare is not None and generator.sparse.predictor.mode == given["mode"]:
+        click.echo(("\n" if number else "") + f"> {text}")
+    if compare:
+        click.echo(f"[{generator.sparse.predictor.mode}]")
+    try:
+        run = generator.generate(
+            messages,
+            chat=given["chat"],
+            max_new_tokens=given["max_new_tokens"],
+            write=None if compare is None else lambda piece: click.echo(piece, nl=False),
+            **_options(given, generator),
+        )
+    except ValueError as error:  # transformers' own word on options that contradict each other
+        raise CoreInferSimError(f"transformers refused the options ({' '.join(str(error).split())[:300]}).") from error
+    if compare is not None:
+        click.echo("")
+        click.echo(f"  {_facts(run)}", err=not compare)
+    return run
+
+
+def _facts(run: Generation) -> str:
+    """Say in one line where the neurons came from and what the tokens cost."""
+    selection, speed = run.selection, run.tokens_per_second
+    parts = [selection.mode]
+    if selection.cluster is not None:
+        parts.append(f"cluster {selection.cluster} ({selection.label}), similarity {selection.similarity:.3f}")
+    parts += [
+        f"keeps {run.keep_ratio:.2f}",
+        f"{len(run.token_ids)} tokens" + ("" if speed is None else f" at {speed:.1f} tokens/s"),
+        f"reads {size_text(run.mlp_bytes_per_token)} of {size_text(run.dense_mlp_bytes_per_token)} MLP weights a token",
+    ]
+    return " · ".join(parts)

@@ -1,0 +1,146 @@
+"""`coreinfer-sim info`, `verify` and `lookup`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .console import print_json, quiet_libraries, status
+
+if TYPE_CHECKING:
+    from coreinfer_sim.index import SemanticIndex
+
+_INDEX = click.argument("index", type=click.Path())
+
+
+def index_summary(index: SemanticIndex) -> dict[str, Any]:
+    """Return what is in an index as plain JSON types, without the weight sketch."""
+    manifest = index.manifest.as_dict()
+    del manifest["model"]["weight_sketch"], manifest["encoder"]["probe"]
+    return {"index": index.name, **manifest, "clusters": [asdict(cluster) for cluster in index.clusters]}
+
+
+def print_clusters(index: SemanticIndex) -> None:
+    """Print a line or two on each cluster."""
+    for cluster in index.clusters:
+        click.echo(f"  {cluster.id:4d}  {cluster.size:6,d} prompts  {cluster.label}")
+        click.echo(f"        {'':14s}  e.g. {cluster.exemplars[0][:90]!r}")
+
+
+@click.command()
+@_INDEX
+@options.as_json
+def info(index: str, as_json: bool) -> None:
+    """Show what is in an index."""
+    from coreinfer_sim.index import SemanticIndex
+
+    loaded = SemanticIndex.load(index)
+    if as_json:
+        print_json(index_summary(loaded))
+        return
+    m = loaded.manifest
+    click.echo(f"{index}: format version {m.format_version}")
+    click.echo(
+        f"  model     {m.model.name} ({m.model.family}, {m.model.n_layers} layers, d_model {m.model.d_model}, "
+        f"d_ff {m.model.d_ff}, {m.model.dtype})"
+    )
+    click.echo(f"  encoder   {m.encoder.name} ({m.encoder.dimension} dimensions, {m.encoder.metric})")
+    click.echo(f"  corpus    {m.corpus.source}: {m.corpus.n_sentences:,} prompts, {m.corpus.n_tokens:,} tokens")
+    s = m.settings
+    click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(s.layers)}")
+    click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
+    click.echo(f"{len(loaded)} clusters:")
+    print_clusters(loaded)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write [4, 5, 6, 9] as ``4-6, 9``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@click.command()
+@_INDEX
+@click.option("--model", metavar="NAME", help="Also check that the index belongs to this model.")
+@options.model_options
+@options.as_json
+def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool) -> None:
+    """Check an index: format, sizes, checksums, encoder, and with --model the model."""
+    from coreinfer_sim.index import SemanticIndex
+
+    quiet_libraries()
+    loaded = SemanticIndex.load(index)
+    checks = ["format version", "file sizes", "checksums"]
+    with status("Checking the encoder"):
+        _ = loaded.encoder
+    checks.append("encoder")
+    if model is not None:
+        from coreinfer_sim.models import load_model, tokenizer_hash
+
+        with status("Loading the model"):
+            language_model = load_model(model, dtype, device)
+        loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
+        checks += ["model weights", "tokenizer"]
+    if as_json:
+        print_json({"index": index, "valid": True, "checked": checks})
+    else:
+        click.echo(f"{index} is valid: {', '.join(checks)}")
+
+
+@click.command()
+@_INDEX
+@click.argument("prompt")
+@click.option("-k", default=3, show_default=True, type=click.IntRange(1), help="Number of clusters to show.")
+@click.option("--keep-ratio", type=float, help="Share of d_ff to show.  [default: the index's γ]")
+@click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", show_default=True)
+@click.option("--layers", default=":", show_default=True, metavar="SLICE", help="Layers whose ids are shown.")
+@click.option("--ids", is_flag=True, help="Show the core-neuron ids; --json always holds them.")
+@options.as_json
+def lookup(
+    index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str, ids: bool, as_json: bool
+) -> None:
+    """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
+    from coreinfer_sim.errors import PromptError
+    from coreinfer_sim.index import SemanticIndex
+
+    if not prompt.strip():
+        raise PromptError("the prompt is empty, expected some text.")
+    quiet_libraries()
+    loaded = SemanticIndex.load(index)
+    matches = loaded.lookup(prompt, k=min(k, len(loaded)))
+    neurons = loaded.core_neurons(matches[0].cluster, keep_ratio, score, _within(loaded, layers))
+    if as_json:
+        print_json(
+            {
+                "prompt": prompt,
+                "matches": [asdict(match) for match in matches],
+                "core_neurons": {str(layer): values.tolist() for layer, values in neurons.items()},
+            }
+        )
+        return
+    for match in matches:
+        click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}")
+    counts = {len(values) for values in neurons.values()}
+    click.echo(
+        f"core neurons of cluster {matches[0].cluster}: {min(counts)} of {loaded.manifest.model.d_ff} in each of "
+        f"{len(neurons)} layers"
+    )
+    for layer, values in neurons.items():
+        listed = values.tolist()
+        shown = listed if ids else listed[:12]
+        click.echo(f"  layer {layer:3d}: {', '.join(map(str, shown))}{'' if ids else ', …'}")
+
+
+def _within(index: SemanticIndex, layers: str) -> str:
+    """Take ':' as all recorded layers, so that an index over some layers can be looked into."""
+    recorded = index.manifest.settings.layers
+    whole = recorded == list(range(recorded[0], recorded[-1] + 1))
+    return f"{recorded[0]}:{recorded[-1] + 1}" if layers == ":" and whole else layers

@@ -1,0 +1,61 @@
+"""The `coreinfer-sim` command: its group, and what every command does about errors."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import click
+
+from coreinfer_sim.errors import CoreInferSimError
+
+from .build_index import build_index
+from .generate import generate
+from .inspect import info, lookup, verify
+
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns the errors that a user can meet into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CoreInferSimError as error:
+            _fail(ctx, str(error), 1)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; what was finished is kept – run the same command again to go on.", INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output has gone; keep Python from complaining at exit
+            sys.stdout = None  # type: ignore[assignment]
+            ctx.exit(1)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
+            _fail(ctx, f"{error.strerror or error}{where}; {todo} and run the same command again.", 1)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            _fail(ctx, f"out of memory ({' '.join(str(error).split())[:160]}); use a smaller --batch-size or model.", 1)
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    ctx.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="coreinfer-sim", prog_name="coreinfer-sim")
+def main() -> None:
+    """Decode large language models from the core neurons of the prompt's semantic cluster.
+
+    \b
+    coreinfer-sim build-index prompts.jsonl --model MODEL --out my-index
+    coreinfer-sim lookup my-index "How do stars form?"
+    coreinfer-sim generate --index my-index --model MODEL "How do stars form?"
+    """
+
+
+for _command in (build_index, info, verify, lookup, generate):
+    main.add_command(_command)

@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+device = click.option("--device", default="auto", show_default=True, help="Torch device; auto: a GPU if there is one.")
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Type of the model's weights; auto: as stored, bfloat16 for GGUF.",
+)
+encoder = click.option(
+    "--encoder", default=None, metavar="NAME", help="Sentence encoder: hub id or folder.  [default: all-MiniLM-L6-v2]"
+)
+
+
+def model_options(function: F) -> F:
+    """Add --dtype and --device."""
+    return dtype(device(function))
+
+
+def template_text(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    r"""Let ``\n`` and ``\t`` in a template typed into a shell mean a newline and a tab."""
+    return value if value is None else value.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,486 @@
+"""The stages of a build, each of which leaves its result in the build folder, so that a killed build goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from coreinfer_sim.architectures import MLPLayer, weight_sketch
+from coreinfer_sim.build.executors import RunShard, default_threads, default_workers, run_shards
+from coreinfer_sim.build.progress import Progress
+from coreinfer_sim.build.shards import (
+    ACTIVATION_UNIT,
+    ENERGY_UNIT,
+    PartialSums,
+    cut_into_shards,
+    run_shard,
+)
+from coreinfer_sim.clustering import Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
+from coreinfer_sim.config import BuildConfig, CorpusConfig, parse_layers
+from coreinfer_sim.corpus import CorpusReport, Sentence, read_corpus
+from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
+from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
+from coreinfer_sim.files import write_atomic, write_json
+from coreinfer_sim.index import Cluster, SemanticIndex, remove_index, save_parts
+from coreinfer_sim.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    CorpusInfo,
+    EncoderInfo,
+    Manifest,
+    ModelInfo,
+    SettingsInfo,
+)
+from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
+
+_EMBEDDED_AT_ONCE = 512
+_BYTES_PER_SUM = 3 * 8
+_BYTES_PER_STATISTIC = 4 + 4 + 4
+_MOST_AUTO_CLUSTERS = 256
+_N_EXEMPLARS = 3
+_EXEMPLAR_LENGTH = 160
+_LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process of a build needs; it pickles."""
+
+    model: str
+    dtype: str
+    device: str
+    folder: Path
+    config: BuildConfig
+    max_tokens: int
+    n_threads: int
+
+
+def build_index(
+    model: str | LanguageModel,
+    corpus: CorpusConfig | str,
+    out: str | Path,
+    config: BuildConfig | None = None,
+    *,
+    encoder: str | SentenceEncoder = DEFAULT_ENCODER,
+    dtype: str = "auto",
+    device: str = "auto",
+    workers: int | None = 1,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SemanticIndex:
+    """Run a corpus through a model and store each semantic cluster's core neurons.
+
+    A killed build is continued by the same call: stages and shards that are finished are found in ``OUT.build``.
+
+    Args:
+        model: hub id, checkpoint folder, GGUF file, or a loaded model (then ``workers`` must be 1).
+        corpus: where the prompts are.
+        out: the index folder to make.
+        config: what decides what is in the index.
+        encoder: sentence encoder, by name or loaded.
+        dtype: of the language model; "auto" as stored.
+        device: of the language model; "auto" a GPU where there is one.
+        workers: processes that share the shards; None fills the cores. More than one needs the caller's
+            ``if __name__ == "__main__"``, as always with Python's multiprocessing.
+        threads: torch threads of each process; None a quarter of the cores. Part of the build, unlike ``workers``.
+        force: replace an index that exists, and start anew where a build was broken off.
+        progress: takes messages and progress.
+
+    Raises:
+        CoreInferSimError: any of its kinds; what was finished is kept.
+    """
+    corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
+    config = config or BuildConfig()
+    progress = progress or Progress()
+    out = Path(out)
+    folder = out.with_name(out.name + ".build")
+    for name, value in (("workers", workers), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected 1 or more.")
+    _check_output(out, folder, force)
+    language_model = load_model(model, dtype, device) if isinstance(model, str) else model
+    if not isinstance(model, str) and workers != 1:
+        raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
+    sentence_encoder = SentenceEncoder(encoder) if isinstance(encoder, str) else encoder
+    kind = language_model.model.device.type
+    n_threads = threads or default_threads(kind)
+    job = _Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
+    with _build_folder(folder, force):
+        build = _Build(job, corpus, language_model, sentence_encoder, progress)
+        build.check_plan()
+        build.read()
+        build.check_room(out)
+        build.embed()
+        build.cluster()
+        build.run(workers)
+        build.write(out)
+    shutil.rmtree(folder)
+    return SemanticIndex.load(out, sentence_encoder)
+
+
+def _check_output(out: Path, folder: Path, force: bool) -> None:
+    if out.exists():
+        if not force:
+            raise BuildError(f"{out} exists already, expected a new folder; name another one or give --force.")
+        if not (out / MANIFEST_FILE).is_file():
+            raise BuildError(f"{out} exists and is no index, so --force does not replace it; name another folder.")
+    if force and folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _build_folder(folder: Path, force: bool) -> Iterator[None]:
+    """Hold the build folder for this process alone; a failed start leaves no empty one behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BuildError(
+                f"another build is at work in {folder}, expected none; wait for it or name another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            if {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
+                shutil.rmtree(folder)
+
+
+class _Build:
+    """One build: its stages share the corpus, the embeddings and the clustering."""
+
+    def __init__(
+        self,
+        job: _Job,
+        corpus: CorpusConfig,
+        language_model: LanguageModel,
+        encoder: SentenceEncoder,
+        progress: Progress,
+    ) -> None:
+        self.job, self.corpus, self.progress = job, corpus, progress
+        self.language_model, self.encoder = language_model, encoder
+        self.folder, self.config = job.folder, job.config
+        self.layers = _recorded_layers(language_model, job.config)
+        self.report = CorpusReport()
+        self.sentences: list[Sentence] = []
+        self.embeddings = np.zeros((0, encoder.dimension), np.float32)
+        self.clustering: Clustering | None = None
+
+    def check_plan(self) -> None:
+        """Compare the settings with those of a build that was broken off here, or write them down."""
+        limit = self.language_model.context_length
+        if limit is not None and self.corpus.max_tokens > limit:
+            raise ConfigError(
+                f"max_tokens is {self.corpus.max_tokens}, but the model's context is {limit}; give a smaller --max-tokens."
+            )
+        sketch = json.dumps(weight_sketch(self.language_model.layers))
+        plan = {
+            "corpus": asdict(self.corpus),
+            "config": self.config.as_dict(),
+            "model": self.language_model.name,
+            "dtype": self.job.dtype,
+            "n_threads": self.job.n_threads,
+            "weights": hashlib.sha256(sketch.encode()).hexdigest(),
+            "encoder": self.encoder.probe(),
+        }
+        path = self.folder / "plan.json"
+        if not path.exists():
+            write_json(path, plan)
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in plan if found.get(name) != plan[name]]
+        if differing:
+            raise BuildError(
+                f"{self.folder} holds a build with another {', '.join(differing)}, expected the same settings; repeat them "
+                "to go on, or give --force to start anew."
+            )
+        self.progress.say(f"Continuing the build in {self.folder}.")
+
+    def read(self) -> None:
+        """Stage 1: draw the sentences from the corpus into ``corpus.jsonl``."""
+        path, report_path = self.folder / "corpus.jsonl", self.folder / "corpus-report.json"
+        if not report_path.exists():
+            self._read_source(path)
+            write_json(report_path, self.report.as_dict())
+        self.report = CorpusReport(**json.loads(report_path.read_text(encoding="utf-8")))
+        self.sentences = read_sentences(path)
+        self.progress.say(f"Corpus: {self.report}.")
+
+    def _read_source(self, path: Path) -> None:
+        tokenizer = self.language_model.tokenizer
+        drawn, self.report = read_corpus(self.corpus, lambda texts: tokenizer(texts, verbose=False)["input_ids"])
+        self.progress.start("Reading the corpus", self.corpus.limit, "prompts")
+
+        def write(part: Path) -> None:
+            with part.open("w", encoding="utf-8") as file:
+                for sentence in drawn:
+                    file.write(json.dumps(asdict(sentence), ensure_ascii=False) + "\n")
+                    self.progress.advance(1)
+
+        try:
+            write_atomic(path, write)
+        finally:
+            self.progress.finish()
+
+    def check_room(self, out: Path) -> None:
+        """Print the plan and refuse a disk that is too small."""
+        n_sentences, config = self.report.n_kept, self.config
+        n_clusters = config.clusters
+        if isinstance(n_clusters, str):
+            n_clusters = min(_MOST_AUTO_CLUSTERS, max(2, n_sentences // 8))
+        if n_clusters > n_sentences:
+            raise ClusteringError(
+                f"{n_clusters} clusters were asked for, but the corpus holds {n_sentences} prompts; give a smaller "
+                "--clusters or a larger corpus."
+            )
+        n_values = len(self.layers) * self.layers[0].d_ff
+        n_shards = -(-n_sentences // config.shard_size)
+        index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC
+        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM
+        model_bytes = self.language_model.model.get_memory_footprint()
+        memory = model_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
+        at_most = "at most " if config.clusters == "auto" else ""
+        self.progress.say(
+            f"Plan: {n_sentences:,} prompts, {self.report.n_tokens:,} tokens, {at_most}{n_clusters} clusters, "
+            f"{n_shards} shards; disk {at_most}{_size(index_bytes)} for the index and {_size(build_bytes)} while "
+            f"building; memory about {_size(memory)} and {_size(model_bytes)} for every further worker."
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < index_bytes + build_bytes and config.clusters != "auto":
+            raise BuildError(
+                f"{_size(free)} are free beside {out}, expected {_size(index_bytes + build_bytes)}; free some space or "
+                "give fewer --clusters."
+            )
+
+    def embed(self) -> None:
+        """Stage 2: embed the prompts, in pieces that are kept."""
+        folder = self.folder / "embeddings"
+        folder.mkdir(exist_ok=True)
+        n = len(self.sentences)
+        begins = range(0, n, _EMBEDDED_AT_ONCE)
+        paths = [folder / f"{begin:09d}.npy" for begin in begins]
+        done = sum(min(_EMBEDDED_AT_ONCE, n - b) for b, path in zip(begins, paths, strict=True) if path.exists())
+        self.progress.start("Embedding", n, "prompts", done)
+        for begin, path in zip(begins, paths, strict=True):
+            if not path.exists():
+                block = [sentence.prompt for sentence in self.sentences[begin : begin + _EMBEDDED_AT_ONCE]]
+                vectors = self.encoder.encode(block)
+                write_atomic(path, partial(_save_npy, vectors))
+                self.progress.advance(len(block))
+        self.progress.finish()
+        self.embeddings = np.concatenate([np.load(path) for path in paths])
+
+    def cluster(self) -> None:
+        """Stage 3: k-means, or what it gave before."""
+        path = self.folder / "clustering.npz"
+        if not path.exists():
+            n_clusters = self.config.clusters
+            if isinstance(n_clusters, str):
+                n_clusters = self._choose()
+            clustering = cluster_embeddings(self.embeddings, n_clusters, self.config.seed)
+            write_atomic(path, lambda part: _save_npz(part, **vars(clustering)))
+        with np.load(path) as arrays:
+            self.clustering = Clustering(**arrays)
+
+    def _choose(self) -> int:
+        self.progress.start("Comparing numbers of clusters", None, "candidates")
+        say = self.progress.say
+
+        def report(k: int, silhouette: float) -> None:
+            self.progress.advance(1)
+            say(f"  {k:4d} clusters: silhouette {silhouette:.4f} {'▇' * max(0, round(100 * silhouette))}")
+
+        try:
+            best, _ = choose_n_clusters(self.embeddings, self.config.seed, report)
+        finally:
+            self.progress.finish()
+        say(f"Chosen: {best} clusters.")
+        return best
+
+    def run(self, workers: int | None) -> None:
+        """Stage 4: the language model over every shard that is not finished yet."""
+        assert self.clustering is not None
+        (self.folder / "shards").mkdir(exist_ok=True)
+        shards = _shards(self.sentences, self.clustering, self.config)
+        open_shards = [i for i in range(len(shards)) if not _shard_path(self.folder, i).exists()]
+        n_open = sum(self.sentences[i].n_tokens for shard in open_shards for i in shards[shard])
+        model_bytes = self.language_model.model.get_memory_footprint()
+        n_workers = workers or default_workers(self.job.device, self.job.n_threads, model_bytes)
+        run = _make_runner(self.job, self.language_model, self.sentences, self.clustering)
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(self.job.n_threads)
+        self.progress.start("Language model", self.report.n_tokens, "tokens", self.report.n_tokens - n_open)
+        try:
+            run_shards(open_shards, run, n_workers, _runner_of, self.job, self.progress.advance)
+        finally:
+            self.progress.finish()
+            torch.set_num_threads(n_threads)
+
+    def write(self, out: Path) -> None:
+        """Stage 5: add the shards up and put the index in place in one step."""
+        assert self.clustering is not None
+        n_clusters = len(self.clustering.centroids)
+        sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)
+        for number in range(len(_shards(self.sentences, self.clustering, self.config))):
+            sums.add(PartialSums.load(_shard_path(self.folder, number)))
+        part = out.with_name(f".{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            statistics = {
+                "counts": sums.counts.astype(np.min_scalar_type(int(sums.counts.max(initial=0)))),
+                "energy": (sums.energy * ENERGY_UNIT).astype(np.float32),
+                "activation": (sums.activation * ACTIVATION_UNIT).astype(np.float32),
+            }
+            save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
+            if out.exists():
+                remove_index(out)
+            os.replace(part, out)
+        except (SafetensorError, RuntimeError) as error:  # how safetensors and FAISS report a full disk
+            raise BuildError(
+                f"the index cannot be written to {out} ({' '.join(str(error).split())}); free some space and run the same "
+                "command again – finished shards are kept."
+            ) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _clusters(self) -> list[Cluster]:
+        assert self.clustering is not None
+        clustering, sentences = self.clustering, self.sentences
+        n_clusters = len(clustering.centroids)
+        labels = distinctive_terms([s.prompt for s in sentences], clustering.assignment, n_clusters)
+        clusters = []
+        for number, label in enumerate(labels):
+            members = np.flatnonzero(clustering.assignment == number)
+            nearest = clustering.exemplars(number, _N_EXEMPLARS)
+            clusters.append(
+                Cluster(
+                    id=number,
+                    size=len(members),
+                    n_tokens=sum(sentences[i].n_tokens for i in members),
+                    label=label,
+                    exemplars=[" ".join(sentences[i].prompt.split())[:_EXEMPLAR_LENGTH] for i in nearest],
+                    exemplar_ids=[sentences[i].id for i in nearest],
+                    similarity_quantiles=clustering.quantiles(number),
+                )
+            )
+        return clusters
+
+    def _manifest(self) -> Manifest:
+        assert self.clustering is not None
+        language_model, encoder, config, layers = self.language_model, self.encoder, self.config, self.layers
+        n_clusters = len(self.clustering.centroids)
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            versions={name: version(name) for name in _LIBRARIES},
+            model=ModelInfo(
+                name=language_model.name,
+                revision=getattr(language_model.model.config, "_commit_hash", None),
+                family=layers[0].family.name,
+                dtype=language_model.dtype_name,
+                n_layers=len(language_model.layers),
+                d_model=layers[0].d_model,
+                d_ff=layers[0].d_ff,
+                weight_sketch=weight_sketch(language_model.layers),
+                tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
+                activation_site=f"input of {layers[0].family.output}",
+            ),
+            encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
+            corpus=CorpusInfo(
+                Path(self.corpus.source).name, self.report.sha256, self.report.n_kept, self.report.n_tokens
+            ),
+            settings=SettingsInfo(
+                n_clusters=n_clusters,
+                alpha=config.alpha,
+                beta=config.beta,
+                gamma=config.gamma,
+                seed=config.seed,
+                layers=[layer.number for layer in layers],
+                batch_size=config.batch_size,
+                shard_size=config.shard_size,
+                n_threads=self.job.n_threads,
+            ),
+            files={},
+        )
+
+
+def _recorded_layers(language_model: LanguageModel, config: BuildConfig) -> list[MLPLayer]:
+    numbers = sorted(parse_layers(config.layers, len(language_model.layers)))
+    if not numbers:
+        raise ConfigError(f"layers is {config.layers!r}, which names none of {len(language_model.layers)} layers.")
+    return [language_model.layers[number] for number in numbers]
+
+
+def read_sentences(path: Path) -> list[Sentence]:
+    """Read the corpus that a build has drawn."""
+    with path.open(encoding="utf-8") as file:
+        return [Sentence(**json.loads(line)) for line in file]
+
+
+def _shards(sentences: list[Sentence], clustering: Clustering, config: BuildConfig) -> list[np.ndarray]:
+    n_tokens = np.array([sentence.n_tokens for sentence in sentences])
+    return cut_into_shards(clustering.assignment, n_tokens, config.shard_size)
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / "shards" / f"{number:06d}.safetensors"
+
+
+def _make_runner(
+    job: _Job, language_model: LanguageModel, sentences: list[Sentence], clustering: Clustering
+) -> RunShard:
+    """Return the function that runs one shard by number."""
+    layers = _recorded_layers(language_model, job.config)
+    shards = _shards(sentences, clustering, job.config)
+
+    def run(number: int) -> int:
+        sums = run_shard(
+            language_model, layers, sentences, clustering.assignment, shards[number], job.config, job.max_tokens
+        )
+        sums.save(_shard_path(job.folder, number))
+        return sum(sentences[i].n_tokens for i in shards[number])
+
+    return run
+
+
+def _runner_of(job: _Job) -> RunShard:
+    """Load in a further process what the shards need."""
+    torch.set_num_threads(job.n_threads)
+    with np.load(job.folder / "clustering.npz") as arrays:
+        clustering = Clustering(**arrays)
+    language_model = load_model(job.model, job.dtype, job.device)
+    return _make_runner(job, language_model, read_sentences(job.folder / "corpus.jsonl"), clustering)
+
+
+def _save_npy(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def _save_npz(path: Path, **arrays: Any) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _size(n_bytes: float) -> str:
+    """Return a size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

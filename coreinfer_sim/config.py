@@ -1,0 +1,139 @@
+"""Settings of a build: plain data, checked when made; no I/O and no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from coreinfer_sim.errors import ConfigError
+
+
+class Score(str, Enum):
+    """What ranks the neurons of a cluster."""
+
+    ENERGY = "energy"
+    """Sum over tokens of (z_n / ‖z‖₂)²; sign-blind (the GRIFFIN statistic)."""
+    PAPER = "paper"
+    """Number of sentences whose sentence-wise core neurons hold the neuron (CoreInfer)."""
+
+
+class Mode(str, Enum):
+    """Where a selection comes from."""
+
+    SIMILARITY = "similarity"
+    STABILITY = "stability"
+    GLOBAL = "global"
+    RANDOM = "random"
+    DENSE = "dense"
+
+
+def check_ratio(name: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` lies in (0, 1]."""
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} is {value}, expected a number above 0 and at most 1.")
+
+
+def _check_at_least(name: str, value: int | None, smallest: int) -> None:
+    if value is not None and value < smallest:
+        raise ConfigError(f"{name} is {value}, expected {smallest} or more.")
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the column names that a template such as ``"Question: {question}"`` reads."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"the template {template!r} cannot be read ({error}); write {{column}}.") from error
+    if not names or not all(name.isidentifier() for name in names):
+        raise ConfigError(f"the template {template!r} names no column; write for example 'Question: {{question}}'.")
+    return names
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the prompts come from and how a row becomes text."""
+
+    source: str
+    """Hub id, or the path of a JSONL, JSON, CSV, Parquet or text file, or of a ``save_to_disk`` folder."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set or of a ``save_to_disk`` folder with several."""
+    prompt_column: str | None = None
+    """Column that is embedded: what a user would type. None: "prompt", "text", or the only text column."""
+    template: str | None = None
+    """What the language model reads, with ``{column}`` fields. None: the prompt itself."""
+    limit: int | None = None
+    """Keep at most this many prompts."""
+    max_tokens: int = 512
+    """Longer texts are cut to this many tokens; the report says how many were."""
+    deduplicate: bool = True
+    """Drop a row whose text has been seen."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and the template."""
+        _check_at_least("limit", self.limit, 1)
+        _check_at_least("max_tokens", self.max_tokens, 2)
+        if self.template is not None:
+            template_fields(self.template)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything that decides what is in an index, apart from corpus and model."""
+
+    clusters: int | str = "auto"
+    """Number of semantic clusters, or "auto": the best silhouette on a sample."""
+    alpha: float = 0.4
+    """Share of the positive activations that makes a token's core neurons."""
+    beta: float = 0.4
+    """Share of d_ff that makes a sentence's core neurons."""
+    gamma: float = 0.8
+    """Keep ratio used where the reader of the index names none."""
+    seed: int = 0
+    """Seed of k-means."""
+    layers: str = ":"
+    """Slice of the layers that are recorded, such as ``4:``."""
+    batch_size: int = 16
+    """Sentences in one forward pass."""
+    shard_size: int = 64
+    """Sentences in one shard, the unit of restart and of sharing among processes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("alpha", "beta", "gamma"):
+            check_ratio(name, getattr(self, name))
+        if isinstance(self.clusters, str):
+            if self.clusters != "auto":
+                raise ConfigError(f"clusters is {self.clusters!r}, expected a number or 'auto'.")
+        else:
+            _check_at_least("clusters", self.clusters, 1)
+        _check_at_least("batch_size", self.batch_size, 1)
+        _check_at_least("shard_size", self.shard_size, 1)
+        parse_layers(self.layers, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """Turn ``"4:"``, ``"2:10"``, ``"3"`` or ``":"`` into layer numbers, with Python's slice rules.
+
+    Raises:
+        ConfigError: the text is not a slice or number.
+    """
+    parts = text.strip().split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError as error:
+        raise ConfigError(f"layers is {text!r}, expected a slice such as '4:' or one layer's number.") from error
+    if len(numbers) == 1 and numbers[0] is not None:
+        layer = numbers[0]
+        return [layer % n_layers] if -n_layers <= layer < n_layers else []
+    if len(numbers) in (2, 3):
+        return list(range(n_layers))[slice(*numbers)]
+    raise ConfigError(f"layers is {text!r}, expected a slice such as '4:' or one layer's number.")

@@ -1,0 +1,184 @@
+"""Text in, text out: prompts, chat templates, streaming, and what a call cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from coreinfer_sim.architectures import dense_bytes
+from coreinfer_sim.errors import PromptError
+from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.predictors import Predictor
+from coreinfer_sim.runtime import SparseModel
+from coreinfer_sim.selection import NeuronSelection
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt gave and cost."""
+
+    prompt: str
+    text: str
+    """The new text, without the prompt."""
+    token_ids: list[int]
+    """The new tokens."""
+    selection: NeuronSelection
+    n_prompt_tokens: int
+    keep_ratio: float
+    """Kept neurons over all neurons of the model."""
+    prefill_seconds: float
+    """From the call to the first new token; routing by meaning included."""
+    decode_seconds: float
+    """From the first new token to the last."""
+    mlp_bytes_per_token: int
+    """MLP bytes that one decoded token reads."""
+    dense_mlp_bytes_per_token: int
+    """The same in the dense model."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed; None with fewer than two new tokens."""
+        n = len(self.token_ids) - 1
+        return n / self.decode_seconds if n > 0 and self.decode_seconds > 0 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        selection, speed = self.selection, self.tokens_per_second
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "mode": selection.mode,
+            "cluster": selection.cluster,
+            "label": selection.label,
+            "similarity": None if selection.similarity is None else round(selection.similarity, 4),
+            "keep_ratio": round(self.keep_ratio, 4),
+            "n_prompt_tokens": self.n_prompt_tokens,
+            "n_new_tokens": len(self.token_ids),
+            "prefill_seconds": round(self.prefill_seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+            "tokens_per_second": None if speed is None else round(speed, 2),
+            "mlp_bytes_per_token": self.mlp_bytes_per_token,
+            "dense_mlp_bytes_per_token": self.dense_mlp_bytes_per_token,
+        }
+
+
+class _Clock(TextStreamer):
+    """Streams new text to a function and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self._n_puts = 0
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        self._n_puts += 1
+        if self._n_puts == 2:  # the first put is the prompt
+            self.first_token = time.perf_counter()
+        if self._write is not None:
+            super().put(value)
+
+    def end(self) -> None:
+        if self._write is not None:
+            super().end()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        assert self._write is not None
+        if text:
+            self._write(text)
+
+
+class TextGenerator:
+    """Generates text with a model and a predictor."""
+
+    def __init__(self, language_model: LanguageModel, predictor: Predictor) -> None:
+        """Wrap a loaded model; see `make_predictor` for the predictor."""
+        self.language_model = language_model
+        self.sparse = SparseModel(language_model.model, predictor, language_model.tokenizer)
+
+    def generate(
+        self,
+        prompt: str | list[Message],
+        *,
+        chat: bool = False,
+        max_new_tokens: int = 128,
+        write: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Generate one continuation.
+
+        Args:
+            prompt: a text, or the messages of a conversation. Routing looks at the last user message.
+            chat: put a text into the model's chat template.
+            max_new_tokens: most tokens to generate.
+            write: takes the new text piece by piece, as it comes.
+            **options: of transformers' ``generate``.
+
+        Raises:
+            PromptError: the prompt is empty, or does not fit into the context together with ``max_new_tokens``.
+        """
+        text, ids = self._encode(prompt, chat)
+        self._check_length(ids.shape[1], max_new_tokens)
+        clock = _Clock(self.language_model.tokenizer, write)
+        streams = options.get("num_beams", 1) == 1
+        begin = time.perf_counter()
+        output = self.sparse.generate(
+            ids,
+            prompts=[text],
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.language_model.tokenizer.pad_token_id,
+            streamer=clock if streams else None,
+            **options,
+        )
+        end = time.perf_counter()
+        new = output[0, ids.shape[1] :].tolist()
+        first = clock.first_token or end
+        selection, layers = self.sparse.selections[0], self.sparse.layers
+        generated = self.language_model.tokenizer.decode(new, skip_special_tokens=True)
+        if write is not None and not streams:
+            write(generated)
+        return Generation(
+            prompt=text,
+            text=generated,
+            token_ids=new,
+            selection=selection,
+            n_prompt_tokens=ids.shape[1],
+            keep_ratio=selection.keep_ratio(layers),
+            prefill_seconds=first - begin,
+            decode_seconds=end - first,
+            mlp_bytes_per_token=selection.mlp_bytes(layers),
+            dense_mlp_bytes_per_token=dense_bytes(layers),
+        )
+
+    def _encode(self, prompt: str | list[Message], chat: bool) -> tuple[str, torch.Tensor]:
+        """Return the text to route by, and the prompt's ids [1, n_positions]."""
+        tokenizer = self.language_model.tokenizer
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        routed = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        if not routed.strip():
+            raise PromptError("the prompt is empty, expected some text.")
+        if chat or not isinstance(prompt, str):
+            if tokenizer.chat_template is None:
+                raise PromptError(f"{self.language_model.name} has no chat template; leave out --chat.")
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            encoded = tokenizer(prompt, return_tensors="pt", verbose=False)
+        return routed, encoded["input_ids"].to(self.language_model.model.device)
+
+    def _check_length(self, n_prompt: int, max_new_tokens: int) -> None:
+        limit = self.language_model.context_length
+        if limit is not None and n_prompt + max_new_tokens > limit:
+            raise PromptError(
+                f"the prompt has {n_prompt} tokens and {max_new_tokens} new ones were asked for, but the model's context is "
+                f"{limit}; shorten the prompt or ask for at most {max(0, limit - n_prompt)}."
+            )

@@ -1,0 +1,304 @@
+"""SemanticIndex: the folder that a build leaves, and the lookups that decode needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import faiss
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from coreinfer_sim.architectures import MLPLayer, check_same_weights
+from coreinfer_sim.clustering import faiss_index, nearest
+from coreinfer_sim.config import Score, check_ratio, parse_layers
+from coreinfer_sim.core_neurons import n_kept, top_ids
+from coreinfer_sim.embeddings import SentenceEncoder
+from coreinfer_sim.errors import ConfigError, IndexFormatError, IndexMismatchError
+from coreinfer_sim.files import flush_to_disk, sha256_of, write_json
+from coreinfer_sim.manifest import (
+    CENTROIDS_FILE,
+    CLUSTERS_FILE,
+    INDEX_FILES,
+    MANIFEST_FILE,
+    NEURONS_FILE,
+    REBUILD,
+    FileInfo,
+    Manifest,
+    check_files,
+    read_manifest,
+)
+from coreinfer_sim.selection import NeuronSelection
+
+STATISTICS = ("counts", "energy", "activation")
+_FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a person wants to know of one semantic cluster."""
+
+    id: int
+    size: int
+    """Number of sentences."""
+    n_tokens: int
+    label: str
+    """Distinctive terms."""
+    exemplars: list[str]
+    """Beginnings of the prompts nearest to the centroid."""
+    exemplar_ids: list[str]
+    """Their ids in the corpus."""
+    similarity_quantiles: dict[str, float]
+    """Quantiles of the members' cosine similarity to the centroid."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """One cluster near a prompt."""
+
+    cluster: int
+    similarity: float
+    label: str
+
+
+class SemanticIndex:
+    """Semantic clusters with their core-neuron statistics."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        centroids: np.ndarray,
+        clusters: Sequence[Cluster],
+        statistics: Mapping[str, np.ndarray],
+        name: str = "the index",
+        encoder: SentenceEncoder | None = None,
+    ) -> None:
+        """Put an index together from its parts; `load` is the usual way.
+
+        Args:
+            manifest: what it was built from.
+            centroids: unit norm, [n_clusters, dim].
+            clusters: one entry a cluster.
+            statistics: "counts", "energy" and "activation", each [n_clusters, n_recorded_layers, d_ff].
+            name: for messages.
+            encoder: embeds prompts; None loads the manifest's encoder when it is first needed.
+        """
+        self.manifest = manifest
+        self.clusters = list(clusters)
+        self.name = name
+        self._statistics = statistics
+        self._searcher = faiss_index(centroids)
+        self._encoder = encoder
+
+    @classmethod
+    def load(cls, path: str | Path, encoder: SentenceEncoder | None = None) -> SemanticIndex:
+        """Load an index after its sizes and checksums have been verified.
+
+        Args:
+            path: the index folder.
+            encoder: embeds prompts; None loads the manifest's encoder when it is first needed.
+
+        Raises:
+            IndexFormatError: no index, damaged, or of another format version.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        settings, model = manifest.settings, manifest.model
+        centroids = _read_centroids(folder / CENTROIDS_FILE, settings.n_clusters, manifest.encoder.dimension)
+        shape = (settings.n_clusters, len(settings.layers), model.d_ff)
+        return cls(
+            manifest,
+            centroids,
+            _read_clusters(folder / CLUSTERS_FILE, settings.n_clusters),
+            _read_statistics(folder / NEURONS_FILE, shape),
+            name=str(path),
+            encoder=encoder,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of clusters."""
+        return len(self.clusters)
+
+    @cached_property
+    def encoder(self) -> SentenceEncoder:
+        """The sentence encoder, checked to be the one that the index was built with."""
+        encoder = self._encoder or SentenceEncoder(self.manifest.encoder.name)
+        if encoder.dimension != self.manifest.encoder.dimension:
+            raise IndexMismatchError(
+                f"the encoder {encoder.name} gives {encoder.dimension} dimensions, {self.name} was built with "
+                f"{self.manifest.encoder.dimension}; use {self.manifest.encoder.name}."
+            )
+        encoder.check_probe(self.manifest.encoder.probe, self.name)
+        return encoder
+
+    @overload
+    def lookup(self, text: str, k: int = 1) -> list[Match]: ...
+    @overload
+    def lookup(self, text: list[str], k: int = 1) -> list[list[Match]]: ...
+    def lookup(self, text: str | list[str], k: int = 1) -> list[Match] | list[list[Match]]:
+        """Return the ``k`` semantic clusters nearest to a prompt, or to each of several, best first."""
+        if isinstance(text, str):
+            return self.lookup([text], k)[0]
+        return self.lookup_embeddings(self.encoder.encode(text), k)
+
+    def lookup_embeddings(self, embeddings: np.ndarray, k: int = 1) -> list[list[Match]]:
+        """Return the nearest clusters of unit vectors [n, dim]."""
+        if not 1 <= k <= len(self):
+            raise ConfigError(f"k is {k}, expected 1 to {len(self)}, the number of clusters in {self.name}.")
+        similarities, numbers = nearest(self._searcher, embeddings, k)
+        return [
+            [Match(int(c), float(s), self.clusters[c].label) for s, c in zip(*row, strict=True)]
+            for row in zip(similarities, numbers, strict=True)
+        ]
+
+    def core_neurons(
+        self,
+        cluster: int | None,
+        keep_ratio: float | None = None,
+        score: Score | str = Score.ENERGY,
+        layers: str = ":",
+    ) -> dict[int, torch.Tensor]:
+        """Return a cluster's core neurons C^γ.
+
+        Args:
+            cluster: its number; None takes all clusters together.
+            keep_ratio: share of d_ff that is kept; None takes the γ of the build.
+            score: energy, or the paper's count of sentences.
+            layers: slice of the model's layers, such as ``4:``.
+
+        Returns:
+            Ascending ids [n_kept] by layer number.
+        """
+        settings, model = self.manifest.settings, self.manifest.model
+        keep_ratio = settings.gamma if keep_ratio is None else keep_ratio
+        check_ratio("keep ratio", keep_ratio)
+        if cluster is not None and not 0 <= cluster < len(self):
+            raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
+        name = {Score.ENERGY: "energy", Score.PAPER: "counts"}[Score(score)]
+        values, ties = self._statistic(name, cluster), self._statistic("activation", cluster)
+        wanted = set(parse_layers(layers, model.n_layers))
+        missing = wanted - set(settings.layers)
+        if missing:
+            raise ConfigError(
+                f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer "
+                f"with --layers, or {REBUILD}."
+            )
+        n = n_kept(keep_ratio, model.d_ff)
+        return {
+            layer: torch.from_numpy(top_ids(values[row], ties[row], n))
+            for row, layer in enumerate(settings.layers)
+            if layer in wanted
+        }
+
+    def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
+        """Return one statistic [n_recorded_layers, d_ff] of a cluster, or its sum over all clusters."""
+        values = self._statistics[name]
+        if cluster is not None:
+            return values[cluster]
+        return values.sum(axis=0, dtype=np.int64 if values.dtype.kind in "iu" else np.float64)
+
+    def selection(
+        self, match: Match, keep_ratio: float | None = None, score: Score | str = Score.ENERGY, layers: str = ":"
+    ) -> NeuronSelection:
+        """Return the core neurons of a match's cluster as a selection."""
+        ids = self.core_neurons(match.cluster, keep_ratio, score, layers)
+        return NeuronSelection("similarity", ids, match.cluster, match.similarity, match.label)
+
+    def check_model(self, layers: Sequence[MLPLayer], tokenizer_sha256: str | None = None) -> None:
+        """Raise IndexMismatchError unless these are the MLPs (and tokenizer) that the index was built from."""
+        model = self.manifest.model
+        command = "coreinfer-sim build-index"
+        found = (layers[0].family.name, len(layers), layers[0].d_model, layers[0].d_ff)
+        expected = (model.family, model.n_layers, model.d_model, model.d_ff)
+        if found != expected:
+            raise IndexMismatchError(
+                f"the model is {_shape_text(*found)}, but {self.name} was built from {model.name}, {_shape_text(*expected)}; "
+                f"use that model, or build an index for this one: {command}"
+            )
+        check_same_weights(model.weight_sketch, layers, f"{self.name} ({model.name})", command)
+        if tokenizer_sha256 is not None and tokenizer_sha256 != model.tokenizer_sha256:
+            raise IndexMismatchError(
+                f"the tokenizer's vocabulary ({tokenizer_sha256[:12]}…) is not the one {self.name} was built with "
+                f"({model.tokenizer_sha256[:12]}…); use the tokenizer of {model.name}."
+            )
+
+
+def _shape_text(family: str, n_layers: int, d_model: int, d_ff: int) -> str:
+    return f"{family} with {n_layers} layers, d_model {d_model}, d_ff {d_ff}"
+
+
+def _read_centroids(path: Path, n_clusters: int, dimension: int) -> np.ndarray:
+    """Read the centroids; the file's size and kind are checked first, so that a strange file is never parsed."""
+    expected = _FLAT_HEADER + 4 * n_clusters * dimension
+    with path.open("rb") as file:
+        kind = file.read(4)
+    if path.stat().st_size != expected or kind != b"IxFI":
+        raise IndexFormatError(
+            f"{path} has {path.stat().st_size} bytes of kind {kind!r}, expected a flat inner-product index of "
+            f"{expected} bytes for {n_clusters} clusters; {REBUILD}."
+        )
+    index = faiss.read_index(str(path))
+    if (index.ntotal, index.d) != (n_clusters, dimension):
+        raise IndexFormatError(
+            f"{path} holds {index.ntotal} centroids of {index.d} dimensions, expected {n_clusters} of {dimension}; "
+            f"{REBUILD}."
+        )
+    return index.reconstruct_n(0, n_clusters)
+
+
+def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
+    try:
+        clusters = [Cluster(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
+    if [cluster.id for cluster in clusters] != list(range(n_clusters)):
+        raise IndexFormatError(f"{path} describes {len(clusters)} clusters, expected {n_clusters}; {REBUILD}.")
+    return clusters
+
+
+def _read_statistics(path: Path, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            statistics = {name: file.get_tensor(name) for name in STATISTICS}
+    except (SafetensorError, OSError) as error:
+        raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
+    for name, values in statistics.items():
+        if values.shape != shape:
+            raise IndexFormatError(f"{path}: {name} has the shape {values.shape}, expected {shape}; {REBUILD}.")
+    return statistics
+
+
+def save_parts(
+    folder: Path,
+    centroids: np.ndarray,
+    clusters: Sequence[Cluster],
+    statistics: Mapping[str, np.ndarray],
+    manifest_without_files: Manifest,
+) -> Manifest:
+    """Write an index folder's files, each forced to disk, the manifest last, and return the whole manifest."""
+    faiss.write_index(faiss_index(centroids), str(folder / CENTROIDS_FILE))
+    save_file({name: np.ascontiguousarray(values) for name, values in statistics.items()}, folder / NEURONS_FILE)
+    lines = [json.dumps(asdict(cluster), ensure_ascii=False) for cluster in clusters]
+    (folder / CLUSTERS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = {}
+    for name in INDEX_FILES:
+        flush_to_disk(folder / name)
+        files[name] = FileInfo((folder / name).stat().st_size, sha256_of(folder / name))
+    manifest = Manifest(**{**vars(manifest_without_files), "files": files})
+    write_json(folder / MANIFEST_FILE, manifest.as_dict())
+    flush_to_disk(folder)
+    return manifest
+
+
+def remove_index(folder: Path) -> None:
+    """Delete an index, the manifest first, so that what is left of a broken deletion does not load."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)

@@ -1,0 +1,180 @@
+"""The manifest of an index: what it was built from, and the checksum of every file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coreinfer_sim.errors import IndexFormatError
+from coreinfer_sim.files import sha256_of
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+CENTROIDS_FILE = "centroids.faiss"
+NEURONS_FILE = "neurons.safetensors"
+CLUSTERS_FILE = "clusters.jsonl"
+INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
+REBUILD = "build it anew with 'coreinfer-sim build-index'"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The language model that an index belongs to."""
+
+    name: str
+    revision: str | None
+    family: str
+    dtype: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    weight_sketch: list[list[float]]
+    """A few down-projection weights of each layer, [n_layers][32]."""
+    tokenizer_sha256: str
+    activation_site: str
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """The sentence encoder that an index belongs to."""
+
+    name: str
+    dimension: int
+    normalised: bool
+    metric: str
+    probe: list[float]
+    """First values of a fixed sentence's embedding."""
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """The corpus that an index was built over."""
+
+    source: str
+    sha256: str
+    n_sentences: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class SettingsInfo:
+    """The settings of the build that decide what the numbers mean."""
+
+    n_clusters: int
+    alpha: float
+    beta: float
+    gamma: float
+    seed: int
+    layers: list[int]
+    """Recorded layers, ascending."""
+    batch_size: int
+    shard_size: int
+    n_threads: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything in ``manifest.json``."""
+
+    format_version: int
+    versions: dict[str, str]
+    model: ModelInfo
+    encoder: EncoderInfo
+    corpus: CorpusInfo
+    settings: SettingsInfo
+    files: dict[str, FileInfo]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+_SECTIONS = {"model": ModelInfo, "encoder": EncoderInfo, "corpus": CorpusInfo, "settings": SettingsInfo}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        IndexFormatError: no index, another format version, or fields that are missing, unknown or of a wrong type.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise IndexFormatError(f"there is no folder {folder}, expected an index; {REBUILD}.")
+    if not path.is_file():
+        raise IndexFormatError(
+            f"{folder} has no {MANIFEST_FILE}, expected a finished index; name another folder or {REBUILD}."
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise IndexFormatError(f"{path} is no readable manifest ({error}); {REBUILD}.") from error
+    if version != FORMAT_VERSION:
+        raise IndexFormatError(
+            f"{folder} has format version {version!r}, this release reads version {FORMAT_VERSION}; "
+            f"install the release that wrote it or {REBUILD}."
+        )
+    try:
+        sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
+        files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
+        versions = {str(name): str(value) for name, value in raw["versions"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
+    if set(files) != set(INDEX_FILES):
+        raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(INDEX_FILES)}; {REBUILD}.")
+    return Manifest(format_version=version, versions=versions, files=files, **sections)
+
+
+def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
+    """Make a section from JSON, with every field there, none unknown, and scalars of the right type."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    if set(raw) != set(fields):
+        raise TypeError(f"{where}: {sorted(set(raw) ^ set(fields))}")
+    scalars: dict[str, Any] = {
+        "int": int,
+        "str": str,
+        "bool": bool,
+        "float": (int, float),
+        "str | None": (str, type(None)),
+    }
+    for name, annotation in fields.items():
+        expected = scalars.get(str(annotation), list)
+        if not isinstance(raw[name], expected) or (expected is int and isinstance(raw[name], bool)):
+            raise TypeError(f"{where}.{name} is {raw[name]!r}")
+    return kind(**raw)
+
+
+def check_file_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise IndexFormatError unless every file is there in its full size; cheap, so done before anything is read."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise IndexFormatError(f"{folder} lacks {name}, expected {entry.size} bytes; copy it again or {REBUILD}.")
+        if path.stat().st_size != entry.size:
+            raise IndexFormatError(
+                f"{path} has {path.stat().st_size} bytes, expected {entry.size}; copy it again or {REBUILD}."
+            )
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise IndexFormatError unless every file has the size and checksum of the manifest."""
+    check_file_sizes(folder, manifest)
+    for name, entry in manifest.files.items():
+        found = sha256_of(folder / name)
+        if found != entry.sha256:
+            raise IndexFormatError(
+                f"{folder / name} has the checksum {found[:12]}…, expected {entry.sha256[:12]}…; the file is damaged – "
+                f"copy it again or {REBUILD}."
+            )

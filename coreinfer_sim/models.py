@@ -1,0 +1,100 @@
+"""Loading a causal language model and its tokenizer: hub id, local checkpoint or GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from coreinfer_sim.architectures import MLPLayer, find_mlps
+from coreinfer_sim.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded causal language model with what is needed around it."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    """What the user called it: hub id, folder or GGUF file."""
+    layers: list[MLPLayer]
+
+    @property
+    def context_length(self) -> int | None:
+        """Largest number of positions, or None where the model states none (ALiBi)."""
+        return context_length(self.model)
+
+    @property
+    def dtype_name(self) -> str:
+        """The weights' type, such as ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+def context_length(model: Any) -> int | None:
+    """Return the largest number of positions of a model, or None where it states none."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return None
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return a sha256 over the vocabulary, which decides what token ids mean."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LanguageModel:
+    """Load a model for inference.
+
+    Args:
+        name: hub id, local checkpoint folder, or a ``.gguf`` file, which is dequantised.
+        dtype: float32, bfloat16, float16, or auto: as stored (bfloat16 for GGUF).
+        device: torch device, or auto: a GPU where there is one.
+
+    Raises:
+        ModelError: nothing there, or nothing that transformers can load.
+        UnsupportedModelError: the family has no adapter.
+    """
+    source, options = _source(name)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
+    wanted = DTYPES.get(dtype, torch.bfloat16 if "gguf_file" in options else "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+        model = model.to(device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model {name!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return LanguageModel(model, tokenizer, name, find_mlps(model))
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """Return what ``from_pretrained`` takes for a name, and its further options."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}, expected a GGUF model; check the path.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"the folder {name} has no config.json, expected a transformers checkpoint; check the path.")
+    if path.is_file() or (not path.exists() and (path.is_absolute() or name.startswith((".", "~")))):
+        raise ModelError(f"{name} is no checkpoint folder and no .gguf file; check the path.")
+    return name, {}

@@ -1,0 +1,190 @@
+"""Predictors: a prompt → the neurons that decode keeps.
+
+Each returns a `NeuronSelection` and hides where the choice came from. Those that know the selection before prefill
+need only the prompt's text; stability-guided selection needs the statistics of the prompt's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.config import Mode, Score, check_ratio, parse_layers
+from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
+from coreinfer_sim.errors import ConfigError, GenerationError
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.selection import NeuronSelection
+
+PromptStatistics = dict[int, SentenceStatistics]
+"""By layer number, the statistics of every row of a batch, [n_rows, d_ff]."""
+
+
+class Predictor(Protocol):
+    """Chooses the neurons of each prompt of a batch."""
+
+    mode: str
+    """Name of the way of choosing."""
+    needs_text: bool
+    """Whether the prompts' text is read."""
+    alpha: float | None
+    """If the prompts' own activations are read: the share that makes C_α; else None."""
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+    ) -> list[NeuronSelection]:
+        """Return one selection a row; rows that keep the same neurons share the mapping of ids."""
+        ...
+
+
+class FixedPredictor:
+    """The same selection for every prompt: dense, random, global, or one that is given."""
+
+    needs_text = False
+    alpha: float | None = None
+
+    def __init__(self, selection: NeuronSelection) -> None:
+        """Always choose ``selection``."""
+        self.mode = selection.mode
+        self._selection = selection
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+    ) -> list[NeuronSelection]:
+        """Return the one selection for every row."""
+        return [self._selection] * n_rows
+
+
+class SimilarityPredictor:
+    """The core neurons of the semantic cluster nearest to the prompt."""
+
+    mode = Mode.SIMILARITY.value
+    needs_text = True
+    alpha: float | None = None
+
+    def __init__(self, index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> None:
+        """Route by ``index``; see `SemanticIndex.core_neurons` for the rest."""
+        self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
+        self._ids: dict[int, dict[int, torch.Tensor]] = {}
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+    ) -> list[NeuronSelection]:
+        """Return each prompt's cluster's selection."""
+        if prompts is None:
+            raise GenerationError("similarity mode was given no prompt text; give the wrapper a tokenizer.")
+        selections = []
+        for (match,) in self._index.lookup(list(prompts), k=1):
+            if match.cluster not in self._ids:
+                self._ids[match.cluster] = self._index.core_neurons(
+                    match.cluster, self._keep_ratio, self._score, self._layers
+                )
+            ids = self._ids[match.cluster]
+            selections.append(NeuronSelection(self.mode, ids, match.cluster, match.similarity, match.label))
+        return selections
+
+
+class StabilityPredictor:
+    """The prompt's own core neurons, taken during prefill: CoreInfer's C_α^β, or by energy as in GRIFFIN."""
+
+    mode = Mode.STABILITY.value
+    needs_text = False
+
+    def __init__(self, keep_ratio: float, score: Score, layers: Sequence[int], alpha: float = 0.4) -> None:
+        """Keep ``keep_ratio`` (β) of each of ``layers``, ranked by ``score``."""
+        self._keep_ratio, self._score, self._layers = keep_ratio, score, set(layers)
+        self.alpha: float | None = alpha
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+    ) -> list[NeuronSelection]:
+        """Return each row's own selection."""
+        if not statistics:
+            raise GenerationError("stability mode read no prompt tokens; it needs at least one in this call.")
+        return [
+            NeuronSelection(
+                self.mode,
+                {
+                    number: torch.from_numpy(self._ids(layer, row))
+                    for number, layer in statistics.items()
+                    if number in self._layers
+                },
+            )
+            for row in range(n_rows)
+        ]
+
+    def _ids(self, statistics: SentenceStatistics, row: int) -> np.ndarray:
+        score = statistics.counts if self._score is Score.PAPER else statistics.energy
+        return top_ids(score[row], statistics.activation[row], n_kept(self._keep_ratio, score.shape[1]))
+
+
+def random_selection(
+    layers: Sequence[MLPLayer], numbers: Sequence[int], keep_ratio: float, seed: int
+) -> NeuronSelection:
+    """Choose neurons by chance, the floor that every predictor must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return NeuronSelection(
+        Mode.RANDOM.value,
+        {
+            number: torch.randperm(layers[number].d_ff, generator=generator)[: n_kept(keep_ratio, layers[number].d_ff)]
+            .sort()
+            .values
+            for number in numbers
+        },
+    )
+
+
+def make_predictor(
+    mode: Mode | str,
+    layers: Sequence[MLPLayer],
+    index: SemanticIndex | None = None,
+    *,
+    keep_ratio: float | None = None,
+    score: Score | str = Score.ENERGY,
+    sparse_layers: str = ":",
+    alpha: float | None = None,
+    seed: int = 0,
+) -> Predictor:
+    """Make the predictor of a mode.
+
+    Args:
+        mode: similarity, stability, global, random or dense.
+        layers: the model's MLPs.
+        index: needed by similarity and global, which then must belong to the model.
+        keep_ratio: share of d_ff that is kept; None takes the index's γ.
+        score: energy or paper.
+        sparse_layers: slice of the layers that become sparse, such as ``4:``.
+        alpha: for stability; None takes the index's α, or 0.4.
+        seed: for random.
+
+    Raises:
+        ConfigError: a setting is out of range or missing.
+        IndexMismatchError: the index belongs to another model.
+    """
+    mode, score = Mode(mode), Score(score)
+    numbers = sorted(parse_layers(sparse_layers, len(layers)))
+    if not numbers:
+        raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")
+    if index is not None:
+        index.check_model(layers)
+    if mode is Mode.DENSE:
+        return FixedPredictor(NeuronSelection(mode.value))
+    if keep_ratio is None:
+        if index is None:
+            raise ConfigError(f"mode {mode.value} was given no keep ratio and no index to take it from; give one.")
+        keep_ratio = index.manifest.settings.gamma
+    check_ratio("keep ratio", keep_ratio)
+    if mode is Mode.RANDOM:
+        return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))
+    if mode is Mode.STABILITY:
+        if alpha is None:
+            alpha = index.manifest.settings.alpha if index is not None else 0.4
+        return StabilityPredictor(keep_ratio, score, numbers, alpha)
+    if index is None:
+        raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
+    if mode is Mode.GLOBAL:
+        return FixedPredictor(NeuronSelection(mode.value, index.core_neurons(None, keep_ratio, score, sparse_layers)))
+    return SimilarityPredictor(index, keep_ratio, score, sparse_layers)

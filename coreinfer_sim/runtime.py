@@ -1,0 +1,221 @@
+"""SparseModel: a loaded transformers model whose `generate` prefills densely and decodes sparsely."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coreinfer_sim.activations import ActivationTap, recorded_activations
+from coreinfer_sim.architectures import MLPLayer, find_mlps
+from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
+from coreinfer_sim.errors import GenerationError
+from coreinfer_sim.predictors import Predictor, PromptStatistics
+from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.sparse_mlp import Projections, compact_model, grouped_model, install
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+_N_LATEST = 4
+_REFUSED = {
+    "assistant_model": "assisted decoding reads drafts of several tokens in one step",
+    "prompt_lookup_num_tokens": "prompt-lookup decoding reads drafts of several tokens in one step",
+    "custom_generate": "a custom generate loop need not tell prefill from decode",
+    "encoder_outputs": "only causal models are supported",
+}
+
+
+class SparseModel:
+    """Wraps a model; between and after calls the model is its dense self, bit for bit.
+
+    The phase comes from the cache: a forward pass that begins before the end of the prompt is prefill, every later
+    one is decode. One-token prompts, chunked prefill and calls that bring a cache along are therefore right.
+
+    Example:
+        >>> sparse = SparseModel(model, make_predictor("similarity", find_mlps(model), index), tokenizer)
+        >>> sparse.generate(**tokenizer("How do stars form?", return_tensors="pt"), max_new_tokens=64)
+    """
+
+    def __init__(self, model: Any, predictor: Predictor, tokenizer: Any = None) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: a causal transformers model of a supported family.
+            predictor: chooses the neurons; see `make_predictor`.
+            tokenizer: turns prompt ids back into text for predictors that route by meaning.
+
+        Raises:
+            UnsupportedModelError: the family has no adapter.
+        """
+        self.model, self.predictor, self.tokenizer = model, predictor, tokenizer
+        self.layers = find_mlps(model)
+        self.selections: list[NeuronSelection] = []
+        """What the last call chose, one for each row."""
+        self._latest: OrderedDict[int, tuple[NeuronSelection, dict[int, Projections]]] = OrderedDict()
+        self._lock = _LOCKS.setdefault(model, threading.Lock())
+
+    def __enter__(self) -> SparseModel:
+        """Return the wrapper itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the compact weights; the model itself is dense already."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the compact weights."""
+        self._latest.clear()
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, *, prompts: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate as `transformers`' own ``generate``, decoding sparsely.
+
+        Args:
+            inputs: token ids, [n_rows, n_positions], padded on the left; also as ``input_ids``.
+            prompts: the text by which each row is routed; None decodes the ids.
+            **kwargs: whatever ``model.generate`` takes; rows of unlike clusters may share a batch.
+
+        Raises:
+            GenerationError: an option that sparse decode cannot honour, or a call while another one runs.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise GenerationError("generate was given no token ids, expected input_ids of [n_rows, n_positions].")
+        self._refuse(kwargs)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask.shape != input_ids.shape:
+            raise GenerationError(
+                f"the attention mask has the shape {tuple(mask.shape)}, expected that of the ids, {tuple(input_ids.shape)}."
+            )
+        if not bool(mask[:, -1].all()):
+            raise GenerationError("a row ends in padding, expected padding on the left; set padding_side='left'.")
+        if not self._lock.acquire(blocking=False):
+            raise GenerationError(
+                "this model is generating already, and its weights serve one call at a time; wait, or load it twice."
+            )
+        try:
+            return self._generate(input_ids, mask, prompts, kwargs)
+        finally:
+            self._lock.release()
+
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        for name, reason in _REFUSED.items():
+            if kwargs.get(name) is not None:
+                raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
+        for settings in (kwargs.get("generation_config"), self.model.generation_config):
+            if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
+                raise GenerationError(
+                    "use_cache is False, but sparse decode needs the cache to tell prefill from decode; leave it on."
+                )
+            if getattr(settings, "prompt_lookup_num_tokens", None) is not None:
+                raise GenerationError("prompt-lookup decoding does not go with sparse decode; leave it out.")
+
+    def _generate(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[str] | None, kwargs: dict[str, Any]
+    ) -> Any:
+        n_rows = len(input_ids)
+        if self.predictor.needs_text and prompts is None:
+            prompts = self._texts(input_ids, mask)
+        if prompts is not None and len(prompts) != n_rows:
+            raise GenerationError(f"{len(prompts)} prompts were given for {n_rows} rows of ids, expected one a row.")
+        with self._phases(input_ids.shape[1], mask, prompts):
+            return self.model.generate(input_ids, **{**kwargs, "attention_mask": mask})
+
+    def _texts(self, input_ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        if self.tokenizer is None:
+            raise GenerationError(
+                "this mode routes by the prompt's text; give the wrapper a tokenizer, or prompts=[…]."
+            )
+        return [
+            self.tokenizer.decode(ids[kept.bool()], skip_special_tokens=True)
+            for ids, kept in zip(input_ids, mask, strict=True)
+        ]
+
+    @contextmanager
+    def _phases(self, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> Iterator[None]:
+        """Hold the compact MLPs in the model during decode, and the dense ones otherwise."""
+        n_rows, alpha = len(mask), self.predictor.alpha
+        reader = _PromptReader(mask, alpha) if alpha is not None else None
+        if reader is None:
+            self.selections = self.predictor.select(prompts, None, n_rows)
+        dense: dict[int, Projections] | None = None
+
+        def before_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal dense
+            cache = kwargs.get("past_key_values")
+            n_past = int(cache.get_seq_length()) if cache is not None else 0
+            if n_past < n_prompt:
+                if reader is not None:
+                    reader.begin(kwargs["input_ids"], n_past)
+            elif dense is None:
+                if reader is not None:
+                    self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
+                dense = install(self.layers, self._compact_batch())
+
+        with reader.reading(self.layers) if reader is not None else nullcontext():
+            hook = self.model.register_forward_pre_hook(before_forward, with_kwargs=True)
+            try:
+                yield
+            finally:
+                hook.remove()
+                if dense is not None:
+                    install(self.layers, dense)
+
+    def _compact_batch(self) -> dict[int, Projections]:
+        """Return the compact MLPs of the current batch, grouped by rows that keep the same neurons."""
+        rows: dict[int, list[int]] = {}
+        unique: dict[int, NeuronSelection] = {}
+        for row, selection in enumerate(self.selections):
+            unique.setdefault(id(selection.ids), selection)
+            rows.setdefault(id(selection.ids), []).append(row)
+        return grouped_model(self.layers, [self._compact(each) for each in unique.values()], list(rows.values()))
+
+    def _compact(self, selection: NeuronSelection) -> dict[int, Projections]:
+        """Return a selection's compact MLPs; those of the latest selections are kept for the next call."""
+        key = id(selection.ids)
+        if key not in self._latest:
+            selection.check(self.layers)
+            self._latest[key] = (selection, compact_model(self.layers, selection))
+        self._latest.move_to_end(key)
+        if len(self._latest) > _N_LATEST:
+            self._latest.popitem(last=False)
+        return self._latest[key][1]
+
+
+class _PromptReader:
+    """Sums up the prompt's own activations over the passes of prefill."""
+
+    def __init__(self, mask: torch.Tensor, alpha: float) -> None:
+        self._mask, self._alpha = mask.cpu(), alpha
+        self._starts = np.zeros(1, np.int64)
+        self._n_beams = 1
+        self._tap: ActivationTap | None = None
+        self.statistics: PromptStatistics = {}
+
+    @contextmanager
+    def reading(self, layers: Sequence[MLPLayer]) -> Iterator[None]:
+        """Read the activation site of every pass in the block that `begin` announced."""
+        with recorded_activations(layers, self._add) as self._tap:
+            yield
+
+    def begin(self, input_ids: torch.Tensor, n_past: int) -> None:
+        """Announce a pass over ``input_ids`` [n_rows · n_beams, n_positions] after ``n_past`` positions."""
+        assert self._tap is not None
+        self._n_beams = len(input_ids) // len(self._mask)
+        mask = self._mask[:, n_past : n_past + input_ids.shape[1]].repeat_interleave(self._n_beams, 0)
+        self._starts = np.concatenate([[0], np.cumsum(mask.sum(1).numpy())])
+        self._tap.set_mask(mask)
+
+    def _add(self, layer: int, z: torch.Tensor) -> None:
+        every = sentence_statistics(z, self._starts, self._alpha)
+        step = self._n_beams  # all beams of a prompt have read the same
+        own = SentenceStatistics(every.counts[::step], every.energy[::step], every.activation[::step])
+        self.statistics[layer] = self.statistics[layer] + own if layer in self.statistics else own

@@ -1,0 +1,57 @@
+"""A selection is data: which neurons decode keeps, and where the choice came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.errors import IndexMismatchError
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronSelection:
+    """The neurons that a decode step reads; two selections are the same only if they are one object."""
+
+    mode: str
+    """Which predictor made it."""
+    ids: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Kept neurons of a layer, ascending, [n_kept]; a layer that is not named stays dense."""
+    cluster: int | None = None
+    """Semantic cluster that it belongs to, if any."""
+    similarity: float | None = None
+    """Cosine similarity of the prompt to that cluster's centroid."""
+    label: str | None = None
+    """That cluster's readable label."""
+
+    def check(self, layers: Sequence[MLPLayer]) -> None:
+        """Raise IndexMismatchError if the ids do not fit the model's layers."""
+        for number, ids in self.ids.items():
+            if not 0 <= number < len(layers):
+                raise IndexMismatchError(f"the selection names layer {number}, but the model has {len(layers)} layers.")
+            if len(ids) == 0 or int(ids.max()) >= layers[number].d_ff or int(ids.min()) < 0:
+                raise IndexMismatchError(
+                    f"the selection's neuron ids of layer {number} do not lie in 0 to {layers[number].d_ff - 1}."
+                )
+
+    def mlp_bytes(self, layers: Sequence[MLPLayer]) -> int:
+        """Return the MLP bytes that one decoded token reads."""
+        return sum(
+            _kept_bytes(layer, len(self.ids[layer.number])) if layer.number in self.ids else layer.n_bytes
+            for layer in layers
+        )
+
+    def keep_ratio(self, layers: Sequence[MLPLayer]) -> float:
+        """Return kept neurons over all neurons of the model."""
+        kept = sum(len(self.ids[layer.number]) if layer.number in self.ids else layer.d_ff for layer in layers)
+        return kept / sum(layer.d_ff for layer in layers)
+
+
+def _kept_bytes(layer: MLPLayer, n_kept: int) -> int:
+    """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias."""
+    size = layer.output.weight.element_size()
+    bias = layer.output.bias
+    fixed = bias.numel() * size if bias is not None else 0
+    return (layer.n_bytes - fixed) * n_kept // layer.d_ff + fixed
