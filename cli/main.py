@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from .generate import generate
 from .inspect import info, lookup, verify
 
 INTERRUPTED = 130
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when tqdm is first imported
 
 
 class _Group(click.Group):

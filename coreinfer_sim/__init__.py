@@ -21,6 +21,7 @@ _WHERE = {
     "SemanticIndex": "index",
     "Match": "index",
     "build_index": "build",
+    "find_mlps": "architectures",
     "make_predictor": "predictors",
     "SparseModel": "runtime",
     "TextGenerator": "generation",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -74,7 +75,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
         model = model.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -84,6 +85,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return LanguageModel(model, tokenizer, name, find_mlps(model))
+
+
+def _dense_gguf(options: dict[str, str]) -> dict[str, Any]:
+    """Ask for dense weights where transformers would otherwise keep a GGUF file's blocks packed."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config and "gguf_file" in options else {}
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
