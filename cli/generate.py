@@ -95,7 +95,8 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
     if prompt is not None:
         yield prompt
     elif file is not None:
-        yield from (line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        with file.open(encoding="utf-8") as lines:
+            yield from (line.strip() for line in lines if line.strip())
     elif not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
 

@@ -27,7 +27,8 @@ def print_clusters(index: SemanticIndex) -> None:
     """Print a line or two on each cluster."""
     for cluster in index.clusters:
         click.echo(f"  {cluster.id:4d}  {cluster.size:6,d} prompts  {cluster.label}")
-        click.echo(f"        {'':14s}  e.g. {cluster.exemplars[0][:90]!r}")
+        for exemplar in cluster.exemplars[:2]:
+            click.echo(f"        {'':14s}  e.g. {exemplar[:90]!r}")
 
 
 @click.command()

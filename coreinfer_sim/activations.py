@@ -21,16 +21,24 @@ class ActivationTap:
         """Send what is read to ``sink``."""
         self._sink = sink
         self._kept: torch.Tensor | None = None
+        self._open = False
         self.seen: set[int] = set()
 
     def set_mask(self, attention_mask: torch.Tensor) -> None:
         """Say which positions are tokens (1) and which padding (0): [n_rows, n_positions]."""
         flat = attention_mask.reshape(-1).bool()
         self._kept = None if bool(flat.all()) else flat.nonzero().squeeze(1)
+        self._open = True
         self.seen.clear()
+
+    def pause(self) -> None:
+        """Read nothing until the next mask is set."""
+        self._open = False
 
     def read(self, layer: int, z: torch.Tensor) -> None:
         """Pass one layer's activations on, flattened to tokens and without padding."""
+        if not self._open:
+            return
         self.seen.add(layer)
         z = z.detach().reshape(-1, z.shape[-1])  # OPT's MLP sees [n_tokens, d_ff] already, the others a batch
         self._sink(layer, z if self._kept is None else z.index_select(0, self._kept.to(z.device)))

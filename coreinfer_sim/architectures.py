@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from coreinfer_sim.errors import IndexMismatchError, UnsupportedModelError
 
 GATED = ("gate_proj", "up_proj")
-_SKETCH_SIZE = 32
+SKETCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def weight_sketch(layers: Sequence[MLPLayer]) -> list[list[float]]:
     for layer in layers:
         weight = layer.output.weight.detach()
         rows, columns = (
-            torch.randint(size, (_SKETCH_SIZE,), generator=generator) for size in (layer.d_model, layer.d_ff)
+            torch.randint(size, (SKETCH_SIZE,), generator=generator) for size in (layer.d_model, layer.d_ff)
         )
         if isinstance(layer.output, Conv1D):
             weight = weight.T
@@ -176,7 +176,7 @@ def check_same_weights(expected: list[list[float]], layers: Sequence[MLPLayer], 
         slack = 2.0**-7 * b.abs() + 1e-3 * b.square().mean().sqrt()
         n_different += int(((a - b).abs() > slack).sum())
     if n_different:
-        total = len(found) * _SKETCH_SIZE
+        total = len(found) * SKETCH_SIZE
         raise IndexMismatchError(
             f"{n_different} of {total} sampled weights of the model differ from those that {index} was built from, "
             f"expected the same weights; use that model, or build an index for this one: {command}"

@@ -11,7 +11,7 @@ import numpy as np
 from coreinfer_sim.errors import ClusteringError
 
 N_ITERATIONS = 25
-N_RESTARTS = 10  # fewer leave a field without a cluster of its own on small corpora
+N_RESTARTS = 8  # fewer may leave a field of a small corpus without a cluster of its own
 _SAMPLE = 2000
 _CANDIDATES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 _SMALLEST_MEAN_SIZE = 8
@@ -40,8 +40,16 @@ class Clustering:
         return members[np.argsort(-self.similarity[members], kind="stable")[:n]].tolist()
 
 
-def cluster_embeddings(embeddings: np.ndarray, n_clusters: int, seed: int) -> Clustering:
+def cluster_embeddings(
+    embeddings: np.ndarray, n_clusters: int, seed: int, advance: Callable[[int], None] | None = None
+) -> Clustering:
     """Cluster unit vectors [n, dim] by cosine similarity; empty clusters are dropped, largest cluster first.
+
+    Args:
+        embeddings: unit norm, [n, dim].
+        n_clusters: how many.
+        seed: of the starts.
+        advance: called with 1 after each of `N_RESTARTS` starts.
 
     Raises:
         ClusteringError: more clusters than different sentences.
@@ -52,24 +60,42 @@ def cluster_embeddings(embeddings: np.ndarray, n_clusters: int, seed: int) -> Cl
             f"{n_clusters} clusters were asked for, but the corpus holds {n_different} different prompts; "
             "give a smaller --clusters or a larger corpus."
         )
-    kmeans = faiss.Kmeans(
-        embeddings.shape[1],
-        n_clusters,
-        niter=N_ITERATIONS,
-        nredo=N_RESTARTS,
-        spherical=True,
-        seed=seed + 1,
-        min_points_per_centroid=1,
-        max_points_per_centroid=2**20,
-    )
-    kmeans.train(np.ascontiguousarray(embeddings, dtype=np.float32))
-    found = np.asarray(kmeans.centroids)
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    runs = []
+    for restart in range(N_RESTARTS):
+        runs.append(_k_means(embeddings, n_clusters, N_RESTARTS * seed + restart))
+        if advance:
+            advance(1)
+    found = max(runs, key=lambda run: run[0])[1]
     _, assignment = nearest(faiss_index(found), embeddings, 1)
     used, sizes = np.unique(assignment[:, 0], return_counts=True)
     order = used[np.argsort(-sizes, kind="stable")]
     centroids = np.ascontiguousarray(found[order])
     similarity, assignment = nearest(faiss_index(centroids), embeddings, 1)
     return Clustering(centroids, assignment[:, 0], similarity[:, 0])
+
+
+def _k_means(embeddings: np.ndarray, n_clusters: int, seed: int) -> tuple[float, np.ndarray]:
+    """Run spherical k-means once from a k-means++ start.
+
+    Returns:
+        The mean similarity to the nearest centroid, and the centroids [n_clusters, dim].
+    """
+    from sklearn.cluster import kmeans_plusplus
+
+    start, _ = kmeans_plusplus(embeddings, n_clusters, random_state=seed % 2**32)
+    kmeans = faiss.Kmeans(
+        embeddings.shape[1],
+        n_clusters,
+        niter=N_ITERATIONS,
+        spherical=True,
+        seed=seed % (2**31 - 1),
+        min_points_per_centroid=1,
+        max_points_per_centroid=2**20,
+    )
+    kmeans.train(embeddings, init_centroids=start)
+    centroids = np.asarray(kmeans.centroids)
+    return float(nearest(faiss_index(centroids), embeddings, 1)[0].mean()), centroids
 
 
 def faiss_index(centroids: np.ndarray) -> faiss.IndexFlatIP:
@@ -106,8 +132,9 @@ def choose_n_clusters(
     if len(embeddings) > _SAMPLE:
         sample = embeddings[np.sort(np.random.default_rng(seed).choice(len(embeddings), _SAMPLE, replace=False))]
     curve: dict[int, float] = {}
+    n_different = len(np.unique(sample, axis=0))
     for k in _CANDIDATES:
-        if k * _SMALLEST_MEAN_SIZE > len(sample):
+        if k * _SMALLEST_MEAN_SIZE > len(sample) or k > n_different:
             break
         assignment = cluster_embeddings(sample, k, seed).assignment
         if len(np.unique(assignment)) < 2:

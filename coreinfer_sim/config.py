@@ -111,6 +111,7 @@ class BuildConfig:
                 raise ConfigError(f"clusters is {self.clusters!r}, expected a number or 'auto'.")
         else:
             _check_at_least("clusters", self.clusters, 1)
+        _check_at_least("seed", self.seed, 0)
         _check_at_least("batch_size", self.batch_size, 1)
         _check_at_least("shard_size", self.shard_size, 1)
         parse_layers(self.layers, 1)
@@ -134,6 +135,6 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     if len(numbers) == 1 and numbers[0] is not None:
         layer = numbers[0]
         return [layer % n_layers] if -n_layers <= layer < n_layers else []
-    if len(numbers) in (2, 3):
+    if len(numbers) in (2, 3) and numbers[2:] != [0]:
         return list(range(n_layers))[slice(*numbers)]
     raise ConfigError(f"layers is {text!r}, expected a slice such as '4:' or one layer's number.")

@@ -65,7 +65,7 @@ def token_core_mask(z: torch.Tensor, alpha: float) -> torch.Tensor:
     Returns:
         Booleans, [n_tokens, d_ff].
     """
-    n_core = torch.ceil(alpha * (z > 0).sum(-1, keepdim=True) - 1e-6)
+    n_core = torch.ceil(alpha * (z > 0).sum(-1, keepdim=True).double() - 1e-6)
     order = z.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.arange(z.shape[-1], device=z.device).expand_as(order)
     return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order, rank < n_core)

@@ -76,7 +76,7 @@ class SentenceEncoder:
             pieces, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
         )
         if len(pieces) == len(texts):
-            return np.asarray(vectors, dtype=np.float32)
+            return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.dimension)
         mean = np.zeros((len(texts), self.dimension), dtype=np.float64)
         np.add.at(mean, owners, np.asarray(vectors, dtype=np.float64) * np.asarray(weights)[:, None])
         mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(np.float64).tiny)
@@ -85,13 +85,11 @@ class SentenceEncoder:
     def _windows(self, text: str) -> list[tuple[str, int]]:
         """Cut a text into pieces that fit the window, with the number of tokens of each."""
         room = self.window - 2  # the encoder adds a first and a last token
-        if len(text) <= room:  # a token is at least one character
-            return [(text, 1)]
         offsets = self._model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
             "offset_mapping"
         ]
         if len(offsets) <= room:
-            return [(text, len(offsets))]
+            return [(text, max(1, len(offsets)))]
         windows = []
         for begin in range(0, len(offsets), room):
             part = offsets[begin : begin + room]

@@ -245,7 +245,10 @@ def _read_centroids(path: Path, n_clusters: int, dimension: int) -> np.ndarray:
             f"{path} has {path.stat().st_size} bytes of kind {kind!r}, expected a flat inner-product index of "
             f"{expected} bytes for {n_clusters} clusters; {REBUILD}."
         )
-    index = faiss.read_index(str(path))
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise IndexFormatError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {REBUILD}.") from error
     if (index.ntotal, index.d) != (n_clusters, dimension):
         raise IndexFormatError(
             f"{path} holds {index.ntotal} centroids of {index.d} dimensions, expected {n_clusters} of {dimension}; "
@@ -256,7 +259,8 @@ def _read_centroids(path: Path, n_clusters: int, dimension: int) -> np.ndarray:
 
 def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
     try:
-        clusters = [Cluster(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as file:  # splitlines() would also cut at characters inside a text
+            clusters = [Cluster(**json.loads(line)) for line in file]
     except (ValueError, TypeError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     if [cluster.id for cluster in clusters] != list(range(n_clusters)):

@@ -16,6 +16,8 @@ import torch
 
 _BLOCK = 16384  # counts of a block fit into 16 bits, however wide the layer is
 
+_SMALLEST_SQUARE = np.float32(1.2e-38)  # below it, the reciprocal is infinite
+
 
 def _compiled(integer: type) -> Callable[..., None]:
     """Build the loop for activations whose bit patterns are of ``integer`` type."""
@@ -70,7 +72,7 @@ def _compiled(integer: type) -> Callable[..., None]:
         square = np.float32(0)
         for j in range(row.shape[0]):
             square += row[j] * row[j]
-        scale = np.float32(1) / square if square > 0 else np.float32(0)
+        scale = np.float32(1) / square if square > _SMALLEST_SQUARE else np.float32(0)
         for j in range(row.shape[0]):
             energy[j] += row[j] * row[j] * scale
         for j in range(row.shape[0]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
+SKETCH_SIZE = 32
+PROBE_LENGTH = 8
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
 
 
@@ -96,8 +100,15 @@ class Manifest:
     files: dict[str, FileInfo]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the manifest as plain JSON types."""
-        return dataclasses.asdict(self)
+        """Return the manifest as plain JSON types, with its own checksum."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "sha256": manifest_checksum(fields)}
+
+
+def manifest_checksum(fields: dict[str, Any]) -> str:
+    """Return the sha256 over a manifest's fields, its own checksum left out."""
+    rest = {name: value for name, value in fields.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 _SECTIONS = {"model": ModelInfo, "encoder": EncoderInfo, "corpus": CorpusInfo, "settings": SettingsInfo}
@@ -121,10 +132,18 @@ def read_manifest(folder: Path) -> Manifest:
         version = raw["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise IndexFormatError(f"{path} is no readable manifest ({error}); {REBUILD}.") from error
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise IndexFormatError(
             f"{folder} has format version {version!r}, this release reads version {FORMAT_VERSION}; "
             f"install the release that wrote it or {REBUILD}."
+        )
+    expected = {*(field.name for field in dataclasses.fields(Manifest)), "sha256"}
+    if set(raw) != expected:
+        raise IndexFormatError(f"{path} lacks or misspells a field ({sorted(set(raw) ^ expected)}); {REBUILD}.")
+    if raw["sha256"] != manifest_checksum(raw):
+        raise IndexFormatError(
+            f"{path} has another checksum than it states, expected {raw.get('sha256')!r}; it is damaged or was edited – copy "
+            f"it again or {REBUILD}."
         )
     try:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
@@ -134,7 +153,40 @@ def read_manifest(folder: Path) -> Manifest:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     if set(files) != set(INDEX_FILES):
         raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(INDEX_FILES)}; {REBUILD}.")
-    return Manifest(format_version=version, versions=versions, files=files, **sections)
+    manifest = Manifest(format_version=version, versions=versions, files=files, **sections)
+    _check_contents(manifest, path)
+    return manifest
+
+
+def _check_contents(manifest: Manifest, path: Path) -> None:
+    """Raise IndexFormatError for values that no build writes."""
+    model, settings, probe = manifest.model, manifest.settings, manifest.encoder.probe
+    layers = settings.layers
+    sound = {
+        "settings.layers": all(type(layer) is int for layer in layers)
+        and layers == sorted(set(layers))
+        and bool(layers)
+        and layers[0] >= 0
+        and layers[-1] < model.n_layers,
+        "model.weight_sketch": len(model.weight_sketch) == model.n_layers
+        and all(_are_numbers(row, SKETCH_SIZE) for row in model.weight_sketch),
+        "encoder.probe": _are_numbers(probe, PROBE_LENGTH),
+        **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
+        **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
+        "settings.n_clusters": settings.n_clusters > 0,
+        "encoder.dimension": manifest.encoder.dimension > 0,
+    }
+    for name, holds in sound.items():
+        if not holds:
+            raise IndexFormatError(f"{path}: {name} has an impossible value; {REBUILD}.")
+
+
+def _are_numbers(values: Any, n: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == n
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    )
 
 
 def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
@@ -151,7 +203,7 @@ def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
     }
     for name, annotation in fields.items():
         expected = scalars.get(str(annotation), list)
-        if not isinstance(raw[name], expected) or (expected is int and isinstance(raw[name], bool)):
+        if not isinstance(raw[name], expected) or (expected is not bool and isinstance(raw[name], bool)):
             raise TypeError(f"{where}.{name} is {raw[name]!r}")
     return kind(**raw)
 

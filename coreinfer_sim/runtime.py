@@ -25,9 +25,13 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDi
 _N_LATEST = 4
 _REFUSED = {
     "assistant_model": "assisted decoding reads drafts of several tokens in one step",
-    "prompt_lookup_num_tokens": "prompt-lookup decoding reads drafts of several tokens in one step",
     "custom_generate": "a custom generate loop need not tell prefill from decode",
     "encoder_outputs": "only causal models are supported",
+}
+_REFUSED_SETTINGS = {
+    "prompt_lookup_num_tokens": "prompt-lookup decoding reads drafts of several tokens in one step",
+    "assistant_early_exit": "early-exit drafts are read several in one step",
+    "guidance_scale": "guidance reads a second, unconditional prompt",
 }
 
 
@@ -90,7 +94,7 @@ class SparseModel:
             raise GenerationError("generate was given no token ids, expected input_ids of [n_rows, n_positions].")
         self._refuse(kwargs)
         mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        mask = self._mask_of(input_ids, kwargs) if mask is None else mask
         if mask.shape != input_ids.shape:
             raise GenerationError(
                 f"the attention mask has the shape {tuple(mask.shape)}, expected that of the ids, {tuple(input_ids.shape)}."
@@ -110,13 +114,15 @@ class SparseModel:
         for name, reason in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
-        for settings in (kwargs.get("generation_config"), self.model.generation_config):
-            if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
-                raise GenerationError(
-                    "use_cache is False, but sparse decode needs the cache to tell prefill from decode; leave it on."
-                )
-            if getattr(settings, "prompt_lookup_num_tokens", None) is not None:
-                raise GenerationError("prompt-lookup decoding does not go with sparse decode; leave it out.")
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
+            raise GenerationError(
+                "use_cache is False, but sparse decode needs the cache to tell prefill from decode; leave it on."
+            )
+        for name, reason in _REFUSED_SETTINGS.items():
+            value = kwargs.get(name, getattr(settings, name, None))
+            if value is not None and (name != "guidance_scale" or value != 1):
+                raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
 
     def _generate(
         self, input_ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[str] | None, kwargs: dict[str, Any]
@@ -128,6 +134,15 @@ class SparseModel:
             raise GenerationError(f"{len(prompts)} prompts were given for {n_rows} rows of ids, expected one a row.")
         with self._phases(input_ids.shape[1], mask, prompts):
             return self.model.generate(input_ids, **{**kwargs, "attention_mask": mask})
+
+    def _mask_of(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Tell padding in the ids as transformers does: by the padding token, unless it also ends texts."""
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = eos if isinstance(eos, list) else [eos]
+        if pad is None or pad in ends:
+            return torch.ones_like(input_ids)
+        return input_ids.ne(pad).long()
 
     def _texts(self, input_ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         if self.tokenizer is None:
@@ -157,6 +172,7 @@ class SparseModel:
                     reader.begin(kwargs["input_ids"], n_past)
             elif dense is None:
                 if reader is not None:
+                    reader.pause()
                     self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
                 dense = install(self.layers, self._compact_batch())
 
@@ -164,6 +180,8 @@ class SparseModel:
             hook = self.model.register_forward_pre_hook(before_forward, with_kwargs=True)
             try:
                 yield
+                if reader is not None and dense is None:  # nothing was decoded, but the choice is of interest
+                    self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
             finally:
                 hook.remove()
                 if dense is not None:
@@ -213,6 +231,11 @@ class _PromptReader:
         mask = self._mask[:, n_past : n_past + input_ids.shape[1]].repeat_interleave(self._n_beams, 0)
         self._starts = np.concatenate([[0], np.cumsum(mask.sum(1).numpy())])
         self._tap.set_mask(mask)
+
+    def pause(self) -> None:
+        """Read nothing more: decode has begun."""
+        assert self._tap is not None
+        self._tap.pause()
 
     def _add(self, layer: int, z: torch.Tensor) -> None:
         every = sentence_statistics(z, self._starts, self._alpha)

@@ -31,9 +31,14 @@ class NeuronSelection:
         for number, ids in self.ids.items():
             if not 0 <= number < len(layers):
                 raise IndexMismatchError(f"the selection names layer {number}, but the model has {len(layers)} layers.")
-            if len(ids) == 0 or int(ids.max()) >= layers[number].d_ff or int(ids.min()) < 0:
+            d_ff = layers[number].d_ff
+            if ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) == 0:
                 raise IndexMismatchError(
-                    f"the selection's neuron ids of layer {number} do not lie in 0 to {layers[number].d_ff - 1}."
+                    f"the selection of layer {number} is {ids.dtype} of shape {tuple(ids.shape)}, expected int64 ids [n_kept]."
+                )
+            if int(ids[0]) < 0 or int(ids[-1]) >= d_ff or bool((ids.diff() <= 0).any()):
+                raise IndexMismatchError(
+                    f"the selection of layer {number} does not ascend within 0 to {d_ff - 1}, expected each id once, in order."
                 )
 
     def mlp_bytes(self, layers: Sequence[MLPLayer]) -> int:

@@ -249,7 +249,7 @@ def tiny_tokenizer() -> Any:
 def save_tiny_checkpoint(folder: str | os.PathLike[str], seed: int = 0, **config_overrides: Any) -> str:
     """Save a tiny Llama with a real tokenizer and a chat template, ready for ``load_model`` and the commands.
 
-    Greedy decoding never ends by itself: the special tokens' logits are far below all others.
+    Greedy decoding never ends by itself: the special tokens' logits are 0, below the best of the others.
 
     Args:
         folder: where to; made if missing.
@@ -272,7 +272,7 @@ def save_tiny_checkpoint(folder: str | os.PathLike[str], seed: int = 0, **config
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     with torch.no_grad():
         head = model.get_output_embeddings().weight
-        head[tokenizer.all_special_ids] = 0.0  # a logit of 0, below the largest of a few hundred random ones
+        head[tokenizer.all_special_ids] = 0.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

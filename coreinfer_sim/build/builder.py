@@ -29,7 +29,7 @@ from coreinfer_sim.build.shards import (
     cut_into_shards,
     run_shard,
 )
-from coreinfer_sim.clustering import Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
+from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.config import BuildConfig, CorpusConfig, parse_layers
 from coreinfer_sim.corpus import CorpusReport, Sentence, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
@@ -292,7 +292,11 @@ class _Build:
             n_clusters = self.config.clusters
             if isinstance(n_clusters, str):
                 n_clusters = self._choose()
-            clustering = cluster_embeddings(self.embeddings, n_clusters, self.config.seed)
+            self.progress.start("Clustering", N_RESTARTS, "starts")
+            try:
+                clustering = cluster_embeddings(self.embeddings, n_clusters, self.config.seed, self.progress.advance)
+            finally:
+                self.progress.finish()
             write_atomic(path, lambda part: _save_npz(part, **vars(clustering)))
         with np.load(path) as arrays:
             self.clustering = Clustering(**arrays)

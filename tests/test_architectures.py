@@ -1,0 +1,128 @@
+"""Finding the MLPs of every family, refusing the others, and knowing a model by its weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import N_LAYERS, tiny_mixtral, tiny_model, tiny_mpt, tiny_t5
+
+from coreinfer_sim.architectures import (
+    FAMILIES,
+    check_same_weights,
+    dense_bytes,
+    find_mlps,
+    weight_shape,
+    weight_sketch,
+)
+from coreinfer_sim.errors import IndexMismatchError, ModelError, UnsupportedModelError
+
+
+def test_every_layer_is_found(tiny, model):
+    layers = find_mlps(model)
+    assert [layer.number for layer in layers] == list(range(N_LAYERS))
+    assert {layer.family.name for layer in layers} == {tiny.family}
+    assert {(layer.d_model, layer.d_ff) for layer in layers} == {(tiny.d_model, tiny.d_ff)}
+    for layer in layers:
+        assert weight_shape(layer.output) == (tiny.d_model, tiny.d_ff)
+        n_out = sum(weight_shape(getattr(layer.owner, name))[0] for name in layer.family.inputs)
+        assert n_out == tiny.d_ff * (2 if tiny.gated else 1)
+        assert all(weight_shape(getattr(layer.owner, name))[1] == tiny.d_model for name in layer.family.inputs)
+
+
+def test_layers_are_in_the_models_order(model):
+    n_in_model = {id(module): number for number, module in enumerate(model.modules())}
+    places = [n_in_model[id(layer.owner)] for layer in find_mlps(model)]
+    assert places == sorted(places)
+    assert len(set(places)) == N_LAYERS
+
+
+def test_order_is_that_of_the_decoder_stack(models):
+    model = models["llama"]
+    assert all(layer.owner is block.mlp for layer, block in zip(find_mlps(model), model.model.layers, strict=True))
+    model = models["opt"]
+    blocks = model.model.decoder.layers
+    assert all(layer.owner is block for layer, block in zip(find_mlps(model), blocks, strict=True))
+
+
+def test_bytes_are_those_of_the_projections(tiny, model):
+    n_inputs = 2 if tiny.gated else 1
+    n_values = tiny.d_model * tiny.d_ff * (n_inputs + 1)
+    if tiny.biases:
+        n_values += n_inputs * tiny.d_ff + tiny.d_model
+    layers = find_mlps(model)
+    assert [layer.n_bytes for layer in layers] == [4 * n_values] * N_LAYERS
+    assert dense_bytes(layers) == 4 * n_values * N_LAYERS
+    assert [layer.n_bytes for layer in find_mlps(copy.deepcopy(model).bfloat16())] == [2 * n_values] * N_LAYERS
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [(tiny_mixtral, "mixture of experts"), (tiny_t5, "encoder-decoder"), (tiny_mpt, "no MLP of a known family")],
+    ids=["mixtral", "t5", "mpt"],
+)
+def test_refusals_say_what_is_supported(build, found):
+    model = build()
+    with pytest.raises(UnsupportedModelError) as refusal:
+        find_mlps(model)
+    message = str(refusal.value)
+    assert isinstance(refusal.value, ModelError)
+    assert type(model).__name__ in message
+    assert found in message
+    assert all(family.name in message for family in FAMILIES)
+    assert "FAMILIES" in message
+
+
+def test_layers_of_unlike_width_are_refused():
+    model = tiny_model("llama")
+    wide = copy.deepcopy(model.config)
+    wide.intermediate_size = 64
+    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(wide)
+    with pytest.raises(UnsupportedModelError, match="differ in width.*48.*64.*expected one d_ff"):
+        find_mlps(model)
+
+
+def test_sketch_is_made_of_the_output_weights(tiny, model):
+    layers = find_mlps(model)
+    sketch = weight_sketch(layers)
+    assert [len(values) for values in sketch] == [32] * N_LAYERS
+    assert sketch == weight_sketch(layers)
+    for layer, values in zip(layers, sketch, strict=True):
+        weights = {float(f"{value:.6g}") for value in layer.output.weight.flatten().tolist()}
+        assert set(values) <= weights
+        assert len(set(values)) > 20
+
+
+def test_sketch_survives_a_change_of_dtype(model):
+    sketches = {
+        dtype: weight_sketch(find_mlps(copy.deepcopy(model).to(dtype)))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    for sketch in sketches.values():
+        for dtype in sketches:
+            check_same_weights(sketch, find_mlps(copy.deepcopy(model).to(dtype)), "the index", "build it")
+
+
+def test_sketch_refuses_another_seed(tiny, model):
+    other = find_mlps(tiny_model(tiny.key, seed=1))
+    with pytest.raises(IndexMismatchError, match="of 96 sampled weights.*my-index.*run this"):
+        check_same_weights(weight_sketch(find_mlps(model)), other, "my-index", "run this")
+
+
+def test_sketch_refuses_one_changed_layer():
+    model = tiny_model("llama")
+    sketch = weight_sketch(find_mlps(model))
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.05)
+    with pytest.raises(IndexMismatchError, match="32 of 96 sampled"):
+        check_same_weights(sketch, find_mlps(model), "the index", "build it")
+
+
+def test_sketch_refuses_exchanged_layers():
+    model = tiny_model("gpt2")
+    sketch = weight_sketch(find_mlps(model))
+    blocks = model.transformer.h
+    blocks[0].mlp, blocks[1].mlp = blocks[1].mlp, blocks[0].mlp
+    with pytest.raises(IndexMismatchError):
+        check_same_weights(sketch, find_mlps(model), "the index", "build it")

@@ -1,0 +1,185 @@
+"""The layout: imports point one way, importing is cheap, and a wheel holds the two packages and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "coreinfer_sim"
+COMMANDS = ROOT / "cli"
+ORDER = (
+    "errors",
+    "config",
+    "files",
+    "corpus",
+    "architectures",
+    "models",
+    "activations",
+    "kernels",
+    "core_neurons",
+    "selection",
+    "embeddings",
+    "clustering",
+    "compensation",
+    "manifest",
+    "index",
+    "build",
+    "predictors",
+    "sparse_mlp",
+    "runtime",
+    "generation",
+)
+"""A module imports only from those before it; the modules of a folder count as one and may import each other."""
+USES = ("evaluation", "benchmark", "export", "report", "serving")
+"""Folders that may follow: each takes an index and a model, and nothing imports from them."""
+
+
+def module_name(path: Path) -> str:
+    """Return a file's module, such as ``coreinfer_sim.build.shards``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Draw (line, full name) of everything that a file imports, also inside functions."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = [*base, *([node.module] if node.module else [])]
+            for alias in node.names:
+                yield node.lineno, ".".join([*origin, alias.name])
+
+
+def layer_of(name: str) -> str | None:
+    """Return which part of the package a full name belongs to, or None for other packages."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "coreinfer_sim" and len(parts) > 1 else None
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_part_of_the_package_has_a_place_in_the_order():
+    parts = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")}
+    assert parts - {"py", *USES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_point_upward(path):
+    own = layer_of(module_name(path))
+    for line, name in imports(path):
+        part = layer_of(name)
+        if name.split(".")[0] != "coreinfer_sim" or part == own:
+            continue
+        assert own is not None, f"{path.name}:{line} imports {name}, but the package itself imports nothing"
+        assert part in ORDER, f"{path.name}:{line} imports {name}, from which nothing may be imported"
+        if own not in USES:
+            assert ORDER.index(part) < ORDER.index(own), f"{path.name}:{line} imports {name}, which comes after {own}"
+
+
+def test_the_test_of_imports_sees_imports():
+    found = {name for _, name in imports(PACKAGE / "index.py")}
+    assert {"json", "coreinfer_sim.clustering.nearest", "coreinfer_sim.manifest.Manifest"} <= found
+    nested = {name for _, name in imports(PACKAGE / "core_neurons.py")}
+    assert "coreinfer_sim.kernels.accumulate" in nested
+    relative = {name for _, name in imports(COMMANDS / "main.py")}
+    assert "cli.generate.generate" in relative
+
+
+def test_the_package_does_not_know_its_commands():
+    for path in SOURCES:
+        for line, name in imports(path):
+            assert name.split(".")[0] not in {"cli", "coreinfer_sim_cli", "click", "rich"}, (
+                f"{path.name}:{line}: {name}"
+            )
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_settings_and_errors_come_without_torch():
+    loaded = run_python(
+        "import sys, coreinfer_sim; from coreinfer_sim import BuildConfig, CorpusConfig, Mode, Score, CoreInferSimError\n"
+        "import coreinfer_sim.corpus, coreinfer_sim.files, coreinfer_sim.manifest, coreinfer_sim_cli.main\n"
+        "print(*sys.modules)"
+    ).split()
+    assert "coreinfer_sim.manifest" in loaded
+    assert not {"torch", "transformers", "datasets", "faiss", "numba", "sentence_transformers"} & set(loaded)
+
+
+def test_every_public_name_is_there():
+    import coreinfer_sim
+
+    assert dir(coreinfer_sim) == coreinfer_sim.__all__
+    for name in coreinfer_sim.__all__:
+        assert getattr(coreinfer_sim, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'build_indexes'"):
+        _ = coreinfer_sim.build_indexes
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources."""
+    try:
+        setuptools = int(version("setuptools").split(".")[0])
+    except PackageNotFoundError:
+        setuptools = 0
+    if setuptools < 77 or importlib.util.find_spec("build") is None:
+        pytest.skip("building a wheel offline needs setuptools 77 or later and the package 'build' in this environment")
+    source = tmp_path_factory.mktemp("source")
+    for path in ROOT.iterdir():
+        if path.name.startswith(".") or path.name in {"build", "dist", "models"} or path.suffix == ".egg-info":
+            continue
+        if path.is_dir():
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__", "*.gguf"))
+        else:
+            shutil.copy(path, source)
+    for name in ("tests", "indexes", "data_scripts"):
+        assert (source / name).is_dir()
+        (source / name / "__init__.py").touch()  # what a search for packages would pick up
+    out = source / "dist"
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (made,) = out.glob("*.whl")
+    return made
+
+
+def test_a_wheel_holds_only_our_two_packages(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    info = {top for top in tops if top.endswith(".dist-info")}
+    assert len(info) == 1
+    assert tops - info == {"coreinfer_sim", "coreinfer_sim_cli"}
+
+
+def test_a_wheel_holds_every_module(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {str(path.relative_to(ROOT)) for path in SOURCES} <= names
+    assert {f"coreinfer_sim_cli/{path.name}" for path in COMMANDS.glob("*.py")} <= names
+    assert "coreinfer_sim/py.typed" in names
+
+
+def test_a_wheel_installs_the_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert b"coreinfer-sim = coreinfer_sim_cli.main:main" in archive.read(entry_points)
