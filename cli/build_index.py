@@ -16,7 +16,7 @@ _D = {"show_default": True}
 def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int | str:
     if value == "auto":
         return value
-    if not value.isdigit():
+    if not value.isdecimal():
         raise click.BadParameter(f"{value!r} is neither a number nor 'auto'.")
     return int(value)
 
@@ -43,7 +43,7 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int |
 @click.option("--alpha", type=float, default=0.4, **_D, help="Share of positive activations: token-wise core.")
 @click.option("--beta", type=float, default=0.4, **_D, help="Share of d_ff: sentence-wise core.")
 @click.option("--gamma", type=float, default=0.8, **_D, help="Default keep ratio of the index; free to change later.")
-@click.option("--seed", type=int, default=0, **_D, help="Seed of k-means.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, **_D, help="Seed of k-means.")
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers to record, such as '4:'.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, **_D, help="Texts in one forward pass.")
 @click.option("--shard-size", type=click.IntRange(1), default=64, **_D, help="Texts in one shard.")

@@ -50,7 +50,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.option("--no-repeat-ngram-size", type=click.IntRange(1))
 @click.option("--num-beams", type=click.IntRange(1), default=1, **_D, help="Beam search; does not stream.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop after this text; may be given several times.")
-@click.option("--seed", type=int, default=0, **_D, help="Of sampling and of random mode.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, **_D, help="Of sampling and of random mode.")
 @options.encoder
 @options.model_options
 @options.as_json
@@ -93,12 +93,13 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both.")
     if prompt is not None:
-        yield prompt
+        yield options.readable(prompt)
     elif file is not None:
-        with file.open(encoding="utf-8") as lines:
-            yield from (line.strip() for line in lines if line.strip())
+        with file.open(encoding="utf-8", errors="surrogateescape") as lines:
+            yield from (options.readable(line.strip()) for line in lines if line.strip())
     elif not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        lines = click.get_text_stream("stdin", encoding="utf-8", errors="surrogateescape")
+        yield from (options.readable(line.strip()) for line in lines if line.strip())
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -111,7 +112,7 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
     from coreinfer_sim.embeddings import SentenceEncoder
     from coreinfer_sim.generation import TextGenerator
     from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import load_model
+    from coreinfer_sim.models import load_model, tokenizer_hash
     from coreinfer_sim.predictors import make_predictor
 
     index = None
@@ -121,6 +122,8 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
     if given["model"] is None and index is None:
         raise ConfigError("neither a model nor an index was given, expected --model, or --index to take it from.")
     language_model = load_model(given["model"] or index.manifest.model.name, given["dtype"], given["device"])
+    if index is not None:
+        index.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
     modes = [given["mode"]] + (["dense"] if compare and given["mode"] != "dense" else [])
     predictors = [
         make_predictor(

@@ -112,7 +112,7 @@ def lookup(
     from coreinfer_sim.errors import PromptError
     from coreinfer_sim.index import SemanticIndex
 
-    if not prompt.strip():
+    if not options.readable(prompt).strip():
         raise PromptError("the prompt is empty, expected some text.")
     quiet_libraries()
     loaded = SemanticIndex.load(index)

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from coreinfer_sim.errors import PromptError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -26,6 +28,16 @@ encoder = click.option(
 def model_options(function: F) -> F:
     """Add --dtype and --device."""
     return dtype(device(function))
+
+
+def readable(prompt: str) -> str:
+    """Return a prompt, or raise PromptError if bytes in it are no UTF-8, which Python passes on as surrogates."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = ascii(prompt[:40])
+        raise PromptError(f"the prompt {shown} is not UTF-8, expected UTF-8 text; convert it first.") from error
+    return prompt
 
 
 def template_text(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:

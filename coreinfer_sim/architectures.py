@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.errors import IndexMismatchError, UnsupportedModelError
@@ -86,6 +87,13 @@ class MLPLayer:
 
 def _mlp_layer(number: int, owner: Any) -> MLPLayer:
     family = _BY_OWNER[type(owner).__name__]
+    for name in (*family.inputs, family.output):
+        kind = type(getattr(owner, name))
+        if kind not in (nn.Linear, Conv1D, FalconLinear):
+            raise UnsupportedModelError(
+                f"{name} of layer {number} is a {kind.__module__}.{kind.__name__}, expected a plain linear layer; merge "
+                "adapters, and load the model without quantisation."
+            )
     d_model, d_ff = weight_shape(getattr(owner, family.output))
     n_bytes = sum(module_bytes(getattr(owner, name)) for name in (*family.inputs, family.output))
     return MLPLayer(number, family, owner, d_model, d_ff, n_bytes)

@@ -44,10 +44,11 @@ def _check_at_least(name: str, value: int | None, smallest: int) -> None:
 def template_fields(template: str) -> list[str]:
     """Return the column names that a template such as ``"Question: {question}"`` reads."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(f"the template {template!r} cannot be read ({error}); write {{column}}.") from error
-    if not names or not all(name.isidentifier() for name in names):
+    names = [str(name) for name, _, _ in parsed]
+    if not names or not all(str(name).isidentifier() and not form and not how for name, form, how in parsed):
         raise ConfigError(f"the template {template!r} names no column; write for example 'Question: {{question}}'.")
     return names
 

@@ -65,7 +65,7 @@ def token_core_mask(z: torch.Tensor, alpha: float) -> torch.Tensor:
     Returns:
         Booleans, [n_tokens, d_ff].
     """
-    n_core = torch.ceil(alpha * (z > 0).sum(-1, keepdim=True).double() - 1e-6)
+    n_core = torch.ceil(alpha * (z > 0).sum(-1, keepdim=True).cpu().double() - 1e-6).to(z.device, torch.int64)
     order = z.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.arange(z.shape[-1], device=z.device).expand_as(order)
     return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order, rank < n_core)
@@ -103,6 +103,8 @@ def sentence_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> Se
         alpha: share of the positive entries that makes C_α.
     """
     shape = (len(starts) - 1, z.shape[1])
+    if z.dtype == torch.float64:
+        z = z.float()
     if z.device.type == "cpu":
         from coreinfer_sim.kernels import accumulate  # numba takes a while to import, and lookups never need it
 

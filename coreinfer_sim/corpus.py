@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -184,7 +185,7 @@ def open_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is in the exception
     path = Path(config.source)
     try:
         yield from _dataset(datasets, path, config)

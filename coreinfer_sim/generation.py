@@ -127,7 +127,8 @@ class TextGenerator:
         text, ids = self._encode(prompt, chat)
         self._check_length(ids.shape[1], max_new_tokens)
         clock = _Clock(self.language_model.tokenizer, write)
-        streams = options.get("num_beams", 1) == 1
+        beams = options.get("num_beams") or self.language_model.model.generation_config.num_beams or 1
+        streams = beams == 1
         begin = time.perf_counter()
         output = self.sparse.generate(
             ids,

@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
@@ -185,6 +185,8 @@ class SemanticIndex:
         name = {Score.ENERGY: "energy", Score.PAPER: "counts"}[Score(score)]
         values, ties = self._statistic(name, cluster), self._statistic("activation", cluster)
         wanted = set(parse_layers(layers, model.n_layers))
+        if not wanted:
+            raise ConfigError(f"layers is {layers!r}, which names none of the model's {model.n_layers} layers.")
         missing = wanted - set(settings.layers)
         if missing:
             raise ConfigError(
@@ -288,8 +290,9 @@ def save_parts(
     manifest_without_files: Manifest,
 ) -> Manifest:
     """Write an index folder's files, each forced to disk, the manifest last, and return the whole manifest."""
-    faiss.write_index(faiss_index(centroids), str(folder / CENTROIDS_FILE))
-    save_file({name: np.ascontiguousarray(values) for name, values in statistics.items()}, folder / NEURONS_FILE)
+    # Made in memory and written by Python, which reports a full disk; FAISS would not.
+    (folder / CENTROIDS_FILE).write_bytes(faiss.serialize_index(faiss_index(centroids)).tobytes())
+    (folder / NEURONS_FILE).write_bytes(save({name: np.ascontiguousarray(v) for name, v in statistics.items()}))
     lines = [json.dumps(asdict(cluster), ensure_ascii=False) for cluster in clusters]
     (folder / CLUSTERS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     files = {}

@@ -77,7 +77,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
         model = model.to(device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises the errors of a dozen libraries
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the model {name!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."

@@ -27,6 +27,7 @@ _REFUSED = {
     "assistant_model": "assisted decoding reads drafts of several tokens in one step",
     "custom_generate": "a custom generate loop need not tell prefill from decode",
     "encoder_outputs": "only causal models are supported",
+    "inputs_embeds": "routing and statistics read token ids",
 }
 _REFUSED_SETTINGS = {
     "prompt_lookup_num_tokens": "prompt-lookup decoding reads drafts of several tokens in one step",
@@ -114,13 +115,12 @@ class SparseModel:
         for name, reason in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
-        settings = kwargs.get("generation_config") or self.model.generation_config
-        if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is False:
+        if self._setting("use_cache", kwargs) is False:
             raise GenerationError(
                 "use_cache is False, but sparse decode needs the cache to tell prefill from decode; leave it on."
             )
         for name, reason in _REFUSED_SETTINGS.items():
-            value = kwargs.get(name, getattr(settings, name, None))
+            value = self._setting(name, kwargs)
             if value is not None and (name != "guidance_scale" or value != 1):
                 raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
 
@@ -135,10 +135,15 @@ class SparseModel:
         with self._phases(input_ids.shape[1], mask, prompts):
             return self.model.generate(input_ids, **{**kwargs, "attention_mask": mask})
 
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """Return what transformers will use: the argument, else the given config, else the model's own."""
+        given = kwargs.get("generation_config"), self.model.generation_config
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in given))
+        return next((value for value in values if value is not None), None)
+
     def _mask_of(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Tell padding in the ids as transformers does: by the padding token, unless it also ends texts."""
-        settings = kwargs.get("generation_config") or self.model.generation_config
-        pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        pad, eos = (self._setting(name, kwargs) for name in ("pad_token_id", "eos_token_id"))
         ends = eos if isinstance(eos, list) else [eos]
         if pad is None or pad in ends:
             return torch.ones_like(input_ids)

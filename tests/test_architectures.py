@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny_models import N_LAYERS, tiny_mixtral, tiny_model, tiny_mpt, tiny_t5
+from torch import nn
 
 from coreinfer_sim.architectures import (
     FAMILIES,
@@ -80,6 +81,24 @@ def test_layers_of_unlike_width_are_refused():
     wide.intermediate_size = 64
     model.model.layers[1].mlp = type(model.model.layers[1].mlp)(wide)
     with pytest.raises(UnsupportedModelError, match="differ in width.*48.*64.*expected one d_ff"):
+        find_mlps(model)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_wrapped_projections_are_refused(name):
+    """An adapter or a quantised module holds more than its weight; cut as a plain one, it would be wrong unseen."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    plain = getattr(mlp, name)
+    adapted = Adapted(plain.in_features, plain.out_features, bias=False)
+    adapted.weight = plain.weight
+    setattr(mlp, name, adapted)
+    with pytest.raises(UnsupportedModelError, match="Adapted"):
         find_mlps(model)
 
 

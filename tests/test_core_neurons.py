@@ -18,7 +18,7 @@ from coreinfer_sim.core_neurons import (
     top_ids,
     top_mask,
 )
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.errors import ConfigError, CoreInferSimError
 
 
 def ids_of(mask):
@@ -246,6 +246,15 @@ def test_any_number_of_threads_gives_the_same(dtype, monkeypatch):
         many = sentence_statistics(z, starts, 0.4)
         for name in ("counts", "energy", "activation"):
             assert np.array_equal(getattr(many, name), getattr(one, name))
+
+
+def test_float64():
+    z, starts = activations(6, 50, "ties", torch.float64, seed=2), np.array([0, 2, 6])
+    try:
+        found = sentence_statistics(z, starts, 0.4)
+    except CoreInferSimError:  # a refusal would do as well
+        return
+    assert_same(found, reference(z, starts, 0.4))
 
 
 def test_activations_that_require_gradients_are_read():

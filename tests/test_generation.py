@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import save_tiny_checkpoint, tiny_model
 from transformers import DynamicCache
 
+from coreinfer_sim import generation
 from coreinfer_sim.architectures import dense_bytes, find_mlps
 from coreinfer_sim.errors import GenerationError, PromptError
 from coreinfer_sim.generation import Generation, TextGenerator
@@ -91,6 +93,20 @@ def test_the_result(language_model, random_predictor, generator):
     assert result.dense_mlp_bytes_per_token == dense_bytes(layers) == 3 * 3 * 32 * 48 * 4
     assert result.mlp_bytes_per_token == result.dense_mlp_bytes_per_token // 2
     assert result.tokens_per_second == pytest.approx(11 / result.decode_seconds)
+
+
+def test_seconds_of_prefill_and_decode(language_model, generator, monkeypatch):
+    """By a clock that ticks with every forward pass: the first token belongs to prefill, all others to decode."""
+    ticks = []
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: float(len(ticks))))
+    hook = language_model.model.register_forward_hook(lambda *_: ticks.append(1))
+    try:
+        for options in ({}, {"write": lambda piece: None}):
+            result = generator.generate(PROMPT, max_new_tokens=8, **options)
+            assert (result.prefill_seconds, result.decode_seconds) == (1.0, 7.0)
+            assert result.tokens_per_second == 1.0
+    finally:
+        hook.remove()
 
 
 def test_sparse_text_is_not_dense_text(language_model, generator):
@@ -259,6 +275,14 @@ def test_generation_stops_at_the_end_token(generator):
     end = free.token_ids[4]
     result = generator.generate(PROMPT, max_new_tokens=10, eos_token_id=end)
     assert result.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+
+
+def test_a_checkpoint_that_asks_for_beams(tmp_path):
+    language_model = load_model(save_tiny_checkpoint(tmp_path / "beams"))
+    language_model.model.generation_config.num_beams = 2
+    pieces = []
+    generator = TextGenerator(language_model, make_predictor("dense", language_model.layers))
+    assert pieces == [generator.generate(PROMPT, max_new_tokens=4, write=pieces.append).text]
 
 
 def test_the_end_token_is_no_text(language_model, generator):

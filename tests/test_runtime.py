@@ -485,10 +485,10 @@ def test_stability_keeps_the_prompts_own_core_neurons(model, score):
     assert (logits(found) - steps).abs().max() <= 1e-5
 
 
-def stability_alone(model, rows, **options):
+def stability_alone(model, rows, score="energy", **options):
     outputs, selections = [], []
     for row in rows:
-        sparse = SparseModel(model, stability(model))
+        sparse = SparseModel(model, stability(model, score=score))
         outputs.append(generate(sparse, row, **options))
         selections += sparse.selections
     return outputs, selections
@@ -505,15 +505,16 @@ def test_stability_by_row_equals_single_rows(model):
     assert_rows_equal(batch, singles)
 
 
+@pytest.mark.parametrize("score", ["energy", "paper"])
 @pytest.mark.parametrize("key", SOME)
-def test_stability_by_row_with_beams(models, key):
+def test_stability_by_row_with_beams(models, key, score):
     model = models[key]
     rows = [token_ids(1, n, seed=n) for n in (3, 8, 5)]
     ids, mask = left_padded(*rows)
-    sparse = SparseModel(model, stability(model))
+    sparse = SparseModel(model, stability(model, score=score))
     batch = generate(sparse, ids, attention_mask=mask, num_beams=3)
-    singles, selections = stability_alone(model, rows, num_beams=3)
-    _, without_beams = stability_alone(model, rows)
+    singles, selections = stability_alone(model, rows, score, num_beams=3)
+    _, without_beams = stability_alone(model, rows, score)
     for found, expected, greedy in zip(sparse.selections, selections, without_beams, strict=True):
         assert_same_ids(found.ids, expected.ids)
         assert_same_ids(found.ids, greedy.ids)  # beams count a prompt's tokens once
@@ -567,13 +568,21 @@ def test_stability_does_not_read_what_it_generates(models):
     assert_same_ids(*kept)
 
 
-def test_stability_of_some_layers(models):
-    model = models["llama"]
+@pytest.mark.parametrize("key", SOME)
+def test_stability_of_some_layers(models, key):
+    """Layers that stay dense decode through the modules that were read during prefill; they are read no more."""
+    model = models[key]
     rows = [token_ids(1, n, seed=n) for n in (3, 8)]
     ids, mask = left_padded(*rows)
     sparse = SparseModel(model, stability(model, sparse_layers="1:"))
-    generate(sparse, ids, attention_mask=mask)
-    assert [sorted(chosen.ids) for chosen in sparse.selections] == [[1, 2], [1, 2]]
+    batch = generate(sparse, ids, attention_mask=mask)
+    for number, (row, chosen) in enumerate(zip(rows, sparse.selections, strict=True)):
+        core = prompt_core(model, row, "energy")
+        assert_same_ids(chosen.ids, {1: core[1], 2: core[2]})
+        tokens, steps = by_hand(model, chosen, row)
+        for found, place in ((batch, number), (generate(sparse, row), 0)):
+            assert found.sequences[place, -N_NEW:].tolist() == tokens[0, -N_NEW:].tolist()
+            assert (logits(found)[place] - steps[0]).abs().max() <= 1e-4
 
 
 def test_stability_with_one_new_token(models):
@@ -694,12 +703,45 @@ def test_drafts_by_early_exit_are_refused(mode):
         sparse.generate(token_ids(1, 6), max_new_tokens=6, assistant_early_exit=1, do_sample=False)
 
 
-def test_without_a_mask_padding_is_found_as_transformers_finds_it(models):
+@pytest.mark.parametrize("end", [None, 3, [3, 0]], ids=["no-end", "another-end", "the-end-too"])
+def test_without_a_mask_padding_is_found_as_transformers_finds_it(models, end):
     model = models["llama"]
     ids, _ = left_padded(token_ids(1, 3), token_ids(1, 7))
-    options = {"max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": end}
     found = SparseModel(model, everything(model)).generate(ids, **options)
     assert torch.equal(found, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_cache", False), ("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 1)]
+)
+def test_settings_of_the_model_hold_where_a_given_config_names_none(name, value):
+    model = tiny_model("llama")
+    setattr(model.generation_config, name, value)
+    sparse = SparseModel(model, random_predictor(model))
+    with pytest.raises(GenerationError, match=name):
+        sparse.generate(token_ids(1, 6), generation_config=GenerationConfig(max_new_tokens=2))
+
+
+def test_padding_is_found_where_a_given_config_names_none(models):
+    model = models["llama"]
+    assert model.generation_config.pad_token_id == 0
+    ids, _ = left_padded(token_ids(1, 3), token_ids(1, 7))
+    config = GenerationConfig(max_new_tokens=N_NEW, do_sample=False)
+    found = SparseModel(model, everything(model)).generate(ids, generation_config=config)
+    assert torch.equal(found, model.generate(ids, generation_config=config))
+
+
+def test_embeddings_in_place_of_ids(models):
+    """Refused, or read as what they are: the prompt."""
+    model = models["llama"]
+    ids = token_ids(1, 6)
+    sparse = SparseModel(model, stability(model))
+    try:
+        generate(sparse, ids, inputs_embeds=model.get_input_embeddings()(ids).detach())
+    except GenerationError:
+        return
+    assert_same_ids(sparse.selections[0].ids, prompt_core(model, ids, "energy"))
 
 
 def test_unsupported_models_are_refused():
@@ -857,8 +899,10 @@ def test_the_four_latest_selections_are_kept(models, cuts):
     assert use("e") == "e"  # and "a", the oldest, goes
     assert use("bcde") == ""
     assert use("a") == "a"
-    assert use("cdea") == ""
-    assert use("b") == "b"
+    assert use("dcea") == ""
+    assert use("b") == "b"  # and "d", used longest ago, goes
+    assert use("ceab") == ""
+    assert use("d") == "d"
     sparse.close()
     assert use("b") == "b"
 
@@ -881,6 +925,15 @@ def test_selections_that_share_their_ids_share_a_group(models, cuts):
         generate(SparseModel(model, rows), token_ids(2, 4), 2)
     assert cuts == ["p"]
     assert passes == [(4, 48), (1, n_kept(0.4, 48))]
+
+
+def test_shared_ids_beside_others(models):
+    model = models["llama"]
+    shared, other = selection(model, 0.3, seed=1), selection(model, 0.6, seed=2)
+    rows = [token_ids(1, 5, seed=n) for n in range(4)]
+    chosen = [NeuronSelection("test", each.ids, cluster=n) for n, each in enumerate((shared, other, shared, other))]
+    singles = [generate(SparseModel(model, FixedPredictor(c)), r) for c, r in zip(chosen, rows, strict=True)]
+    assert_rows_equal(generate(SparseModel(model, RowPredictor(*chosen)), torch.cat(rows)), singles)
 
 
 def test_leaving_the_block_lets_go_of_the_compact_weights(models, cuts):

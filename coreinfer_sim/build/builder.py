@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from coreinfer_sim.architectures import MLPLayer, weight_sketch
-from coreinfer_sim.build.executors import RunShard, default_threads, default_workers, run_shards
+from coreinfer_sim.build.executors import RunShard, default_threads, default_workers, n_cores, run_shards
 from coreinfer_sim.build.progress import Progress
 from coreinfer_sim.build.shards import (
     ACTIVATION_UNIT,
@@ -34,7 +35,7 @@ from coreinfer_sim.config import BuildConfig, CorpusConfig, parse_layers
 from coreinfer_sim.corpus import CorpusReport, Sentence, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
-from coreinfer_sim.files import write_atomic, write_json
+from coreinfer_sim.files import sha256_of, write_atomic, write_json
 from coreinfer_sim.index import Cluster, SemanticIndex, remove_index, save_parts
 from coreinfer_sim.manifest import (
     FORMAT_VERSION,
@@ -107,12 +108,12 @@ def build_index(
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
     config = config or BuildConfig()
     progress = progress or Progress()
-    out = Path(out)
-    folder = out.with_name(out.name + ".build")
+    out = Path(os.path.abspath(out))
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
-    _check_output(out, folder, force)
+    _check_output(out, force)
+    folder = out.with_name(out.name + ".build")
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
     if not isinstance(model, str) and workers != 1:
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
@@ -125,22 +126,22 @@ def build_index(
         build.check_plan()
         build.read()
         build.check_room(out)
-        build.embed()
-        build.cluster()
-        build.run(workers)
+        with _n_threads(n_cores()):
+            build.embed()
+            build.cluster()
+        with _n_threads(n_threads):
+            build.run(workers)
         build.write(out)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
 
 
-def _check_output(out: Path, folder: Path, force: bool) -> None:
+def _check_output(out: Path, force: bool) -> None:
     if out.exists():
         if not force:
             raise BuildError(f"{out} exists already, expected a new folder; name another one or give --force.")
         if not (out / MANIFEST_FILE).is_file():
             raise BuildError(f"{out} exists and is no index, so --force does not replace it; name another folder.")
-    if force and folder.exists():
-        shutil.rmtree(folder)
 
 
 @contextmanager
@@ -154,11 +155,28 @@ def _build_folder(folder: Path, force: bool) -> Iterator[None]:
             raise BuildError(
                 f"another build is at work in {folder}, expected none; wait for it or name another folder."
             ) from error
+        if force:
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield
         finally:
             if {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
                 shutil.rmtree(folder)
+
+
+@contextmanager
+def _n_threads(n: int) -> Iterator[None]:
+    """Run the block with ``n`` threads, whatever the caller had set: the last bits of a product depend on it."""
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(n)
+    faiss.omp_set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        faiss.omp_set_num_threads(before[1])
 
 
 class _Build:
@@ -191,6 +209,7 @@ class _Build:
         sketch = json.dumps(weight_sketch(self.language_model.layers))
         plan = {
             "corpus": asdict(self.corpus),
+            "corpus_file": sha256_of(source) if (source := Path(self.corpus.source)).is_file() else None,
             "config": self.config.as_dict(),
             "model": self.language_model.name,
             "dtype": self.job.dtype,
@@ -326,14 +345,11 @@ class _Build:
         model_bytes = self.language_model.model.get_memory_footprint()
         n_workers = workers or default_workers(self.job.device, self.job.n_threads, model_bytes)
         run = _make_runner(self.job, self.language_model, self.sentences, self.clustering)
-        n_threads = torch.get_num_threads()
-        torch.set_num_threads(self.job.n_threads)
         self.progress.start("Language model", self.report.n_tokens, "tokens", self.report.n_tokens - n_open)
         try:
             run_shards(open_shards, run, n_workers, _runner_of, self.job, self.progress.advance)
         finally:
             self.progress.finish()
-            torch.set_num_threads(n_threads)
 
     def write(self, out: Path) -> None:
         """Stage 5: add the shards up and put the index in place in one step."""
@@ -355,11 +371,6 @@ class _Build:
             if out.exists():
                 remove_index(out)
             os.replace(part, out)
-        except (SafetensorError, RuntimeError) as error:  # how safetensors and FAISS report a full disk
-            raise BuildError(
-                f"the index cannot be written to {out} ({' '.join(str(error).split())}); free some space and run the same "
-                "command again – finished shards are kept."
-            ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -472,13 +483,15 @@ def _runner_of(job: _Job) -> RunShard:
 
 
 def _save_npy(array: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
+    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _save_npz(path: Path, **arrays: Any) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _size(n_bytes: float) -> str:

@@ -81,9 +81,9 @@ def run_shards(
             raise BuildError(f"a worker process ended with exit code {failed[0]}; {_AGAIN}")
     finally:
         for helper in helpers:
-            if helper.is_alive():
+            if helper.pid is not None:  # it was started
                 helper.terminate()
-            helper.join()
+                helper.join()
 
 
 _AGAIN = "finished shards are kept – run the same command again, with fewer --workers if memory was short."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from coreinfer_sim.activations import recorded_activations
 from coreinfer_sim.architectures import MLPLayer
@@ -52,7 +52,7 @@ class PartialSums:
 
     def save(self, path: Path) -> None:
         """Write in one step: a shard is on disk whole or not at all."""
-        write_atomic(path, lambda part: save_file(vars(self), part))
+        write_atomic(path, lambda part: part.write_bytes(save(vars(self))))
 
     @classmethod
     def load(cls, path: Path) -> PartialSums:
