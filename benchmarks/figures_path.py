@@ -118,7 +118,7 @@ def dense_equality(model: str) -> None:
 @model_option
 @data_option
 @click.option("--rows", default=2000, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
 def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
     """The recording pass beside a plain batched forward over the same batches, alternating, in one process."""
     import torch
@@ -135,12 +135,12 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
         source = CorpusConfig(
             str(_mixed_corpus(data, rows, Path(folder, "corpus.jsonl"))), prompt_column="prompt", template=TEMPLATE
         )
+        tokenizer = load_model(model).tokenizer
+        sentences = list(read_corpus(source, lambda texts: tokenizer(texts)["input_ids"])[0])
+        embeddings = SentenceEncoder().encode([sentence.prompt for sentence in sentences])
+        assignment = cluster_embeddings(embeddings, 24, 0).assignment
         for dtype in ("bfloat16", "float32"):
             language_model = load_model(model, dtype)
-            drawn, _ = read_corpus(source, lambda texts, lm=language_model: lm.tokenizer(texts)["input_ids"])
-            sentences = list(drawn)
-            embeddings = SentenceEncoder().encode([sentence.prompt for sentence in sentences])
-            assignment = cluster_embeddings(embeddings, 24, 0).assignment
             torch.set_num_threads(default_threads("cpu"))
             n_tokens = np.array([sentence.n_tokens for sentence in sentences])
             shards = cut_into_shards(assignment, n_tokens, config.shard_size)
@@ -155,7 +155,7 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
                 plain.append(n_tokens[shard].sum() / (middle - begin))
                 own.append(n_tokens[shard].sum() / (time.perf_counter() - middle))
             shares = [a / b for a, b in zip(own[1:], plain[1:], strict=True)]
-            share = round(statistics.median(shares), 3)
+            share = round(float(statistics.median(shares)), 3)
             record(
                 FILE,
                 f"language-model pass beside a plain forward over the same batches, {dtype}",
@@ -164,7 +164,7 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
                 "at least 0.8",
                 share >= 0.8,
                 _command("lm-pass", True),
-                spread=[round(min(shares), 3), round(max(shares), 3)],
+                spread=[round(float(min(shares)), 3), round(float(max(shares)), 3)],
                 tokens_per_second={
                     "recording": round(float(np.median(own[1:]))),
                     "plain": round(float(np.median(plain[1:]))),
