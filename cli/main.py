@@ -12,6 +12,7 @@ import click
 from coreinfer_sim.errors import CoreInferSimError
 
 from .build_index import build_index
+from .evaluate import evaluate
 from .generate import generate
 from .inspect import info, lookup, verify
 
@@ -59,5 +60,5 @@ def main() -> None:
     """
 
 
-for _command in (build_index, info, verify, lookup, generate):
+for _command in (build_index, info, verify, lookup, generate, evaluate):
     main.add_command(_command)

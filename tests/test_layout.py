@@ -30,7 +30,6 @@ ORDER = (
     "selection",
     "embeddings",
     "clustering",
-    "compensation",
     "manifest",
     "index",
     "build",

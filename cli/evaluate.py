@@ -1,0 +1,132 @@
+"""`coreinfer-sim evaluate`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options
+from .console import ConsoleProgress, print_json, quiet_libraries, status
+
+_D = {"show_default": True}
+_NAMES = ["dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle"]
+
+
+def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
+    try:
+        low, high = (int(number) for number in value.split(":"))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no LOW:HIGH.") from error
+    if not 0 <= low < high <= 100:
+        raise click.BadParameter(f"{value!r} does not lie in 0:100.")
+    return range(low, high)
+
+
+@click.command()
+@click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
+@click.option("--index", type=click.Path(), help="Index folder; similarity, global and random-cluster need it.")
+@click.option(
+    "--contender", "contenders", multiple=True, type=click.Choice(_NAMES), help="May be repeated.  [default: all]"
+)
+@click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.4,), **_D, help="May be repeated.")
+@click.option(
+    "--score",
+    "scores",
+    multiple=True,
+    type=click.Choice(["energy", "paper"]),
+    default=("energy",),
+    **_D,
+    help="What ranks a cluster's neurons; may be repeated.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    type=click.Choice(["16bit", "q8_0", "q4_0"]),
+    default=("16bit",),
+    **_D,
+    help="Precision of all weights; may be repeated.",
+)
+@click.option(
+    "--part",
+    default="0:100",
+    callback=_part,
+    **_D,
+    metavar="LOW:HIGH",
+    help="Rows whose id hashes into these of 100 parts; keep them apart from what the index was built on.",
+)
+@click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
+@click.option(
+    "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
+)
+@click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
+@click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
+@options.encoder
+@options.model_options
+@options.as_json
+def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) -> None:
+    """Score ways of choosing neurons on SETS: JSONL files with id, prompt and completion.
+
+    Prefill is dense and decode forced sparse; the completion's tokens from the second on are scored.
+
+    \b
+    coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
+        --contender dense --contender similarity --contender griffin --keep-ratio 0.4 --keep-ratio 0.6
+    """
+    from coreinfer_sim.embeddings import SentenceEncoder
+    from coreinfer_sim.evaluation.contenders import NEED_INDEX, parse_contenders
+    from coreinfer_sim.evaluation.evaluate import evaluate as run
+    from coreinfer_sim.evaluation.evaluate import read_results, summarise
+    from coreinfer_sim.evaluation.rows import read_rows
+    from coreinfer_sim.files import write_json
+    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.models import load_model
+
+    quiet_libraries()
+    rows = [row for path in sets for row in read_rows(path, given["part"], given["limit"])]
+    index = None
+    if given["index"] is not None:
+        index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
+    names = given["contenders"] or [name for name in _NAMES if index is not None or name not in NEED_INDEX]
+    contenders = parse_contenders(names, given["keep_ratios"], given["scores"], given["weights"])
+    with status("Loading the model"):
+        language_model = load_model(model, given["dtype"], given["device"])
+    log: Path | None = given["log"]
+    wanted = {(str(c), row.set_name, row.id) for c in contenders for row in rows}
+    known = [r for r in (read_results(log) if log else []) if (r.contender, r.set_name, r.row_id) in wanted]
+    with log.open("a", encoding="utf-8") if log else nullcontext() as file:
+        results = run(
+            language_model,
+            contenders,
+            rows,
+            index,
+            max_tokens=given["max_tokens"],
+            seed=given["seed"],
+            finished=known,
+            log=file,
+            progress=ConsoleProgress(),
+        )
+    summary = summarise(results, given["seed"])
+    if given["out"] is not None:
+        write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})
+    if as_json:
+        print_json(summary)
+    else:
+        print_table(summary)
+
+
+def print_table(summary: list[dict[str, Any]]) -> None:
+    """Print a line a contender."""
+    click.echo(
+        f"{'contender':28s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
+    )
+    for row in summary:
+        low, high = row["ratio_interval"]
+        click.echo(
+            f"{row['contender']:28s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
+            f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
+        )

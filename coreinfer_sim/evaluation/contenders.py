@@ -1,0 +1,164 @@
+"""Contenders: a way of choosing neurons, a keep ratio, and the precision of the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from coreinfer_sim.architectures import find_mlps
+from coreinfer_sim.config import Score
+from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
+from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.evaluation.scoring import Case
+from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.predictors import PromptStatistics, random_selection
+from coreinfer_sim.selection import NeuronSelection
+
+NAMES = ("dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle")
+"""stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
+NEED_INDEX = ("random-cluster", "global", "similarity")
+WEIGHTS = {"16bit": None, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
+"""Precision of the weights; the quantised ones are llama.cpp's formats, with 8.5 and 4.5 bits a weight."""
+BITS = {"16bit": 16.0, "q8_0": 8.5, "q4_0": 4.5}
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table."""
+
+    name: str
+    keep_ratio: float = 1.0
+    score: Score = Score.ENERGY
+    weights: str = "16bit"
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        if self.name not in NAMES:
+            raise ConfigError(f"there is no contender {self.name!r}, expected one of {', '.join(NAMES)}.")
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}.")
+
+    def __str__(self) -> str:
+        """Return a name that tells contenders apart, such as ``similarity/energy 0.4 q8_0``."""
+        if self.name == "dense":
+            return f"dense {self.weights}"
+        score = f"/{self.score.value}" if self.name in NEED_INDEX else ""
+        return f"{self.name}{score} {self.keep_ratio:g}" + ("" if self.weights == "16bit" else f" {self.weights}")
+
+
+class Chooser:
+    """Makes the selections of contenders for a case, each cluster's only once."""
+
+    def __init__(self, language_model: LanguageModel, index: SemanticIndex | None, seed: int) -> None:
+        """Choose among the neurons of ``language_model``; ``index`` is needed by those that route by meaning."""
+        self._language_model, self._index = language_model, index
+        self._random = np.random.default_rng(seed)
+        self._seed = seed
+        self._known: dict[tuple[Any, ...], NeuronSelection] = {}
+
+    def choose(self, contender: Contender, case: Case) -> NeuronSelection:
+        """Return a contender's selection for a case."""
+        if contender.name == "dense":
+            return NeuronSelection("dense")
+        if contender.name in ("stability", "griffin", "oracle"):
+            return self._from_statistics(contender, case)
+        cluster = self._cluster(contender, case)
+        key = (contender.name, contender.keep_ratio, contender.score, cluster)
+        if key not in self._known:
+            self._known[key] = self._make(contender, cluster)
+        return self._known[key]
+
+    def _from_statistics(self, contender: Contender, case: Case) -> NeuronSelection:
+        statistics: PromptStatistics = case.statistics
+        if contender.name == "oracle":
+            statistics = case.oracle_statistics(self._language_model)
+        counted = contender.name == "stability"
+
+        def ids(s: SentenceStatistics) -> torch.Tensor:
+            score = s.counts if counted else s.energy
+            return torch.from_numpy(top_ids(score[0], s.activation[0], n_kept(contender.keep_ratio, score.shape[1])))
+
+        return NeuronSelection(contender.name, {layer: ids(s) for layer, s in statistics.items()})
+
+    def _cluster(self, contender: Contender, case: Case) -> int | None:
+        if contender.name == "similarity":
+            return self.match(case).cluster
+        if contender.name == "random-cluster":
+            assert self._index is not None
+            return int(self._random.integers(len(self._index)))
+        return None
+
+    def match(self, case: Case) -> Match:
+        """Return the semantic cluster of a case's prompt."""
+        if self._index is None:
+            raise ConfigError("this contender routes by meaning and needs an index; give --index.")
+        return self._index.lookup(case.row.prompt)[0]
+
+    def _make(self, contender: Contender, cluster: int | None) -> NeuronSelection:
+        layers = self._language_model.layers
+        if contender.name == "random":
+            return random_selection(layers, range(len(layers)), contender.keep_ratio, self._seed)
+        if self._index is None:
+            raise ConfigError(f"the contender {contender.name} needs an index; give --index.")
+        ids = self._index.core_neurons(cluster, contender.keep_ratio, contender.score)
+        return NeuronSelection(contender.name, ids, cluster)
+
+
+def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
+    """Return a weight matrix [out, in] as it comes back from a quantised format, in its own dtype."""
+    kind = WEIGHTS[weights]
+    if kind is None:
+        return weight
+    n_in = weight.shape[1]
+    padded = torch.nn.functional.pad(weight.float(), (0, -n_in % _BLOCK)).cpu().numpy()
+    restored = gguf.quants.dequantize(gguf.quants.quantize(padded, kind), kind)[:, :n_in]
+    return torch.from_numpy(np.ascontiguousarray(restored)).to(weight)
+
+
+def rounded_model(language_model: LanguageModel, weights: str) -> LanguageModel:
+    """Return a model whose matrices, output head included, are rounded to a format; the same one for 16 bits."""
+    if WEIGHTS[weights] is None:
+        return language_model
+    model = copy.deepcopy(language_model.model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(rounded(module.weight.data, weights), requires_grad=False)
+    return replace(language_model, model=model, layers=find_mlps(model))
+
+
+def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, weights: str) -> tuple[int, int]:
+    """Return the MLP bytes and all weight bytes that one decoded token reads.
+
+    The embedding table is not counted, but an output head that shares it is.
+    """
+    model, layers = language_model.model, language_model.layers
+    share = BITS[weights] / 8 / model.dtype.itemsize if weights != "16bit" else 1.0
+    mlp = selection.mlp_bytes(layers) * share
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    shared = head is not None and head.weight is table
+    rest = every - sum(layer.n_bytes for layer in layers) - (0 if shared else table.numel() * table.element_size())
+    return round(mlp), round(mlp + rest * share)
+
+
+def parse_contenders(
+    names: Sequence[str], keep_ratios: Sequence[float], scores: Sequence[str], weights: Sequence[str]
+) -> list[Contender]:
+    """Cross names with keep ratios, scores and weights, each sensible combination once."""
+    found: dict[str, Contender] = {}
+    for kind in weights:
+        for name in names:
+            for ratio in keep_ratios if name != "dense" else [1.0]:
+                for score in scores if name in NEED_INDEX else ["energy"]:
+                    contender = Contender(name, ratio, Score(score), kind)
+                    found.setdefault(str(contender), contender)
+    return list(found.values())

@@ -1,0 +1,191 @@
+"""Running contenders over rows, and what the scores add up to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from coreinfer_sim.build.progress import Progress
+from coreinfer_sim.errors import CorpusError
+from coreinfer_sim.evaluation.contenders import Chooser, Contender, bytes_per_token, rounded_model
+from coreinfer_sim.evaluation.rows import Row
+from coreinfer_sim.evaluation.scoring import Case
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.sparse_mlp import installed
+
+_N_RESAMPLES = 1000
+_ALPHA = 0.4
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender's score on one row."""
+
+    contender: str
+    set_name: str
+    row_id: str
+    n_tokens: int
+    loss: float
+    dense_loss: float
+    kl: float
+    n_same_top: int
+    cluster: int | None
+    mlp_bytes: int
+    total_bytes: int
+
+
+def evaluate(
+    language_model: LanguageModel,
+    contenders: Sequence[Contender],
+    rows: Sequence[Row],
+    index: SemanticIndex | None = None,
+    *,
+    max_tokens: int = 1024,
+    seed: int = 0,
+    finished: Iterable[Result] = (),
+    log: TextIO | None = None,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Score contenders on rows under forced sparse decode.
+
+    Args:
+        language_model: the dense model.
+        contenders: what to compare.
+        rows: prompts with completions; those with fewer than two completion tokens are left out.
+        index: for contenders that route by meaning; checked to belong to the model.
+        max_tokens: prompt and completion are cut to half of this each.
+        seed: of random choices.
+        finished: results of an earlier run, which are not computed again.
+        log: takes every result as a line of JSON, as it comes.
+        progress: takes progress.
+    """
+    progress = progress or Progress()
+    if index is not None:
+        index.check_model(language_model.layers)
+    results = list(finished)
+    known = {(r.contender, r.set_name, r.row_id) for r in results}
+    variants = {kind: rounded_model(language_model, kind) for kind in dict.fromkeys(c.weights for c in contenders)}
+    choosers = {kind: Chooser(variant, index, seed) for kind, variant in variants.items()}
+    progress.start("Evaluating", len(rows), "rows")
+    n_short = 0
+    for row in rows:
+        wanted = [c for c in contenders if (str(c), row.set_name, row.id) not in known]
+        try:
+            base = Case(language_model, row, max_tokens, _ALPHA) if wanted else None
+        except CorpusError:
+            n_short += 1
+            base = None
+        for kind in dict.fromkeys(c.weights for c in wanted):
+            if base is None:
+                break
+            variant = variants[kind]
+            case = base if variant is language_model else Case(variant, row, max_tokens, _ALPHA, base)
+            for contender in (c for c in wanted if c.weights == kind):
+                results.append(_score(variant, choosers[kind], contender, case))
+                if log is not None:
+                    log.write(json.dumps(asdict(results[-1])) + "\n")
+                    log.flush()
+        progress.advance(1)
+    progress.finish()
+    if n_short:
+        progress.say(f"{n_short} rows with fewer than two completion tokens were left out.")
+    return results
+
+
+def _score(language_model: LanguageModel, chooser: Chooser, contender: Contender, case: Case) -> Result:
+    selection = chooser.choose(contender, case)
+    with installed(language_model.layers, selection):
+        score = case.score()
+    mlp, total = bytes_per_token(language_model, selection, contender.weights)
+    return Result(
+        str(contender),
+        case.row.set_name,
+        case.row.id,
+        score.n_tokens,
+        score.loss,
+        case.reference_loss,
+        score.kl,
+        score.n_same_top,
+        selection.cluster,
+        mlp,
+        total,
+    )
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read the log of an earlier run; a last line that a kill cut short is dropped."""
+    results = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                results.append(Result(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+    return results
+
+
+def summarise(results: Sequence[Result], seed: int = 0) -> list[dict[str, Any]]:
+    """Add results up by contender.
+
+    Returns:
+        For each contender: perplexity, its ratio to dense, KL and top-1 agreement per set; the geometric mean of the
+        ratios over sets with a 95 % bootstrap interval (rows resampled within sets); bytes per token, mean over rows.
+    """
+    summary = []
+    for name in dict.fromkeys(result.contender for result in results):
+        own = [result for result in results if result.contender == name]
+        by_set: dict[str, list[Result]] = {}
+        for result in own:
+            by_set.setdefault(result.set_name, []).append(result)
+        sets = {set_name: _set_summary(group) for set_name, group in sorted(by_set.items())}
+        low, high = _interval(list(by_set.values()), seed)
+        summary.append(
+            {
+                "contender": name,
+                "ratio": round(_geometric_mean([s["ratio"] for s in sets.values()]), 4),
+                "ratio_interval": [round(low, 4), round(high, 4)],
+                "kl": round(float(np.mean([s["kl"] for s in sets.values()])), 4),
+                "same_top": round(float(np.mean([s["same_top"] for s in sets.values()])), 4),
+                "mlp_bytes_per_token": round(float(np.mean([r.mlp_bytes for r in own]))),
+                "total_bytes_per_token": round(float(np.mean([r.total_bytes for r in own]))),
+                "n_rows": len(own),
+                "sets": sets,
+            }
+        )
+    return summary
+
+
+def _set_summary(group: Sequence[Result]) -> dict[str, float]:
+    n = sum(r.n_tokens for r in group)
+    loss, dense = sum(r.loss for r in group) / n, sum(r.dense_loss for r in group) / n
+    return {
+        "perplexity": round(math.exp(loss), 3),
+        "dense_perplexity": round(math.exp(dense), 3),
+        "ratio": round(math.exp(loss - dense), 4),
+        "kl": round(sum(r.kl for r in group) / n, 4),
+        "same_top": round(sum(r.n_same_top for r in group) / n, 4),
+        "n_rows": len(group),
+    }
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(float(np.mean(np.log(values))))
+
+
+def _interval(groups: Sequence[Sequence[Result]], seed: int) -> tuple[float, float]:
+    """Bootstrap the geometric mean over sets of the perplexity ratio."""
+    rng = np.random.default_rng(seed)
+    logs = np.zeros(_N_RESAMPLES)
+    for group in groups:
+        gap = np.array([r.loss - r.dense_loss for r in group])
+        tokens = np.array([r.n_tokens for r in group], dtype=float)
+        drawn = rng.integers(len(group), size=(_N_RESAMPLES, len(group)))
+        logs += gap[drawn].sum(1) / tokens[drawn].sum(1) / len(groups)
+    return float(np.exp(np.quantile(logs, 0.025))), float(np.exp(np.quantile(logs, 0.975)))
