@@ -105,6 +105,13 @@ def _sentences(config: CorpusConfig, tokenize: Tokenize, report: CorpusReport) -
     report.sha256 = digest.hexdigest()
 
 
+def check_corpus(config: CorpusConfig) -> None:
+    """Raise CorpusError if the corpus cannot be opened or its first row lacks a column: cheap, before a model loads."""
+    row = next(iter(open_rows(config)), None)
+    if row is not None:
+        _Columns.of(config, row)
+
+
 def _texts(config: CorpusConfig, report: CorpusReport) -> Iterator[tuple[str, str, str]]:
     """Draw (id, prompt, text) of the rows that are neither empty nor duplicates."""
     seen: set[bytes] = set()
@@ -147,7 +154,9 @@ class _Columns:
         if config.prompt_column or config.template:
             return cls(config.prompt_column, config.template)
         strings = [name for name, value in row.items() if isinstance(value, str)]
-        usual = [name for name in _USUAL_COLUMNS if name in strings]
+        usual = [
+            name for name in _USUAL_COLUMNS if isinstance(row.get(name, 0), str | None)
+        ]  # a first row may be empty
         if not usual and len(strings) != 1:
             raise CorpusError(
                 f"the corpus {config.source} has the columns {sorted(row)}, and none is called prompt or text; say which "

@@ -32,7 +32,7 @@ from coreinfer_sim.build.shards import (
 )
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.config import BuildConfig, CorpusConfig, parse_layers
-from coreinfer_sim.corpus import CorpusReport, Sentence, read_corpus
+from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
 from coreinfer_sim.files import sha256_of, write_atomic, write_json
@@ -114,6 +114,7 @@ def build_index(
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
     _check_output(out, force)
     folder = out.with_name(out.name + ".build")
+    check_corpus(corpus)
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
     if not isinstance(model, str) and workers != 1:
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")

@@ -24,6 +24,7 @@ from coreinfer_sim.models import LanguageModel
 
 ENERGY_UNIT = 2.0**-30
 ACTIVATION_UNIT = 2.0**-16
+_LENGTH_STEP = 16
 
 
 @dataclass
@@ -100,7 +101,9 @@ def batches(
     for begin in range(0, len(shard), batch_size):
         numbers = shard[begin : begin + batch_size]
         rows = tokenizer([sentences[i].text for i in numbers], truncation=True, max_length=max_tokens)["input_ids"]
-        input_ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
+        # Every new shape costs memory and time in the libraries below, so lengths are rounded up to a few.
+        n_positions = min(-(-max(map(len, rows)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
+        input_ids = torch.full((len(rows), n_positions), tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
