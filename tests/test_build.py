@@ -78,7 +78,7 @@ def long_corpus(tmp_path_factory) -> str:
     choose = random.Random(0).choice
     rows = [
         {"prompt": f"{choose(nouns)}, case {n}", "completion": " ".join(choose(nouns) for _ in range(400))}
-        for n in range(120)
+        for n in range(300)
     ]
     return write_rows(tmp_path_factory.mktemp("corpus") / "long.jsonl", rows)
 
@@ -420,7 +420,7 @@ def test_a_killed_build_is_finished_by_the_same_command(long_corpus, tiny_checkp
     assert victim.returncode == -signal.SIGKILL, output
 
     finished = {path.name: path.stat().st_mtime_ns for path in shards.glob("[0-9]*.safetensors")}
-    assert 4 <= len(finished) < 60
+    assert 4 <= len(finished) < 150
     assert not out.exists()
     assert_nothing_loads(out.parent)
 
@@ -439,10 +439,10 @@ def test_a_killed_build_is_finished_by_the_same_command(long_corpus, tiny_checkp
     assert run.exit_code == 0, run.output
     assert "Continuing the build" in run.stderr
     assert contents(out) == contents(reference)
-    assert len(watched["shards"]) == 60
+    assert len(watched["shards"]) == 150
     assert {name: watched["shards"][name] for name in finished} == finished  # none was written again
     total, done = watched[LANGUAGE_MODEL_STAGE]
-    assert done == total * len(finished) // 60  # every text is cut to the same number of tokens
+    assert done == total * len(finished) // 150  # every text is cut to the same number of tokens
     assert "Reading the corpus" not in watched
     assert [path.name for path in out.parent.iterdir()] == ["index"]
 

@@ -740,7 +740,7 @@ def test_an_argument_in_another_encoding(index, command):
 
 
 def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoint, tmp_path):
-    rows = [{"prompt": f"{NOUNS[n % 15]}, case {n}", "completion": " ".join(NOUNS) * 30} for n in range(120)]
+    rows = [{"prompt": f"{NOUNS[n % 15]}, case {n}", "completion": " ".join(NOUNS) * 30} for n in range(600)]
     source = write_rows(tmp_path / "long.jsonl", rows)
     out = tmp_path / "out" / "index"
     arguments = ["build-index", source, "--model", tiny_checkpoint, "--out", out, "--clusters", 3, *ONE_PROCESS]
@@ -761,7 +761,9 @@ def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoin
     assert [line.split(":")[0] for line in lines] == ["Corpus", "Plan", "Error"]
     assert "interrupted; what was finished is kept" in lines[-1] and "run the same command again" in lines[-1]
     assert not CONTROL.search(stderr)
-    assert 3 <= len(list(shards.glob("[0-9]*.safetensors"))) < 60
+    assert (
+        3 <= len(list(shards.glob("[0-9]*.safetensors"))) < 300
+    )  # long enough that a late signal still finds it at work
     assert not list(shards.glob(".*"))
     assert not out.exists()
     nothing_loads(tmp_path)
