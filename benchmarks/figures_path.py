@@ -211,7 +211,8 @@ def _build(corpus: Path, model: str, out: Path, *options: str) -> int:
 @main.command()
 @model_option
 @data_option
-def build(model: str, data: Path) -> None:
+@click.option("--only", type=click.Choice(["memory", "files", "batches"]), help="One of the three.")
+def build(model: str, data: Path, only: str | None) -> None:
     """Memory as the corpus grows, identical files, and agreement between batch sizes."""
     from coreinfer_sim import SemanticIndex
 
@@ -219,30 +220,24 @@ def build(model: str, data: Path) -> None:
         folder = Path(name)
         large = _mixed_corpus(data, 2000, folder / "large.jsonl")
         small = _mixed_corpus(data, 500, folder / "small.jsonl")
-        peak_small = _build(small, model, folder / "small-1")
-        peak_large = _build(large, model, folder / "large-1")
-        growth = round(peak_large / peak_small - 1, 4)
-        record(
-            FILE,
-            "peak memory of a build over 2,000 prompts beside 500",
-            growth,
-            "relative growth",
-            "at most 0.05",
-            growth <= 0.05,
-            _command("build", True),
-            peak_mib={"500": round(peak_small / 2**20), "2000": round(peak_large / 2**20)},
-        )
-        _build(large, model, folder / "large-2", "--workers", "2")
-        same = _same_files(folder / "large-1", folder / "large-2")
-        record(
-            FILE,
-            "two builds over 2,000 prompts with 1 and 2 workers: identical files",
-            same,
-            "of 4 files",
-            "4",
-            same == 4,
-            _command("build", True),
-        )
+        if only != "batches":
+            peak_small = _build(small, model, folder / "small-1")
+            peak_large = _build(large, model, folder / "large-1")
+            _record_memory(peak_small, peak_large)
+        if only in (None, "files"):
+            _build(large, model, folder / "large-2", "--workers", "2")
+            same = _same_files(folder / "large-1", folder / "large-2")
+            record(
+                FILE,
+                "two builds over 2,000 prompts with 1 and 2 workers: identical files",
+                same,
+                "of 4 files",
+                "4",
+                same == 4,
+                _command("build", True),
+            )
+        if only in ("memory", "files"):
+            return
         for batch_size in (1, 16):
             options = ("--dtype", "float32", "--batch-size", str(batch_size))
             _build(small, model, folder / f"batch-{batch_size}", *options)
@@ -259,6 +254,20 @@ def build(model: str, data: Path) -> None:
             _command("build", True),
             by_score={score: round(value, 6) for score, value in agreement.items()},
         )
+
+
+def _record_memory(peak_small: int, peak_large: int) -> None:
+    growth = round(peak_large / peak_small - 1, 4)
+    record(
+        FILE,
+        "peak memory of a build over 2,000 prompts beside 500",
+        growth,
+        "relative growth",
+        "at most 0.05",
+        growth <= 0.05,
+        _command("build", True),
+        peak_mib={"500": round(peak_small / 2**20), "2000": round(peak_large / 2**20)},
+    )
 
 
 def _same_files(a: Path, b: Path) -> int:

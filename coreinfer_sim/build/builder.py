@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -469,9 +470,17 @@ def _make_runner(
             language_model, layers, sentences, clustering.assignment, shards[number], job.config, job.max_tokens
         )
         sums.save(_shard_path(job.folder, number))
+        _give_back_memory()
         return sum(sentences[i].n_tokens for i in shards[number])
 
     return run
+
+
+def _give_back_memory() -> None:
+    """Return free heap to the system where the C library can: batches of many shapes would else pile up holes in it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _runner_of(job: _Job) -> RunShard:
