@@ -164,7 +164,7 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
                 "of its tokens/s, median",
                 "at least 0.8",
                 share >= 0.8,
-                _command("lm-pass", True),
+                _command("lm-pass", True) + f" --rows {rows} --rounds {rounds}",
                 spread=[round(float(min(shares)), 3), round(float(max(shares)), 3)],
                 tokens_per_second={
                     "recording": round(float(np.median(own[1:]))),

@@ -40,9 +40,9 @@ def main() -> None:
     before = path.read_text(encoding="utf-8")
     after = filled(before)
     if "--check" in sys.argv[1:]:
-        sys.exit(
-            "README.md's figures are not those of benchmarks/results; run benchmarks/readme.py" * (before != after)
-        )
+        if before != after:
+            sys.exit("README.md's figures are not those of benchmarks/results; run benchmarks/readme.py")
+        return
     path.write_text(after, encoding="utf-8")
 
 
