@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +64,3 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
 def joined(prompt: str, completion: str) -> tuple[str, str]:
     """Return prompt and completion as the model reads them: a newline between, unless the prompt ends in one."""
     return (prompt if prompt.endswith("\n") else prompt.rstrip() + "\n"), completion
-
-
-def parts_overlap(parts: Sequence[range]) -> bool:
-    """Tell whether two of several parts share a hash value."""
-    values = [value for part in parts for value in part]
-    return len(values) != len(set(values))
