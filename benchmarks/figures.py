@@ -48,13 +48,15 @@ def record(
     path = RESULTS / file
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": []}
     figure = {"name": name, "value": value, "unit": unit, "bar": bar, "holds": holds, "command": command, **details}
-    figures = [known for known in content["figures"] if known["name"] != name]
-    content = {
+    header = {
         "machine": machine(),
         "versions": {library: version(library) for library in _LIBRARIES},
         "date": datetime.date.today().isoformat(),
-        "figures": sorted([*figures, figure], key=lambda known: known["name"]),
     }
+    others = [known for known in content.pop("figures") if known["name"] != name]
+    if content and content != header:  # a figure keeps where and when it was measured
+        others = [{**known, "measured": known.get("measured", content)} for known in others]
+    content = {**header, "figures": sorted([*others, figure], key=lambda known: known["name"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{'holds ' if holds else 'MISSED'}  {name}: {value} {unit} (bar: {bar})")

@@ -7,7 +7,7 @@ projections, and the names of the projections. Its model's own forward code keep
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,13 @@ class Family:
     """Projection from d_ff to d_model; what it reads is the activation site."""
     fused: bool = False
     """The one input projection holds gate and up, one after the other."""
+    post_norm: bool = False
+    """A norm stands between the MLP's output and the residual stream."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether neurons are products of a gate and an up projection."""
+        return self.fused or len(self.inputs) == 2
 
 
 FAMILIES = (
@@ -44,10 +51,10 @@ FAMILIES = (
     Family("Qwen2", "Qwen2MLP", GATED, "down_proj"),
     Family("Qwen3", "Qwen3MLP", GATED, "down_proj"),
     Family("Gemma", "GemmaMLP", GATED, "down_proj"),
-    Family("Gemma 2", "Gemma2MLP", GATED, "down_proj"),
-    Family("Gemma 3", "Gemma3MLP", GATED, "down_proj"),
+    Family("Gemma 2", "Gemma2MLP", GATED, "down_proj", post_norm=True),
+    Family("Gemma 3", "Gemma3MLP", GATED, "down_proj", post_norm=True),
     Family("Phi-3", "Phi3MLP", ("gate_up_proj",), "down_proj", fused=True),
-    Family("OLMo-2", "Olmo2MLP", GATED, "down_proj"),
+    Family("OLMo-2", "Olmo2MLP", GATED, "down_proj", post_norm=True),
     Family("OPT", "OPTDecoderLayer", ("fc1",), "fc2"),
     Family("GPT-2", "GPT2MLP", ("c_fc",), "c_proj"),
     Family("GPT-NeoX", "GPTNeoXMLP", ("dense_h_to_4h",), "dense_4h_to_h"),
@@ -97,6 +104,12 @@ def _mlp_layer(number: int, owner: Any) -> MLPLayer:
     d_model, d_ff = weight_shape(getattr(owner, family.output))
     n_bytes = sum(module_bytes(getattr(owner, name)) for name in (*family.inputs, family.output))
     return MLPLayer(number, family, owner, d_model, d_ff, n_bytes)
+
+
+def activation(layer: MLPLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the activation function φ of a layer's MLP, under whichever name its family keeps it."""
+    names = ("act_fn", "activation_fn", "act", "gelu_impl")
+    return next(getattr(layer.owner, name) for name in names if hasattr(layer.owner, name))
 
 
 def weight_shape(projection: Any) -> tuple[int, int]:

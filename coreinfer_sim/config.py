@@ -20,6 +20,15 @@ class Score(str, Enum):
     """Number of sentences whose sentence-wise core neurons hold the neuron (CoreInfer)."""
 
 
+class Ranking(str, Enum):
+    """What ranks the neurons of a set that is compensated."""
+
+    SURGEON = "surgeon"
+    """Squared error that compensation by all others cannot repair (optimal brain surgeon)."""
+    ENERGY = "energy"
+    """As in `Score`."""
+
+
 class Mode(str, Enum):
     """Where a selection comes from."""
 

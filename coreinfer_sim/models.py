@@ -59,7 +59,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
 
     Args:
         name: hub id, local checkpoint folder, or a ``.gguf`` file, which is dequantised.
-        dtype: float32, bfloat16, float16, or auto: as stored (bfloat16 for GGUF).
+        dtype: float32, bfloat16, float16, or auto: as stored (bfloat16 for GGUF), but float32 on a CPU that has no
+            instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
 
     Raises:
@@ -69,13 +70,15 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
     source, options = _source(name)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
-    wanted = DTYPES.get(dtype, torch.bfloat16 if "gguf_file" in options else "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = DTYPES.get(dtype, usable(torch.bfloat16, device) if "gguf_file" in options else "auto")
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
+        if dtype == "auto":
+            model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
     except MemoryError:
         raise
@@ -87,6 +90,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return LanguageModel(model, tokenizer, name, find_mlps(model))
+
+
+def usable(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return ``dtype``, or float32 where the device is a CPU that lacks instructions for it."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    lacking = torch.device(device).type == "cpu" and dtype in supported and not supported[dtype]()
+    return torch.float32 if lacking else dtype
 
 
 def _dense_gguf(options: dict[str, str]) -> dict[str, Any]:

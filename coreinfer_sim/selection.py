@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.errors import IndexMismatchError
 
 
@@ -25,6 +26,8 @@ class NeuronSelection:
     """Cosine similarity of the prompt to that cluster's centroid."""
     label: str | None = None
     """That cluster's readable label."""
+    compensation: Mapping[int, LayerCompensation] | None = None
+    """What is merged into the compact MLP of a layer; it belongs to just these ids."""
 
     def check(self, layers: Sequence[MLPLayer]) -> None:
         """Raise IndexMismatchError if the ids do not fit the model's layers."""
@@ -42,9 +45,12 @@ class NeuronSelection:
                 )
 
     def mlp_bytes(self, layers: Sequence[MLPLayer]) -> int:
-        """Return the MLP bytes that one decoded token reads."""
+        """Return the MLP bytes that one decoded token reads, compensation included."""
+        repairs = self.compensation or {}
         return sum(
-            _kept_bytes(layer, len(self.ids[layer.number])) if layer.number in self.ids else layer.n_bytes
+            compact_bytes(layer, len(self.ids[layer.number]), repairs.get(layer.number))
+            if layer.number in self.ids
+            else layer.n_bytes
             for layer in layers
         )
 
@@ -54,9 +60,23 @@ class NeuronSelection:
         return kept / sum(layer.d_ff for layer in layers)
 
 
-def _kept_bytes(layer: MLPLayer, n_kept: int) -> int:
+def compact_bytes(layer: MLPLayer, n_kept: int, compensation: LayerCompensation | None = None) -> int:
     """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias."""
     size = layer.output.weight.element_size()
-    bias = layer.output.bias
-    fixed = bias.numel() * size if bias is not None else 0
-    return (layer.n_bytes - fixed) * n_kept // layer.d_ff + fixed
+    has_bias = layer.output.bias is not None
+    fixed = layer.d_model * size
+    per_neuron = (layer.n_bytes - (fixed if has_bias else 0)) // layer.d_ff
+    rank = compensation.bypass_rank if compensation is not None else 0
+    n_neurons = n_kept + rank * (1 if layer.family.gated else 2)
+    gate_bias = n_neurons * size if rank and layer.family.gated else 0
+    return per_neuron * n_neurons + gate_bias + (fixed if has_bias or compensation is not None else 0)
+
+
+def n_within(layer: MLPLayer, keep_ratio: float, bypass_rank: int = 0) -> int:
+    """Return how many neurons, a bypass included, a compensated MLP holds within a share of the dense MLP's bytes."""
+    size = layer.output.weight.element_size()
+    has_bias = layer.output.bias is not None
+    fixed = layer.d_model * size
+    per_neuron = (layer.n_bytes - (fixed if has_bias else 0)) // layer.d_ff
+    per_neuron += size if bypass_rank and layer.family.gated else 0
+    return int(min(layer.d_ff, max(1, (keep_ratio * layer.n_bytes - fixed) // per_neuron)))

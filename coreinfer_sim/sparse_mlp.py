@@ -14,30 +14,74 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.architectures import MLPLayer, weight_shape
+from coreinfer_sim.architectures import MLPLayer, activation, weight_shape
+from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.selection import NeuronSelection
 
 Projections = dict[str, Any]
+_OPEN_GATE = 4.0
 
 
-def compact_projections(layer: MLPLayer, ids: torch.Tensor) -> Projections:
-    """Cut one layer's projections down to the neurons ``ids`` [n_kept].
+def compact_projections(
+    layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None
+) -> Projections:
+    """Cut one layer's projections down to the neurons ``ids`` [n_kept] and merge the compensation.
+
+    A bypass becomes further neurons: in a gated MLP each has a constant gate, in a plain one it is a pair, as
+    φ(x) − φ(−x) = x for ReLU, GELU and SiLU.
 
     Returns:
         Linear modules by name: inputs [n_kept, d_model] (twice that if fused), output [d_model, n_kept].
     """
     ids = ids.to(layer.output.weight.device)
-    rows = torch.cat([ids, ids + layer.d_ff]) if layer.family.fused else ids
-    compact: Projections = {}
-    for name in layer.family.inputs:
-        weight, bias = _parameters(getattr(layer.owner, name))
-        compact[name] = _linear(weight.index_select(0, rows), None if bias is None else bias[rows])
-    weight, bias = _parameters(layer.output)
-    compact[layer.family.output] = _linear(weight.index_select(1, ids), bias)
+    halves = [ids, ids + layer.d_ff] if layer.family.fused else [ids]
+    parts = [linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs]
+    inputs = [
+        (weight.index_select(0, rows), None if bias is None else bias[rows])
+        for weight, bias in parts
+        for rows in halves
+    ]
+    weight, bias = linear_parameters(layer.output)
+    output = weight.index_select(1, ids)
+    if compensation is not None:
+        output = (output.float() + compensation.delta.to(output.device)).to(output.dtype)
+        added = compensation.bias.to(output)
+        bias = added if bias is None else bias + added
+        if compensation.bypass_rank:
+            extra_inputs, extra_output = _bypass(layer, compensation)
+            inputs = [_stacked(part, extra) for part, extra in zip(inputs, extra_inputs, strict=True)]
+            output = torch.cat([output, extra_output.to(output)], 1)
+    if layer.family.fused:
+        inputs = [_stacked(*inputs)]
+    compact = {name: _linear(*part) for name, part in zip(layer.family.inputs, inputs, strict=True)}
+    compact[layer.family.output] = _linear(output, bias)
     return compact
 
 
-def _parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+_Parameters = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
+    """Put the outputs of two linear maps one after the other; a missing bias is zero beside one that is there."""
+    weight = torch.cat([first[0], second[0].to(first[0])])
+    if first[1] is None and second[1] is None:
+        return weight, None
+    biases = [w.new_zeros(len(w)) if b is None else b for w, b in (first, second)]
+    return weight, torch.cat([biases[0], biases[1].to(biases[0])]).to(weight)
+
+
+def _bypass(layer: MLPLayer, compensation: LayerCompensation) -> tuple[list[_Parameters], torch.Tensor]:
+    """Return the bypass as neurons: what is appended to each input projection, and to the output's columns."""
+    assert compensation.bypass_in is not None and compensation.bypass_out is not None
+    into, out = compensation.bypass_in.float(), compensation.bypass_out.float()
+    if not layer.family.gated:
+        return [(torch.cat([into, -into]), None)], torch.cat([out, -out], 1)
+    gate = torch.full((len(into),), _OPEN_GATE, dtype=layer.output.weight.dtype)
+    opened = activation(layer)(gate).float()
+    return [(torch.zeros_like(into), gate), (into / opened[:, None], None)], out
+
+
+def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return weight [out, in] and bias [out] of a Linear or Conv1D."""
     weight = projection.weight.detach()
     bias = projection.bias.detach() if projection.bias is not None else None
@@ -83,7 +127,10 @@ class GroupedLinear(nn.Module):
 
 def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, Projections]:
     """Cut every layer that the selection names."""
-    return {number: compact_projections(layers[number], ids) for number, ids in selection.ids.items()}
+    repairs = selection.compensation or {}
+    return {
+        number: compact_projections(layers[number], ids, repairs.get(number)) for number, ids in selection.ids.items()
+    }
 
 
 def grouped_model(

@@ -25,6 +25,7 @@ from coreinfer_sim.models import LanguageModel
 ENERGY_UNIT = 2.0**-30
 ACTIVATION_UNIT = 2.0**-16
 _LENGTH_STEP = 16
+_TOKENS_AT_ONCE = 2048
 
 
 @dataclass
@@ -96,19 +97,26 @@ class Batch:
 def batches(
     language_model: LanguageModel, sentences: Sequence[Sentence], shard: np.ndarray, batch_size: int, max_tokens: int
 ) -> Iterator[Batch]:
-    """Tokenise a shard in batches."""
+    """Tokenise a shard in batches of at most ``batch_size`` sentences, fewer where they are long.
+
+    The longest batch decides how much memory a build takes, so it is bounded whatever the corpus holds.
+    """
     tokenizer = language_model.tokenizer
-    for begin in range(0, len(shard), batch_size):
+    device = language_model.model.device
+    begin = 0
+    while begin < len(shard):
         numbers = shard[begin : begin + batch_size]
         rows = tokenizer([sentences[i].text for i in numbers], truncation=True, max_length=max_tokens)["input_ids"]
         # Every new shape costs memory and time in the libraries below, so lengths are rounded up to a few.
         n_positions = min(-(-max(map(len, rows)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
+        rows = rows[: max(1, _TOKENS_AT_ONCE // n_positions)]
+        numbers = numbers[: len(rows)]
+        begin += len(rows)
         input_ids = torch.full((len(rows), n_positions), tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        device = language_model.model.device
         yield Batch(numbers, input_ids.to(device), mask.to(device))
 
 

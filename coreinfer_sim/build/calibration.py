@@ -1,0 +1,257 @@
+"""Calibration: which neurons a set of texts needs, and the compensation for the others, one layer after the other.
+
+Two streams of hidden states go through the model side by side. In the dense one every layer is whole. In the sparse one
+every layer that is done already is compact, at the positions that decode would reach; a prompt's positions are dense in
+both, as in `generate`. A layer is fitted on what it really will read – the sparse stream – towards what the dense model
+has at that place, so it also takes back part of the error of the layers before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, surgeon_score
+from coreinfer_sim.config import Ranking
+from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, linear_parameters
+
+_TOKENS_AT_ONCE = 4096
+_LENGTH_STEP = 32
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """One text as token ids, and how many of them are the prompt."""
+
+    ids: Sequence[int]
+    n_prompt: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How compact MLPs are fitted to texts."""
+
+    ranking: Ranking = Ranking.SURGEON
+    rank: int | None = None
+    """Of the change of the output weights; None: full."""
+    bypass_rank: int = 0
+    prompt_weight: float = 0.3
+    """Weight of a prompt's token beside one of the completion."""
+    carry: float = 1.0
+    """Share of the earlier layers' error that a layer tries to take back."""
+
+
+class _Batch:
+    """Some texts of similar length: both streams, and what each layer is called with beside them."""
+
+    def __init__(self, dense: torch.Tensor, decoded: torch.Tensor, weights: torch.Tensor, calls: list[_Call]) -> None:
+        self.dense = self.sparse = dense
+        self.dense_out: torch.Tensor | None = None
+        """The dense stream after the layer at work, once it is known."""
+        self.decoded = decoded
+        self.weights = weights.reshape(-1)
+        self.counted = self.weights.nonzero().squeeze(1)
+        self.calls = calls
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one decoder layer, the hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if "hidden_states" in self.kwargs:
+            out = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
+        else:
+            out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def fit_layers(
+    language_model: LanguageModel,
+    texts: Sequence[CalibrationText],
+    n_kept: Sequence[int],
+    fit: Fit,
+    report: Callable[[int], None] = lambda _n: None,
+) -> NeuronSelection:
+    """Choose and compensate neurons for texts.
+
+    Args:
+        language_model: the dense model.
+        texts: what to fit on.
+        n_kept: neurons of each layer that stay, [n_layers]; d_ff leaves the layer dense.
+        fit: how.
+        report: takes 1 after each layer.
+
+    Returns:
+        A selection with its compensation, on the CPU.
+    """
+    layers = language_model.layers
+    blocks = decoder_blocks(language_model)
+    ids: dict[int, torch.Tensor] = {}
+    compensation: dict[int, LayerCompensation] = {}
+    with torch.inference_mode():
+        batches = list(_batches(language_model, blocks, texts, fit))
+        for layer, block, n in zip(layers, blocks, n_kept, strict=True):
+            dense: dict[int, Projections] = {}
+            if n < layer.d_ff:
+                chosen, repair = _fit_layer(layer, block, batches, n, fit)
+                dense = install(layers, {layer.number: compact_projections(layer, chosen, repair)})
+                ids[layer.number], compensation[layer.number] = chosen.cpu(), repair.to("cpu")
+            try:
+                _advance(layer, block, batches, dense)
+            finally:
+                install(layers, dense)
+            report(1)
+    return NeuronSelection("compensated", ids, compensation=compensation)
+
+
+def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
+    """Return the model's decoder layers in order: the list of modules that holds one MLP in each of its members."""
+    owners = [layer.owner for layer in language_model.layers]
+    return next(
+        list(modules)
+        for modules in language_model.model.modules()
+        if isinstance(modules, nn.ModuleList)
+        and len(modules) == len(owners)
+        and all(any(part is owner for part in block.modules()) for block, owner in zip(modules, owners, strict=True))
+    )
+
+
+def _fit_layer(
+    layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], n: int, fit: Fit
+) -> tuple[torch.Tensor, LayerCompensation]:
+    n_features = layer.d_ff + (layer.d_model if fit.bypass_rank else 0)
+    device = layer.output.weight.device
+    moments = Moments(n_features, layer.d_model, device)
+    energy = torch.zeros(layer.d_ff, device=device)
+    for batch in batches:
+        call = batch.calls[layer.number]
+        tokens = batch.counted
+        with _taped(layer) as tape:
+            batch.dense_out = call(block, batch.dense)
+            target = tape.y[tokens]
+            after_sparse = call(block, batch.sparse)
+        z = tape.z[tokens]
+        if not layer.family.post_norm:  # the residual stream takes the MLP's output as it is
+            gap = (batch.dense_out - after_sparse).reshape(-1, layer.d_model)[tokens]
+            target = target + fit.carry * (gap - (target - tape.y[tokens]))
+        weights = batch.weights[tokens]
+        moments.add(torch.cat([z, tape.x[tokens]], 1) if fit.bypass_rank else z, target, weights)
+        square = z.float().square()
+        energy += weights @ (square / square.sum(-1, keepdim=True).clamp_min(1e-30))
+    centred = moments.centred()
+    weight, bias = linear_parameters(layer.output)
+    score = energy
+    if fit.ranking is Ranking.SURGEON:
+        score = surgeon_score(centred.gram[: layer.d_ff, : layer.d_ff], weight)
+    n_bypass = fit.bypass_rank * (1 if layer.family.gated else 2)
+    ids = score.topk(n - n_bypass).indices.sort().values
+    return ids, compensate(centred, ids, weight, bias, fit.rank, fit.bypass_rank)
+
+
+def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], dense: dict[int, Projections]) -> None:
+    """Move both streams past a layer that is compact now; ``dense`` is what it was, or empty if it stays dense."""
+    for batch in batches:
+        call = batch.calls[layer.number]
+        out = call(block, batch.sparse)
+        if batch.dense_out is None:  # nothing was fitted here, so the layer is dense
+            batch.dense_out = call(block, batch.dense)
+        batch.sparse = torch.where(batch.decoded[..., None], out, batch.dense_out)
+        batch.dense, batch.dense_out = batch.dense_out, None
+
+
+class _Tape:
+    """The latest input of an MLP, its activation site and its output, each by token."""
+
+    def __init__(self) -> None:
+        self.x = self.z = self.y = torch.zeros(0)
+
+
+@contextmanager
+def _taped(layer: MLPLayer) -> Iterator[_Tape]:
+    """Read a layer's MLP in every pass of the block."""
+    tape = _Tape()
+
+    def entered(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        tape.x = inputs[0].reshape(-1, inputs[0].shape[-1])
+
+    def left(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        tape.z, tape.y = inputs[0].reshape(-1, inputs[0].shape[-1]), output.reshape(-1, output.shape[-1])
+
+    hooks = [
+        getattr(layer.owner, layer.family.inputs[0]).register_forward_pre_hook(entered),
+        layer.output.register_forward_hook(left),
+    ]
+    try:
+        yield tape
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _batches(
+    language_model: LanguageModel, blocks: Sequence[nn.Module], texts: Sequence[CalibrationText], fit: Fit
+) -> Iterator[_Batch]:
+    """Pad texts of similar length to few shapes and embed them."""
+    calls: dict[torch.Size, list[_Call]] = {}
+    device = language_model.model.device
+    ordered = sorted(texts, key=lambda text: -len(text.ids))
+    begin = 0
+    while begin < len(ordered):
+        n_positions = -(-len(ordered[begin].ids) // _LENGTH_STEP) * _LENGTH_STEP
+        group = ordered[begin : begin + max(1, _TOKENS_AT_ONCE // n_positions)]
+        begin += len(group)
+        # Padding lies to the right, where causal attention never looks, so that no mask is needed.
+        input_ids = torch.zeros(len(group), n_positions, dtype=torch.int64)
+        weights = torch.zeros(len(group), n_positions)
+        for row, text in enumerate(group):
+            input_ids[row, : len(text.ids)] = torch.tensor(text.ids)
+            weights[row, : len(text.ids)] = 1.0
+            weights[row, : text.n_prompt] = fit.prompt_weight
+        n_prompt = torch.tensor([text.n_prompt for text in group])
+        decoded = torch.arange(n_positions) >= n_prompt[:, None]
+        shape = input_ids.shape
+        hidden, found = _enter(language_model, blocks, input_ids.to(device), all_blocks=shape not in calls)
+        if shape not in calls:
+            calls[shape] = found
+        yield _Batch(hidden, decoded.to(device), weights.to(device), calls[shape])
+
+
+class _Entered(Exception):
+    """The first decoder layer has been reached; no other is wanted."""
+
+
+def _enter(
+    language_model: LanguageModel, blocks: Sequence[nn.Module], input_ids: torch.Tensor, all_blocks: bool
+) -> tuple[torch.Tensor, list[_Call]]:
+    """Return what the first decoder layer reads, and what each layer is called with beside it."""
+    hidden: list[torch.Tensor] = []
+    calls: list[_Call] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else kwargs["hidden_states"])
+        calls.append(_Call(args[1:], kwargs))
+        del hidden[1:]
+        if not all_blocks:
+            raise _Entered
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    try:
+        language_model.model.base_model(input_ids=input_ids, use_cache=False)
+    except _Entered:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden[0], calls

@@ -1,0 +1,189 @@
+"""Closed-form compensation: what the dropped neurons gave, won back from the kept ones by least squares.
+
+Pure functions on second moments of one layer. With f the features at the activation site and t the output that the MLP
+should give, the kept neurons' output weights are moved by the ridge regression of what they leave open,
+
+    Δ = (E[f_S f_Sᵀ] + λ·diag E[f_S f_Sᵀ])⁻¹ (E[f_S tᵀ] − E[f_S f_Sᵀ] W_Sᵀ),   all moments centred,
+
+and the output bias takes the difference of the means. Neurons are ranked by what this regression cannot repair: the
+optimal-brain-surgeon score ‖w_n‖² / [(E[f fᵀ])⁻¹]_nn (Hassibi and Stork, 1993).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from coreinfer_sim.errors import ConfigError
+
+RIDGE = 0.02
+"""λ, relative to each feature's own variance."""
+
+
+@dataclass(frozen=True)
+class LayerCompensation:
+    """What is added to the compact MLP of one layer; the change of the output weights is ``left @ right``."""
+
+    bias: torch.Tensor
+    """Added to the output bias, [d_model]."""
+    left: torch.Tensor | None = None
+    """Change of the output weights, [d_model, n_kept], or its first factor [d_model, rank]."""
+    right: torch.Tensor | None = None
+    """Second factor [rank, n_kept]; None at full rank."""
+    bypass_in: torch.Tensor | None = None
+    """What the bypass reads off the MLP's input, [bypass_rank, d_model]."""
+    bypass_out: torch.Tensor | None = None
+    """What it adds to the output, [d_model, bypass_rank]."""
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """The change of the kept neurons' output weights, float32 [d_model, n_kept]."""
+        assert self.left is not None
+        left = self.left.float()
+        return left if self.right is None else left @ self.right.float()
+
+    def to(self, device: str | torch.device) -> LayerCompensation:
+        """Return a copy on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return LayerCompensation(**moved)
+
+    @property
+    def bypass_rank(self) -> int:
+        """Number of bypass neurons."""
+        return 0 if self.bypass_in is None else len(self.bypass_in)
+
+
+class Moments:
+    """Weighted sums of products of features [n_tokens, n_features] and targets [n_tokens, d_model]."""
+
+    def __init__(self, n_features: int, d_model: int, device: torch.device | str = "cpu") -> None:
+        """Begin with nothing."""
+        self.n_tokens = 0.0
+        """Sum of the tokens' weights."""
+        self._gram = torch.zeros(n_features, n_features, device=device)
+        self._cross = torch.zeros(n_features, d_model, device=device)
+        self._features = torch.zeros(n_features, device=device)
+        self._targets = torch.zeros(d_model, device=device)
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            features: [n_tokens, n_features].
+            targets: [n_tokens, d_model].
+            weights: not negative, [n_tokens].
+        """
+        features, targets, weights = features.float(), targets.float(), weights.float()
+        weighted = features * weights[:, None]
+        self.n_tokens += float(weights.sum())
+        self._gram.addmm_(weighted.T, features)
+        self._cross.addmm_(weighted.T, targets)
+        self._features += weighted.sum(0)
+        self._targets += weights @ targets
+
+    def centred(self) -> CentredMoments:
+        """Return means and covariances.
+
+        Raises:
+            ConfigError: no tokens were added.
+        """
+        if self.n_tokens <= 0:
+            raise ConfigError("there are no tokens to compensate with, expected some in every cluster.")
+        n = self.n_tokens
+        mean_features, mean_targets = self._features / n, self._targets / n
+        gram = (self._gram / n).addr_(mean_features, mean_features, alpha=-1)
+        cross = (self._cross / n).addr_(mean_features, mean_targets, alpha=-1)
+        return CentredMoments(gram, cross, mean_features, mean_targets)
+
+
+@dataclass(frozen=True)
+class CentredMoments:
+    """Covariances and means of features and targets."""
+
+    gram: torch.Tensor
+    """Cov(f, f), [n_features, n_features]."""
+    cross: torch.Tensor
+    """Cov(f, t), [n_features, d_model]."""
+    mean_features: torch.Tensor
+    mean_targets: torch.Tensor
+
+
+def surgeon_score(gram: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """Return how much squared error remains if one neuron is dropped and the others make up for it, [d_ff].
+
+    Args:
+        gram: Cov(z, z), [d_ff, d_ff].
+        output_weight: [d_model, d_ff].
+    """
+    inverse = torch.cholesky_inverse(_cholesky(gram))
+    return output_weight.float().square().sum(0) / inverse.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def compensate(
+    moments: CentredMoments,
+    ids: torch.Tensor,
+    output_weight: torch.Tensor,
+    output_bias: torch.Tensor | None,
+    rank: int | None = None,
+    bypass_rank: int = 0,
+) -> LayerCompensation:
+    """Fit one layer's compensation.
+
+    Args:
+        moments: of the features [z] or, for a bypass, [z ; x].
+        ids: kept neurons, ascending, [n_kept].
+        output_weight: dense, [d_model, d_ff].
+        output_bias: dense, [d_model], or None.
+        rank: of the change of the output weights; None: full.
+        bypass_rank: directions of the MLP's input x that go straight to the output.
+    """
+    d_ff = output_weight.shape[1]
+    kept = output_weight.float()[:, ids]  # [d_model, n_kept]
+    gram = moments.gram[ids][:, ids]
+    open_cross = moments.cross[ids] - gram @ kept.T  # covariance of f_S with what the kept neurons leave open
+    factor = _cholesky(gram)
+    bypass_in = bypass_out = None
+    mean_bypass = torch.zeros_like(moments.mean_targets)
+    if bypass_rank:
+        mixed = moments.gram[ids, d_ff:]  # Cov(z_S, x)
+        solved = torch.cholesky_solve(mixed, factor)
+        rest_gram = moments.gram[d_ff:, d_ff:] - mixed.T @ solved  # of x, with what z_S explains taken out
+        rest_cross = moments.cross[d_ff:] - moments.gram[d_ff:, :][:, ids] @ kept.T - solved.T @ open_cross
+        bypass_in, bypass_out = _reduced_rank(rest_gram, rest_cross, bypass_rank)
+        open_cross = open_cross - mixed @ bypass_in.T @ bypass_out.T
+        mean_bypass = bypass_out @ (bypass_in @ moments.mean_features[d_ff:])
+    delta = torch.cholesky_solve(open_cross, factor).T  # [d_model, n_kept]
+    right = None
+    if rank is not None and rank < min(delta.shape):
+        right, left = _cut(gram, delta.T, rank)
+        delta = left @ right
+    else:
+        left = delta
+    bias = moments.mean_targets - (kept + delta) @ moments.mean_features[ids] - mean_bypass
+    if output_bias is not None:
+        bias = bias - output_bias.float()
+    return LayerCompensation(bias, left, right, bypass_in, bypass_out)
+
+
+def _reduced_rank(gram: torch.Tensor, cross: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best rank-``rank`` regression of targets on features as [rank, n_features] and [d_model, rank]."""
+    return _cut(gram, torch.cholesky_solve(cross, _cholesky(gram)), rank)
+
+
+def _cut(gram: torch.Tensor, regression: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a regression [n_features, d_model] to the rank at which its predictions lose least.
+
+    With gram = L Lᵀ these are R V Vᵀ, V the leading right singular vectors of Lᵀ R (reduced-rank regression).
+    """
+    predicted = _cholesky(gram).T @ regression
+    directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]  # [d_model, rank]
+    return (regression @ directions).T, directions
+
+
+def _cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """Factor a covariance with the ridge on its diagonal; features that never vary get the mean's share."""
+    variance = gram.diagonal()
+    ridged = gram.clone()
+    ridged.diagonal().add_(RIDGE * variance.clamp_min(0) + 1e-6 * variance.mean().clamp_min(1e-20))
+    return torch.linalg.cholesky(ridged)
