@@ -65,6 +65,12 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
 @click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
 @click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
+@click.option(
+    "--plot",
+    "plot_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw quality over bytes a token into this .png or .svg file.",
+)
 @options.encoder
 @options.model_options
 @options.as_json
@@ -81,12 +87,16 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     from coreinfer_sim.evaluation.contenders import NEED_INDEX, parse_contenders
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import read_results, summarise
+    from coreinfer_sim.evaluation.plot import check_plot, plot
     from coreinfer_sim.evaluation.rows import read_rows
     from coreinfer_sim.files import write_json
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
 
     quiet_libraries()
+    plot_path: Path | None = given["plot_path"]
+    if plot_path is not None:
+        check_plot(plot_path)
     rows = [row for path in sets for row in read_rows(path, given["part"], given["limit"])]
     index = None
     if given["index"] is not None:
@@ -113,6 +123,8 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     summary = summarise(results, given["seed"])
     if given["out"] is not None:
         write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})
+    if plot_path is not None:
+        plot(summary, contenders, plot_path)
     if as_json:
         print_json(summary)
     else:

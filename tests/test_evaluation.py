@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -10,8 +12,16 @@ from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 
 from coreinfer_sim.errors import ConfigError, CorpusError
-from coreinfer_sim.evaluation.contenders import Contender, bytes_per_token, parse_contenders, rounded, rounded_model
+from coreinfer_sim.evaluation.contenders import (
+    BITS,
+    Contender,
+    bytes_per_token,
+    parse_contenders,
+    rounded,
+    rounded_model,
+)
 from coreinfer_sim.evaluation.evaluate import Result, evaluate, read_results, summarise
+from coreinfer_sim.evaluation.plot import families, plot
 from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.models import load_model
@@ -210,3 +220,58 @@ def test_the_command(tiny_checkpoint, tmp_path):
     refused = CliRunner().invoke(main, [*arguments, "--contender", "similarity"])
     assert refused.exit_code == 1 and "needs an index" in refused.stderr
     assert CliRunner().invoke(main, [*arguments, "--part", "9:3"]).exit_code == 2
+
+
+CONTENDERS = parse_contenders(["dense", "griffin", "similarity"], [0.8, 0.4], ["energy"], ["16bit", "q4_0"])
+
+
+def _summary() -> list[dict]:
+    """Rows as `summarise` makes them: the fewer bytes, the worse."""
+    return [
+        {
+            "contender": str(c),
+            "ratio": 1 / (c.keep_ratio * BITS[c.weights] / 16),
+            "ratio_interval": [0.9, 12.0],
+            "total_bytes_per_token": 1e8 * c.keep_ratio * BITS[c.weights] / 16,
+        }
+        for c in CONTENDERS
+    ]
+
+
+def test_a_plot_has_a_line_a_family():
+    found = families(_summary(), CONTENDERS)
+    assert list(found) == [
+        "dense",
+        "griffin 16bit",
+        "griffin q4_0",
+        "similarity/energy 16bit",
+        "similarity/energy q4_0",
+    ]
+    assert [c.weights for c, _ in found["dense"]] == ["q4_0", "16bit"]
+    assert [c.keep_ratio for c, _ in found["griffin 16bit"]] == [0.4, 0.8]
+
+
+def test_a_plot_is_written_whole_and_names_what_it_shows(tmp_path):
+    plot(_summary(), CONTENDERS, tmp_path / "a.png")
+    plot(_summary(), CONTENDERS, tmp_path / "a.svg")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    text = (tmp_path / "a.svg").read_text()
+    for shown in ("dense", "similarity/energy q4_0", "weights read per decoded token (MB)"):
+        assert f"<!-- {shown} -->" in text  # matplotlib draws text as paths and keeps it in a comment
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    rows = tmp_path / "things.jsonl"
+    rows.write_text(json.dumps({"id": "1", "prompt": "p", "completion": "c"}))
+
+    def refused(name: str) -> str:
+        done = CliRunner().invoke(main, ["evaluate", str(rows), "--model", "./none", "--plot", str(tmp_path / name)])
+        assert done.exit_code == 1
+        return done.stderr
+
+    assert "expected a name that ends in .png or .svg" in refused("a.pdf")
+    assert "no folder" in refused("none/a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert "a plot needs matplotlib, not found here; install the extra eval" in refused("a.png")
