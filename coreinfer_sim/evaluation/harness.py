@@ -14,6 +14,7 @@ the document, and every later window with all its positions, runs under the comp
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from coreinfer_sim.config import Mode, Score
 from coreinfer_sim.embeddings import SentenceEncoder
-from coreinfer_sim.errors import ConfigError, PromptError
+from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
 from coreinfer_sim.evaluation.scoring import Prefill, decoded_logits, prefill
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import load_model
@@ -225,4 +226,7 @@ def _check_choice(name: str, value: str, kind: type[Mode] | type[Score]) -> None
 if __name__ == "__main__":  # lm-eval's own command, which knows the model now
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except CoreInferSimError as error:
+        sys.exit(f"Error: {error}")
