@@ -12,7 +12,8 @@ from coreinfer_sim.evaluation.extra import require
 from coreinfer_sim.files import write_atomic
 
 _FORMATS = (".png", ".svg")
-_MARKERS = "osD^vP*X"
+_STYLES = {"16bit": ("o", "-"), "q8_0": ("s", "--"), "q4_0": ("^", ":")}
+"""Marker and line by the weights' precision; the colour tells how the neurons were chosen."""
 
 
 def check_plot(path: Path) -> None:
@@ -50,7 +51,11 @@ def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], pat
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
-    for number, (family, points) in enumerate(families(summary, contenders).items()):
+    grouped = families(summary, contenders)
+    ways = list(dict.fromkeys(points[0][0].way for points in grouped.values()))
+    for family, points in grouped.items():
+        contender = points[0][0]
+        marker, line = _STYLES["16bit" if family == "dense" else contender.weights]
         x = [row["total_bytes_per_token"] / 1e6 for _, row in points]
         y = [row["ratio"] for _, row in points]
         bars = [
@@ -62,9 +67,9 @@ def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], pat
             y,
             bars,
             label=family,
-            marker=_MARKERS[number % len(_MARKERS)],
-            color="black" if family == "dense" else f"C{number % 10}",
-            linestyle=("-", "--", ":")[number // 10 % 3],
+            marker=marker,
+            linestyle=line,
+            color="black" if family == "dense" else f"C{ways.index(contender.way) % 10}",
             capsize=3,
         )
         for (contender, _), at in zip(points, zip(x, y, strict=True), strict=True):
