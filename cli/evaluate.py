@@ -62,16 +62,25 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
 @click.option(
     "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
 )
+@click.option("--generate", is_flag=True, help="Also generate texts and score them against the completions.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, **_D, help="Most tokens of a generated text.")
 @click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
 @click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
+@click.option(
+    "--plot",
+    "plot_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw quality over bytes a token into this .png or .svg file.",
+)
 @options.encoder
 @options.model_options
 @options.as_json
 def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) -> None:
     """Score ways of choosing neurons on SETS: JSONL files with id, prompt and completion.
 
-    Prefill is dense and decode forced sparse; the completion's tokens from the second on are scored.
+    Prefill is dense and decode forced sparse; the completion's tokens from the second on are scored. With --generate,
+    texts are generated in place of the completions and compared with them: exact match, F1, ROUGE-L, BLEU and chrF.
 
     \b
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
@@ -81,12 +90,19 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     from coreinfer_sim.evaluation.contenders import NEED_INDEX, parse_contenders
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import read_results, summarise
+    from coreinfer_sim.evaluation.plot import check_plot, plot
     from coreinfer_sim.evaluation.rows import read_rows
+    from coreinfer_sim.evaluation.text_scores import check_text_scores
     from coreinfer_sim.files import write_json
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
 
     quiet_libraries()
+    plot_path: Path | None = given["plot_path"]
+    if plot_path is not None:
+        check_plot(plot_path)
+    if given["generate"]:
+        check_text_scores()
     rows = [row for path in sets for row in read_rows(path, given["part"], given["limit"])]
     index = None
     if given["index"] is not None:
@@ -105,18 +121,23 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
             rows,
             index,
             max_tokens=given["max_tokens"],
+            max_new_tokens=given["max_new_tokens"] if given["generate"] else None,
             seed=given["seed"],
             finished=known,
             log=file,
             progress=ConsoleProgress(),
         )
-    summary = summarise(results, given["seed"])
+    summary = summarise(results, given["seed"], generated=given["generate"])
     if given["out"] is not None:
         write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})
+    if plot_path is not None:
+        plot(summary, contenders, plot_path)
     if as_json:
         print_json(summary)
     else:
         print_table(summary)
+        if given["generate"]:
+            print_text_table(summary)
 
 
 def print_table(summary: list[dict[str, Any]]) -> None:
@@ -130,3 +151,13 @@ def print_table(summary: list[dict[str, Any]]) -> None:
             f"{row['contender']:28s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
             f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
         )
+
+
+def print_text_table(summary: list[dict[str, Any]]) -> None:
+    """Print what generated texts score, 0 to 100: a line a contender and set, and one for the mean over sets."""
+    titles = {"exact_match": "exact", "f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
+    click.echo(f"\n{'contender':28s} {'generated texts':18s}" + "".join(f" {title:>7s}" for title in titles.values()))
+    for row in summary:
+        for name, group in [*row["sets"].items(), ("mean over sets", row)]:
+            scores = "".join(f" {group['text'][metric]:7.2f}" for metric in titles)
+            click.echo(f"{row['contender']:28s} {name:18.18s}{scores}")

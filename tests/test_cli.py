@@ -24,7 +24,7 @@ from coreinfer_sim.errors import IndexFormatError
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import load_model
 
-COMMANDS = ["build-index", "info", "verify", "lookup", "generate"]
+COMMANDS = ["build-index", "info", "verify", "lookup", "generate", "evaluate"]
 MODES = ["similarity", "stability", "global", "random", "dense"]
 TOPICS = {
     "space": ["stars", "planets", "galaxies", "comets", "moons"],
@@ -134,6 +134,7 @@ def test_help_does_not_import_torch():
     imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
     assert "coreinfer_sim_cli" in imported and "click" in imported
     assert not imported & {"torch", "transformers", "datasets", "faiss", "numba", "numpy", "sentence_transformers"}
+    assert not imported & {"lm_eval", "matplotlib", "rouge_score", "sacrebleu"}
 
 
 def test_no_commands_help_imports_torch():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -10,12 +12,22 @@ from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 
 from coreinfer_sim.errors import ConfigError, CorpusError
-from coreinfer_sim.evaluation.contenders import Contender, bytes_per_token, parse_contenders, rounded, rounded_model
+from coreinfer_sim.evaluation.contenders import (
+    BITS,
+    Contender,
+    bytes_per_token,
+    parse_contenders,
+    rounded,
+    rounded_model,
+)
 from coreinfer_sim.evaluation.evaluate import Result, evaluate, read_results, summarise
+from coreinfer_sim.evaluation.plot import families, plot
 from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
+from coreinfer_sim.evaluation.text_scores import normalised, text_scores, token_f1
 from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import random_selection
+from coreinfer_sim.predictors import FixedPredictor, random_selection
+from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import installed
 
@@ -166,6 +178,69 @@ def test_sums_by_hand():
     assert (row["kl"], row["same_top"], row["mlp_bytes_per_token"], row["n_rows"]) == (0.5, 0.5, 40, 3)
 
 
+GENERATE = {"max_new_tokens": 12}
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
+def test_a_generated_text_is_that_of_sparse_decode(language_model, keep_ratio):
+    selection = random_selection(language_model.layers, range(len(language_model.layers)), keep_ratio, seed=1)
+    case = Case(language_model, ROWS[0], 256, 0.4)
+    with installed(language_model.layers, selection):
+        first, text = case.generate(1), case.generate(12)
+        again = case.generate(12)
+    prompt, _ = joined(ROWS[0].prompt, ROWS[0].completion)
+    ids = language_model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    wanted = SparseModel(language_model.model, FixedPredictor(selection)).generate(ids, do_sample=False, **GENERATE)
+    assert text == again == language_model.tokenizer.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)
+    dense = case.generate(12)
+    assert (text == dense) == (keep_ratio == 1.0)
+    assert first == case.generate(1) and text.startswith(first)  # the first token is the dense prefill's
+
+
+def test_a_generated_text_ends_at_an_end_token(language_model, monkeypatch):
+    case = Case(language_model, ROWS[0], 256, 0.4)
+    tokens = language_model.tokenizer(case.generate(12), add_special_tokens=False)["input_ids"]
+    for ends in ([tokens[0]], tokens[0]):
+        monkeypatch.setattr(language_model.model.generation_config, "eos_token_id", ends)
+        assert Case(language_model, ROWS[0], 256, 0.4).generate(12) == ""
+
+
+def test_texts_are_generated_again_only_where_they_are_missing(language_model, tmp_path):
+    contenders = parse_contenders(["dense", "griffin"], [0.5], ["energy"], ["16bit", "q8_0"])
+    old = evaluate(language_model, contenders, ROWS)
+    assert all(r.text is None for r in old)
+    path = tmp_path / "log"
+    added = ("text", "reference", "max_new_tokens")
+    lines = [{k: v for k, v in vars(r).items() if k not in added} for r in old]  # as before texts were generated
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_results(path) == old
+    with path.open("a") as log:
+        new = evaluate(language_model, contenders, ROWS, finished=read_results(path), log=log, **GENERATE)
+    assert len(new) == len(old) and all(r.text and r.reference and r.max_new_tokens == 12 for r in new)
+    assert [r.loss for r in new] == [r.loss for r in old]
+    known = read_results(path)
+    assert len(known) == 2 * len(old)
+    assert evaluate(language_model, contenders, ROWS, finished=known, **GENERATE) == new
+    assert evaluate(language_model, contenders, ROWS, finished=known) == new  # one for each row and contender
+    shorter = evaluate(language_model, contenders, ROWS, finished=known, max_new_tokens=1)
+    assert all(r.max_new_tokens == 1 and r.text != known[-1].text for r in shorter)
+    with pytest.raises(ConfigError, match="prompts of up to 512 tokens and 600 new ones"):
+        evaluate(language_model, contenders, ROWS, max_new_tokens=600)
+
+
+def test_scores_of_texts_by_hand():
+    assert normalised("The  Owl's an\n“a”") == "owls “ ”"
+    assert token_f1("a big dog", "the dog ran") == 0.5
+    assert (token_f1("", "the"), token_f1("", "dog")) == (1.0, 0.0)
+    same = "owls sleep in old trees by day\nand hunt at night"
+    assert text_scores([(f" {same}\n", same)]) == dict.fromkeys(["exact_match", "f1", "rouge_l", "bleu", "chrf"], 100.0)
+    cut = text_scores([("Paris!\nQuestion: And", "Paris"), ("the cat sat", "the cat ran")])
+    assert (cut["exact_match"], cut["f1"]) == (50.0, 75.0)
+    assert cut["rouge_l"] == pytest.approx((100 + 200 / 3) / 2, abs=0.01)
+    assert 0 < cut["chrf"] < 100
+    assert text_scores([("Paris\nor", "Paris\nor London")])["f1"] == 80.0  # a reference of two lines takes all
+
+
 def test_rows_by_part(tmp_path):
     path = tmp_path / "things.jsonl"
     raw = [{"id": f"t{n}", "prompt": f"p{n}", "completion": "c"} for n in range(200)]
@@ -210,3 +285,78 @@ def test_the_command(tiny_checkpoint, tmp_path):
     refused = CliRunner().invoke(main, [*arguments, "--contender", "similarity"])
     assert refused.exit_code == 1 and "needs an index" in refused.stderr
     assert CliRunner().invoke(main, [*arguments, "--part", "9:3"]).exit_code == 2
+
+
+def test_the_command_generates(tiny_checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "things.jsonl"
+    path.write_text("\n".join(json.dumps({"id": r.id, "prompt": r.prompt, "completion": r.completion}) for r in ROWS))
+    (tmp_path / "others.jsonl").write_text(path.read_text())
+    arguments = ["evaluate", str(path), str(tmp_path / "others.jsonl"), "--model", tiny_checkpoint]
+    arguments += ["--contender", "dense", "--contender", "griffin", "--generate", "--max-new-tokens", "5"]
+    done = CliRunner().invoke(main, [*arguments, "--json", "--plot", str(tmp_path / "a.svg")])
+    assert done.exit_code == 0, done.stderr
+    dense, griffin = json.loads(done.stdout)
+    assert set(dense["sets"]) == {"things", "others"}
+    assert dense["text"] == dense["sets"]["things"]["text"] == dense["sets"]["others"]["text"]
+    assert set(griffin["text"]) == {"exact_match", "f1", "rouge_l", "bleu", "chrf"}
+    assert (tmp_path / "a.svg").exists()
+    table = CliRunner().invoke(main, arguments)
+    assert table.exit_code == 0 and table.stdout.count("mean over sets") == 2
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1 and "scoring generated texts needs sacrebleu" in refused.stderr
+
+
+CONTENDERS = parse_contenders(["dense", "griffin", "similarity"], [0.8, 0.4], ["energy"], ["16bit", "q4_0"])
+
+
+def _summary() -> list[dict]:
+    """Rows as `summarise` makes them: the fewer bytes, the worse."""
+    return [
+        {
+            "contender": str(c),
+            "ratio": 1 / (c.keep_ratio * BITS[c.weights] / 16),
+            "ratio_interval": [0.9, 12.0],
+            "total_bytes_per_token": 1e8 * c.keep_ratio * BITS[c.weights] / 16,
+        }
+        for c in CONTENDERS
+    ]
+
+
+def test_a_plot_has_a_line_a_family():
+    found = families(_summary(), CONTENDERS)
+    assert list(found) == [
+        "dense",
+        "griffin 16bit",
+        "griffin q4_0",
+        "similarity/energy 16bit",
+        "similarity/energy q4_0",
+    ]
+    assert [c.weights for c, _ in found["dense"]] == ["q4_0", "16bit"]
+    assert [c.keep_ratio for c, _ in found["griffin 16bit"]] == [0.4, 0.8]
+
+
+def test_a_plot_is_written_whole_and_names_what_it_shows(tmp_path):
+    plot(_summary(), CONTENDERS, tmp_path / "a.png")
+    plot(_summary(), CONTENDERS, tmp_path / "a.svg")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    text = (tmp_path / "a.svg").read_text()
+    for shown in ("dense", "similarity/energy q4_0", "weights read per decoded token (MB)"):
+        assert f"<!-- {shown} -->" in text  # matplotlib draws text as paths and keeps it in a comment
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    rows = tmp_path / "things.jsonl"
+    rows.write_text(json.dumps({"id": "1", "prompt": "p", "completion": "c"}))
+
+    def refused(name: str) -> str:
+        done = CliRunner().invoke(main, ["evaluate", str(rows), "--model", "./none", "--plot", str(tmp_path / name)])
+        assert done.exit_code == 1
+        return done.stderr
+
+    assert "expected a name that ends in .png or .svg" in refused("a.pdf")
+    assert "no folder" in refused("none/a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert "a plot needs matplotlib, not found here; install the extra eval" in refused("a.png")

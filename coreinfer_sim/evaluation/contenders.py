@@ -50,8 +50,17 @@ class Contender:
         """Return a name that tells contenders apart, such as ``similarity/energy 0.4 q8_0``."""
         if self.name == "dense":
             return f"dense {self.weights}"
-        score = f"/{self.score.value}" if self.name in NEED_INDEX else ""
-        return f"{self.name}{score} {self.keep_ratio:g}" + ("" if self.weights == "16bit" else f" {self.weights}")
+        return f"{self.way} {self.keep_ratio:g}" + ("" if self.weights == "16bit" else f" {self.weights}")
+
+    @property
+    def family(self) -> str:
+        """What it shares with contenders of other keep ratios, such as ``similarity/energy q8_0``; dense is one."""
+        return "dense" if self.name == "dense" else f"{self.way} {self.weights}"
+
+    @property
+    def way(self) -> str:
+        """How it chooses neurons, such as ``similarity/energy``."""
+        return f"{self.name}/{self.score.value}" if self.name in NEED_INDEX else self.name
 
 
 class Chooser:

@@ -12,10 +12,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from coreinfer_sim.build.progress import Progress
-from coreinfer_sim.errors import CorpusError
+from coreinfer_sim.errors import ConfigError, CorpusError
 from coreinfer_sim.evaluation.contenders import Chooser, Contender, bytes_per_token, rounded_model
 from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.evaluation.scoring import Case
+from coreinfer_sim.evaluation.text_scores import text_scores
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.sparse_mlp import installed
@@ -39,6 +40,12 @@ class Result:
     cluster: int | None
     mlp_bytes: int
     total_bytes: int
+    text: str | None = None
+    """Generated in place of the completion; None: nothing was generated."""
+    reference: str | None = None
+    """The row's completion, beside a generated text."""
+    max_new_tokens: int | None = None
+    """Under which the text was generated."""
 
 
 def evaluate(
@@ -48,6 +55,7 @@ def evaluate(
     index: SemanticIndex | None = None,
     *,
     max_tokens: int = 1024,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     finished: Iterable[Result] = (),
     log: TextIO | None = None,
@@ -61,16 +69,26 @@ def evaluate(
         rows: prompts with completions; those with fewer than two completion tokens are left out.
         index: for contenders that route by meaning; checked to belong to the model.
         max_tokens: prompt and completion are cut to half of this each.
+        max_new_tokens: also generate a text of at most this many tokens in place of each completion; None: no text.
         seed: of random choices.
-        finished: results of an earlier run, which are not computed again.
+        finished: results of an earlier run, which are not computed again unless they lack the text that is asked for; of
+            several for one row and contender, the last counts.
         log: takes every result as a line of JSON, as it comes.
         progress: takes progress.
+
+    Raises:
+        ConfigError: prompt and generated text do not fit into the model's context.
     """
+    _check_length(language_model, max_tokens, max_new_tokens)
     progress = progress or Progress()
     if index is not None:
         index.check_model(language_model.layers)
-    results = list(finished)
-    known = {(r.contender, r.set_name, r.row_id) for r in results}
+    known = {
+        (r.contender, r.set_name, r.row_id): r
+        for r in finished
+        if max_new_tokens is None or r.max_new_tokens == max_new_tokens
+    }
+    results = list(known.values())
     variants = {kind: rounded_model(language_model, kind) for kind in dict.fromkeys(c.weights for c in contenders)}
     choosers = {kind: Chooser(variant, index, seed) for kind, variant in variants.items()}
     progress.start("Evaluating", len(rows), "rows")
@@ -88,7 +106,7 @@ def evaluate(
             variant = variants[kind]
             case = base if variant is language_model else Case(variant, row, max_tokens, _ALPHA, base)
             for contender in (c for c in wanted if c.weights == kind):
-                results.append(_score(variant, choosers[kind], contender, case))
+                results.append(_score(variant, choosers[kind], contender, case, max_new_tokens))
                 if log is not None:
                     log.write(json.dumps(asdict(results[-1])) + "\n")
                     log.flush()
@@ -99,10 +117,24 @@ def evaluate(
     return results
 
 
-def _score(language_model: LanguageModel, chooser: Chooser, contender: Contender, case: Case) -> Result:
+def _check_length(language_model: LanguageModel, max_tokens: int, max_new_tokens: int | None) -> None:
+    n_prompt, limit = -(-max_tokens // 2), language_model.context_length
+    if max_new_tokens is not None and limit is not None and n_prompt + max_new_tokens > limit:
+        raise ConfigError(
+            f"prompts of up to {n_prompt} tokens and {max_new_tokens} new ones were asked for, but the model's context is "
+            f"{limit}; lower max_tokens, of which prompts take half, or max_new_tokens."
+        )
+
+
+def _score(
+    language_model: LanguageModel, chooser: Chooser, contender: Contender, case: Case, max_new_tokens: int | None
+) -> Result:
     selection = chooser.choose(contender, case)
+    text = None
     with installed(language_model.layers, selection):
         score = case.score()
+        if max_new_tokens is not None:
+            text = case.generate(max_new_tokens)
     mlp, total = bytes_per_token(language_model, selection, contender.weights)
     return Result(
         str(contender),
@@ -116,6 +148,9 @@ def _score(language_model: LanguageModel, chooser: Chooser, contender: Contender
         selection.cluster,
         mlp,
         total,
+        text,
+        None if text is None else case.row.completion,
+        max_new_tokens,
     )
 
 
@@ -131,12 +166,18 @@ def read_results(path: Path) -> list[Result]:
     return results
 
 
-def summarise(results: Sequence[Result], seed: int = 0) -> list[dict[str, Any]]:
+def summarise(results: Sequence[Result], seed: int = 0, *, generated: bool = False) -> list[dict[str, Any]]:
     """Add results up by contender.
+
+    Args:
+        results: of `evaluate`.
+        seed: of the bootstrap.
+        generated: also score the generated texts, which every result then holds; needs the extra `eval`.
 
     Returns:
         For each contender: perplexity, its ratio to dense, KL and top-1 agreement per set; the geometric mean of the
-        ratios over sets with a 95 % bootstrap interval (rows resampled within sets); bytes per token, mean over rows.
+        ratios over sets with a 95 % bootstrap interval (rows resampled within sets); bytes per token, mean over rows;
+        under "text" the scores of `text_scores`, per set and their mean over sets.
     """
     summary = []
     for name in dict.fromkeys(result.contender for result in results):
@@ -146,23 +187,26 @@ def summarise(results: Sequence[Result], seed: int = 0) -> list[dict[str, Any]]:
             by_set.setdefault(result.set_name, []).append(result)
         sets = {set_name: _set_summary(group) for set_name, group in sorted(by_set.items())}
         low, high = _interval(list(by_set.values()), seed)
-        summary.append(
-            {
-                "contender": name,
-                "ratio": round(_geometric_mean([s["ratio"] for s in sets.values()]), 4),
-                "ratio_interval": [round(low, 4), round(high, 4)],
-                "kl": round(float(np.mean([s["kl"] for s in sets.values()])), 4),
-                "same_top": round(float(np.mean([s["same_top"] for s in sets.values()])), 4),
-                "mlp_bytes_per_token": round(float(np.mean([r.mlp_bytes for r in own]))),
-                "total_bytes_per_token": round(float(np.mean([r.total_bytes for r in own]))),
-                "n_rows": len(own),
-                "sets": sets,
-            }
-        )
+        row: dict[str, Any] = {
+            "contender": name,
+            "ratio": round(_geometric_mean([s["ratio"] for s in sets.values()]), 4),
+            "ratio_interval": [round(low, 4), round(high, 4)],
+            "kl": round(float(np.mean([s["kl"] for s in sets.values()])), 4),
+            "same_top": round(float(np.mean([s["same_top"] for s in sets.values()])), 4),
+            "mlp_bytes_per_token": round(float(np.mean([r.mlp_bytes for r in own]))),
+            "total_bytes_per_token": round(float(np.mean([r.total_bytes for r in own]))),
+            "n_rows": len(own),
+        }
+        if generated:
+            for set_name, group in by_set.items():
+                sets[set_name]["text"] = text_scores([(r.text or "", r.reference or "") for r in group])
+            of_sets = [s["text"] for s in sets.values()]
+            row["text"] = {metric: round(float(np.mean([s[metric] for s in of_sets])), 2) for metric in of_sets[0]}
+        summary.append({**row, "sets": sets})
     return summary
 
 
-def _set_summary(group: Sequence[Result]) -> dict[str, float]:
+def _set_summary(group: Sequence[Result]) -> dict[str, Any]:
     n = sum(r.n_tokens for r in group)
     loss, dense = sum(r.loss for r in group) / n, sum(r.dense_loss for r in group) / n
     return {

@@ -36,6 +36,49 @@ class Score:
     """Tokens at which the likeliest token is the dense model's."""
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt as the dense model has read it."""
+
+    cache: Any
+    logits: torch.Tensor
+    """Of the tokens that follow the prompt's last positions, float32 [n_logits, vocabulary]."""
+    statistics: PromptStatistics
+    """Of the prompt's own tokens, one row; empty if none were asked for."""
+
+
+def prefill(language_model: LanguageModel, ids: torch.Tensor, alpha: float | None, n_logits: int = 1) -> Prefill:
+    """Read a prompt densely.
+
+    Args:
+        language_model: the model, dense at this moment.
+        ids: [1, n_positions].
+        alpha: share of the positive activations that makes a token's core neurons; None: no statistics.
+        n_logits: at how many of the last positions logits are wanted.
+    """
+    starts = np.array([0, ids.shape[1]])
+    statistics: PromptStatistics = {}
+
+    def add(layer: int, z: torch.Tensor) -> None:
+        assert alpha is not None
+        statistics[layer] = sentence_statistics(z, starts, alpha)
+
+    layers = language_model.layers if alpha is not None else []
+    with recorded_activations(layers, add) as tap, torch.inference_mode():
+        tap.set_mask(torch.ones_like(ids))
+        output = language_model.model(input_ids=ids, use_cache=True, logits_to_keep=n_logits)
+    return Prefill(output.past_key_values, output.logits[0, -n_logits:].float(), statistics)
+
+
+def decoded_logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Feed tokens [1, n_tokens] after a cache, which is left as it was, and return float32 logits [n_tokens, vocabulary].
+
+    The MLPs are whatever is in the model now. One pass gives the same logits as one token at a time.
+    """
+    with torch.inference_mode():
+        return model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0].float()
+
+
 class Case:
     """One row, tokenised, with its dense prefill and dense scores."""
 
@@ -52,7 +95,10 @@ class Case:
             reference: the same row under the model that all are compared with; None: under this one.
         """
         self.row = row
-        tokenizer, self._model, self._alpha = language_model.tokenizer, language_model.model, alpha
+        self._model, self._alpha = language_model.model, alpha
+        self._tokenizer = tokenizer = language_model.tokenizer
+        ends = self._model.generation_config.eos_token_id
+        self._ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
         prompt, completion = joined(row.prompt, row.completion)
         ids = tokenizer(prompt)["input_ids"][-max_tokens // 2 :]
         new = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_tokens // 2]
@@ -64,21 +110,10 @@ class Case:
             )
         self._decoded = torch.tensor([new[:-1]], device=device)
         self._targets = torch.tensor(new[1:], device=device)
-        self._cache: Any = None
-        self.statistics: PromptStatistics = {}
-        self._prefill(language_model, torch.tensor([ids], device=device), alpha)
+        self._prompt = prefill(language_model, torch.tensor([ids], device=device), alpha)
+        self.statistics = self._prompt.statistics
         self._reference: torch.Tensor = self._logits() if reference is None else reference._reference
         self.reference_loss = self._score(self._reference).loss
-
-    def _prefill(self, language_model: LanguageModel, ids: torch.Tensor, alpha: float) -> None:
-        starts = np.array([0, ids.shape[1]])
-
-        def add(layer: int, z: torch.Tensor) -> None:
-            self.statistics[layer] = sentence_statistics(z, starts, alpha)
-
-        with recorded_activations(language_model.layers, add) as tap, torch.inference_mode():
-            tap.set_mask(torch.ones_like(ids))
-            self._cache = self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
     def oracle_statistics(self, language_model: LanguageModel) -> PromptStatistics:
         """Return the statistics of the decoded tokens themselves, which no predictor can know."""
@@ -97,11 +132,27 @@ class Case:
         """Score the completion under whatever MLPs are in the model now."""
         return self._score(self._logits())
 
+    def generate(self, max_new_tokens: int) -> str:
+        """Continue the prompt greedily under whatever MLPs are in the model now, to an end token or the limit.
+
+        The first token is the dense prefill's choice, as in the command `generate`; all later ones are decoded. A plain
+        loop, because transformers' own would run the checkpoint's sampling defaults and prefill again.
+        """
+        cache = copy.deepcopy(self._prompt.cache)
+        token = int(self._prompt.logits[-1].argmax())
+        new: list[int] = []
+        with torch.inference_mode():
+            while token not in self._ends:
+                new.append(token)
+                if len(new) == max_new_tokens:
+                    break
+                ids = torch.tensor([[token]], device=self._model.device)
+                token = int(self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
+        return str(self._tokenizer.decode(new, skip_special_tokens=True))
+
     def _logits(self) -> torch.Tensor:
         """Return float32 logits of the completion tokens, [n_tokens, vocabulary]."""
-        cache = copy.deepcopy(self._cache)
-        with torch.inference_mode():
-            return self._model(input_ids=self._decoded, past_key_values=cache, use_cache=True).logits[0].float()
+        return decoded_logits(self._model, self._decoded, self._prompt.cache)
 
     def _score(self, logits: torch.Tensor) -> Score:
         own, dense = F.log_softmax(logits, -1), F.log_softmax(self._reference, -1)

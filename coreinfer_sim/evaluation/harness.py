@@ -1,0 +1,232 @@
+"""EleutherAI's LM Evaluation Harness on sparse decode: importing this registers the model ``coreinfer_sim`` of lm-eval.
+
+The phases are those of `scoring` and of `generate`. A context is read densely and, as text, routes; it is what the
+harness hands over, few-shot examples included. Its last position predicts the continuation's first token, so that token's
+log-likelihood is dense, and every later one comes from the compact MLPs. `scoring` leaves the dense token out of its sums;
+here it stays in, because the harness compares whole continuations. A task whose choices are single tokens therefore measures
+the dense model, and the log says so.
+
+A rolling log-likelihood has no context: the document's own beginning is its prompt. The prefix token and the document's
+first tokens are read densely (`rolling_prompt` positions, which predict as many tokens) and choose the neurons; the rest of
+the document, and every later window with all its positions, runs under the compact MLPs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from coreinfer_sim.config import Mode, Score
+from coreinfer_sim.embeddings import SentenceEncoder
+from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.evaluation.scoring import Prefill, decoded_logits, prefill
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.models import load_model
+from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.runtime import SparseModel
+from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.sparse_mlp import installed
+
+_LOG = logging.getLogger("lm_eval")
+
+LogLikelihood = tuple[float, bool]
+"""Sum over tokens in nats, and whether each token is the likeliest."""
+
+
+@register_model("coreinfer_sim")
+class CoreInferLM(HFLM):
+    """lm-eval's transformers model with dense prefill and sparse decode.
+
+    Tokenisation, windows, chat templates and batches of texts to generate are lm-eval's own. Log-likelihoods are computed
+    one context at a time, all its continuations from one prefill; ``batch_size`` counts for `generate_until` alone.
+
+    Example:
+        >>> import lm_eval, coreinfer_sim.evaluation.harness
+        >>> args = "model=./my-model,index=my-index,mode=similarity,keep_ratio=0.8"
+        >>> lm_eval.simple_evaluate("coreinfer_sim", args, tasks=["arc_easy"])
+    """
+
+    def __init__(
+        self,
+        model: str,
+        index: str | None = None,
+        mode: str = Mode.SIMILARITY.value,
+        keep_ratio: float | None = None,
+        score: str = Score.ENERGY.value,
+        sparse_layers: str = ":",
+        alpha: float | None = None,
+        seed: int = 0,
+        encoder: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        rolling_prompt: int = 64,
+        **options: Any,
+    ) -> None:
+        """Load the model and the index.
+
+        Args:
+            model: hub id, checkpoint folder or GGUF file.
+            index: folder; similarity and global need it.
+            mode: similarity, stability, global, random or dense.
+            keep_ratio: share of d_ff that is kept; None takes the index's γ.
+            score: energy or paper.
+            sparse_layers: slice of the layers that become sparse.
+            alpha: for stability.
+            seed: for random.
+            encoder: sentence encoder, hub id or folder; None: the index's.
+            dtype: of the weights; auto: as stored, bfloat16 for GGUF.
+            device: torch device; auto: a GPU if there is one.
+            rolling_prompt: positions of a rolling document that are read densely, its prefix token among them.
+            **options: of `HFLM`, such as batch_size, max_length, add_bos_token.
+
+        Raises:
+            CoreInferSimError: as `load_model`, `SemanticIndex.load` and `make_predictor` do.
+        """
+        _check_choice("mode", mode, Mode)
+        _check_choice("score", score, Score)
+        if rolling_prompt < 1:
+            raise ConfigError(f"rolling_prompt is {rolling_prompt}, expected 1 or more.")
+        loaded = None if index is None else SemanticIndex.load(index, SentenceEncoder(encoder) if encoder else None)
+        self._language_model = load_model(model, dtype, device)
+        self._predictor = make_predictor(
+            mode,
+            self._language_model.layers,
+            loaded,
+            keep_ratio=keep_ratio,
+            score=score,
+            sparse_layers=str(sparse_layers),  # lm-eval turns the argument "3" into a number
+            alpha=alpha,
+            seed=seed,
+        )
+        self._sparse = SparseModel(self._language_model.model, self._predictor, self._language_model.tokenizer)
+        self._rolling_prompt = rolling_prompt
+        super().__init__(self._language_model.model, tokenizer=self._language_model.tokenizer, **options)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[LogLikelihood]:
+        """Score (texts, context tokens, continuation tokens); the context is cut on the left to what fits."""
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for number, (_texts, context, continuation) in enumerate(requests):
+            room = self.max_length + 1 - len(continuation)
+            if room < 1:
+                raise PromptError(
+                    f"a continuation has {len(continuation)} tokens, but the model's context is {self.max_length}; leave "
+                    "that task out or raise max_length."
+                )
+            kept = (context or [self.prefix_token_id])[-room:]
+            by_context.setdefault(tuple(kept), []).append(number)
+        n_dense = sum(len(continuation) < 2 for _texts, _context, continuation in requests)
+        if n_dense:
+            _LOG.warning(
+                "%d of %d continuations are single tokens, which the dense last position of the context predicts: their "
+                "scores are the dense model's.",
+                n_dense,
+                len(requests),
+            )
+        answers: dict[int, LogLikelihood] = {}
+        for context, numbers in tqdm(by_context.items(), "Contexts", disable=disable_tqdm):
+            found = self._score_context(list(context), [requests[number][2] for number in numbers])
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+        return [answers[number] for number in range(len(requests))]
+
+    def _score_context(self, context: list[int], continuations: Sequence[list[int]]) -> list[LogLikelihood]:
+        first, selection = self._read(context)
+        answers = []
+        with installed(self._language_model.layers, selection):
+            for continuation in continuations:
+                logits = first.logits
+                if len(continuation) > 1:
+                    logits = torch.cat([logits, decoded_logits(self.model, self._ids(continuation[:-1]), first.cache)])
+                answers.append(self._log_likelihood(logits, continuation))
+        return answers
+
+    def _read(self, prompt: list[int], n_logits: int = 1) -> tuple[Prefill, NeuronSelection]:
+        """Read a prompt densely and choose the neurons that decode keeps."""
+        read = prefill(self._language_model, self._ids(prompt), self._predictor.alpha, n_logits)
+        texts = [self.tokenizer.decode(prompt, skip_special_tokens=True)] if self._predictor.needs_text else None
+        (selection,) = self._predictor.select(texts, read.statistics, 1)
+        return read, selection
+
+    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([list(tokens)], device=self.device)
+
+    def _log_likelihood(self, logits: torch.Tensor, tokens: Sequence[int]) -> LogLikelihood:
+        """Return the answer for logits [n_tokens, vocabulary] that predict ``tokens``."""
+        targets = torch.tensor(list(tokens), device=logits.device, dtype=torch.long)
+        logits = logits[: len(targets)]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return -float(loss), bool((logits.argmax(-1) == targets).all())
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return each document's log-likelihood in nats; see the module for what is dense."""
+        answers = []
+        for (text,) in tqdm([request.args for request in requests], "Documents", disable=disable_tqdm):
+            answers.append(self._score_document(self.tok_encode(text)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), answers[-1])
+        return answers
+
+    def _score_document(self, tokens: list[int]) -> float:
+        windows = [
+            make_disjoint_window(window)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+        ]
+        if not windows:
+            return 0.0
+        (prefix, beginning), *later = windows
+        positions = [*prefix, *beginning[:-1]]
+        n_prompt = min(self._rolling_prompt, len(positions))
+        first, selection = self._read(positions[:n_prompt], n_prompt)
+        logits = first.logits
+        with installed(self._language_model.layers, selection):
+            if n_prompt < len(positions):
+                decoded = decoded_logits(self.model, self._ids(positions[n_prompt:]), first.cache)
+                logits = torch.cat([logits, decoded])
+            total, _ = self._log_likelihood(logits, beginning)
+            for context, continuation in later:
+                ids = self._ids([*context, *continuation[:-1]])
+                with torch.inference_mode():
+                    logits = self.model(input_ids=ids, logits_to_keep=len(continuation)).logits[0].float()
+                total += self._log_likelihood(logits, continuation)[0]
+        return total
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """Generate by `SparseModel`; the batch's rows are routed by their own contexts."""
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 means greedy
+        return self._sparse.generate(
+            context,
+            max_length=max_length,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **generation_kwargs,
+        )
+
+
+def _check_choice(name: str, value: str, kind: type[Mode] | type[Score]) -> None:
+    known = [choice.value for choice in kind]
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
+
+
+if __name__ == "__main__":  # lm-eval's own command, which knows the model now
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except CoreInferSimError as error:
+        sys.exit(f"Error: {error}")
