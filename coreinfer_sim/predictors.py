@@ -7,6 +7,7 @@ need only the prompt's text; stability-guided selection needs the statistics of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.config import Mode, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.index import Match, SemanticIndex
 from coreinfer_sim.selection import NeuronSelection
 
 PromptStatistics = dict[int, SentenceStatistics]
@@ -66,9 +67,9 @@ class SimilarityPredictor:
     alpha: float | None = None
 
     def __init__(self, index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> None:
-        """Route by ``index``; see `SemanticIndex.core_neurons` for the rest."""
+        """Route by ``index``; see `SemanticIndex.selection` for the rest."""
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
-        self._ids: dict[int, dict[int, torch.Tensor]] = {}
+        self._by_cluster: dict[int, NeuronSelection] = {}
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
@@ -76,15 +77,13 @@ class SimilarityPredictor:
         """Return each prompt's cluster's selection."""
         if prompts is None:
             raise GenerationError("similarity mode was given no prompt text; give the wrapper a tokenizer.")
-        selections = []
-        for (match,) in self._index.lookup(list(prompts), k=1):
-            if match.cluster not in self._ids:
-                self._ids[match.cluster] = self._index.core_neurons(
-                    match.cluster, self._keep_ratio, self._score, self._layers
-                )
-            ids = self._ids[match.cluster]
-            selections.append(NeuronSelection(self.mode, ids, match.cluster, match.similarity, match.label))
-        return selections
+        return [self._of_cluster(match) for (match,) in self._index.lookup(list(prompts), k=1)]
+
+    def _of_cluster(self, match: Match) -> NeuronSelection:
+        """Return the match's cluster's selection; those of one cluster share what they keep."""
+        if match.cluster not in self._by_cluster:
+            self._by_cluster[match.cluster] = self._index.selection(match, self._keep_ratio, self._score, self._layers)
+        return replace(self._by_cluster[match.cluster], similarity=match.similarity)
 
 
 class StabilityPredictor:

@@ -16,9 +16,9 @@ from coreinfer_sim.config import Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
-from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import PromptStatistics, random_selection
+from coreinfer_sim.predictors import PromptStatistics, SimilarityPredictor, random_selection
 from coreinfer_sim.selection import NeuronSelection
 
 NAMES = ("dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle")
@@ -63,6 +63,7 @@ class Chooser:
         self._random = np.random.default_rng(seed)
         self._seed = seed
         self._known: dict[tuple[Any, ...], NeuronSelection] = {}
+        self._predictors: dict[Contender, SimilarityPredictor] = {}
 
     def choose(self, contender: Contender, case: Case) -> NeuronSelection:
         """Return a contender's selection for a case."""
@@ -70,7 +71,9 @@ class Chooser:
             return NeuronSelection("dense")
         if contender.name in ("stability", "griffin", "oracle"):
             return self._from_statistics(contender, case)
-        cluster = self._cluster(contender, case)
+        if contender.name == "similarity":
+            return self._routed(contender, case)
+        cluster = self._cluster(contender)
         key = (contender.name, contender.keep_ratio, contender.score, cluster)
         if key not in self._known:
             self._known[key] = self._make(contender, cluster)
@@ -88,19 +91,20 @@ class Chooser:
 
         return NeuronSelection(contender.name, {layer: ids(s) for layer, s in statistics.items()})
 
-    def _cluster(self, contender: Contender, case: Case) -> int | None:
-        if contender.name == "similarity":
-            return self.match(case).cluster
+    def _routed(self, contender: Contender, case: Case) -> NeuronSelection:
+        if contender not in self._predictors:
+            if self._index is None:
+                raise ConfigError("this contender routes by meaning and needs an index; give --index.")
+            self._predictors[contender] = SimilarityPredictor(
+                self._index, contender.keep_ratio, contender.score, layers=":"
+            )
+        return self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)[0]
+
+    def _cluster(self, contender: Contender) -> int | None:
         if contender.name == "random-cluster":
             assert self._index is not None
             return int(self._random.integers(len(self._index)))
         return None
-
-    def match(self, case: Case) -> Match:
-        """Return the semantic cluster of a case's prompt."""
-        if self._index is None:
-            raise ConfigError("this contender routes by meaning and needs an index; give --index.")
-        return self._index.lookup(case.row.prompt)[0]
 
     def _make(self, contender: Contender, cluster: int | None) -> NeuronSelection:
         layers = self._language_model.layers
