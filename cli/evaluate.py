@@ -43,6 +43,15 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     help="What ranks a cluster's neurons; may be repeated.",
 )
 @click.option(
+    "--nearest",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1,),
+    **_D,
+    metavar="M",
+    help="Blend the M nearest clusters, in similarity; may be repeated.",
+)
+@click.option(
     "--weights",
     multiple=True,
     type=click.Choice(["16bit", "q8_0", "q4_0"]),
@@ -92,7 +101,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     if given["index"] is not None:
         index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     names = given["contenders"] or [name for name in _NAMES if index is not None or name not in NEED_INDEX]
-    contenders = parse_contenders(names, given["keep_ratios"], given["scores"], given["weights"])
+    contenders = parse_contenders(names, given["keep_ratios"], given["scores"], given["weights"], given["nearest"])
     with status("Loading the model"):
         language_model = load_model(model, given["dtype"], given["device"])
     log: Path | None = given["log"]

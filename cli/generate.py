@@ -35,6 +35,14 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 )
 @click.option("--keep-ratio", type=float, help="Share of neurons that decode keeps.  [default: the index's γ]")
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", **_D, help="What ranks neurons.")
+@click.option(
+    "--nearest",
+    type=click.IntRange(1),
+    default=1,
+    **_D,
+    metavar="M",
+    help="Blend the M nearest clusters, in similarity.",
+)
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
@@ -134,6 +142,7 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
             score=given["score"],
             sparse_layers=given["layers"],
             seed=given["seed"],
+            nearest=given["nearest"],
         )
         for mode in modes
     ]

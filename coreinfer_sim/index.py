@@ -38,6 +38,7 @@ from coreinfer_sim.manifest import (
 from coreinfer_sim.selection import NeuronSelection
 
 STATISTICS = ("counts", "energy", "activation")
+_RANKED_BY = {Score.ENERGY: "energy", Score.PAPER: "counts"}
 _FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
 
 
@@ -177,13 +178,30 @@ class SemanticIndex:
         Returns:
             Ascending ids [n_kept] by layer number.
         """
-        settings, model = self.manifest.settings, self.manifest.model
-        keep_ratio = settings.gamma if keep_ratio is None else keep_ratio
-        check_ratio("keep ratio", keep_ratio)
         if cluster is not None and not 0 <= cluster < len(self):
             raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
-        name = {Score.ENERGY: "energy", Score.PAPER: "counts"}[Score(score)]
-        values, ties = self._statistic(name, cluster), self._statistic("activation", cluster)
+        values, ties = self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
+        return self._top(values, ties, keep_ratio, layers)
+
+    def _top(
+        self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
+    ) -> dict[int, torch.Tensor]:
+        """Return the ids with the highest values, by layer; both arrays are [n_recorded_layers, d_ff]."""
+        keep_ratio = self.manifest.settings.gamma if keep_ratio is None else keep_ratio
+        check_ratio("keep ratio", keep_ratio)
+        n = n_kept(keep_ratio, self.manifest.model.d_ff)
+        return {
+            layer: torch.from_numpy(top_ids(values[row], ties[row], n))
+            for layer, row in self.rows_of_layers(layers).items()
+        }
+
+    def rows_of_layers(self, layers: str = ":") -> dict[int, int]:
+        """Return the row of each layer of a slice in the statistics.
+
+        Raises:
+            ConfigError: the slice names no layer, or one that was not recorded.
+        """
+        settings, model = self.manifest.settings, self.manifest.model
         wanted = set(parse_layers(layers, model.n_layers))
         if not wanted:
             raise ConfigError(f"layers is {layers!r}, which names none of the model's {model.n_layers} layers.")
@@ -193,12 +211,7 @@ class SemanticIndex:
                 f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer "
                 f"with --layers, or {REBUILD}."
             )
-        n = n_kept(keep_ratio, model.d_ff)
-        return {
-            layer: torch.from_numpy(top_ids(values[row], ties[row], n))
-            for row, layer in enumerate(settings.layers)
-            if layer in wanted
-        }
+        return {layer: row for row, layer in enumerate(settings.layers) if layer in wanted}
 
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         """Return one statistic [n_recorded_layers, d_ff] of a cluster, or its sum over all clusters."""
@@ -213,6 +226,42 @@ class SemanticIndex:
         """Return the core neurons of a match's cluster as a selection."""
         ids = self.core_neurons(match.cluster, keep_ratio, score, layers)
         return NeuronSelection("similarity", ids, match.cluster, match.similarity, match.label)
+
+    def blended_selection(
+        self,
+        matches: Sequence[Match],
+        keep_ratio: float | None = None,
+        score: Score | str = Score.ENERGY,
+        layers: str = ":",
+    ) -> NeuronSelection:
+        """Return the core neurons of several clusters together, nearest first; of one, `selection`."""
+        nearest_one = matches[0]
+        if len(matches) == 1:
+            return self.selection(nearest_one, keep_ratio, score, layers)
+        ids = self._top(*self.mean_statistics(matches, score), keep_ratio, layers)
+        return NeuronSelection("similarity", ids, nearest_one.cluster, nearest_one.similarity, nearest_one.label)
+
+    def mean_statistics(
+        self, matches: Sequence[Match], score: Score | str = Score.ENERGY
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean statistic of several clusters: Σ_c w_c · s_c / size_c.
+
+        A cluster's size is its number of tokens (energy, activation) or of sentences (the paper's counts), so that a
+        large cluster does not outweigh a near one. w is max(similarity, 0) normalised; equal if no similarity is positive.
+
+        Returns:
+            The score's statistic and the activation, which breaks ties; both float64 [n_recorded_layers, d_ff].
+        """
+        weights = np.maximum([match.similarity for match in matches], 0.0)
+        weights = weights / weights.sum() if weights.any() else np.full(len(matches), 1 / len(matches))
+        clusters = [self.clusters[match.cluster] for match in matches]
+
+        def mean(name: str) -> np.ndarray:
+            sizes = [cluster.size if name == "counts" else cluster.n_tokens for cluster in clusters]
+            statistics = np.stack([self._statistics[name][cluster.id] for cluster in clusters])
+            return np.tensordot(weights / np.maximum(sizes, 1), statistics, axes=1)
+
+        return mean(_RANKED_BY[Score(score)]), mean("activation")
 
     def check_model(self, layers: Sequence[MLPLayer], tokenizer_sha256: str | None = None) -> None:
         """Raise IndexMismatchError unless these are the MLPs (and tokenizer) that the index was built from."""

@@ -60,30 +60,40 @@ class FixedPredictor:
 
 
 class SimilarityPredictor:
-    """The core neurons of the semantic cluster nearest to the prompt."""
+    """The core neurons of the semantic clusters nearest to the prompt."""
 
     mode = Mode.SIMILARITY.value
     needs_text = True
     alpha: float | None = None
 
-    def __init__(self, index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> None:
-        """Route by ``index``; see `SemanticIndex.selection` for the rest."""
+    def __init__(self, index: SemanticIndex, keep_ratio: float, score: Score, layers: str, nearest: int = 1) -> None:
+        """Route by ``index`` to the ``nearest`` clusters; see `SemanticIndex.blended_selection` for the rest."""
+        check_nearest(index, nearest)
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
+        self._nearest = nearest
         self._by_cluster: dict[int, NeuronSelection] = {}
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
     ) -> list[NeuronSelection]:
-        """Return each prompt's cluster's selection."""
+        """Return each prompt's selection; prompts of one cluster share theirs, blends are each prompt's own."""
         if prompts is None:
             raise GenerationError("similarity mode was given no prompt text; give the wrapper a tokenizer.")
-        return [self._of_cluster(match) for (match,) in self._index.lookup(list(prompts), k=1)]
+        return [self._of_matches(matches) for matches in self._index.lookup(list(prompts), k=self._nearest)]
 
-    def _of_cluster(self, match: Match) -> NeuronSelection:
-        """Return the match's cluster's selection; those of one cluster share what they keep."""
+    def _of_matches(self, matches: Sequence[Match]) -> NeuronSelection:
+        if len(matches) > 1:
+            return self._index.blended_selection(matches, self._keep_ratio, self._score, self._layers)
+        (match,) = matches
         if match.cluster not in self._by_cluster:
             self._by_cluster[match.cluster] = self._index.selection(match, self._keep_ratio, self._score, self._layers)
         return replace(self._by_cluster[match.cluster], similarity=match.similarity)
+
+
+def check_nearest(index: SemanticIndex, nearest: int) -> None:
+    """Raise ConfigError unless the index has that many clusters."""
+    if not 1 <= nearest <= len(index):
+        raise ConfigError(f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}.")
 
 
 class StabilityPredictor:
@@ -146,6 +156,7 @@ def make_predictor(
     sparse_layers: str = ":",
     alpha: float | None = None,
     seed: int = 0,
+    nearest: int = 1,
 ) -> Predictor:
     """Make the predictor of a mode.
 
@@ -158,6 +169,7 @@ def make_predictor(
         sparse_layers: slice of the layers that become sparse, such as ``4:``.
         alpha: for stability; None takes the index's α, or 0.4.
         seed: for random.
+        nearest: for similarity; the number of clusters whose statistics are blended.
 
     Raises:
         ConfigError: a setting is out of range or missing.
@@ -186,4 +198,4 @@ def make_predictor(
         raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
     if mode is Mode.GLOBAL:
         return FixedPredictor(NeuronSelection(mode.value, index.core_neurons(None, keep_ratio, score, sparse_layers)))
-    return SimilarityPredictor(index, keep_ratio, score, sparse_layers)
+    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest)

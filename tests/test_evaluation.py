@@ -92,6 +92,12 @@ def test_contenders_are_crossed_once():
         "griffin 0.4 q8_0",
         "griffin 0.6 q8_0",
     ]
+    blended = parse_contenders(["similarity", "global"], [0.4], ["energy"], ["q8_0"], [1, 4])
+    assert [str(c) for c in blended] == [
+        "similarity/energy 0.4 q8_0",
+        "similarity/energy 0.4 nearest 4 q8_0",
+        "global/energy 0.4 q8_0",
+    ]
     with pytest.raises(ConfigError, match="no contender 'best'"):
         Contender("best")
     with pytest.raises(ConfigError, match="no weights '3bit'"):

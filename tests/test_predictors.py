@@ -8,7 +8,8 @@ import torch
 from tiny_models import tiny_model
 
 from coreinfer_sim.architectures import find_mlps, weight_sketch
-from coreinfer_sim.index import Cluster, SemanticIndex
+from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.index import Cluster, Match, SemanticIndex
 from coreinfer_sim.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
 from coreinfer_sim.predictors import make_predictor
 
@@ -104,3 +105,58 @@ def test_every_selection_of_a_cluster_comes_from_the_index(index, predictor, mon
     monkeypatch.setattr(SemanticIndex, "selection", noting)
     predictor("similarity").select([PROMPTS[1], PROMPTS[0], PROMPTS[1]], None, 3)
     assert made == [1, 0]
+
+
+# Several clusters
+
+
+def blended_by_hand(index, matches, score, n):
+    """Σ_c max(similarity, 0) · s_c / size_c, the best n, ties by the activation."""
+    weights = [max(match.similarity, 0) for match in matches]
+    found = {}
+    for layer in range(index.manifest.model.n_layers):
+        total = ties = 0
+        for weight, match in zip(weights, matches, strict=True):
+            cluster = index.clusters[match.cluster]
+            name, size = ("energy", cluster.n_tokens) if score == "energy" else ("counts", cluster.size)
+            total = total + weight * index._statistics[name][match.cluster, layer].astype(np.float64) / size
+            ties = ties + weight * index._statistics["activation"][match.cluster, layer] / cluster.n_tokens
+        order = sorted(range(len(total)), key=lambda i: (-total[i], -ties[i], i))
+        found[layer] = torch.tensor(sorted(order[:n]))
+    return found
+
+
+@pytest.mark.parametrize("score", ["energy", "paper"])
+@pytest.mark.parametrize("nearest", [2, 3])
+def test_near_clusters_are_blended_by_similarity(model, index, predictor, score, nearest):
+    prompt = "Do judges eat bread under the stars?"
+    matches = index.lookup(prompt, k=nearest)
+    assert all(match.similarity > 0 for match in matches)
+    (chosen,) = predictor("similarity", score=score, nearest=nearest).select([prompt], None, 1)
+    n = find_mlps(model)[0].d_ff // 4
+    assert same_ids(chosen.ids, blended_by_hand(index, matches, score, n))
+    assert (chosen.mode, chosen.cluster) == ("similarity", matches[0].cluster)
+    assert not same_ids(chosen.ids, index.core_neurons(matches[0].cluster, 0.25, score))
+
+
+@pytest.mark.parametrize("score", ["energy", "paper"])
+def test_one_cluster_blended_is_that_cluster(index, score):
+    for match in index.lookup(PROMPTS[0], k=3):
+        blended = index._top(*index.mean_statistics([match], score), 0.25, ":")
+        assert same_ids(blended, index.core_neurons(match.cluster, 0.25, score))
+        assert same_ids(index.blended_selection([match], 0.25, score).ids, blended)
+
+
+def test_clusters_that_are_all_unlike_the_prompt_count_the_same(index):
+    matches = [Match(c, similarity, "") for c, similarity in ((0, -0.1), (1, -0.2))]
+    found, _ = index.mean_statistics(matches)
+    energy = index._statistics["energy"].astype(np.float64)
+    np.testing.assert_allclose(found, (energy[0] / 100 + energy[1] / 150) / 2)
+    found, _ = index.mean_statistics([Match(0, 0.2, ""), Match(1, -0.2, "")])
+    np.testing.assert_allclose(found, energy[0] / 100)
+
+
+@pytest.mark.parametrize("nearest", [0, 4])
+def test_nearest_is_a_number_of_clusters(predictor, nearest):
+    with pytest.raises(ConfigError, match=f"nearest is {nearest}, expected 1 to 3, the number of clusters"):
+        predictor("similarity", nearest=nearest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from coreinfer_sim.selection import NeuronSelection
 NAMES = ("dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle")
 """stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
 NEED_INDEX = ("random-cluster", "global", "similarity")
+BLEND = ("similarity",)
 WEIGHTS = {"16bit": None, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 """Precision of the weights; the quantised ones are llama.cpp's formats, with 8.5 and 4.5 bits a weight."""
 BITS = {"16bit": 16.0, "q8_0": 8.5, "q4_0": 4.5}
@@ -38,6 +40,8 @@ class Contender:
     keep_ratio: float = 1.0
     score: Score = Score.ENERGY
     weights: str = "16bit"
+    nearest: int = 1
+    """Clusters that similarity blends."""
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -51,7 +55,12 @@ class Contender:
         if self.name == "dense":
             return f"dense {self.weights}"
         score = f"/{self.score.value}" if self.name in NEED_INDEX else ""
-        return f"{self.name}{score} {self.keep_ratio:g}" + ("" if self.weights == "16bit" else f" {self.weights}")
+        parts = [f"{self.name}{score} {self.keep_ratio:g}"]
+        if self.nearest > 1:
+            parts.append(f"nearest {self.nearest}")
+        if self.weights != "16bit":
+            parts.append(self.weights)
+        return " ".join(parts)
 
 
 class Chooser:
@@ -96,7 +105,7 @@ class Chooser:
             if self._index is None:
                 raise ConfigError("this contender routes by meaning and needs an index; give --index.")
             self._predictors[contender] = SimilarityPredictor(
-                self._index, contender.keep_ratio, contender.score, layers=":"
+                self._index, contender.keep_ratio, contender.score, ":", contender.nearest
             )
         return self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)[0]
 
@@ -155,14 +164,21 @@ def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, w
 
 
 def parse_contenders(
-    names: Sequence[str], keep_ratios: Sequence[float], scores: Sequence[str], weights: Sequence[str]
+    names: Sequence[str],
+    keep_ratios: Sequence[float],
+    scores: Sequence[str],
+    weights: Sequence[str],
+    nearest: Sequence[int] = (1,),
 ) -> list[Contender]:
-    """Cross names with keep ratios, scores and weights, each sensible combination once."""
+    """Cross names with keep ratios, scores, weights and numbers of clusters, each sensible combination once."""
     found: dict[str, Contender] = {}
-    for kind in weights:
-        for name in names:
-            for ratio in keep_ratios if name != "dense" else [1.0]:
-                for score in scores if name in NEED_INDEX else ["energy"]:
-                    contender = Contender(name, ratio, Score(score), kind)
-                    found.setdefault(str(contender), contender)
+    for kind, name in itertools.product(weights, names):
+        crossed = itertools.product(
+            keep_ratios if name != "dense" else [1.0],
+            scores if name in NEED_INDEX else ["energy"],
+            nearest if name in BLEND else [1],
+        )
+        for ratio, score, n in crossed:
+            contender = Contender(name, ratio, Score(score), kind, n)
+            found.setdefault(str(contender), contender)
     return list(found.values())
