@@ -12,7 +12,7 @@ from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
 
 _D = {"show_default": True}
-_NAMES = ["dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle"]
+_NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
 
 
 def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
@@ -28,7 +28,7 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
 @click.command()
 @click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
-@click.option("--index", type=click.Path(), help="Index folder; similarity, global and random-cluster need it.")
+@click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid, global and random-cluster need it.")
 @click.option(
     "--contender", "contenders", multiple=True, type=click.Choice(_NAMES), help="May be repeated.  [default: all]"
 )
@@ -49,7 +49,7 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     default=(1,),
     **_D,
     metavar="M",
-    help="Blend the M nearest clusters, in similarity; may be repeated.",
+    help="Blend the M nearest clusters, in similarity and hybrid; may be repeated.",
 )
 @click.option(
     "--weights",

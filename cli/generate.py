@@ -24,11 +24,11 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One prompt a line.")
-@click.option("--index", type=click.Path(), help="Index folder; similarity and global need it.")
+@click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid and global need it.")
 @click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]")
 @click.option(
     "--mode",
-    type=click.Choice(["similarity", "stability", "global", "random", "dense"]),
+    type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "dense"]),
     default="similarity",
     **_D,
     help="Where the kept neurons come from.",
@@ -41,7 +41,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     default=1,
     **_D,
     metavar="M",
-    help="Blend the M nearest clusters, in similarity.",
+    help="Blend the M nearest clusters, in similarity and hybrid.",
 )
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
@@ -199,6 +199,8 @@ def _facts(run: Generation) -> str:
     parts = [selection.mode]
     if selection.cluster is not None:
         parts.append(f"cluster {selection.cluster} ({selection.label}), similarity {selection.similarity:.3f}")
+        if not selection.confident:
+            parts.append("unfamiliar prompt")
     parts += [
         f"keeps {run.keep_ratio:.2f}",
         f"{len(run.token_ids)} tokens" + ("" if speed is None else f" at {speed:.1f} tokens/s"),

@@ -24,10 +24,15 @@ class Mode(str, Enum):
     """Where a selection comes from."""
 
     SIMILARITY = "similarity"
+    HYBRID = "hybrid"
     STABILITY = "stability"
     GLOBAL = "global"
     RANDOM = "random"
     DENSE = "dense"
+
+
+UNFAMILIAR = 0.05
+"""A prompt is unfamiliar if fewer than this share of its cluster's own prompts lie as far from the centroid."""
 
 
 def check_ratio(name: str, value: float) -> None:

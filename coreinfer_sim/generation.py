@@ -58,6 +58,8 @@ class Generation:
             "cluster": selection.cluster,
             "label": selection.label,
             "similarity": None if selection.similarity is None else round(selection.similarity, 4),
+            "confidence": None if selection.confidence is None else round(selection.confidence, 4),
+            "confident": selection.confident,
             "keep_ratio": round(self.keep_ratio, 4),
             "n_prompt_tokens": self.n_prompt_tokens,
             "n_new_tokens": len(self.token_ids),

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
-from coreinfer_sim.config import Score, check_ratio, parse_layers
+from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import n_kept, top_ids
 from coreinfer_sim.embeddings import SentenceEncoder
 from coreinfer_sim.errors import ConfigError, IndexFormatError, IndexMismatchError
@@ -59,6 +59,15 @@ class Cluster:
     similarity_quantiles: dict[str, float]
     """Quantiles of the members' cosine similarity to the centroid."""
 
+    def confidence(self, similarity: float) -> float:
+        """Return the share of the members that are as far from the centroid or farther, in [0, 1].
+
+        It is interpolated between the stored quantiles, and 0 for a prompt farther away than every member.
+        """
+        levels = [float(level) for level in self.similarity_quantiles]
+        # quantiles are stored with four decimals, and a member must not be farther away than itself
+        return float(np.interp(round(similarity, 4), list(self.similarity_quantiles.values()), levels))
+
 
 @dataclass(frozen=True)
 class Match:
@@ -67,6 +76,13 @@ class Match:
     cluster: int
     similarity: float
     label: str
+    confidence: float = 1.0
+    """Share of the cluster's own prompts that are as far from its centroid or farther; see `Cluster.confidence`."""
+
+    @property
+    def confident(self) -> bool:
+        """Whether the prompt is familiar: its confidence is at least 5 %, config's ``UNFAMILIAR``."""
+        return self.confidence >= UNFAMILIAR
 
 
 class SemanticIndex:
@@ -156,7 +172,10 @@ class SemanticIndex:
             raise ConfigError(f"k is {k}, expected 1 to {len(self)}, the number of clusters in {self.name}.")
         similarities, numbers = nearest(self._searcher, embeddings, k)
         return [
-            [Match(int(c), float(s), self.clusters[c].label) for s, c in zip(*row, strict=True)]
+            [
+                Match(int(c), float(s), self.clusters[c].label, self.clusters[c].confidence(float(s)))
+                for s, c in zip(*row, strict=True)
+            ]
             for row in zip(similarities, numbers, strict=True)
         ]
 
@@ -225,7 +244,9 @@ class SemanticIndex:
     ) -> NeuronSelection:
         """Return the core neurons of a match's cluster as a selection."""
         ids = self.core_neurons(match.cluster, keep_ratio, score, layers)
-        return NeuronSelection("similarity", ids, match.cluster, match.similarity, match.label)
+        return NeuronSelection(
+            "similarity", ids, match.cluster, match.similarity, match.label, confidence=match.confidence
+        )
 
     def blended_selection(
         self,
@@ -235,11 +256,11 @@ class SemanticIndex:
         layers: str = ":",
     ) -> NeuronSelection:
         """Return the core neurons of several clusters together, nearest first; of one, `selection`."""
-        nearest_one = matches[0]
         if len(matches) == 1:
-            return self.selection(nearest_one, keep_ratio, score, layers)
+            return self.selection(matches[0], keep_ratio, score, layers)
         ids = self._top(*self.mean_statistics(matches, score), keep_ratio, layers)
-        return NeuronSelection("similarity", ids, nearest_one.cluster, nearest_one.similarity, nearest_one.label)
+        m = matches[0]
+        return NeuronSelection("similarity", ids, m.cluster, m.similarity, m.label, confidence=m.confidence)
 
     def mean_statistics(
         self, matches: Sequence[Match], score: Score | str = Score.ENERGY
@@ -314,6 +335,9 @@ def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
             clusters = [Cluster(**json.loads(line)) for line in file]
     except (ValueError, TypeError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
+    for cluster in clusters:
+        if not cluster.similarity_quantiles:
+            raise IndexFormatError(f"{path}: cluster {cluster.id} has no similarity quantiles; {REBUILD}.")
     if [cluster.id for cluster in clusters] != list(range(n_clusters)):
         raise IndexFormatError(f"{path} describes {len(clusters)} clusters, expected {n_clusters}; {REBUILD}.")
     return clusters

@@ -1,7 +1,7 @@
 """Predictors: a prompt → the neurons that decode keeps.
 
 Each returns a `NeuronSelection` and hides where the choice came from. Those that know the selection before prefill
-need only the prompt's text; stability-guided selection needs the statistics of the prompt's own tokens.
+need only the prompt's text; stability-guided and hybrid selection need the statistics of the prompt's own tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from coreinfer_sim.selection import NeuronSelection
 
 PromptStatistics = dict[int, SentenceStatistics]
 """By layer number, the statistics of every row of a batch, [n_rows, d_ff]."""
+PRIOR_TOKENS = 64.0
+"""τ: tokens of the prompt that count as much as its cluster; a constant that was chosen, not tuned."""
 
 
 class Predictor(Protocol):
@@ -32,12 +34,16 @@ class Predictor(Protocol):
     needs_text: bool
     """Whether the prompts' text is read."""
     alpha: float | None
-    """If the prompts' own activations are read: the share that makes C_α; else None."""
+    """If the prompts' own activations may be read: the share that makes C_α; else None."""
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
-    ) -> list[NeuronSelection]:
-        """Return one selection a row; rows that keep the same neurons share the mapping of ids."""
+    ) -> list[NeuronSelection] | None:
+        """Return one selection a row; rows that keep the same neurons share the mapping of ids.
+
+        It is first called before prefill, without statistics. None says that these prompts need them; then they are
+        read during prefill, at some cost, and it is called again.
+        """
         ...
 
 
@@ -77,9 +83,8 @@ class SimilarityPredictor:
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
     ) -> list[NeuronSelection]:
         """Return each prompt's selection; prompts of one cluster share theirs, blends are each prompt's own."""
-        if prompts is None:
-            raise GenerationError("similarity mode was given no prompt text; give the wrapper a tokenizer.")
-        return [self._of_matches(matches) for matches in self._index.lookup(list(prompts), k=self._nearest)]
+        routed = route(self._index, prompts, self._nearest, self.mode)
+        return [self._of_matches(matches) for matches in routed]
 
     def _of_matches(self, matches: Sequence[Match]) -> NeuronSelection:
         if len(matches) > 1:
@@ -87,13 +92,7 @@ class SimilarityPredictor:
         (match,) = matches
         if match.cluster not in self._by_cluster:
             self._by_cluster[match.cluster] = self._index.selection(match, self._keep_ratio, self._score, self._layers)
-        return replace(self._by_cluster[match.cluster], similarity=match.similarity)
-
-
-def check_nearest(index: SemanticIndex, nearest: int) -> None:
-    """Raise ConfigError unless the index has that many clusters."""
-    if not 1 <= nearest <= len(index):
-        raise ConfigError(f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}.")
+        return replace(self._by_cluster[match.cluster], similarity=match.similarity, confidence=match.confidence)
 
 
 class StabilityPredictor:
@@ -109,10 +108,11 @@ class StabilityPredictor:
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
-    ) -> list[NeuronSelection]:
+    ) -> list[NeuronSelection] | None:
         """Return each row's own selection."""
-        if not statistics:
-            raise GenerationError("stability mode read no prompt tokens; it needs at least one in this call.")
+        if statistics is None:
+            return None
+        check_read(statistics, self.mode)
         return [
             NeuronSelection(
                 self.mode,
@@ -126,8 +126,95 @@ class StabilityPredictor:
         ]
 
     def _ids(self, statistics: SentenceStatistics, row: int) -> np.ndarray:
-        score = statistics.counts if self._score is Score.PAPER else statistics.energy
+        score = statistics.ranked_by(self._score)
         return top_ids(score[row], statistics.activation[row], n_kept(self._keep_ratio, score.shape[1]))
+
+
+class HybridPredictor:
+    """The nearest clusters as prior, the prompt's own activations as evidence.
+
+    In each layer a neuron's score is λ · prior + (1 − λ) · evidence. The prior is the clusters' mean statistic
+    (`SemanticIndex.mean_statistics`), the evidence the prompt's own, each divided by its sum over the layer's neurons;
+    λ is `prior_weight`.
+    """
+
+    mode = Mode.HYBRID.value
+    needs_text = True
+
+    def __init__(
+        self,
+        index: SemanticIndex,
+        keep_ratio: float,
+        score: Score,
+        layers: str,
+        alpha: float,
+        nearest: int = 1,
+    ) -> None:
+        """Keep ``keep_ratio`` of each of ``layers``, ranked by ``score``; the prior is that of ``nearest`` clusters."""
+        check_nearest(index, nearest)
+        self._index, self._keep_ratio, self._score, self._nearest = index, keep_ratio, score, nearest
+        self._rows = index.rows_of_layers(layers)
+        self.alpha: float | None = alpha
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+    ) -> list[NeuronSelection] | None:
+        """Return each prompt's own selection."""
+        if statistics is None:
+            return None
+        routed = route(self._index, prompts, self._nearest, self.mode)
+        return [self.choose(matches, statistics, row) for row, matches in enumerate(routed)]
+
+    def choose(self, matches: Sequence[Match], statistics: PromptStatistics, row: int) -> NeuronSelection:
+        """Return the selection of a batch's row whose nearest clusters are ``matches``."""
+        check_read(statistics, self.mode)
+        nearest = matches[0]
+        prior, prior_ties = self._index.mean_statistics(matches, self._score)
+        ids = {}
+        for layer, place in self._rows.items():
+            own = statistics[layer]
+            weight = prior_weight(float(own.energy[row].sum()), nearest.confidence)
+            score = weight * _shares(prior[place]) + (1 - weight) * _shares(own.ranked_by(self._score)[row])
+            ties = weight * _shares(prior_ties[place]) + (1 - weight) * _shares(own.activation[row])
+            ids[layer] = torch.from_numpy(top_ids(score, ties, n_kept(self._keep_ratio, len(score))))
+        return NeuronSelection(
+            self.mode, ids, nearest.cluster, nearest.similarity, nearest.label, confidence=nearest.confidence
+        )
+
+
+def prior_weight(n_tokens: float, confidence: float) -> float:
+    """Return λ = τ / (τ + n) · (1 + c) / 2, the weight of the cluster beside the prompt itself.
+
+    Args:
+        n_tokens: n, tokens of the prompt; at τ = 64 of them both would count the same, were the routing certain.
+        confidence: c, of the routing, in [0, 1]; a prompt akin to no cluster halves the weight.
+    """
+    return PRIOR_TOKENS / (PRIOR_TOKENS + n_tokens) * (1 + confidence) / 2
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Return not negative values [d_ff] divided by their sum; zeros stay zeros."""
+    total = values.sum(dtype=np.float64)
+    return values / total if total > 0 else values.astype(np.float64)
+
+
+def route(index: SemanticIndex, prompts: Sequence[str] | None, nearest: int, mode: str) -> list[list[Match]]:
+    """Return each prompt's nearest clusters."""
+    if prompts is None:
+        raise GenerationError(f"{mode} mode was given no prompt text; give the wrapper a tokenizer.")
+    return index.lookup(list(prompts), k=nearest)
+
+
+def check_nearest(index: SemanticIndex, nearest: int) -> None:
+    """Raise ConfigError unless the index has that many clusters."""
+    if not 1 <= nearest <= len(index):
+        raise ConfigError(f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}.")
+
+
+def check_read(statistics: PromptStatistics, mode: str) -> None:
+    """Raise GenerationError if prefill read no token."""
+    if not statistics:
+        raise GenerationError(f"{mode} mode read no prompt tokens; it needs at least one in this call.")
 
 
 def random_selection(
@@ -161,15 +248,15 @@ def make_predictor(
     """Make the predictor of a mode.
 
     Args:
-        mode: similarity, stability, global, random or dense.
+        mode: similarity, hybrid, stability, global, random or dense.
         layers: the model's MLPs.
-        index: needed by similarity and global, which then must belong to the model.
+        index: needed by similarity, hybrid and global, which then must belong to the model.
         keep_ratio: share of d_ff that is kept; None takes the index's γ.
         score: energy or paper.
         sparse_layers: slice of the layers that become sparse, such as ``4:``.
-        alpha: for stability; None takes the index's α, or 0.4.
+        alpha: for stability and hybrid; None takes the index's α, or 0.4.
         seed: for random.
-        nearest: for similarity; the number of clusters whose statistics are blended.
+        nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
 
     Raises:
         ConfigError: a setting is out of range or missing.
@@ -190,12 +277,14 @@ def make_predictor(
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:
         return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))
+    if alpha is None:
+        alpha = index.manifest.settings.alpha if index is not None else 0.4
     if mode is Mode.STABILITY:
-        if alpha is None:
-            alpha = index.manifest.settings.alpha if index is not None else 0.4
         return StabilityPredictor(keep_ratio, score, numbers, alpha)
     if index is None:
         raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
     if mode is Mode.GLOBAL:
         return FixedPredictor(NeuronSelection(mode.value, index.core_neurons(None, keep_ratio, score, sparse_layers)))
+    if mode is Mode.HYBRID:
+        return HybridPredictor(index, keep_ratio, score, sparse_layers, alpha, nearest)
     return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest)

@@ -162,10 +162,14 @@ class SparseModel:
     @contextmanager
     def _phases(self, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> Iterator[None]:
         """Hold the compact MLPs in the model during decode, and the dense ones otherwise."""
-        n_rows, alpha = len(mask), self.predictor.alpha
-        reader = _PromptReader(mask, alpha) if alpha is not None else None
-        if reader is None:
-            self.selections = self.predictor.select(prompts, None, n_rows)
+        n_rows = len(mask)
+        known = self.predictor.select(prompts, None, n_rows)
+        reader = None
+        if known is None:
+            assert self.predictor.alpha is not None
+            reader = _PromptReader(mask, self.predictor.alpha)
+        else:
+            self.selections = known
         dense: dict[int, Projections] | None = None
 
         def before_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -178,7 +182,7 @@ class SparseModel:
             elif dense is None:
                 if reader is not None:
                     reader.pause()
-                    self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
+                    self.selections = self._select(prompts, reader.statistics, n_rows)
                 dense = install(self.layers, self._compact_batch())
 
         with reader.reading(self.layers) if reader is not None else nullcontext():
@@ -186,11 +190,19 @@ class SparseModel:
             try:
                 yield
                 if reader is not None and dense is None:  # nothing was decoded, but the choice is of interest
-                    self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
+                    self.selections = self._select(prompts, reader.statistics, n_rows)
             finally:
                 hook.remove()
                 if dense is not None:
                     install(self.layers, dense)
+
+    def _select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics, n_rows: int
+    ) -> list[NeuronSelection]:
+        """Return the selections of a predictor that wanted the prompts' statistics."""
+        selections = self.predictor.select(prompts, statistics, n_rows)
+        assert selections is not None
+        return selections
 
     def _compact_batch(self) -> dict[int, Projections]:
         """Return the compact MLPs of the current batch, grouped by rows that keep the same neurons."""

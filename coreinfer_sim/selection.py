@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.config import UNFAMILIAR
 from coreinfer_sim.errors import IndexMismatchError
 
 
@@ -20,11 +21,18 @@ class NeuronSelection:
     ids: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Kept neurons of a layer, ascending, [n_kept]; a layer that is not named stays dense."""
     cluster: int | None = None
-    """Semantic cluster that it belongs to, if any."""
+    """Semantic cluster that the prompt was routed to, if any."""
     similarity: float | None = None
     """Cosine similarity of the prompt to that cluster's centroid."""
     label: str | None = None
     """That cluster's readable label."""
+    confidence: float | None = None
+    """Of the routing; see `Match`."""
+
+    @property
+    def confident(self) -> bool | None:
+        """Whether the prompt is familiar to its cluster; None if it was not routed."""
+        return None if self.confidence is None else self.confidence >= UNFAMILIAR
 
     def check(self, layers: Sequence[MLPLayer]) -> None:
         """Raise IndexMismatchError if the ids do not fit the model's layers."""

@@ -25,7 +25,7 @@ from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import load_model
 
 COMMANDS = ["build-index", "info", "verify", "lookup", "generate"]
-MODES = ["similarity", "stability", "global", "random", "dense"]
+MODES = ["similarity", "hybrid", "stability", "global", "random", "dense"]
 TOPICS = {
     "space": ["stars", "planets", "galaxies", "comets", "moons"],
     "food": ["bread", "cheese", "soup", "salad", "cake"],
@@ -272,6 +272,13 @@ def test_lookup_as_json(index):
     assert paper["1"] == loaded.core_neurons(best, 0.25, "paper")[1].tolist() != found["core_neurons"]["1"]
 
 
+def test_lookup_says_whether_a_prompt_is_familiar(index):
+    for prompt, familiar in ((f"What do {NOUNS[0]} tell us about space, case 0?", True), ("zzz qqq 0x3f", False)):
+        best = parsed("lookup", index, prompt)["matches"][0]
+        assert best["confident"] is familiar and (best["confidence"] >= 0.05) is familiar
+        assert succeeded("lookup", index, prompt).stdout.splitlines()[0].endswith("(unfamiliar)") is not familiar
+
+
 def test_lookup_shows_all_ids_where_asked_to(index):
     short, full = (succeeded("lookup", index, "comets", *more).stdout for more in ([], ["--ids"]))
     ids = parsed("lookup", index, "comets")["core_neurons"]["2"]
@@ -298,7 +305,15 @@ def generated(index: Path, *more: Any, prompt: str = "How do stars form?") -> An
 
 FIELDS = {
     *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
-    *("prefill_seconds", "decode_seconds", "tokens_per_second", "mlp_bytes_per_token", "dense_mlp_bytes_per_token"),
+    *(
+        "confidence",
+        "confident",
+        "prefill_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "mlp_bytes_per_token",
+        "dense_mlp_bytes_per_token",
+    ),
 }
 
 
@@ -318,9 +333,10 @@ def test_generate_in_every_mode(index, mode):
     assert set(found) == FIELDS
     assert found["mode"] == mode and found["n_new_tokens"] == 8 and found["prompt"] == "How do stars form?"
     assert found["keep_ratio"] == (1.0 if mode == "dense" else 0.5)  # else the γ of the index
-    assert (found["cluster"] is not None) == (mode == "similarity")
-    if mode == "similarity":
-        assert "space" in found["label"] and 0 < found["similarity"] <= 1
+    routed = mode in ("similarity", "hybrid")
+    assert [found[name] is not None for name in ("cluster", "confidence", "confident")] == [routed] * 3
+    if routed:
+        assert "space" in found["label"] and 0 < found["similarity"] <= 1 and 0 <= found["confidence"] <= 1
     assert found["dense_mlp_bytes_per_token"] == 3 * 3 * 32 * 48 * 4
     assert found["mlp_bytes_per_token"] == found["dense_mlp_bytes_per_token"] * found["keep_ratio"]
 
@@ -349,7 +365,7 @@ def test_modes_without_an_index(tiny_checkpoint):
             "generate", "stars", "--model", tiny_checkpoint, "--mode", mode, "--keep-ratio", 0.5, "--max-new-tokens", 2
         )
         assert found["mode"] == mode
-    for mode in ("similarity", "global"):
+    for mode in ("similarity", "hybrid", "global"):
         refused(
             call("generate", "stars", "--model", tiny_checkpoint, "--mode", mode, "--keep-ratio", 0.5),
             "needs an index",

@@ -19,13 +19,13 @@ from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import PromptStatistics, SimilarityPredictor, random_selection
+from coreinfer_sim.predictors import HybridPredictor, Predictor, PromptStatistics, SimilarityPredictor, random_selection
 from coreinfer_sim.selection import NeuronSelection
 
-NAMES = ("dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle")
+NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
 """stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
-NEED_INDEX = ("random-cluster", "global", "similarity")
-BLEND = ("similarity",)
+NEED_INDEX = ("random-cluster", "global", "similarity", "hybrid")
+ROUTED = ("similarity", "hybrid")
 WEIGHTS = {"16bit": None, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 """Precision of the weights; the quantised ones are llama.cpp's formats, with 8.5 and 4.5 bits a weight."""
 BITS = {"16bit": 16.0, "q8_0": 8.5, "q4_0": 4.5}
@@ -41,7 +41,7 @@ class Contender:
     score: Score = Score.ENERGY
     weights: str = "16bit"
     nearest: int = 1
-    """Clusters that similarity blends."""
+    """Clusters that similarity and hybrid blend."""
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -72,7 +72,7 @@ class Chooser:
         self._random = np.random.default_rng(seed)
         self._seed = seed
         self._known: dict[tuple[Any, ...], NeuronSelection] = {}
-        self._predictors: dict[Contender, SimilarityPredictor] = {}
+        self._predictors: dict[Contender, Predictor] = {}
 
     def choose(self, contender: Contender, case: Case) -> NeuronSelection:
         """Return a contender's selection for a case."""
@@ -80,7 +80,7 @@ class Chooser:
             return NeuronSelection("dense")
         if contender.name in ("stability", "griffin", "oracle"):
             return self._from_statistics(contender, case)
-        if contender.name == "similarity":
+        if contender.name in ROUTED:
             return self._routed(contender, case)
         cluster = self._cluster(contender)
         key = (contender.name, contender.keep_ratio, contender.score, cluster)
@@ -104,10 +104,16 @@ class Chooser:
         if contender not in self._predictors:
             if self._index is None:
                 raise ConfigError("this contender routes by meaning and needs an index; give --index.")
-            self._predictors[contender] = SimilarityPredictor(
-                self._index, contender.keep_ratio, contender.score, ":", contender.nearest
-            )
-        return self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)[0]
+            self._predictors[contender] = self._routing(self._index, contender)
+        chosen = self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)
+        assert chosen is not None
+        return chosen[0]
+
+    def _routing(self, index: SemanticIndex, contender: Contender) -> Predictor:
+        ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
+        if contender.name == "hybrid":
+            return HybridPredictor(index, ratio, score, ":", alpha, contender.nearest)
+        return SimilarityPredictor(index, ratio, score, ":", contender.nearest)
 
     def _cluster(self, contender: Contender) -> int | None:
         if contender.name == "random-cluster":
@@ -176,7 +182,7 @@ def parse_contenders(
         crossed = itertools.product(
             keep_ratios if name != "dense" else [1.0],
             scores if name in NEED_INDEX else ["energy"],
-            nearest if name in BLEND else [1],
+            nearest if name in ROUTED else [1],
         )
         for ratio, score, n in crossed:
             contender = Contender(name, ratio, Score(score), kind, n)
