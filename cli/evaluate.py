@@ -52,6 +52,15 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     help="Blend the M nearest clusters, in similarity and hybrid; may be repeated.",
 )
 @click.option(
+    "--fallback",
+    "fallbacks",
+    multiple=True,
+    type=click.Choice(["hybrid", "dense", "global", "none"]),
+    default=("none",),
+    **_D,
+    help="What similarity does for unfamiliar prompts; may be repeated.",
+)
+@click.option(
     "--weights",
     multiple=True,
     type=click.Choice(["16bit", "q8_0", "q4_0"]),
@@ -101,7 +110,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     if given["index"] is not None:
         index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     names = given["contenders"] or [name for name in _NAMES if index is not None or name not in NEED_INDEX]
-    contenders = parse_contenders(names, given["keep_ratios"], given["scores"], given["weights"], given["nearest"])
+    contenders = parse_contenders(
+        names, given["keep_ratios"], given["scores"], given["weights"], given["nearest"], given["fallbacks"]
+    )
     with status("Loading the model"):
         language_model = load_model(model, given["dtype"], given["device"])
     log: Path | None = given["log"]

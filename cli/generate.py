@@ -43,6 +43,13 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     metavar="M",
     help="Blend the M nearest clusters, in similarity and hybrid.",
 )
+@click.option(
+    "--fallback",
+    type=click.Choice(["hybrid", "dense", "global", "none"]),
+    default="hybrid",
+    **_D,
+    help="What similarity does for a prompt that is unfamiliar to its cluster.",
+)
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
@@ -143,6 +150,7 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
             sparse_layers=given["layers"],
             seed=given["seed"],
             nearest=given["nearest"],
+            fallback=given["fallback"],
         )
         for mode in modes
     ]
@@ -199,7 +207,7 @@ def _facts(run: Generation) -> str:
     parts = [selection.mode]
     if selection.cluster is not None:
         parts.append(f"cluster {selection.cluster} ({selection.label}), similarity {selection.similarity:.3f}")
-        if not selection.confident:
+        if selection.confident is False:
             parts.append("unfamiliar prompt")
     parts += [
         f"keeps {run.keep_ratio:.2f}",

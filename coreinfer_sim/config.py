@@ -31,6 +31,15 @@ class Mode(str, Enum):
     DENSE = "dense"
 
 
+class Fallback(str, Enum):
+    """What similarity mode does for a prompt that is unfamiliar to its cluster."""
+
+    HYBRID = "hybrid"
+    DENSE = "dense"
+    GLOBAL = "global"
+    NONE = "none"
+
+
 UNFAMILIAR = 0.05
 """A prompt is unfamiliar if fewer than this share of its cluster's own prompts lie as far from the centroid."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.config import Mode, Score, check_ratio, parse_layers
+from coreinfer_sim.config import Fallback, Mode, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError, GenerationError
 from coreinfer_sim.index import Match, SemanticIndex
@@ -66,25 +66,66 @@ class FixedPredictor:
 
 
 class SimilarityPredictor:
-    """The core neurons of the semantic clusters nearest to the prompt."""
+    """The core neurons of the semantic clusters nearest to the prompt; something else for an unfamiliar prompt."""
 
     mode = Mode.SIMILARITY.value
     needs_text = True
-    alpha: float | None = None
 
-    def __init__(self, index: SemanticIndex, keep_ratio: float, score: Score, layers: str, nearest: int = 1) -> None:
-        """Route by ``index`` to the ``nearest`` clusters; see `SemanticIndex.blended_selection` for the rest."""
+    def __init__(
+        self,
+        index: SemanticIndex,
+        keep_ratio: float,
+        score: Score,
+        layers: str,
+        nearest: int = 1,
+        fallback: HybridPredictor | NeuronSelection | None = None,
+    ) -> None:
+        """Route by ``index`` to the ``nearest`` clusters, unfamiliar prompts to ``fallback``.
+
+        See `SemanticIndex.blended_selection` for the rest, and `make_fallback`.
+        """
         check_nearest(index, nearest)
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
-        self._nearest = nearest
+        self._nearest, self._fallback = nearest, fallback
+        self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
         self._by_cluster: dict[int, NeuronSelection] = {}
+        self._latest: tuple[list[str], list[list[Match]]] = [], []
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
-    ) -> list[NeuronSelection]:
-        """Return each prompt's selection; prompts of one cluster share theirs, blends are each prompt's own."""
-        routed = route(self._index, prompts, self._nearest, self.mode)
-        return [self._of_matches(matches) for matches in routed]
+    ) -> list[NeuronSelection] | None:
+        """Return each prompt's selection; prompts of one cluster share theirs, blends are each prompt's own.
+
+        The prompts' statistics are needed only if one of them is unfamiliar and falls back on hybrid selection.
+        """
+        routed = self._route(prompts)
+        reads = isinstance(self._fallback, HybridPredictor) and not all(matches[0].confident for matches in routed)
+        if reads and statistics is None:
+            return None
+        return [self._choose(matches, statistics, row) for row, matches in enumerate(routed)]
+
+    def _route(self, prompts: Sequence[str] | None) -> list[list[Match]]:
+        """Return the prompts' nearest clusters; those of the latest prompts are not looked up again."""
+        known, routed = self._latest
+        if prompts is None or list(prompts) != known:
+            routed = route(self._index, prompts, self._nearest, self.mode)
+            self._latest = list(prompts or ()), routed
+        return routed
+
+    def _choose(self, matches: Sequence[Match], statistics: PromptStatistics | None, row: int) -> NeuronSelection:
+        nearest = matches[0]
+        if nearest.confident or self._fallback is None:
+            return self._of_matches(matches)
+        if isinstance(self._fallback, HybridPredictor):
+            assert statistics is not None
+            return self._fallback.choose(matches, statistics, row)
+        return replace(
+            self._fallback,
+            cluster=nearest.cluster,
+            similarity=nearest.similarity,
+            label=nearest.label,
+            confidence=nearest.confidence,
+        )
 
     def _of_matches(self, matches: Sequence[Match]) -> NeuronSelection:
         if len(matches) > 1:
@@ -182,6 +223,28 @@ class HybridPredictor:
         )
 
 
+def global_selection(index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> NeuronSelection:
+    """Choose one set from the whole corpus."""
+    return NeuronSelection(Mode.GLOBAL.value, index.core_neurons(None, keep_ratio, score, layers))
+
+
+def make_fallback(
+    fallback: Fallback,
+    index: SemanticIndex,
+    keep_ratio: float,
+    score: Score,
+    layers: str,
+    alpha: float,
+    nearest: int = 1,
+) -> HybridPredictor | NeuronSelection | None:
+    """Make what similarity mode does for unfamiliar prompts."""
+    if fallback is Fallback.HYBRID:
+        return HybridPredictor(index, keep_ratio, score, layers, alpha, nearest)
+    if fallback is Fallback.GLOBAL:
+        return global_selection(index, keep_ratio, score, layers)
+    return NeuronSelection(Mode.DENSE.value) if fallback is Fallback.DENSE else None
+
+
 def prior_weight(n_tokens: float, confidence: float) -> float:
     """Return λ = τ / (τ + n) · (1 + c) / 2, the weight of the cluster beside the prompt itself.
 
@@ -244,6 +307,7 @@ def make_predictor(
     alpha: float | None = None,
     seed: int = 0,
     nearest: int = 1,
+    fallback: Fallback | str = Fallback.HYBRID,
 ) -> Predictor:
     """Make the predictor of a mode.
 
@@ -257,12 +321,13 @@ def make_predictor(
         alpha: for stability and hybrid; None takes the index's α, or 0.4.
         seed: for random.
         nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
+        fallback: for similarity; what unfamiliar prompts get: hybrid, dense, global, or none (their cluster all the same).
 
     Raises:
         ConfigError: a setting is out of range or missing.
         IndexMismatchError: the index belongs to another model.
     """
-    mode, score = Mode(mode), Score(score)
+    mode, score, fallback = Mode(mode), Score(score), Fallback(fallback)
     numbers = sorted(parse_layers(sparse_layers, len(layers)))
     if not numbers:
         raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")
@@ -284,7 +349,8 @@ def make_predictor(
     if index is None:
         raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
     if mode is Mode.GLOBAL:
-        return FixedPredictor(NeuronSelection(mode.value, index.core_neurons(None, keep_ratio, score, sparse_layers)))
+        return FixedPredictor(global_selection(index, keep_ratio, score, sparse_layers))
     if mode is Mode.HYBRID:
         return HybridPredictor(index, keep_ratio, score, sparse_layers, alpha, nearest)
-    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest)
+    otherwise = make_fallback(fallback, index, keep_ratio, score, sparse_layers, alpha, nearest)
+    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest, otherwise)

@@ -329,7 +329,7 @@ def dense_text(tiny_checkpoint) -> str:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_in_every_mode(index, mode):
-    found = generated(index, "--mode", mode)
+    found = generated(index, "--mode", mode, "--fallback", "none")
     assert set(found) == FIELDS
     assert found["mode"] == mode and found["n_new_tokens"] == 8 and found["prompt"] == "How do stars form?"
     assert found["keep_ratio"] == (1.0 if mode == "dense" else 0.5)  # else the γ of the index
@@ -340,7 +340,10 @@ def test_generate_in_every_mode(index, mode):
     assert found["dense_mlp_bytes_per_token"] == 3 * 3 * 32 * 48 * 4
     assert found["mlp_bytes_per_token"] == found["dense_mlp_bytes_per_token"] * found["keep_ratio"]
 
-    text = succeeded("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--mode", mode)
+    text = succeeded(
+        *("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--mode", mode),
+        *("--fallback", "none"),
+    )
     assert text.stdout == f"> How do stars form?\n{found['text']}\n"
     assert re.match(rf"  {mode} · .*keeps {found['keep_ratio']:.2f} · 8 tokens at [\d.]+ tokens/s · reads", text.stderr)
 
@@ -357,6 +360,29 @@ def test_keep_ratio_score_and_layers_change_what_is_kept(index, dense_text):
         generated(index, "--keep-ratio", 0.2, *more)["text"] for more in ([], ["--score", "paper"], ["--layers", "2"])
     }
     assert len(texts | {dense_text}) == 4
+
+
+@pytest.mark.parametrize("fallback", [None, "hybrid", "dense", "global", "none"])
+def test_what_an_unfamiliar_prompt_gets(index, fallback):
+    options = [] if fallback is None else ["--fallback", fallback]
+    found = generated(index, *options, prompt="zzz qqq 0x3f")
+    mode = {None: "hybrid", "none": "similarity"}.get(fallback, fallback)
+    assert (found["mode"], found["confident"]) == (mode, False) and found["confidence"] < 0.05
+    assert found["cluster"] is not None
+    other = generated(index, "--mode", mode, "--fallback", "none", prompt="zzz qqq 0x3f")
+    assert found["text"] == other["text"] and found["keep_ratio"] == other["keep_ratio"]
+    text = succeeded("generate", "zzz qqq 0x3f", "--index", index, "--max-new-tokens", 2, *options).stderr
+    assert re.match(rf"  {mode} · cluster .* · unfamiliar prompt · ", text)
+    familiar = generated(index, *options, prompt=f"What do {NOUNS[0]} tell us about space, case 0?")
+    assert (familiar["mode"], familiar["confident"]) == ("similarity", True)
+
+
+def test_near_clusters_are_blended(index):
+    prompt = f"What do {NOUNS[0]} tell us about space, case 0?"
+    one, two = (generated(index, "--nearest", n, "--keep-ratio", 0.2, prompt=prompt) for n in (1, 2))
+    assert one["text"] == generated(index, "--keep-ratio", 0.2, prompt=prompt)["text"]
+    assert two["mode"] == "similarity" and two["keep_ratio"] == one["keep_ratio"]
+    refused(call("generate", prompt, "--index", index, "--nearest", 4), "nearest is 4, expected 1 to 3")
 
 
 def test_modes_without_an_index(tiny_checkpoint):
@@ -379,7 +405,7 @@ def test_compare_decodes_densely_too(index, dense_text):
     assert sparse == {**generated(index), **{name: sparse[name] for name in sparse if "second" in name}}
     assert (dense["mode"], dense["text"], dense["cluster"]) == ("dense", dense_text, None)
     text = succeeded("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--compare")
-    assert re.search(r"^> How do stars form\?\n\[similarity\]\n.*\n  similarity · ", text.stdout)
+    assert re.search(rf"^> How do stars form\?\n\[similarity\]\n.*\n  {sparse['mode']} · ", text.stdout)
     assert f"\n[dense]\n{dense_text}\n  dense · keeps 1.00 · 8 tokens" in text.stdout
     assert text.stderr == ""
     assert (
@@ -393,7 +419,17 @@ def test_lines_are_prompts(index, tmp_path, source, compare):
     lines = "How do stars form?\n\n  Why does bread rise?  \r\nWas ist ein Gebäude?"
     (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8")
     where = {"file": (["--file", tmp_path / "prompts.txt"], ""), "stdin": ([], lines)}[source]
-    arguments = ["generate", "--index", index, "--max-new-tokens", 4, *where[0], *(["--compare"] if compare else [])]
+    arguments = [
+        "generate",
+        "--index",
+        index,
+        "--fallback",
+        "none",
+        "--max-new-tokens",
+        4,
+        *where[0],
+        *(["--compare"] if compare else []),
+    ]
     rows = parsed(*arguments, stdin=where[1])
     prompts = ["How do stars form?", "Why does bread rise?", "Was ist ein Gebäude?"]
     assert [(row[0] if compare else row)["prompt"] for row in rows] == prompts

@@ -7,21 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_index import PROMPTS, QUANTILES, tiny_index
 from tiny_models import VOCABULARY, tiny_model
 
-from coreinfer_sim import predictors
+from coreinfer_sim import predictors, runtime
 from coreinfer_sim.activations import recorded_activations
-from coreinfer_sim.architectures import find_mlps, weight_sketch
+from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
 from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.index import Cluster, Match, SemanticIndex
-from coreinfer_sim.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
+from coreinfer_sim.index import Match, SemanticIndex
 from coreinfer_sim.predictors import make_predictor, prior_weight
 from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
-
-PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]
-QUANTILES = {"0": 0.2, "0.01": 0.21, "0.05": 0.25, "0.25": 0.4, "0.5": 0.5, "0.75": 0.6, "1": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -32,37 +29,7 @@ def model():
 @pytest.fixture(scope="module")
 def index(model, encoder) -> SemanticIndex:
     """Three clusters whose centroids are PROMPTS, with statistics drawn by chance."""
-    layers = find_mlps(model)
-    d_ff = layers[0].d_ff
-    random = np.random.default_rng(0)
-    shape = (3, len(layers), d_ff)
-    statistics = {
-        "counts": random.integers(0, 9, shape).astype(np.int32),
-        "energy": random.random(shape, np.float32) ** 4,
-        "activation": random.random(shape, np.float32),
-    }
-    manifest = Manifest(
-        format_version=1,
-        versions={},
-        model=ModelInfo(
-            name="tiny",
-            revision=None,
-            family=layers[0].family.name,
-            dtype="float32",
-            n_layers=len(layers),
-            d_model=layers[0].d_model,
-            d_ff=d_ff,
-            weight_sketch=weight_sketch(layers),
-            tokenizer_sha256="0" * 64,
-            activation_site="input of down_proj",
-        ),
-        encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
-        corpus=CorpusInfo("prompts.jsonl", "1" * 64, 27, 300),
-        settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(range(len(layers))), 16, 64, 1),
-        files={},
-    )
-    clusters = [Cluster(c, 10 - c, 100 + 50 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]
-    return SemanticIndex(manifest, encoder.encode(PROMPTS), clusters, statistics, encoder=encoder)
+    return tiny_index(find_mlps(model), encoder)
 
 
 @pytest.fixture
@@ -300,3 +267,65 @@ def test_matches_and_selections_tell_whether_the_prompt_is_familiar(index):
     assert index.selection(near).confident and not index.selection(far).confident
     assert not index.blended_selection([far, near]).confident
     assert NeuronSelection("dense").confident is None
+
+
+# Fallback
+
+FAR = "zzz qqq 0x3f"
+
+
+def test_an_unfamiliar_prompt_falls_back_on_hybrid(model, predictor):
+    statistics = statistics_of(model, token_ids(9))
+    similarity, hybrid = predictor("similarity"), predictor("hybrid")
+    assert similarity.alpha == 0.4
+    assert similarity.select([FAR], None, 1) is None
+    (chosen,) = similarity.select([FAR], statistics, 1)
+    (expected,) = hybrid.select([FAR], statistics, 1)
+    assert same_ids(chosen.ids, expected.ids)
+    assert (chosen.mode, chosen.cluster, chosen.confident) == ("hybrid", expected.cluster, False)
+
+
+@pytest.mark.parametrize("fallback", ["dense", "global", "none"])
+def test_an_unfamiliar_prompt_falls_back_without_being_read(index, predictor, fallback):
+    similarity = predictor("similarity", fallback=fallback)
+    assert similarity.alpha is None
+    far, near, again = similarity.select([FAR, PROMPTS[1], FAR], None, 3)
+    cluster = index.lookup(FAR)[0].cluster
+    expected = {"dense": {}, "global": index.core_neurons(None, 0.25), "none": index.core_neurons(cluster, 0.25)}
+    assert same_ids(far.ids, expected[fallback])
+    assert far.ids is again.ids
+    assert (far.mode, far.cluster) == ("similarity" if fallback == "none" else fallback, cluster)
+    assert (near.mode, near.confident, far.confident) == ("similarity", True, False)
+    assert same_ids(near.ids, index.core_neurons(1, 0.25))
+
+
+@pytest.mark.parametrize("fallback", ["hybrid", "dense", "global", "none"])
+def test_a_familiar_prompt_is_not_read(model, predictor, fallback, monkeypatch):
+    read = []
+    monkeypatch.setattr(runtime, "recorded_activations", lambda *_: read.append(1))
+    sparse = SparseModel(model, predictor("similarity", fallback=fallback))
+    sparse.generate(token_ids(5).repeat(2, 1), prompts=PROMPTS[:2], max_new_tokens=3, do_sample=False)
+    assert not read and [s.mode for s in sparse.selections] == ["similarity"] * 2
+
+
+def test_only_the_unfamiliar_row_of_a_batch_falls_back(model, predictor):
+    ids = token_ids(6).repeat(3, 1)
+    prompts, options = [PROMPTS[0], FAR, PROMPTS[0]], {"max_new_tokens": 6, "do_sample": False}
+    sparse = SparseModel(model, predictor("similarity"))
+    batch = sparse.generate(ids, prompts=prompts, **options)
+    chosen = sparse.selections
+    assert [selection.mode for selection in chosen] == ["similarity", "hybrid", "similarity"]
+    assert chosen[0].ids is chosen[2].ids
+    for row, mode in enumerate(["similarity", "hybrid"]):
+        alone = SparseModel(model, predictor(mode))
+        assert alone.generate(ids[:1], prompts=[prompts[row]], **options).tolist() == [batch[row].tolist()]
+        assert same_ids(alone.selections[0].ids, chosen[row].ids)
+
+
+def test_a_prompt_is_embedded_once(index, predictor, model, monkeypatch):
+    embedded = []
+    lookup = SemanticIndex.lookup_embeddings
+    monkeypatch.setattr(SemanticIndex, "lookup_embeddings", lambda *a: embedded.append(1) or lookup(*a))
+    sparse = SparseModel(model, predictor("similarity"))
+    sparse.generate(token_ids(5), prompts=[FAR], max_new_tokens=3, do_sample=False)
+    assert sparse.selections[0].mode == "hybrid" and len(embedded) == 1

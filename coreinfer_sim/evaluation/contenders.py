@@ -13,13 +13,20 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.config import Score
+from coreinfer_sim.config import Fallback, Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import HybridPredictor, Predictor, PromptStatistics, SimilarityPredictor, random_selection
+from coreinfer_sim.predictors import (
+    HybridPredictor,
+    Predictor,
+    PromptStatistics,
+    SimilarityPredictor,
+    make_fallback,
+    random_selection,
+)
 from coreinfer_sim.selection import NeuronSelection
 
 NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
@@ -42,6 +49,8 @@ class Contender:
     weights: str = "16bit"
     nearest: int = 1
     """Clusters that similarity and hybrid blend."""
+    fallback: Fallback = Fallback.NONE
+    """What similarity does for unfamiliar prompts."""
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -58,6 +67,8 @@ class Contender:
         parts = [f"{self.name}{score} {self.keep_ratio:g}"]
         if self.nearest > 1:
             parts.append(f"nearest {self.nearest}")
+        if self.fallback is not Fallback.NONE:
+            parts.append(f"else {self.fallback.value}")
         if self.weights != "16bit":
             parts.append(self.weights)
         return " ".join(parts)
@@ -113,7 +124,8 @@ class Chooser:
         ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
         if contender.name == "hybrid":
             return HybridPredictor(index, ratio, score, ":", alpha, contender.nearest)
-        return SimilarityPredictor(index, ratio, score, ":", contender.nearest)
+        fallback = make_fallback(contender.fallback, index, ratio, score, ":", alpha, contender.nearest)
+        return SimilarityPredictor(index, ratio, score, ":", contender.nearest, fallback)
 
     def _cluster(self, contender: Contender) -> int | None:
         if contender.name == "random-cluster":
@@ -175,16 +187,18 @@ def parse_contenders(
     scores: Sequence[str],
     weights: Sequence[str],
     nearest: Sequence[int] = (1,),
+    fallbacks: Sequence[str] = ("none",),
 ) -> list[Contender]:
-    """Cross names with keep ratios, scores, weights and numbers of clusters, each sensible combination once."""
+    """Cross names with keep ratios, scores, weights, numbers of clusters and fallbacks, each sensible combination once."""
     found: dict[str, Contender] = {}
     for kind, name in itertools.product(weights, names):
         crossed = itertools.product(
             keep_ratios if name != "dense" else [1.0],
             scores if name in NEED_INDEX else ["energy"],
             nearest if name in ROUTED else [1],
+            fallbacks if name == "similarity" else ["none"],
         )
-        for ratio, score, n in crossed:
-            contender = Contender(name, ratio, Score(score), kind, n)
+        for ratio, score, n, fallback in crossed:
+            contender = Contender(name, ratio, Score(score), kind, n, Fallback(fallback))
             found.setdefault(str(contender), contender)
     return list(found.values())
