@@ -50,6 +50,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     **_D,
     help="What similarity does for a prompt that is unfamiliar to its cluster.",
 )
+@click.option(
+    "--refresh", metavar="every:N|drift", help="Derive the set anew from the text so far, in stability and hybrid."
+)
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
@@ -154,7 +157,8 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
         )
         for mode in modes
     ]
-    return [TextGenerator(language_model, predictor) for predictor in predictors]
+    refreshes = [given["refresh"], None]  # not where --compare decodes densely
+    return [TextGenerator(language_model, *pair) for pair in zip(predictors, refreshes, strict=False)]
 
 
 def _options(given: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def _facts(run: Generation) -> str:
         if selection.confident is False:
             parts.append("unfamiliar prompt")
     parts += [
-        f"keeps {run.keep_ratio:.2f}",
+        f"keeps {run.keep_ratio:.2f}" + (f", {run.n_refreshes} times anew" if run.n_refreshes else ""),
         f"{len(run.token_ids)} tokens" + ("" if speed is None else f" at {speed:.1f} tokens/s"),
         f"reads {size_text(run.mlp_bytes_per_token)} of {size_text(run.dense_mlp_bytes_per_token)} MLP weights a token",
     ]

@@ -65,6 +65,29 @@ class FixedPredictor:
         return [self._selection] * n_rows
 
 
+class Router:
+    """Looks prompts up, and the same prompts only once: a predictor may be asked again after prefill."""
+
+    def __init__(self, index: SemanticIndex, nearest: int, mode: str) -> None:
+        """Look up the ``nearest`` clusters; ``mode`` is for messages."""
+        if not 1 <= nearest <= len(index):
+            raise ConfigError(
+                f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}."
+            )
+        self._index, self._nearest, self._mode = index, nearest, mode
+        self._latest: tuple[list[str], list[list[Match]]] = [], []
+
+    def route(self, prompts: Sequence[str] | None) -> list[list[Match]]:
+        """Return each prompt's nearest clusters, best first."""
+        if prompts is None:
+            raise GenerationError(f"{self._mode} mode was given no prompt text; give the wrapper a tokenizer.")
+        known, routed = self._latest
+        if list(prompts) != known:
+            routed = self._index.lookup(list(prompts), k=self._nearest)
+            self._latest = list(prompts), routed
+        return routed
+
+
 class SimilarityPredictor:
     """The core neurons of the semantic clusters nearest to the prompt; something else for an unfamiliar prompt."""
 
@@ -84,12 +107,10 @@ class SimilarityPredictor:
 
         See `SemanticIndex.blended_selection` for the rest, and `make_fallback`.
         """
-        check_nearest(index, nearest)
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
-        self._nearest, self._fallback = nearest, fallback
+        self._router, self._fallback = Router(index, nearest, self.mode), fallback
         self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
         self._by_cluster: dict[int, NeuronSelection] = {}
-        self._latest: tuple[list[str], list[list[Match]]] = [], []
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
@@ -98,19 +119,11 @@ class SimilarityPredictor:
 
         The prompts' statistics are needed only if one of them is unfamiliar and falls back on hybrid selection.
         """
-        routed = self._route(prompts)
+        routed = self._router.route(prompts)
         reads = isinstance(self._fallback, HybridPredictor) and not all(matches[0].confident for matches in routed)
         if reads and statistics is None:
             return None
         return [self._choose(matches, statistics, row) for row, matches in enumerate(routed)]
-
-    def _route(self, prompts: Sequence[str] | None) -> list[list[Match]]:
-        """Return the prompts' nearest clusters; those of the latest prompts are not looked up again."""
-        known, routed = self._latest
-        if prompts is None or list(prompts) != known:
-            routed = route(self._index, prompts, self._nearest, self.mode)
-            self._latest = list(prompts or ()), routed
-        return routed
 
     def _choose(self, matches: Sequence[Match], statistics: PromptStatistics | None, row: int) -> NeuronSelection:
         nearest = matches[0]
@@ -192,8 +205,8 @@ class HybridPredictor:
         nearest: int = 1,
     ) -> None:
         """Keep ``keep_ratio`` of each of ``layers``, ranked by ``score``; the prior is that of ``nearest`` clusters."""
-        check_nearest(index, nearest)
-        self._index, self._keep_ratio, self._score, self._nearest = index, keep_ratio, score, nearest
+        self._index, self._keep_ratio, self._score = index, keep_ratio, score
+        self._router = Router(index, nearest, self.mode)
         self._rows = index.rows_of_layers(layers)
         self.alpha: float | None = alpha
 
@@ -203,7 +216,7 @@ class HybridPredictor:
         """Return each prompt's own selection."""
         if statistics is None:
             return None
-        routed = route(self._index, prompts, self._nearest, self.mode)
+        routed = self._router.route(prompts)
         return [self.choose(matches, statistics, row) for row, matches in enumerate(routed)]
 
     def choose(self, matches: Sequence[Match], statistics: PromptStatistics, row: int) -> NeuronSelection:
@@ -259,19 +272,6 @@ def _shares(values: np.ndarray) -> np.ndarray:
     """Return not negative values [d_ff] divided by their sum; zeros stay zeros."""
     total = values.sum(dtype=np.float64)
     return values / total if total > 0 else values.astype(np.float64)
-
-
-def route(index: SemanticIndex, prompts: Sequence[str] | None, nearest: int, mode: str) -> list[list[Match]]:
-    """Return each prompt's nearest clusters."""
-    if prompts is None:
-        raise GenerationError(f"{mode} mode was given no prompt text; give the wrapper a tokenizer.")
-    return index.lookup(list(prompts), k=nearest)
-
-
-def check_nearest(index: SemanticIndex, nearest: int) -> None:
-    """Raise ConfigError unless the index has that many clusters."""
-    if not 1 <= nearest <= len(index):
-        raise ConfigError(f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}.")
 
 
 def check_read(statistics: PromptStatistics, mode: str) -> None:

@@ -308,6 +308,7 @@ FIELDS = {
     *(
         "confidence",
         "confident",
+        "n_refreshes",
         "prefill_seconds",
         "decode_seconds",
         "tokens_per_second",
@@ -383,6 +384,17 @@ def test_near_clusters_are_blended(index):
     assert one["text"] == generated(index, "--keep-ratio", 0.2, prompt=prompt)["text"]
     assert two["mode"] == "similarity" and two["keep_ratio"] == one["keep_ratio"]
     refused(call("generate", prompt, "--index", index, "--nearest", 4), "nearest is 4, expected 1 to 3")
+
+
+def test_refresh(index):
+    found = generated(index, "--mode", "hybrid", "--keep-ratio", 0.3, "--refresh", "every:3")
+    assert (found["n_refreshes"], found["n_new_tokens"]) == (2, 8)
+    sparse, dense = generated(index, "--mode", "stability", "--refresh", "drift", "--compare")
+    assert sparse["n_refreshes"] == dense["n_refreshes"] == 0  # too few tokens
+    text = succeeded("generate", "stars", "--index", index, "--mode", "stability", "--refresh", "every:1").stderr
+    assert re.search(r"keeps 0\.50, \d+ times anew · ", text)
+    refused(call("generate", "stars", "--index", index, "--refresh", "drift"), "mode similarity", "stability or hybrid")
+    refused(call("generate", "stars", "--index", index, "--mode", "hybrid", "--refresh", "often"), "every:N")
 
 
 def test_modes_without_an_index(tiny_checkpoint):
