@@ -141,12 +141,13 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
 
 def print_table(summary: list[dict[str, Any]]) -> None:
     """Print a line a contender."""
+    width = max([28, *(len(row["contender"]) for row in summary)])
     click.echo(
-        f"{'contender':28s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
+        f"{'contender':{width}s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
     )
     for row in summary:
         low, high = row["ratio_interval"]
         click.echo(
-            f"{row['contender']:28s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
+            f"{row['contender']:{width}s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
             f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
         )

@@ -64,9 +64,13 @@ class Cluster:
 
         It is interpolated between the stored quantiles, and 0 for a prompt farther away than every member.
         """
-        levels = [float(level) for level in self.similarity_quantiles]
         # quantiles are stored with four decimals, and a member must not be farther away than itself
-        return float(np.interp(round(similarity, 4), list(self.similarity_quantiles.values()), levels))
+        return float(np.interp(round(similarity, 4), *self._quantiles))
+
+    @cached_property
+    def _quantiles(self) -> tuple[np.ndarray, np.ndarray]:
+        """The quantiles' values and levels, ascending."""
+        return np.array(list(self.similarity_quantiles.values())), np.array(list(map(float, self.similarity_quantiles)))
 
 
 @dataclass(frozen=True)

@@ -305,16 +305,8 @@ def generated(index: Path, *more: Any, prompt: str = "How do stars form?") -> An
 
 FIELDS = {
     *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
-    *(
-        "confidence",
-        "confident",
-        "n_refreshes",
-        "prefill_seconds",
-        "decode_seconds",
-        "tokens_per_second",
-        "mlp_bytes_per_token",
-        "dense_mlp_bytes_per_token",
-    ),
+    *("prefill_seconds", "decode_seconds", "tokens_per_second", "mlp_bytes_per_token", "dense_mlp_bytes_per_token"),
+    *("confidence", "confident", "n_refreshes"),
 }
 
 
