@@ -60,17 +60,30 @@ class Cluster:
     """Quantiles of the members' cosine similarity to the centroid."""
 
     def confidence(self, similarity: float) -> float:
-        """Return the share of the members that are as far from the centroid or farther, in [0, 1].
+        """Return the share of the members that are as far from the others' centroid or farther, in [0, 1].
 
-        It is interpolated between the stored quantiles, and 0 for a prompt farther away than every member.
+        It is interpolated between the quantiles, and 0 for a prompt farther away than every member.
         """
         # quantiles are stored with four decimals, and a member must not be farther away than itself
         return float(np.interp(round(similarity, 4), *self._quantiles))
 
     @cached_property
     def _quantiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """The quantiles' values and levels, ascending."""
-        return np.array(list(self.similarity_quantiles.values())), np.array(list(map(float, self.similarity_quantiles)))
+        """The quantiles of the members' similarity to the centroid of the others, and their levels, ascending.
+
+        A member pulls the centroid towards itself, which a new prompt does not; in a small cluster every fifth would
+        seem unfamiliar. With the sum S of n members, all unit vectors, and a member's similarity s to S / ‖S‖, its
+        similarity to the others' centroid is (s‖S‖ − 1) / ‖S − x‖, where ‖S − x‖² = ‖S‖² − 2s‖S‖ + 1; and ‖S‖ is n times
+        the mean similarity, the integral over the quantiles.
+        """
+        levels, values = (
+            np.array([float(v) for v in side])
+            for side in (self.similarity_quantiles, self.similarity_quantiles.values())
+        )
+        norm = self.size * float((np.diff(levels) * (values[1:] + values[:-1]) / 2).sum())
+        if norm > 1:  # else there are no others
+            values = (values * norm - 1) / np.sqrt(np.maximum(norm**2 - 2 * values * norm + 1, 1e-12))
+        return values, levels
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Match:
     similarity: float
     label: str
     confidence: float = 1.0
-    """Share of the cluster's own prompts that are as far from its centroid or farther; see `Cluster.confidence`."""
+    """Share of the cluster's own prompts that are as far from it or farther; see `Cluster.confidence`."""
 
     @property
     def confident(self) -> bool:

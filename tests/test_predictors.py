@@ -15,7 +15,7 @@ from coreinfer_sim.activations import recorded_activations
 from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
 from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.index import Cluster, Match, SemanticIndex
 from coreinfer_sim.predictors import make_predictor, prior_weight
 from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
@@ -125,9 +125,9 @@ def test_clusters_that_are_all_unlike_the_prompt_count_the_same(index):
     matches = [Match(c, similarity, "") for c, similarity in ((0, -0.1), (1, -0.2))]
     found, _ = index.mean_statistics(matches)
     energy = index._statistics["energy"].astype(np.float64)
-    np.testing.assert_allclose(found, (energy[0] / 100 + energy[1] / 150) / 2)
+    np.testing.assert_allclose(found, (energy[0] / 10_000 + energy[1] / 15_000) / 2)
     found, _ = index.mean_statistics([Match(0, 0.2, ""), Match(1, -0.2, "")])
-    np.testing.assert_allclose(found, energy[0] / 100)
+    np.testing.assert_allclose(found, energy[0] / 10_000)
 
 
 @pytest.mark.parametrize("nearest", [0, 4])
@@ -249,15 +249,36 @@ def test_hybrid_of_some_layers(predictor, model):
     [(0.1, 0), (0.2, 0), (0.205, 0.005), (0.25, 0.05), (0.325, 0.15), (0.5, 0.5), (0.9, 1), (0.95, 1)],
 )
 def test_confidence_is_the_share_of_members_farther_away(index, similarity, confidence):
-    assert index.clusters[0].confidence(similarity) == pytest.approx(confidence)
-    match = Match(0, similarity, "", index.clusters[0].confidence(similarity))
+    cluster = replace(index.clusters[0], size=10**6)
+    assert cluster.confidence(similarity) == pytest.approx(confidence, abs=1e-4)
+    match = Match(0, similarity, "", round(cluster.confidence(similarity), 3))
     assert match.confident == (confidence >= 0.05)
 
 
-def test_a_member_that_is_alone_is_familiar_with_itself(index):
-    alone = replace(index.clusters[0], similarity_quantiles=dict.fromkeys(QUANTILES, 0.9))
-    assert alone.confidence(0.89996) == alone.confidence(0.90004) == 1
-    assert alone.confidence(0.899) == 0
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_members_that_are_all_the_same_are_familiar_with_themselves(index, size):
+    same = replace(index.clusters[0], size=size, similarity_quantiles=dict.fromkeys(QUANTILES, 1.0))
+    assert same.confidence(0.99996) == same.confidence(1.00004) == 1
+    assert same.confidence(0.999) == 0
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_a_member_is_compared_with_the_others(n):
+    random = np.random.default_rng(0)
+    members = random.normal(size=(n, 40)) + 0.5
+    members /= np.linalg.norm(members, axis=1, keepdims=True)
+
+    def similarity_to(which):
+        total = members[which].sum(0)
+        return members @ total / np.linalg.norm(total)
+
+    everyone = similarity_to(np.ones(n, bool))
+    levels = np.linspace(0, 1, 101)
+    quantiles = {f"{level:g}": float(np.quantile(everyone, level)) for level in levels}
+    cluster = Cluster(0, n, n, "", [], [], quantiles)
+    others = [similarity_to(np.arange(n) != i)[i] for i in range(n)]
+    np.testing.assert_allclose(cluster._quantiles[0], np.quantile(others, levels), atol=0.02)
+    assert cluster.confidence(min(others) - 0.03) == 0 and cluster.confidence(max(others) + 0.03) == 1
 
 
 def test_matches_and_selections_tell_whether_the_prompt_is_familiar(index):

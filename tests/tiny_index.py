@@ -41,9 +41,9 @@ def tiny_index(layers: Sequence[MLPLayer], encoder: SentenceEncoder) -> Semantic
             activation_site="input of down_proj",
         ),
         encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
-        corpus=CorpusInfo("prompts.jsonl", "1" * 64, 27, 300),
+        corpus=CorpusInfo("prompts.jsonl", "1" * 64, 2997, 45_000),
         settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(range(len(layers))), 16, 64, 1),
         files={},
     )
-    clusters = [Cluster(c, 10 - c, 100 + 50 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]
+    clusters = [Cluster(c, 1000 - c, 10_000 + 5000 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]
     return SemanticIndex(manifest, encoder.encode(PROMPTS), clusters, statistics, encoder=encoder)
