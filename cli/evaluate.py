@@ -12,7 +12,7 @@ from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
 
 _D = {"show_default": True}
-_NAMES = ["dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle"]
+_NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
 
 
 def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
@@ -28,7 +28,7 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
 @click.command()
 @click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
-@click.option("--index", type=click.Path(), help="Index folder; similarity, global and random-cluster need it.")
+@click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid, global and random-cluster need it.")
 @click.option(
     "--contender", "contenders", multiple=True, type=click.Choice(_NAMES), help="May be repeated.  [default: all]"
 )
@@ -41,6 +41,24 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     default=("energy",),
     **_D,
     help="What ranks a cluster's neurons; may be repeated.",
+)
+@click.option(
+    "--nearest",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1,),
+    **_D,
+    metavar="M",
+    help="Blend the M nearest clusters, in similarity and hybrid; may be repeated.",
+)
+@click.option(
+    "--fallback",
+    "fallbacks",
+    multiple=True,
+    type=click.Choice(["hybrid", "dense", "global", "none"]),
+    default=("none",),
+    **_D,
+    help="What similarity does for unfamiliar prompts; may be repeated.",
 )
 @click.option(
     "--weights",
@@ -108,7 +126,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     if given["index"] is not None:
         index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     names = given["contenders"] or [name for name in _NAMES if index is not None or name not in NEED_INDEX]
-    contenders = parse_contenders(names, given["keep_ratios"], given["scores"], given["weights"])
+    contenders = parse_contenders(
+        names, given["keep_ratios"], given["scores"], given["weights"], given["nearest"], given["fallbacks"]
+    )
     with status("Loading the model"):
         language_model = load_model(model, given["dtype"], given["device"])
     log: Path | None = given["log"]
@@ -142,13 +162,14 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
 
 def print_table(summary: list[dict[str, Any]]) -> None:
     """Print a line a contender."""
+    width = max([28, *(len(row["contender"]) for row in summary)])
     click.echo(
-        f"{'contender':28s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
+        f"{'contender':{width}s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
     )
     for row in summary:
         low, high = row["ratio_interval"]
         click.echo(
-            f"{row['contender']:28s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
+            f"{row['contender']:{width}s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
             f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
         )
 

@@ -24,17 +24,35 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One prompt a line.")
-@click.option("--index", type=click.Path(), help="Index folder; similarity and global need it.")
+@click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid and global need it.")
 @click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]")
 @click.option(
     "--mode",
-    type=click.Choice(["similarity", "stability", "global", "random", "dense"]),
+    type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "dense"]),
     default="similarity",
     **_D,
     help="Where the kept neurons come from.",
 )
 @click.option("--keep-ratio", type=float, help="Share of neurons that decode keeps.  [default: the index's γ]")
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", **_D, help="What ranks neurons.")
+@click.option(
+    "--nearest",
+    type=click.IntRange(1),
+    default=1,
+    **_D,
+    metavar="M",
+    help="Blend the M nearest clusters, in similarity and hybrid.",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(["hybrid", "dense", "global", "none"]),
+    default="hybrid",
+    **_D,
+    help="What similarity does for a prompt that is unfamiliar to its cluster.",
+)
+@click.option(
+    "--refresh", metavar="every:N|drift", help="Derive the set anew from the text so far, in stability and hybrid."
+)
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
@@ -134,10 +152,13 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
             score=given["score"],
             sparse_layers=given["layers"],
             seed=given["seed"],
+            nearest=given["nearest"],
+            fallback=given["fallback"],
         )
         for mode in modes
     ]
-    return [TextGenerator(language_model, predictor) for predictor in predictors]
+    refreshes = [given["refresh"], None]  # not where --compare decodes densely
+    return [TextGenerator(language_model, *pair) for pair in zip(predictors, refreshes, strict=False)]
 
 
 def _options(given: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:
@@ -190,8 +211,10 @@ def _facts(run: Generation) -> str:
     parts = [selection.mode]
     if selection.cluster is not None:
         parts.append(f"cluster {selection.cluster} ({selection.label}), similarity {selection.similarity:.3f}")
+        if selection.confident is False:
+            parts.append("unfamiliar prompt")
     parts += [
-        f"keeps {run.keep_ratio:.2f}",
+        f"keeps {run.keep_ratio:.2f}" + (f", {run.n_refreshes} times anew" if run.n_refreshes else ""),
         f"{len(run.token_ids)} tokens" + ("" if speed is None else f" at {speed:.1f} tokens/s"),
         f"reads {size_text(run.mlp_bytes_per_token)} of {size_text(run.dense_mlp_bytes_per_token)} MLP weights a token",
     ]

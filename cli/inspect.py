@@ -122,13 +122,14 @@ def lookup(
         print_json(
             {
                 "prompt": prompt,
-                "matches": [asdict(match) for match in matches],
+                "matches": [{**asdict(match), "confident": match.confident} for match in matches],
                 "core_neurons": {str(layer): values.tolist() for layer, values in neurons.items()},
             }
         )
         return
     for match in matches:
-        click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}")
+        familiar = "" if match.confident else "  (unfamiliar)"
+        click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}{familiar}")
     counts = {len(values) for values in neurons.values()}
     click.echo(
         f"core neurons of cluster {matches[0].cluster}: {min(counts)} of {loaded.manifest.model.d_ff} in each of "

@@ -11,6 +11,7 @@ from typing import Any
 _WHERE = {
     "BuildConfig": "config",
     "CorpusConfig": "config",
+    "Fallback": "config",
     "Mode": "config",
     "Score": "config",
     "CoreInferSimError": "errors",

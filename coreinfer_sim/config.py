@@ -33,10 +33,24 @@ class Mode(str, Enum):
     """Where a selection comes from."""
 
     SIMILARITY = "similarity"
+    HYBRID = "hybrid"
     STABILITY = "stability"
     GLOBAL = "global"
     RANDOM = "random"
     DENSE = "dense"
+
+
+class Fallback(str, Enum):
+    """What similarity mode does for a prompt that is unfamiliar to its cluster."""
+
+    HYBRID = "hybrid"
+    DENSE = "dense"
+    GLOBAL = "global"
+    NONE = "none"
+
+
+UNFAMILIAR = 0.05
+"""A prompt is unfamiliar if fewer than this share of its cluster's own prompts lie as far from the centroid."""
 
 
 def check_ratio(name: str, value: float) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from coreinfer_sim.config import check_ratio
+from coreinfer_sim.config import Score, check_ratio
 
 
 def n_kept(keep_ratio: float, d_ff: int) -> int:
@@ -88,6 +88,10 @@ class SentenceStatistics:
         return SentenceStatistics(
             self.counts + other.counts, self.energy + other.energy, self.activation + other.activation
         )
+
+    def ranked_by(self, score: Score) -> np.ndarray:
+        """Return the statistic that ranks the sentences' own neurons, [n, d_ff]."""
+        return self.counts if score is Score.PAPER else self.energy
 
     def core_mask(self, beta: float) -> np.ndarray:
         """Mark the sentence-wise core neurons C_α^β, [n, d_ff]."""

@@ -41,6 +41,8 @@ class Generation:
     """MLP bytes that one decoded token reads."""
     dense_mlp_bytes_per_token: int
     """The same in the dense model."""
+    n_refreshes: int = 0
+    """How often the selection was derived anew from the text; the dense readings for it are not in the bytes."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -58,6 +60,8 @@ class Generation:
             "cluster": selection.cluster,
             "label": selection.label,
             "similarity": None if selection.similarity is None else round(selection.similarity, 4),
+            "confidence": None if selection.confidence is None else round(selection.confidence, 4),
+            "confident": selection.confident,
             "keep_ratio": round(self.keep_ratio, 4),
             "n_prompt_tokens": self.n_prompt_tokens,
             "n_new_tokens": len(self.token_ids),
@@ -66,6 +70,7 @@ class Generation:
             "tokens_per_second": None if speed is None else round(speed, 2),
             "mlp_bytes_per_token": self.mlp_bytes_per_token,
             "dense_mlp_bytes_per_token": self.dense_mlp_bytes_per_token,
+            "n_refreshes": self.n_refreshes,
         }
 
 
@@ -98,10 +103,10 @@ class _Clock(TextStreamer):
 class TextGenerator:
     """Generates text with a model and a predictor."""
 
-    def __init__(self, language_model: LanguageModel, predictor: Predictor) -> None:
-        """Wrap a loaded model; see `make_predictor` for the predictor."""
+    def __init__(self, language_model: LanguageModel, predictor: Predictor, refresh: str | None = None) -> None:
+        """Wrap a loaded model; see `make_predictor` for the predictor and `SparseModel` for the refresh."""
         self.language_model = language_model
-        self.sparse = SparseModel(language_model.model, predictor, language_model.tokenizer)
+        self.sparse = SparseModel(language_model.model, predictor, language_model.tokenizer, refresh)
 
     def generate(
         self,
@@ -157,6 +162,7 @@ class TextGenerator:
             decode_seconds=end - first,
             mlp_bytes_per_token=selection.mlp_bytes(layers),
             dense_mlp_bytes_per_token=dense_bytes(layers),
+            n_refreshes=self.sparse.n_refreshes,
         )
 
     def _encode(self, prompt: str | list[Message], chat: bool) -> tuple[str, torch.Tensor]:

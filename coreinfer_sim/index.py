@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
-from coreinfer_sim.config import Score, check_ratio, parse_layers
+from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import n_kept, top_ids
 from coreinfer_sim.embeddings import SentenceEncoder
 from coreinfer_sim.errors import ConfigError, IndexFormatError, IndexMismatchError
@@ -38,6 +38,7 @@ from coreinfer_sim.manifest import (
 from coreinfer_sim.selection import NeuronSelection
 
 STATISTICS = ("counts", "energy", "activation")
+_RANKED_BY = {Score.ENERGY: "energy", Score.PAPER: "counts"}
 _FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
 
 
@@ -58,6 +59,32 @@ class Cluster:
     similarity_quantiles: dict[str, float]
     """Quantiles of the members' cosine similarity to the centroid."""
 
+    def confidence(self, similarity: float) -> float:
+        """Return the share of the members that are as far from the others' centroid or farther, in [0, 1].
+
+        It is interpolated between the quantiles, and 0 for a prompt farther away than every member.
+        """
+        # quantiles are stored with four decimals, and a member must not be farther away than itself
+        return float(np.interp(round(similarity, 4), *self._quantiles))
+
+    @cached_property
+    def _quantiles(self) -> tuple[np.ndarray, np.ndarray]:
+        """The quantiles of the members' similarity to the centroid of the others, and their levels, ascending.
+
+        A member pulls the centroid towards itself, which a new prompt does not; in a small cluster every fifth would
+        seem unfamiliar. With the sum S of n members, all unit vectors, and a member's similarity s to S / ‖S‖, its
+        similarity to the others' centroid is (s‖S‖ − 1) / ‖S − x‖, where ‖S − x‖² = ‖S‖² − 2s‖S‖ + 1; and ‖S‖ is n times
+        the mean similarity, the integral over the quantiles.
+        """
+        levels, values = (
+            np.array([float(v) for v in side])
+            for side in (self.similarity_quantiles, self.similarity_quantiles.values())
+        )
+        norm = self.size * float((np.diff(levels) * (values[1:] + values[:-1]) / 2).sum())
+        if norm > 1:  # else there are no others
+            values = (values * norm - 1) / np.sqrt(np.maximum(norm**2 - 2 * values * norm + 1, 1e-12))
+        return values, levels
+
 
 @dataclass(frozen=True)
 class Match:
@@ -66,6 +93,13 @@ class Match:
     cluster: int
     similarity: float
     label: str
+    confidence: float = 1.0
+    """Share of the cluster's own prompts that are as far from it or farther; see `Cluster.confidence`."""
+
+    @property
+    def confident(self) -> bool:
+        """Whether the prompt is familiar: its confidence is at least 5 %, config's ``UNFAMILIAR``."""
+        return self.confidence >= UNFAMILIAR
 
 
 class SemanticIndex:
@@ -155,7 +189,10 @@ class SemanticIndex:
             raise ConfigError(f"k is {k}, expected 1 to {len(self)}, the number of clusters in {self.name}.")
         similarities, numbers = nearest(self._searcher, embeddings, k)
         return [
-            [Match(int(c), float(s), self.clusters[c].label) for s, c in zip(*row, strict=True)]
+            [
+                Match(int(c), float(s), self.clusters[c].label, self.clusters[c].confidence(float(s)))
+                for s, c in zip(*row, strict=True)
+            ]
             for row in zip(similarities, numbers, strict=True)
         ]
 
@@ -177,13 +214,30 @@ class SemanticIndex:
         Returns:
             Ascending ids [n_kept] by layer number.
         """
-        settings, model = self.manifest.settings, self.manifest.model
-        keep_ratio = settings.gamma if keep_ratio is None else keep_ratio
-        check_ratio("keep ratio", keep_ratio)
         if cluster is not None and not 0 <= cluster < len(self):
             raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
-        name = {Score.ENERGY: "energy", Score.PAPER: "counts"}[Score(score)]
-        values, ties = self._statistic(name, cluster), self._statistic("activation", cluster)
+        values, ties = self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
+        return self._top(values, ties, keep_ratio, layers)
+
+    def _top(
+        self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
+    ) -> dict[int, torch.Tensor]:
+        """Return the ids with the highest values, by layer; both arrays are [n_recorded_layers, d_ff]."""
+        keep_ratio = self.manifest.settings.gamma if keep_ratio is None else keep_ratio
+        check_ratio("keep ratio", keep_ratio)
+        n = n_kept(keep_ratio, self.manifest.model.d_ff)
+        return {
+            layer: torch.from_numpy(top_ids(values[row], ties[row], n))
+            for layer, row in self.rows_of_layers(layers).items()
+        }
+
+    def rows_of_layers(self, layers: str = ":") -> dict[int, int]:
+        """Return the row of each layer of a slice in the statistics.
+
+        Raises:
+            ConfigError: the slice names no layer, or one that was not recorded.
+        """
+        settings, model = self.manifest.settings, self.manifest.model
         wanted = set(parse_layers(layers, model.n_layers))
         if not wanted:
             raise ConfigError(f"layers is {layers!r}, which names none of the model's {model.n_layers} layers.")
@@ -193,12 +247,7 @@ class SemanticIndex:
                 f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer "
                 f"with --layers, or {REBUILD}."
             )
-        n = n_kept(keep_ratio, model.d_ff)
-        return {
-            layer: torch.from_numpy(top_ids(values[row], ties[row], n))
-            for row, layer in enumerate(settings.layers)
-            if layer in wanted
-        }
+        return {layer: row for row, layer in enumerate(settings.layers) if layer in wanted}
 
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         """Return one statistic [n_recorded_layers, d_ff] of a cluster, or its sum over all clusters."""
@@ -212,7 +261,45 @@ class SemanticIndex:
     ) -> NeuronSelection:
         """Return the core neurons of a match's cluster as a selection."""
         ids = self.core_neurons(match.cluster, keep_ratio, score, layers)
-        return NeuronSelection("similarity", ids, match.cluster, match.similarity, match.label)
+        return NeuronSelection(
+            "similarity", ids, match.cluster, match.similarity, match.label, confidence=match.confidence
+        )
+
+    def blended_selection(
+        self,
+        matches: Sequence[Match],
+        keep_ratio: float | None = None,
+        score: Score | str = Score.ENERGY,
+        layers: str = ":",
+    ) -> NeuronSelection:
+        """Return the core neurons of several clusters together, nearest first; of one, `selection`."""
+        if len(matches) == 1:
+            return self.selection(matches[0], keep_ratio, score, layers)
+        ids = self._top(*self.mean_statistics(matches, score), keep_ratio, layers)
+        m = matches[0]
+        return NeuronSelection("similarity", ids, m.cluster, m.similarity, m.label, confidence=m.confidence)
+
+    def mean_statistics(
+        self, matches: Sequence[Match], score: Score | str = Score.ENERGY
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean statistic of several clusters: Σ_c w_c · s_c / size_c.
+
+        A cluster's size is its number of tokens (energy, activation) or of sentences (the paper's counts), so that a
+        large cluster does not outweigh a near one. w is max(similarity, 0) normalised; equal if no similarity is positive.
+
+        Returns:
+            The score's statistic and the activation, which breaks ties; both float64 [n_recorded_layers, d_ff].
+        """
+        weights = np.maximum([match.similarity for match in matches], 0.0)
+        weights = weights / weights.sum() if weights.any() else np.full(len(matches), 1 / len(matches))
+        clusters = [self.clusters[match.cluster] for match in matches]
+
+        def mean(name: str) -> np.ndarray:
+            sizes = [cluster.size if name == "counts" else cluster.n_tokens for cluster in clusters]
+            statistics = np.stack([self._statistics[name][cluster.id] for cluster in clusters])
+            return np.tensordot(weights / np.maximum(sizes, 1), statistics, axes=1)
+
+        return mean(_RANKED_BY[Score(score)]), mean("activation")
 
     def check_model(self, layers: Sequence[MLPLayer], tokenizer_sha256: str | None = None) -> None:
         """Raise IndexMismatchError unless these are the MLPs (and tokenizer) that the index was built from."""
@@ -265,6 +352,9 @@ def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
             clusters = [Cluster(**json.loads(line)) for line in file]
     except (ValueError, TypeError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
+    for cluster in clusters:
+        if not cluster.similarity_quantiles:
+            raise IndexFormatError(f"{path}: cluster {cluster.id} has no similarity quantiles; {REBUILD}.")
     if [cluster.id for cluster in clusters] != list(range(n_clusters)):
         raise IndexFormatError(f"{path} describes {len(clusters)} clusters, expected {n_clusters}; {REBUILD}.")
     return clusters

@@ -1,26 +1,29 @@
 """Predictors: a prompt → the neurons that decode keeps.
 
 Each returns a `NeuronSelection` and hides where the choice came from. Those that know the selection before prefill
-need only the prompt's text; stability-guided selection needs the statistics of the prompt's own tokens.
+need only the prompt's text; stability-guided and hybrid selection need the statistics of the prompt's own tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.config import Mode, Score, check_ratio, parse_layers
+from coreinfer_sim.config import Fallback, Mode, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.index import Match, SemanticIndex
 from coreinfer_sim.selection import NeuronSelection
 
 PromptStatistics = dict[int, SentenceStatistics]
 """By layer number, the statistics of every row of a batch, [n_rows, d_ff]."""
+PRIOR_TOKENS = 64.0
+"""τ: tokens of the prompt that count as much as its cluster; a constant that was chosen, not tuned."""
 
 
 class Predictor(Protocol):
@@ -31,12 +34,16 @@ class Predictor(Protocol):
     needs_text: bool
     """Whether the prompts' text is read."""
     alpha: float | None
-    """If the prompts' own activations are read: the share that makes C_α; else None."""
+    """If the prompts' own activations may be read: the share that makes C_α; else None."""
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
-    ) -> list[NeuronSelection]:
-        """Return one selection a row; rows that keep the same neurons share the mapping of ids."""
+    ) -> list[NeuronSelection] | None:
+        """Return one selection a row; rows that keep the same neurons share the mapping of ids.
+
+        It is first called before prefill, without statistics. None says that these prompts need them; then they are
+        read during prefill, at some cost, and it is called again.
+        """
         ...
 
 
@@ -58,33 +65,88 @@ class FixedPredictor:
         return [self._selection] * n_rows
 
 
+class Router:
+    """Looks prompts up, and the same prompts only once: a predictor may be asked again after prefill."""
+
+    def __init__(self, index: SemanticIndex, nearest: int, mode: str) -> None:
+        """Look up the ``nearest`` clusters; ``mode`` is for messages."""
+        if not 1 <= nearest <= len(index):
+            raise ConfigError(
+                f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}."
+            )
+        self._index, self._nearest, self._mode = index, nearest, mode
+        self._latest: tuple[list[str], list[list[Match]]] = [], []
+
+    def route(self, prompts: Sequence[str] | None) -> list[list[Match]]:
+        """Return each prompt's nearest clusters, best first."""
+        if prompts is None:
+            raise GenerationError(f"{self._mode} mode was given no prompt text; give the wrapper a tokenizer.")
+        known, routed = self._latest
+        if list(prompts) != known:
+            routed = self._index.lookup(list(prompts), k=self._nearest)
+            self._latest = list(prompts), routed
+        return routed
+
+
 class SimilarityPredictor:
-    """The core neurons of the semantic cluster nearest to the prompt."""
+    """The core neurons of the semantic clusters nearest to the prompt; something else for an unfamiliar prompt."""
 
     mode = Mode.SIMILARITY.value
     needs_text = True
-    alpha: float | None = None
 
-    def __init__(self, index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> None:
-        """Route by ``index``; see `SemanticIndex.core_neurons` for the rest."""
+    def __init__(
+        self,
+        index: SemanticIndex,
+        keep_ratio: float,
+        score: Score,
+        layers: str,
+        nearest: int = 1,
+        fallback: HybridPredictor | NeuronSelection | None = None,
+    ) -> None:
+        """Route by ``index`` to the ``nearest`` clusters, unfamiliar prompts to ``fallback``.
+
+        See `SemanticIndex.blended_selection` for the rest, and `make_fallback`.
+        """
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
-        self._ids: dict[int, dict[int, torch.Tensor]] = {}
+        self._router, self._fallback = Router(index, nearest, self.mode), fallback
+        self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
+        self._by_cluster: dict[int, NeuronSelection] = {}
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
-    ) -> list[NeuronSelection]:
-        """Return each prompt's cluster's selection."""
-        if prompts is None:
-            raise GenerationError("similarity mode was given no prompt text; give the wrapper a tokenizer.")
-        selections = []
-        for (match,) in self._index.lookup(list(prompts), k=1):
-            if match.cluster not in self._ids:
-                self._ids[match.cluster] = self._index.core_neurons(
-                    match.cluster, self._keep_ratio, self._score, self._layers
-                )
-            ids = self._ids[match.cluster]
-            selections.append(NeuronSelection(self.mode, ids, match.cluster, match.similarity, match.label))
-        return selections
+    ) -> list[NeuronSelection] | None:
+        """Return each prompt's selection; prompts of one cluster share theirs, blends are each prompt's own.
+
+        The prompts' statistics are needed only if one of them is unfamiliar and falls back on hybrid selection.
+        """
+        routed = self._router.route(prompts)
+        reads = isinstance(self._fallback, HybridPredictor) and not all(matches[0].confident for matches in routed)
+        if reads and statistics is None:
+            return None
+        return [self._choose(matches, statistics, row) for row, matches in enumerate(routed)]
+
+    def _choose(self, matches: Sequence[Match], statistics: PromptStatistics | None, row: int) -> NeuronSelection:
+        nearest = matches[0]
+        if nearest.confident or self._fallback is None:
+            return self._of_matches(matches)
+        if isinstance(self._fallback, HybridPredictor):
+            assert statistics is not None
+            return self._fallback.choose(matches, statistics, row)
+        return replace(
+            self._fallback,
+            cluster=nearest.cluster,
+            similarity=nearest.similarity,
+            label=nearest.label,
+            confidence=nearest.confidence,
+        )
+
+    def _of_matches(self, matches: Sequence[Match]) -> NeuronSelection:
+        if len(matches) > 1:
+            return self._index.blended_selection(matches, self._keep_ratio, self._score, self._layers)
+        (match,) = matches
+        if match.cluster not in self._by_cluster:
+            self._by_cluster[match.cluster] = self._index.selection(match, self._keep_ratio, self._score, self._layers)
+        return replace(self._by_cluster[match.cluster], similarity=match.similarity, confidence=match.confidence)
 
 
 class StabilityPredictor:
@@ -100,10 +162,11 @@ class StabilityPredictor:
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
-    ) -> list[NeuronSelection]:
+    ) -> list[NeuronSelection] | None:
         """Return each row's own selection."""
-        if not statistics:
-            raise GenerationError("stability mode read no prompt tokens; it needs at least one in this call.")
+        if statistics is None:
+            return None
+        check_read(statistics, self.mode)
         return [
             NeuronSelection(
                 self.mode,
@@ -117,8 +180,104 @@ class StabilityPredictor:
         ]
 
     def _ids(self, statistics: SentenceStatistics, row: int) -> np.ndarray:
-        score = statistics.counts if self._score is Score.PAPER else statistics.energy
+        score = statistics.ranked_by(self._score)
         return top_ids(score[row], statistics.activation[row], n_kept(self._keep_ratio, score.shape[1]))
+
+
+class HybridPredictor:
+    """The nearest clusters as prior, the prompt's own activations as evidence.
+
+    In each layer a neuron's score is λ · prior + (1 − λ) · evidence. The prior is the clusters' mean statistic
+    (`SemanticIndex.mean_statistics`), the evidence the prompt's own, each divided by its sum over the layer's neurons;
+    λ is `prior_weight`.
+    """
+
+    mode = Mode.HYBRID.value
+    needs_text = True
+
+    def __init__(
+        self,
+        index: SemanticIndex,
+        keep_ratio: float,
+        score: Score,
+        layers: str,
+        alpha: float,
+        nearest: int = 1,
+    ) -> None:
+        """Keep ``keep_ratio`` of each of ``layers``, ranked by ``score``; the prior is that of ``nearest`` clusters."""
+        self._index, self._keep_ratio, self._score = index, keep_ratio, score
+        self._router = Router(index, nearest, self.mode)
+        self._rows = index.rows_of_layers(layers)
+        self.alpha: float | None = alpha
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+    ) -> list[NeuronSelection] | None:
+        """Return each prompt's own selection."""
+        if statistics is None:
+            return None
+        routed = self._router.route(prompts)
+        return [self.choose(matches, statistics, row) for row, matches in enumerate(routed)]
+
+    def choose(self, matches: Sequence[Match], statistics: PromptStatistics, row: int) -> NeuronSelection:
+        """Return the selection of a batch's row whose nearest clusters are ``matches``."""
+        check_read(statistics, self.mode)
+        nearest = matches[0]
+        prior, prior_ties = self._index.mean_statistics(matches, self._score)
+        ids = {}
+        for layer, place in self._rows.items():
+            own = statistics[layer]
+            weight = prior_weight(float(own.energy[row].sum()), nearest.confidence)
+            score = weight * _shares(prior[place]) + (1 - weight) * _shares(own.ranked_by(self._score)[row])
+            ties = weight * _shares(prior_ties[place]) + (1 - weight) * _shares(own.activation[row])
+            ids[layer] = torch.from_numpy(top_ids(score, ties, n_kept(self._keep_ratio, len(score))))
+        return NeuronSelection(
+            self.mode, ids, nearest.cluster, nearest.similarity, nearest.label, confidence=nearest.confidence
+        )
+
+
+def global_selection(index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> NeuronSelection:
+    """Choose one set from the whole corpus."""
+    return NeuronSelection(Mode.GLOBAL.value, index.core_neurons(None, keep_ratio, score, layers))
+
+
+def make_fallback(
+    fallback: Fallback,
+    index: SemanticIndex,
+    keep_ratio: float,
+    score: Score,
+    layers: str,
+    alpha: float,
+    nearest: int = 1,
+) -> HybridPredictor | NeuronSelection | None:
+    """Make what similarity mode does for unfamiliar prompts."""
+    if fallback is Fallback.HYBRID:
+        return HybridPredictor(index, keep_ratio, score, layers, alpha, nearest)
+    if fallback is Fallback.GLOBAL:
+        return global_selection(index, keep_ratio, score, layers)
+    return NeuronSelection(Mode.DENSE.value) if fallback is Fallback.DENSE else None
+
+
+def prior_weight(n_tokens: float, confidence: float) -> float:
+    """Return λ = τ / (τ + n) · (1 + c) / 2, the weight of the cluster beside the prompt itself.
+
+    Args:
+        n_tokens: n, tokens of the prompt; at τ = 64 of them both would count the same, were the routing certain.
+        confidence: c, of the routing, in [0, 1]; a prompt akin to no cluster halves the weight.
+    """
+    return PRIOR_TOKENS / (PRIOR_TOKENS + n_tokens) * (1 + confidence) / 2
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Return not negative values [d_ff] divided by their sum; zeros stay zeros."""
+    total = values.sum(dtype=np.float64)
+    return values / total if total > 0 else values.astype(np.float64)
+
+
+def check_read(statistics: PromptStatistics, mode: str) -> None:
+    """Raise GenerationError if prefill read no token."""
+    if not statistics:
+        raise GenerationError(f"{mode} mode read no prompt tokens; it needs at least one in this call.")
 
 
 def random_selection(
@@ -147,24 +306,28 @@ def make_predictor(
     sparse_layers: str = ":",
     alpha: float | None = None,
     seed: int = 0,
+    nearest: int = 1,
+    fallback: Fallback | str = Fallback.HYBRID,
 ) -> Predictor:
     """Make the predictor of a mode.
 
     Args:
-        mode: similarity, stability, global, random or dense.
+        mode: similarity, hybrid, stability, global, random or dense.
         layers: the model's MLPs.
-        index: needed by similarity and global, which then must belong to the model.
+        index: needed by similarity, hybrid and global, which then must belong to the model.
         keep_ratio: share of d_ff that is kept; None takes the index's γ.
         score: energy or paper.
         sparse_layers: slice of the layers that become sparse, such as ``4:``.
-        alpha: for stability; None takes the index's α, or 0.4.
+        alpha: for stability and hybrid; None takes the index's α, or 0.4.
         seed: for random.
+        nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
+        fallback: for similarity; what unfamiliar prompts get: hybrid, dense, global, or none (their cluster all the same).
 
     Raises:
         ConfigError: a setting is out of range or missing.
         IndexMismatchError: the index belongs to another model.
     """
-    mode, score = Mode(mode), Score(score)
+    mode, score, fallback = Mode(mode), Score(score), Fallback(fallback)
     numbers = sorted(parse_layers(sparse_layers, len(layers)))
     if not numbers:
         raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")
@@ -179,12 +342,15 @@ def make_predictor(
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:
         return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))
+    if alpha is None:
+        alpha = index.manifest.settings.alpha if index is not None else 0.4
     if mode is Mode.STABILITY:
-        if alpha is None:
-            alpha = index.manifest.settings.alpha if index is not None else 0.4
         return StabilityPredictor(keep_ratio, score, numbers, alpha)
     if index is None:
         raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
     if mode is Mode.GLOBAL:
-        return FixedPredictor(NeuronSelection(mode.value, index.core_neurons(None, keep_ratio, score, sparse_layers)))
-    return SimilarityPredictor(index, keep_ratio, score, sparse_layers)
+        return FixedPredictor(global_selection(index, keep_ratio, score, sparse_layers))
+    if mode is Mode.HYBRID:
+        return HybridPredictor(index, keep_ratio, score, sparse_layers, alpha, nearest)
+    otherwise = make_fallback(fallback, index, keep_ratio, score, sparse_layers, alpha, nearest)
+    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest, otherwise)

@@ -18,6 +18,7 @@ from coreinfer_sim.architectures import MLPLayer, find_mlps
 from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
 from coreinfer_sim.errors import GenerationError
 from coreinfer_sim.predictors import Predictor, PromptStatistics
+from coreinfer_sim.refresh import TextReader, drifted, parse_refresh
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_model, grouped_model, install
 
@@ -47,21 +48,27 @@ class SparseModel:
         >>> sparse.generate(**tokenizer("How do stars form?", return_tensors="pt"), max_new_tokens=64)
     """
 
-    def __init__(self, model: Any, predictor: Predictor, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, predictor: Predictor, tokenizer: Any = None, refresh: str | None = None) -> None:
         """Wrap ``model``.
 
         Args:
             model: a causal transformers model of a supported family.
             predictor: chooses the neurons; see `make_predictor`.
             tokenizer: turns prompt ids back into text for predictors that route by meaning.
+            refresh: derive the selection anew from the text so far: ``every:N`` tokens, or on ``drift``. For stability
+                and hybrid mode, one row at a time. It holds a second, dense copy of the cache.
 
         Raises:
+            ConfigError: ``refresh`` cannot be read, or does not go with the predictor.
             UnsupportedModelError: the family has no adapter.
         """
         self.model, self.predictor, self.tokenizer = model, predictor, tokenizer
+        self.refresh = None if refresh is None else parse_refresh(refresh, predictor)
         self.layers = find_mlps(model)
         self.selections: list[NeuronSelection] = []
-        """What the last call chose, one for each row."""
+        """What the last call chose, one for each row; after a refresh the newest."""
+        self.n_refreshes = 0
+        """How often the last call took a new selection after prefill's."""
         self._latest: OrderedDict[int, tuple[NeuronSelection, dict[int, Projections]]] = OrderedDict()
         self._lock = _LOCKS.setdefault(model, threading.Lock())
 
@@ -128,12 +135,29 @@ class SparseModel:
         self, input_ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[str] | None, kwargs: dict[str, Any]
     ) -> Any:
         n_rows = len(input_ids)
+        if self.refresh is not None:
+            self._refuse_refresh(mask, kwargs)
         if self.predictor.needs_text and prompts is None:
             prompts = self._texts(input_ids, mask)
         if prompts is not None and len(prompts) != n_rows:
             raise GenerationError(f"{len(prompts)} prompts were given for {n_rows} rows of ids, expected one a row.")
         with self._phases(input_ids.shape[1], mask, prompts):
             return self.model.generate(input_ids, **{**kwargs, "attention_mask": mask})
+
+    def _refuse_refresh(self, mask: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        for name, found in (
+            ("rows", len(mask)),
+            ("num_beams", self._setting("num_beams", kwargs)),
+            ("num_return_sequences", self._setting("num_return_sequences", kwargs)),
+        ):
+            if found is not None and found > 1:
+                raise GenerationError(
+                    f"refresh follows one text, but {name} is {found}, expected 1; leave refresh out."
+                )
+        if not bool(mask.all()):
+            raise GenerationError(
+                "refresh was given a padded row, expected one without padding; leave the padding out."
+            )
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """Return what transformers will use: the argument, else the given config, else the model's own."""
@@ -162,14 +186,22 @@ class SparseModel:
     @contextmanager
     def _phases(self, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> Iterator[None]:
         """Hold the compact MLPs in the model during decode, and the dense ones otherwise."""
-        n_rows, alpha = len(mask), self.predictor.alpha
-        reader = _PromptReader(mask, alpha) if alpha is not None else None
-        if reader is None:
-            self.selections = self.predictor.select(prompts, None, n_rows)
+        n_rows = len(mask)
+        known = self.predictor.select(prompts, None, n_rows)
+        reader = None
+        if known is None:
+            assert self.predictor.alpha is not None
+            reader = _PromptReader(mask, self.predictor.alpha)
+        else:
+            self.selections = known
         dense: dict[int, Projections] | None = None
+        text: TextReader | None = None
+        self.n_refreshes = 0
 
         def before_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal dense
+            nonlocal dense, text
+            if text is not None and text.reading:
+                return
             cache = kwargs.get("past_key_values")
             n_past = int(cache.get_seq_length()) if cache is not None else 0
             if n_past < n_prompt:
@@ -178,19 +210,43 @@ class SparseModel:
             elif dense is None:
                 if reader is not None:
                     reader.pause()
-                    self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
+                    self.selections = self._select(prompts, reader.statistics, n_rows)
+                    if self.refresh is not None:
+                        text = TextReader(self.model, self.layers, cache, reader.alpha, reader.statistics)
                 dense = install(self.layers, self._compact_batch())
+            if text is not None and self.refresh is not None and text.add(kwargs["input_ids"]) == self.refresh.n_tokens:
+                assert dense is not None
+                install(self.layers, dense)
+                self._reread(text, prompts)
+                install(self.layers, self._compact_batch())
 
         with reader.reading(self.layers) if reader is not None else nullcontext():
             hook = self.model.register_forward_pre_hook(before_forward, with_kwargs=True)
             try:
                 yield
                 if reader is not None and dense is None:  # nothing was decoded, but the choice is of interest
-                    self.selections = self.predictor.select(prompts, reader.statistics, n_rows)
+                    self.selections = self._select(prompts, reader.statistics, n_rows)
             finally:
                 hook.remove()
                 if dense is not None:
                     install(self.layers, dense)
+
+    def _reread(self, text: TextReader, prompts: Sequence[str] | None) -> None:
+        """Read the newest tokens densely, and take the selection that follows from all of them if it is time."""
+        assert self.refresh is not None
+        newest = text.read()
+        candidate = self._select(prompts, text.statistics, 1)
+        if not self.refresh.on_drift or drifted(self.selections[0], candidate[0], newest):
+            self.selections = candidate
+            self.n_refreshes += 1
+
+    def _select(
+        self, prompts: Sequence[str] | None, statistics: PromptStatistics, n_rows: int
+    ) -> list[NeuronSelection]:
+        """Return the selections of a predictor that wanted the prompts' statistics."""
+        selections = self.predictor.select(prompts, statistics, n_rows)
+        assert selections is not None
+        return selections
 
     def _compact_batch(self) -> dict[int, Projections]:
         """Return the compact MLPs of the current batch, grouped by rows that keep the same neurons."""
@@ -217,7 +273,7 @@ class _PromptReader:
     """Sums up the prompt's own activations over the passes of prefill."""
 
     def __init__(self, mask: torch.Tensor, alpha: float) -> None:
-        self._mask, self._alpha = mask.cpu(), alpha
+        self._mask, self.alpha = mask.cpu(), alpha
         self._starts = np.zeros(1, np.int64)
         self._n_beams = 1
         self._tap: ActivationTap | None = None
@@ -243,7 +299,7 @@ class _PromptReader:
         self._tap.pause()
 
     def _add(self, layer: int, z: torch.Tensor) -> None:
-        every = sentence_statistics(z, self._starts, self._alpha)
+        every = sentence_statistics(z, self._starts, self.alpha)
         step = self._n_beams  # all beams of a prompt have read the same
         own = SentenceStatistics(every.counts[::step], every.energy[::step], every.activation[::step])
         self.statistics[layer] = self.statistics[layer] + own if layer in self.statistics else own

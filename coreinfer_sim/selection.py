@@ -9,6 +9,7 @@ import torch
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.config import UNFAMILIAR
 from coreinfer_sim.errors import IndexMismatchError
 
 
@@ -21,13 +22,20 @@ class NeuronSelection:
     ids: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Kept neurons of a layer, ascending, [n_kept]; a layer that is not named stays dense."""
     cluster: int | None = None
-    """Semantic cluster that it belongs to, if any."""
+    """Semantic cluster that the prompt was routed to, if any."""
     similarity: float | None = None
     """Cosine similarity of the prompt to that cluster's centroid."""
     label: str | None = None
     """That cluster's readable label."""
     compensation: Mapping[int, LayerCompensation] | None = None
     """What is merged into the compact MLP of a layer; it belongs to just these ids."""
+    confidence: float | None = None
+    """Of the routing; see `Match`."""
+
+    @property
+    def confident(self) -> bool | None:
+        """Whether the prompt is familiar to its cluster; None if it was not routed."""
+        return None if self.confidence is None else self.confidence >= UNFAMILIAR
 
     def check(self, layers: Sequence[MLPLayer]) -> None:
         """Raise IndexMismatchError if the ids do not fit the model's layers."""

@@ -25,7 +25,7 @@ from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import load_model
 
 COMMANDS = ["build-index", "info", "verify", "lookup", "generate", "evaluate"]
-MODES = ["similarity", "stability", "global", "random", "dense"]
+MODES = ["similarity", "hybrid", "stability", "global", "random", "dense"]
 TOPICS = {
     "space": ["stars", "planets", "galaxies", "comets", "moons"],
     "food": ["bread", "cheese", "soup", "salad", "cake"],
@@ -273,6 +273,13 @@ def test_lookup_as_json(index):
     assert paper["1"] == loaded.core_neurons(best, 0.25, "paper")[1].tolist() != found["core_neurons"]["1"]
 
 
+def test_lookup_says_whether_a_prompt_is_familiar(index):
+    for prompt, familiar in ((f"What do {NOUNS[0]} tell us about space, case 0?", True), ("zzz qqq 0x3f", False)):
+        best = parsed("lookup", index, prompt)["matches"][0]
+        assert best["confident"] is familiar and (best["confidence"] >= 0.05) is familiar
+        assert succeeded("lookup", index, prompt).stdout.splitlines()[0].endswith("(unfamiliar)") is not familiar
+
+
 def test_lookup_shows_all_ids_where_asked_to(index):
     short, full = (succeeded("lookup", index, "comets", *more).stdout for more in ([], ["--ids"]))
     ids = parsed("lookup", index, "comets")["core_neurons"]["2"]
@@ -300,6 +307,7 @@ def generated(index: Path, *more: Any, prompt: str = "How do stars form?") -> An
 FIELDS = {
     *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
     *("prefill_seconds", "decode_seconds", "tokens_per_second", "mlp_bytes_per_token", "dense_mlp_bytes_per_token"),
+    *("confidence", "confident", "n_refreshes"),
 }
 
 
@@ -315,17 +323,21 @@ def dense_text(tiny_checkpoint) -> str:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_in_every_mode(index, mode):
-    found = generated(index, "--mode", mode)
+    found = generated(index, "--mode", mode, "--fallback", "none")
     assert set(found) == FIELDS
     assert found["mode"] == mode and found["n_new_tokens"] == 8 and found["prompt"] == "How do stars form?"
     assert found["keep_ratio"] == (1.0 if mode == "dense" else 0.5)  # else the γ of the index
-    assert (found["cluster"] is not None) == (mode == "similarity")
-    if mode == "similarity":
-        assert "space" in found["label"] and 0 < found["similarity"] <= 1
+    routed = mode in ("similarity", "hybrid")
+    assert [found[name] is not None for name in ("cluster", "confidence", "confident")] == [routed] * 3
+    if routed:
+        assert "space" in found["label"] and 0 < found["similarity"] <= 1 and 0 <= found["confidence"] <= 1
     assert found["dense_mlp_bytes_per_token"] == 3 * 3 * 32 * 48 * 4
     assert found["mlp_bytes_per_token"] == found["dense_mlp_bytes_per_token"] * found["keep_ratio"]
 
-    text = succeeded("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--mode", mode)
+    text = succeeded(
+        *("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--mode", mode),
+        *("--fallback", "none"),
+    )
     assert text.stdout == f"> How do stars form?\n{found['text']}\n"
     assert re.match(rf"  {mode} · .*keeps {found['keep_ratio']:.2f} · 8 tokens at [\d.]+ tokens/s · reads", text.stderr)
 
@@ -344,13 +356,47 @@ def test_keep_ratio_score_and_layers_change_what_is_kept(index, dense_text):
     assert len(texts | {dense_text}) == 4
 
 
+@pytest.mark.parametrize("fallback", [None, "hybrid", "dense", "global", "none"])
+def test_what_an_unfamiliar_prompt_gets(index, fallback):
+    options = [] if fallback is None else ["--fallback", fallback]
+    found = generated(index, *options, prompt="zzz qqq 0x3f")
+    mode = {None: "hybrid", "none": "similarity"}.get(fallback, fallback)
+    assert (found["mode"], found["confident"]) == (mode, False) and found["confidence"] < 0.05
+    assert found["cluster"] is not None
+    other = generated(index, "--mode", mode, "--fallback", "none", prompt="zzz qqq 0x3f")
+    assert found["text"] == other["text"] and found["keep_ratio"] == other["keep_ratio"]
+    text = succeeded("generate", "zzz qqq 0x3f", "--index", index, "--max-new-tokens", 2, *options).stderr
+    assert re.match(rf"  {mode} · cluster .* · unfamiliar prompt · ", text)
+    familiar = generated(index, *options, prompt=f"What do {NOUNS[0]} tell us about space, case 0?")
+    assert (familiar["mode"], familiar["confident"]) == ("similarity", True)
+
+
+def test_near_clusters_are_blended(index):
+    prompt = f"What do {NOUNS[0]} tell us about space, case 0?"
+    one, two = (generated(index, "--nearest", n, "--keep-ratio", 0.2, prompt=prompt) for n in (1, 2))
+    assert one["text"] == generated(index, "--keep-ratio", 0.2, prompt=prompt)["text"]
+    assert two["mode"] == "similarity" and two["keep_ratio"] == one["keep_ratio"]
+    refused(call("generate", prompt, "--index", index, "--nearest", 4), "nearest is 4, expected 1 to 3")
+
+
+def test_refresh(index):
+    found = generated(index, "--mode", "hybrid", "--keep-ratio", 0.3, "--refresh", "every:3")
+    assert (found["n_refreshes"], found["n_new_tokens"]) == (2, 8)
+    sparse, dense = generated(index, "--mode", "stability", "--refresh", "drift", "--compare")
+    assert sparse["n_refreshes"] == dense["n_refreshes"] == 0  # too few tokens
+    text = succeeded("generate", "stars", "--index", index, "--mode", "stability", "--refresh", "every:1").stderr
+    assert re.search(r"keeps 0\.50, \d+ times anew · ", text)
+    refused(call("generate", "stars", "--index", index, "--refresh", "drift"), "mode similarity", "stability or hybrid")
+    refused(call("generate", "stars", "--index", index, "--mode", "hybrid", "--refresh", "often"), "every:N")
+
+
 def test_modes_without_an_index(tiny_checkpoint):
     for mode in ("stability", "random", "dense"):
         found = parsed(
             "generate", "stars", "--model", tiny_checkpoint, "--mode", mode, "--keep-ratio", 0.5, "--max-new-tokens", 2
         )
         assert found["mode"] == mode
-    for mode in ("similarity", "global"):
+    for mode in ("similarity", "hybrid", "global"):
         refused(
             call("generate", "stars", "--model", tiny_checkpoint, "--mode", mode, "--keep-ratio", 0.5),
             "needs an index",
@@ -364,7 +410,7 @@ def test_compare_decodes_densely_too(index, dense_text):
     assert sparse == {**generated(index), **{name: sparse[name] for name in sparse if "second" in name}}
     assert (dense["mode"], dense["text"], dense["cluster"]) == ("dense", dense_text, None)
     text = succeeded("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--compare")
-    assert re.search(r"^> How do stars form\?\n\[similarity\]\n.*\n  similarity · ", text.stdout)
+    assert re.search(rf"^> How do stars form\?\n\[similarity\]\n.*\n  {sparse['mode']} · ", text.stdout)
     assert f"\n[dense]\n{dense_text}\n  dense · keeps 1.00 · 8 tokens" in text.stdout
     assert text.stderr == ""
     assert (
@@ -378,7 +424,17 @@ def test_lines_are_prompts(index, tmp_path, source, compare):
     lines = "How do stars form?\n\n  Why does bread rise?  \r\nWas ist ein Gebäude?"
     (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8")
     where = {"file": (["--file", tmp_path / "prompts.txt"], ""), "stdin": ([], lines)}[source]
-    arguments = ["generate", "--index", index, "--max-new-tokens", 4, *where[0], *(["--compare"] if compare else [])]
+    arguments = [
+        "generate",
+        "--index",
+        index,
+        "--fallback",
+        "none",
+        "--max-new-tokens",
+        4,
+        *where[0],
+        *(["--compare"] if compare else []),
+    ]
     rows = parsed(*arguments, stdin=where[1])
     prompts = ["How do stars form?", "Why does bread rise?", "Was ist ein Gebäude?"]
     assert [(row[0] if compare else row)["prompt"] for row in rows] == prompts

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from coreinfer_sim.config import BuildConfig, CorpusConfig, Mode, Score, parse_layers, template_fields
+from coreinfer_sim.config import BuildConfig, CorpusConfig, Fallback, Mode, Score, parse_layers, template_fields
 from coreinfer_sim.errors import ConfigError
 
 
@@ -112,4 +112,5 @@ def test_layers_that_are_no_slice_are_refused(text):
 
 def test_closed_choices_compare_to_their_text():
     assert Score("paper") is Score.PAPER and Score.ENERGY == "energy"
-    assert {mode.value for mode in Mode} == {"similarity", "stability", "global", "random", "dense"}
+    assert {mode.value for mode in Mode} == {"similarity", "hybrid", "stability", "global", "random", "dense"}
+    assert {fallback.value for fallback in Fallback} == {"hybrid", "dense", "global", "none"}

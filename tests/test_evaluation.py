@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
+from tiny_index import PROMPTS, tiny_index
 
 from coreinfer_sim.errors import ConfigError, CorpusError
 from coreinfer_sim.evaluation.contenders import (
     BITS,
+    Chooser,
     Contender,
     bytes_per_token,
     parse_contenders,
@@ -26,7 +28,7 @@ from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import normalised, text_scores, token_f1
 from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import FixedPredictor, random_selection
+from coreinfer_sim.predictors import FixedPredictor, make_predictor, random_selection
 from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import installed
@@ -104,10 +106,55 @@ def test_contenders_are_crossed_once():
         "griffin 0.4 q8_0",
         "griffin 0.6 q8_0",
     ]
+    blended = parse_contenders(["similarity", "global"], [0.4], ["energy"], ["q8_0"], [1, 4])
+    assert [str(c) for c in blended] == [
+        "similarity/energy 0.4 q8_0",
+        "similarity/energy nearest 4 0.4 q8_0",
+        "global/energy 0.4 q8_0",
+    ]
+    fallbacks = parse_contenders(["similarity", "hybrid"], [0.4], ["paper"], ["16bit"], [2], ["none", "hybrid"])
+    assert [str(c) for c in fallbacks] == [
+        "similarity/paper nearest 2 0.4",
+        "similarity/paper nearest 2 else hybrid 0.4",
+        "hybrid/paper nearest 2 0.4",
+    ]
     with pytest.raises(ConfigError, match="no contender 'best'"):
         Contender("best")
     with pytest.raises(ConfigError, match="no weights '3bit'"):
         Contender("dense", weights="3bit")
+
+
+def test_contenders_that_route(language_model, encoder):
+    """Those of the predictors that `generate` uses; what a row pays for depends on its prompt."""
+    index = tiny_index(language_model.layers, encoder)
+    near, far = (Row("things", str(n), text, "Most owls sleep at night.") for n, text in enumerate([PROMPTS[2], "zzz"]))
+    contenders = parse_contenders(
+        ["similarity", "hybrid"], [0.4], ["energy"], ["16bit"], [1, 2], ["none", "dense", "hybrid"]
+    )
+    chooser = Chooser(language_model, index, seed=0)
+    for row, familiar in ((near, True), (far, False)):
+        case = Case(language_model, row, 256, 0.4)
+        for contender in contenders:
+            chosen = chooser.choose(contender, case)
+            predictor = make_predictor(
+                contender.name,
+                language_model.layers,
+                index,
+                keep_ratio=0.4,
+                nearest=contender.nearest,
+                fallback=contender.fallback,
+            )
+            (expected,) = predictor.select([row.prompt], case.statistics, 1)
+            assert chosen.ids.keys() == expected.ids.keys()
+            assert all(torch.equal(chosen.ids[n], expected.ids[n]) for n in expected.ids)
+            falls_back = not familiar and contender.fallback.value != "none"
+            assert chosen.mode == (contender.fallback.value if falls_back else contender.name)
+            assert (chosen.confident, chosen.cluster) == (familiar, expected.cluster)
+    results = evaluate(language_model, contenders, [near, far], index)
+    assert len(results) == 2 * len(contenders)
+    by_name = {(r.contender, r.row_id): r.loss for r in results}
+    assert by_name["similarity/energy else hybrid 0.4", "0"] == by_name["similarity/energy 0.4", "0"]
+    assert by_name["similarity/energy else hybrid 0.4", "1"] == by_name["hybrid/energy 0.4", "1"]
 
 
 def test_rounding_is_closer_with_more_bits_and_leaves_the_original_alone(language_model):

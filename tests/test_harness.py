@@ -64,16 +64,15 @@ def index(tiny_checkpoint, encoder, tmp_path_factory) -> Path:
 
 @torch.inference_mode()
 def stepwise(lm: CoreInferLM, prompt: list[int], targets: list[int], n_dense: int) -> float:
-    """Feed the prompt and the first targets densely, the other targets one by one through compact MLPs.
-
-    The last ``n_dense`` dense positions predict the first ``n_dense`` targets.
-    """
+    """Feed all tokens but the last, those that predict the targets after the first ``n_dense`` through compact MLPs."""
     model = lm.model
     selection = make_predictor("random", lm._language_model.layers, keep_ratio=0.3).select(None, None, 1)[0]
-    output = model(torch.tensor([[*prompt, *targets[: n_dense - 1]]]), use_cache=True)
-    logits = list(output.logits[0, -n_dense:])
+    tokens = [*prompt, *targets]
+    begin = len(prompt) + n_dense - 1
+    output = model(torch.tensor([tokens[:begin]]), use_cache=True)
+    logits = list(output.logits[0, begin - n_dense :])
     with installed(lm._language_model.layers, selection):
-        for token in targets[n_dense - 1 : -1]:
+        for token in tokens[begin:-1]:
             output = model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
             logits.append(output.logits[0, -1])
     return sum(row.log_softmax(-1)[token].item() for row, token in zip(logits, targets, strict=True))
@@ -84,7 +83,7 @@ def test_a_continuation_is_decoded_from_its_dense_context(harness):
     found = lm.loglikelihood(pairs(*((QUESTIONS[0], choice) for choice in CHOICES)))
     for choice, (score, _) in zip(CHOICES, found, strict=True):
         context, continuation = lm._encode_pair(QUESTIONS[0], choice)
-        assert score == pytest.approx(stepwise(lm, context, continuation, 1), abs=1e-3)
+        assert score == pytest.approx(stepwise(lm, context, continuation, 0), abs=1e-3)
 
 
 def test_nothing_is_lost_at_keep_ratio_1(harness, own):
@@ -98,7 +97,7 @@ def test_nothing_is_lost_at_keep_ratio_1(harness, own):
 
 
 def test_a_greedy_continuation_is_known_as_one(harness):
-    lm = harness(keep_ratio=0.3)
+    lm = harness(keep_ratio=1.0)  # below, generate's first token is the dense prefill's
     (text,) = lm.generate_until(requests("generate_until", (QUESTIONS[0], {"max_gen_toks": 6})))
     ids = lm.tok_encode(text)
     context = lm.tok_encode(QUESTIONS[0])
@@ -159,12 +158,6 @@ def test_what_cannot_be_scored_is_refused(harness):
         harness(keep_ratio=0.5, rolling_prompt=0)
     with pytest.raises(PromptError, match="but the model's context is 8"):
         harness(keep_ratio=0.5, max_length=8).loglikelihood(pairs((QUESTIONS[0], DOCUMENT)))
-
-
-def test_single_tokens_are_known_to_be_dense(harness, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
-    harness(keep_ratio=0.3).loglikelihood(pairs((QUESTIONS[0], "a"), (QUESTIONS[0], CHOICES[0])))
-    assert "1 of 2 continuations are single tokens" in caplog.text
 
 
 def write_task(folder: Path, name: str, rows: list[dict[str, Any]], lines: str) -> None:

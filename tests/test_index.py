@@ -296,6 +296,13 @@ def test_a_selection_says_where_it_came_from(index):
 # Damage
 
 
+def test_a_cluster_without_quantiles_is_refused(index_folder):
+    lines = [json.dumps({**asdict(cluster), "similarity_quantiles": {}}) for cluster in clusters()]
+    replace_file(index_folder, CLUSTERS_FILE, "\n".join(lines).encode())
+    with pytest.raises(IndexFormatError, match="cluster 0 has no similarity quantiles; "):
+        SemanticIndex.load(index_folder)
+
+
 @pytest.mark.parametrize("name", [*INDEX_FILES, MANIFEST_FILE])
 @pytest.mark.parametrize("where", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("bit", [0, 7])

@@ -35,6 +35,7 @@ ORDER = (
     "build",
     "predictors",
     "sparse_mlp",
+    "refresh",
     "runtime",
     "generation",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,18 +13,26 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.config import Score
+from coreinfer_sim.config import Fallback, Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
-from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import PromptStatistics, random_selection
+from coreinfer_sim.predictors import (
+    HybridPredictor,
+    Predictor,
+    PromptStatistics,
+    SimilarityPredictor,
+    make_fallback,
+    random_selection,
+)
 from coreinfer_sim.selection import NeuronSelection
 
-NAMES = ("dense", "random", "random-cluster", "global", "similarity", "stability", "griffin", "oracle")
+NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
 """stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
-NEED_INDEX = ("random-cluster", "global", "similarity")
+NEED_INDEX = ("random-cluster", "global", "similarity", "hybrid")
+ROUTED = ("similarity", "hybrid")
 WEIGHTS = {"16bit": None, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 """Precision of the weights; the quantised ones are llama.cpp's formats, with 8.5 and 4.5 bits a weight."""
 BITS = {"16bit": 16.0, "q8_0": 8.5, "q4_0": 4.5}
@@ -38,6 +47,10 @@ class Contender:
     keep_ratio: float = 1.0
     score: Score = Score.ENERGY
     weights: str = "16bit"
+    nearest: int = 1
+    """Clusters that similarity and hybrid blend."""
+    fallback: Fallback = Fallback.NONE
+    """What similarity does for unfamiliar prompts."""
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -59,8 +72,13 @@ class Contender:
 
     @property
     def way(self) -> str:
-        """How it chooses neurons, such as ``similarity/energy``."""
-        return f"{self.name}/{self.score.value}" if self.name in NEED_INDEX else self.name
+        """How it chooses neurons, such as ``similarity/energy else hybrid``."""
+        parts = [f"{self.name}/{self.score.value}" if self.name in NEED_INDEX else self.name]
+        if self.nearest > 1:
+            parts.append(f"nearest {self.nearest}")
+        if self.fallback is not Fallback.NONE:
+            parts.append(f"else {self.fallback.value}")
+        return " ".join(parts)
 
 
 class Chooser:
@@ -72,6 +90,7 @@ class Chooser:
         self._random = np.random.default_rng(seed)
         self._seed = seed
         self._known: dict[tuple[Any, ...], NeuronSelection] = {}
+        self._predictors: dict[Contender, Predictor] = {}
 
     def choose(self, contender: Contender, case: Case) -> NeuronSelection:
         """Return a contender's selection for a case."""
@@ -79,7 +98,9 @@ class Chooser:
             return NeuronSelection("dense")
         if contender.name in ("stability", "griffin", "oracle"):
             return self._from_statistics(contender, case)
-        cluster = self._cluster(contender, case)
+        if contender.name in ROUTED:
+            return self._routed(contender, case)
+        cluster = self._cluster(contender)
         key = (contender.name, contender.keep_ratio, contender.score, cluster)
         if key not in self._known:
             self._known[key] = self._make(contender, cluster)
@@ -97,19 +118,27 @@ class Chooser:
 
         return NeuronSelection(contender.name, {layer: ids(s) for layer, s in statistics.items()})
 
-    def _cluster(self, contender: Contender, case: Case) -> int | None:
-        if contender.name == "similarity":
-            return self.match(case).cluster
+    def _routed(self, contender: Contender, case: Case) -> NeuronSelection:
+        if contender not in self._predictors:
+            if self._index is None:
+                raise ConfigError("this contender routes by meaning and needs an index; give --index.")
+            self._predictors[contender] = self._routing(self._index, contender)
+        chosen = self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)
+        assert chosen is not None
+        return chosen[0]
+
+    def _routing(self, index: SemanticIndex, contender: Contender) -> Predictor:
+        ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
+        if contender.name == "hybrid":
+            return HybridPredictor(index, ratio, score, ":", alpha, contender.nearest)
+        fallback = make_fallback(contender.fallback, index, ratio, score, ":", alpha, contender.nearest)
+        return SimilarityPredictor(index, ratio, score, ":", contender.nearest, fallback)
+
+    def _cluster(self, contender: Contender) -> int | None:
         if contender.name == "random-cluster":
             assert self._index is not None
             return int(self._random.integers(len(self._index)))
         return None
-
-    def match(self, case: Case) -> Match:
-        """Return the semantic cluster of a case's prompt."""
-        if self._index is None:
-            raise ConfigError("this contender routes by meaning and needs an index; give --index.")
-        return self._index.lookup(case.row.prompt)[0]
 
     def _make(self, contender: Contender, cluster: int | None) -> NeuronSelection:
         layers = self._language_model.layers
@@ -160,14 +189,23 @@ def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, w
 
 
 def parse_contenders(
-    names: Sequence[str], keep_ratios: Sequence[float], scores: Sequence[str], weights: Sequence[str]
+    names: Sequence[str],
+    keep_ratios: Sequence[float],
+    scores: Sequence[str],
+    weights: Sequence[str],
+    nearest: Sequence[int] = (1,),
+    fallbacks: Sequence[str] = ("none",),
 ) -> list[Contender]:
-    """Cross names with keep ratios, scores and weights, each sensible combination once."""
+    """Cross names with keep ratios, scores, weights, numbers of clusters and fallbacks, each sensible combination once."""
     found: dict[str, Contender] = {}
-    for kind in weights:
-        for name in names:
-            for ratio in keep_ratios if name != "dense" else [1.0]:
-                for score in scores if name in NEED_INDEX else ["energy"]:
-                    contender = Contender(name, ratio, Score(score), kind)
-                    found.setdefault(str(contender), contender)
+    for kind, name in itertools.product(weights, names):
+        crossed = itertools.product(
+            keep_ratios if name != "dense" else [1.0],
+            scores if name in NEED_INDEX else ["energy"],
+            nearest if name in ROUTED else [1],
+            fallbacks if name == "similarity" else ["none"],
+        )
+        for ratio, score, n, fallback in crossed:
+            contender = Contender(name, ratio, Score(score), kind, n, Fallback(fallback))
+            found.setdefault(str(contender), contender)
     return list(found.values())

@@ -1,10 +1,8 @@
 """EleutherAI's LM Evaluation Harness on sparse decode: importing this registers the model ``coreinfer_sim`` of lm-eval.
 
-The phases are those of `scoring` and of `generate`. A context is read densely and, as text, routes; it is what the
-harness hands over, few-shot examples included. Its last position predicts the continuation's first token, so that token's
-log-likelihood is dense, and every later one comes from the compact MLPs. `scoring` leaves the dense token out of its sums;
-here it stays in, because the harness compares whole continuations. A task whose choices are single tokens therefore measures
-the dense model, and the log says so.
+A context is read densely and, as text, routes; it is what the harness hands over, few-shot examples included. Its last
+token is then decoded: were it part of the dense prefill, it would predict the continuation's first token, and a task whose
+choices are single tokens would measure the dense model. So every token of a continuation comes from the compact MLPs.
 
 A rolling log-likelihood has no context: the document's own beginning is its prompt. The prefix token and the document's
 first tokens are read densely (`rolling_prompt` positions, which predict as many tokens) and choose the neurons; the rest of
@@ -13,7 +11,6 @@ the document, and every later window with all its positions, runs under the comp
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,8 +33,6 @@ from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import installed
-
-_LOG = logging.getLogger("lm_eval")
 
 LogLikelihood = tuple[float, bool]
 """Sum over tokens in nats, and whether each token is the likeliest."""
@@ -126,14 +121,6 @@ class CoreInferLM(HFLM):
                 )
             kept = (context or [self.prefix_token_id])[-room:]
             by_context.setdefault(tuple(kept), []).append(number)
-        n_dense = sum(len(continuation) < 2 for _texts, _context, continuation in requests)
-        if n_dense:
-            _LOG.warning(
-                "%d of %d continuations are single tokens, which the dense last position of the context predicts: their "
-                "scores are the dense model's.",
-                n_dense,
-                len(requests),
-            )
         answers: dict[int, LogLikelihood] = {}
         for context, numbers in tqdm(by_context.items(), "Contexts", disable=disable_tqdm):
             found = self._score_context(list(context), [requests[number][2] for number in numbers])
@@ -143,22 +130,24 @@ class CoreInferLM(HFLM):
         return [answers[number] for number in range(len(requests))]
 
     def _score_context(self, context: list[int], continuations: Sequence[list[int]]) -> list[LogLikelihood]:
-        first, selection = self._read(context)
-        answers = []
+        *beginning, last = context
+        read, selection = self._read(beginning or context)
+        cache = read.cache if beginning else None
         with installed(self._language_model.layers, selection):
-            for continuation in continuations:
-                logits = first.logits
-                if len(continuation) > 1:
-                    logits = torch.cat([logits, decoded_logits(self.model, self._ids(continuation[:-1]), first.cache)])
-                answers.append(self._log_likelihood(logits, continuation))
-        return answers
+            return [
+                self._log_likelihood(
+                    decoded_logits(self.model, self._ids([last, *continuation[:-1]]), cache), continuation
+                )
+                for continuation in continuations
+            ]
 
     def _read(self, prompt: list[int], n_logits: int = 1) -> tuple[Prefill, NeuronSelection]:
         """Read a prompt densely and choose the neurons that decode keeps."""
         read = prefill(self._language_model, self._ids(prompt), self._predictor.alpha, n_logits)
         texts = [self.tokenizer.decode(prompt, skip_special_tokens=True)] if self._predictor.needs_text else None
-        (selection,) = self._predictor.select(texts, read.statistics, 1)
-        return read, selection
+        selections = self._predictor.select(texts, read.statistics, 1)
+        assert selections is not None
+        return read, selections[0]
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(tokens)], device=self.device)

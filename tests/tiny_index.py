@@ -1,0 +1,49 @@
+"""An index for a tiny model, made at once: routing is real, statistics are drawn by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from coreinfer_sim.architectures import MLPLayer, weight_sketch
+from coreinfer_sim.embeddings import SentenceEncoder
+from coreinfer_sim.index import Cluster, SemanticIndex
+from coreinfer_sim.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
+
+PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]
+QUANTILES = {"0": 0.2, "0.01": 0.21, "0.05": 0.25, "0.25": 0.4, "0.5": 0.5, "0.75": 0.6, "1": 0.9}
+
+
+def tiny_index(layers: Sequence[MLPLayer], encoder: SentenceEncoder) -> SemanticIndex:
+    """Return an index of three clusters whose centroids are PROMPTS."""
+    d_ff = layers[0].d_ff
+    random = np.random.default_rng(0)
+    shape = (3, len(layers), d_ff)
+    statistics = {
+        "counts": random.integers(0, 9, shape).astype(np.int32),
+        "energy": random.random(shape, np.float32) ** 4,
+        "activation": random.random(shape, np.float32),
+    }
+    manifest = Manifest(
+        format_version=1,
+        versions={},
+        model=ModelInfo(
+            name="tiny",
+            revision=None,
+            family=layers[0].family.name,
+            dtype="float32",
+            n_layers=len(layers),
+            d_model=layers[0].d_model,
+            d_ff=d_ff,
+            weight_sketch=weight_sketch(layers),
+            tokenizer_sha256="0" * 64,
+            activation_site="input of down_proj",
+        ),
+        encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
+        corpus=CorpusInfo("prompts.jsonl", "1" * 64, 2997, 45_000),
+        settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(range(len(layers))), 16, 64, 1),
+        files={},
+    )
+    clusters = [Cluster(c, 1000 - c, 10_000 + 5000 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]
+    return SemanticIndex(manifest, encoder.encode(PROMPTS), clusters, statistics, encoder=encoder)
