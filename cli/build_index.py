@@ -21,6 +21,15 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int |
     return int(value)
 
 
+def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | str | None:
+    if value in (None, "full"):
+        return value
+    kind, _, rank = value.partition(":")
+    if kind != "rank" or not rank.isdecimal() or int(rank) < 1:
+        raise click.BadParameter(f"{value!r} is neither 'full' nor 'rank:R'.")
+    return int(rank)
+
+
 @click.command("build-index")
 @click.argument("corpus")
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
@@ -47,6 +56,50 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int |
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers to record, such as '4:'.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, **_D, help="Texts in one forward pass.")
 @click.option("--shard-size", type=click.IntRange(1), default=64, **_D, help="Texts in one shard.")
+@click.option(
+    "--compensate",
+    callback=_rank,
+    metavar="full|rank:R",
+    help="Fit each cluster's kept neurons so that they make up for the dropped ones; a rank saves disk.",
+)
+@click.option(
+    "--keep-ratio",
+    "keep_ratios",
+    type=float,
+    multiple=True,
+    default=(0.4,),
+    **_D,
+    help="For --compensate: share of the MLP bytes that decode reads; may be repeated.",
+)
+@click.option(
+    "--bypass-rank",
+    type=click.IntRange(0),
+    default=0,
+    **_D,
+    help="For --compensate: directions of the MLP's input that go straight to its output, in place of neurons.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(["uniform", "sensitivity"]),
+    default="sensitivity",
+    **_D,
+    help="For --compensate: the same share of every layer, or more where it was measured to matter.",
+)
+@click.option(
+    "--ranking",
+    type=click.Choice(["surgeon", "energy"]),
+    default="surgeon",
+    **_D,
+    help="For --compensate: rank neurons by what compensation cannot repair, or by energy.",
+)
+@click.option(
+    "--compensate-tokens",
+    type=click.IntRange(1),
+    default=20_000,
+    **_D,
+    metavar="N",
+    help="For --compensate: tokens to fit each cluster's set on.",
+)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: fill the cores]")
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads of each process.  [default: a quarter of the cores]"
@@ -67,17 +120,27 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
         --template 'Question: {question}\\nAnswer: {context}' --limit 2000 --model ./my-model --out squad-index
     """
     from coreinfer_sim.build import build_index as build
-    from coreinfer_sim.config import BuildConfig, CorpusConfig
+    from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking
     from coreinfer_sim.embeddings import DEFAULT_ENCODER
 
     quiet_libraries()
     of_corpus = ("name", "split", "prompt_column", "template", "limit", "max_tokens", "deduplicate")
     of_build = ("clusters", "alpha", "beta", "gamma", "seed", "layers", "batch_size", "shard_size")
+    compensation = None
+    if given["compensate"] is not None:
+        compensation = CompensationConfig(
+            keep_ratios=given["keep_ratios"],
+            rank=None if given["compensate"] == "full" else given["compensate"],
+            bypass_rank=given["bypass_rank"],
+            ranking=Ranking(given["ranking"]),
+            budget=Budget(given["budget"]),
+            tokens=given["compensate_tokens"],
+        )
     index = build(
         model,
         CorpusConfig(corpus, **{name: given[name] for name in of_corpus}),
         out,
-        BuildConfig(**{name: given[name] for name in of_build}),
+        BuildConfig(**{name: given[name] for name in of_build}, compensation=compensation),
         encoder=given["encoder"] or DEFAULT_ENCODER,
         dtype=given["dtype"],
         device=given["device"],

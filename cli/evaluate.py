@@ -37,10 +37,10 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     "--score",
     "scores",
     multiple=True,
-    type=click.Choice(["energy", "paper"]),
+    type=click.Choice(["energy", "paper", "compensated"]),
     default=("energy",),
     **_D,
-    help="What ranks a cluster's neurons; may be repeated.",
+    help="What ranks a cluster's neurons, or the sets that the index compensates; may be repeated.",
 )
 @click.option(
     "--nearest",

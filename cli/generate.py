@@ -33,7 +33,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     **_D,
     help="Where the kept neurons come from.",
 )
-@click.option("--keep-ratio", type=float, help="Share of neurons that decode keeps.  [default: the index's γ]")
+@click.option("--keep-ratio", type=float, help="Share of neurons that decode keeps.  [default: the index's]")
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", **_D, help="What ranks neurons.")
 @click.option(
     "--nearest",
@@ -46,9 +46,13 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.option(
     "--fallback",
     type=click.Choice(["hybrid", "dense", "global", "none"]),
-    default="hybrid",
+    help="What similarity does for a prompt that is unfamiliar to its cluster.  [default: hybrid; global if compensated]",
+)
+@click.option(
+    "--compensation/--no-compensation",
+    default=True,
     **_D,
-    help="What similarity does for a prompt that is unfamiliar to its cluster.",
+    help="Use the index's compensated sets where it has them for this keep ratio.",
 )
 @click.option(
     "--refresh", metavar="every:N|drift", help="Derive the set anew from the text so far, in stability and hybrid."
@@ -154,6 +158,7 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
             seed=given["seed"],
             nearest=given["nearest"],
             fallback=given["fallback"],
+            compensated=given["compensation"],
         )
         for mode in modes
     ]

@@ -27,7 +27,7 @@ class LayerCompensation:
 
     bias: torch.Tensor
     """Added to the output bias, [d_model]."""
-    left: torch.Tensor | None = None
+    left: torch.Tensor
     """Change of the output weights, [d_model, n_kept], or its first factor [d_model, rank]."""
     right: torch.Tensor | None = None
     """Second factor [rank, n_kept]; None at full rank."""
@@ -39,7 +39,6 @@ class LayerCompensation:
     @property
     def delta(self) -> torch.Tensor:
         """The change of the kept neurons' output weights, float32 [d_model, n_kept]."""
-        assert self.left is not None
         left = self.left.float()
         return left if self.right is None else left @ self.right.float()
 
@@ -60,11 +59,12 @@ class Moments:
     def __init__(self, n_features: int, d_model: int, device: torch.device | str = "cpu") -> None:
         """Begin with nothing."""
         self.n_tokens = 0.0
-        """Sum of the tokens' weights."""
-        self._gram = torch.zeros(n_features, n_features, device=device)
-        self._cross = torch.zeros(n_features, d_model, device=device)
-        self._features = torch.zeros(n_features, device=device)
-        self._targets = torch.zeros(d_model, device=device)
+        """Sum w of the tokens' weights."""
+        self.gram = torch.zeros(n_features, n_features, device=device)
+        self.cross = torch.zeros(n_features, d_model, device=device)
+        self.features = torch.zeros(n_features, device=device)
+        self.targets = torch.zeros(d_model, device=device)
+        """Σ w f fᵀ, Σ w f tᵀ, Σ w f and Σ w t."""
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens.
@@ -77,10 +77,17 @@ class Moments:
         features, targets, weights = features.float(), targets.float(), weights.float()
         weighted = features * weights[:, None]
         self.n_tokens += float(weights.sum())
-        self._gram.addmm_(weighted.T, features)
-        self._cross.addmm_(weighted.T, targets)
-        self._features += weighted.sum(0)
-        self._targets += weights @ targets
+        self.gram.addmm_(weighted.T, features)
+        self.cross.addmm_(weighted.T, targets)
+        self.features += weighted.sum(0)
+        self.targets += weights @ targets
+
+    def add_prior(self, other: Moments, n_tokens: float) -> None:
+        """Add other moments as if they had been taken over ``n_tokens``: shrinkage towards them."""
+        share = n_tokens / other.n_tokens
+        self.n_tokens += n_tokens
+        for name in ("gram", "cross", "features", "targets"):
+            getattr(self, name).add_(getattr(other, name).to(self.gram.device), alpha=share)
 
     def centred(self) -> CentredMoments:
         """Return means and covariances.
@@ -91,9 +98,9 @@ class Moments:
         if self.n_tokens <= 0:
             raise ConfigError("there are no tokens to compensate with, expected some in every cluster.")
         n = self.n_tokens
-        mean_features, mean_targets = self._features / n, self._targets / n
-        gram = (self._gram / n).addr_(mean_features, mean_features, alpha=-1)
-        cross = (self._cross / n).addr_(mean_features, mean_targets, alpha=-1)
+        mean_features, mean_targets = self.features / n, self.targets / n
+        gram = (self.gram / n).addr_(mean_features, mean_features, alpha=-1)
+        cross = (self.cross / n).addr_(mean_features, mean_targets, alpha=-1)
         return CentredMoments(gram, cross, mean_features, mean_targets)
 
 
@@ -118,6 +125,24 @@ def surgeon_score(gram: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
     """
     inverse = torch.cholesky_inverse(_cholesky(gram))
     return output_weight.float().square().sum(0) / inverse.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def left_over(gram: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """Return the squared error that compensation leaves if the best 1, 2, … d_ff neurons stay, [d_ff].
+
+    In the order of `surgeon_score` the sets are nested, so one Cholesky factor L serves all of them: the first n rows of
+    L⁻¹ Cov(z, t) hold what n neurons explain of the output t.
+
+    Args:
+        gram: Cov(z, z), [d_ff, d_ff].
+        output_weight: [d_model, d_ff].
+    """
+    weight = output_weight.float()
+    order = surgeon_score(gram, weight).argsort(descending=True)
+    cross = gram[order] @ weight.T
+    explained = torch.linalg.solve_triangular(_cholesky(gram[order][:, order]), cross, upper=False)
+    total = (weight.T * (gram @ weight.T)).sum()
+    return (total - explained.square().sum(1).cumsum(0)).clamp_min(0)
 
 
 def compensate(

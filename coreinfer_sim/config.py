@@ -29,6 +29,15 @@ class Ranking(str, Enum):
     """As in `Score`."""
 
 
+class Budget(str, Enum):
+    """How the neurons are shared out among the layers of a set that is compensated."""
+
+    UNIFORM = "uniform"
+    """The same share of every layer."""
+    SENSITIVITY = "sensitivity"
+    """More where dropping neurons was measured to cost more, under the same mean."""
+
+
 class Mode(str, Enum):
     """Where a selection comes from."""
 
@@ -106,6 +115,36 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
+class CompensationConfig:
+    """How sets of neurons are fitted so that the kept ones make up for the dropped ones."""
+
+    keep_ratios: tuple[float, ...] = (0.4,)
+    """Share of the dense MLPs' bytes, compensation included, on average over the layers; one fitted set for each."""
+    rank: int | None = None
+    """Rank of the change of the output weights; None: full."""
+    bypass_rank: int = 0
+    """Directions of each MLP's input that go straight to its output, as neurons among the kept ones."""
+    ranking: Ranking = Ranking.SURGEON
+    """What ranks the neurons."""
+    budget: Budget = Budget.SENSITIVITY
+    """How neurons are shared out among the layers."""
+    tokens: int = 20_000
+    """Tokens that each cluster's set is fitted on; the whole corpus's set takes three times as many."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not self.keep_ratios:
+            raise ConfigError("compensation was given no keep ratio, expected one or more.")
+        for ratio in self.keep_ratios:
+            check_ratio("keep ratio", ratio)
+            if ratio == 1.0:
+                raise ConfigError("the keep ratio is 1, where nothing is dropped and nothing can be compensated.")
+        _check_at_least("rank", self.rank, 1)
+        _check_at_least("bypass rank", self.bypass_rank, 0)
+        _check_at_least("tokens", self.tokens, 1)
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """Everything that decides what is in an index, apart from corpus and model."""
 
@@ -125,6 +164,8 @@ class BuildConfig:
     """Sentences in one forward pass."""
     shard_size: int = 64
     """Sentences in one shard, the unit of restart and of sharing among processes."""
+    compensation: CompensationConfig | None = None
+    """Fit compensated sets as well; None: store statistics alone."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

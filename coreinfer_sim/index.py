@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -18,6 +19,8 @@ from safetensors.numpy import save
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
+from coreinfer_sim.compensated import load_compensated
+from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import n_kept, top_ids
 from coreinfer_sim.embeddings import SentenceEncoder
@@ -32,7 +35,9 @@ from coreinfer_sim.manifest import (
     REBUILD,
     FileInfo,
     Manifest,
+    check_file,
     check_files,
+    compensation_file,
     read_manifest,
 )
 from coreinfer_sim.selection import NeuronSelection
@@ -113,6 +118,7 @@ class SemanticIndex:
         statistics: Mapping[str, np.ndarray],
         name: str = "the index",
         encoder: SentenceEncoder | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Put an index together from its parts; `load` is the usual way.
 
@@ -123,8 +129,10 @@ class SemanticIndex:
             statistics: "counts", "energy" and "activation", each [n_clusters, n_recorded_layers, d_ff].
             name: for messages.
             encoder: embeds prompts; None loads the manifest's encoder when it is first needed.
+            folder: where the compensated sets are, if there are any.
         """
         self.manifest = manifest
+        self._folder = folder
         self.clusters = list(clusters)
         self.name = name
         self._statistics = statistics
@@ -144,7 +152,7 @@ class SemanticIndex:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        check_files(folder, manifest)
+        check_files(folder, manifest, INDEX_FILES)  # those of compensated sets follow when they are read
         settings, model = manifest.settings, manifest.model
         centroids = _read_centroids(folder / CENTROIDS_FILE, settings.n_clusters, manifest.encoder.dimension)
         shape = (settings.n_clusters, len(settings.layers), model.d_ff)
@@ -155,6 +163,7 @@ class SemanticIndex:
             _read_statistics(folder / NEURONS_FILE, shape),
             name=str(path),
             encoder=encoder,
+            folder=folder,
         )
 
     def __len__(self) -> int:
@@ -257,13 +266,76 @@ class SemanticIndex:
         return values.sum(axis=0, dtype=np.int64 if values.dtype.kind in "iu" else np.float64)
 
     def selection(
-        self, match: Match, keep_ratio: float | None = None, score: Score | str = Score.ENERGY, layers: str = ":"
+        self,
+        match: Match,
+        keep_ratio: float | None = None,
+        score: Score | str = Score.ENERGY,
+        layers: str = ":",
+        compensated: bool = True,
     ) -> NeuronSelection:
-        """Return the core neurons of a match's cluster as a selection."""
-        ids = self.core_neurons(match.cluster, keep_ratio, score, layers)
-        return NeuronSelection(
-            "similarity", ids, match.cluster, match.similarity, match.label, confidence=match.confidence
+        """Return the core neurons of a match's cluster as a selection.
+
+        Args:
+            match: of a prompt.
+            keep_ratio: share that is kept; None takes `default_keep_ratio`.
+            score: energy, or the paper's count of sentences.
+            layers: slice of the model's layers.
+            compensated: take the compensated set if the index holds one of this keep ratio (then ``score`` does not
+                matter, unless it is the paper's, which is never compensated).
+        """
+        found = self._selection(match.cluster, keep_ratio, score, layers, compensated)
+        return replace(
+            found,
+            mode="similarity",
+            cluster=match.cluster,
+            similarity=match.similarity,
+            label=match.label,
+            confidence=match.confidence,
         )
+
+    def global_selection(
+        self,
+        keep_ratio: float | None = None,
+        score: Score | str = Score.ENERGY,
+        layers: str = ":",
+        compensated: bool = True,
+    ) -> NeuronSelection:
+        """Return one set for all prompts, from the whole corpus; arguments as for `selection`."""
+        return replace(self._selection(None, keep_ratio, score, layers, compensated), mode="global")
+
+    def _selection(
+        self, cluster: int | None, keep_ratio: float | None, score: Score | str, layers: str, compensated: bool
+    ) -> NeuronSelection:
+        keep_ratio = self.default_keep_ratio if keep_ratio is None else keep_ratio
+        if compensated and Score(score) is Score.ENERGY and self.has_compensation(keep_ratio):
+            wanted = self.rows_of_layers(layers)
+            ids, repairs = self._compensated(keep_ratio, cluster)
+            return NeuronSelection(
+                "compensated",
+                {layer: ids[layer] for layer in ids if layer in wanted},
+                compensation={layer: repairs[layer] for layer in repairs if layer in wanted},
+            )
+        return NeuronSelection("statistics", self.core_neurons(cluster, keep_ratio, score, layers))
+
+    @property
+    def default_keep_ratio(self) -> float:
+        """The keep ratio for who names none: the first with compensated sets, else the γ of the build."""
+        compensation = self.manifest.compensation
+        return compensation[0].keep_ratio if compensation else self.manifest.settings.gamma
+
+    def has_compensation(self, keep_ratio: float) -> bool:
+        """Return whether the index holds compensated sets of this keep ratio."""
+        return any(math.isclose(info.keep_ratio, keep_ratio) for info in self.manifest.compensation)
+
+    def _compensated(
+        self, keep_ratio: float, cluster: int | None
+    ) -> tuple[dict[int, torch.Tensor], dict[int, LayerCompensation]]:
+        """Read a compensated set, whose checksum is verified first."""
+        assert self._folder is not None
+        model = self.manifest.model
+        name = compensation_file(keep_ratio, cluster)
+        check_file(self._folder, self.manifest, name)
+        return load_compensated(self._folder / name, model.d_model, model.n_layers)
 
     def blended_selection(
         self,
@@ -386,7 +458,7 @@ def save_parts(
     lines = [json.dumps(asdict(cluster), ensure_ascii=False) for cluster in clusters]
     (folder / CLUSTERS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     files = {}
-    for name in INDEX_FILES:
+    for name in manifest_without_files.file_names():
         flush_to_disk(folder / name)
         files[name] = FileInfo((folder / name).stat().st_size, sha256_of(folder / name))
     manifest = Manifest(**{**vars(manifest_without_files), "files": files})

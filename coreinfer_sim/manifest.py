@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from coreinfer_sim.errors import IndexFormatError
 from coreinfer_sim.files import sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
@@ -21,7 +22,14 @@ CLUSTERS_FILE = "clusters.jsonl"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 SKETCH_SIZE = 32
 PROBE_LENGTH = 8
+COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
+
+
+def compensation_file(keep_ratio: float, cluster: int | None) -> str:
+    """Return a compensated set's file, relative to the index folder; None stands for the whole corpus."""
+    name = "global" if cluster is None else f"{cluster:04d}"
+    return f"{COMPENSATION_FOLDER}/{keep_ratio:g}/{name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,23 @@ class SettingsInfo:
 
 
 @dataclass(frozen=True)
+class CompensationInfo:
+    """Compensated sets of one keep ratio: one for the whole corpus and one for each cluster."""
+
+    keep_ratio: float
+    """Share of the dense MLPs' bytes, on average over the layers."""
+    rank: int | None
+    """Of the change of the output weights; None: full."""
+    bypass_rank: int
+    ranking: str
+    budget: str
+    tokens: int
+    """Tokens that each cluster's set was fitted on, if the cluster has as many."""
+    n_kept: list[int]
+    """Neurons of each layer of the model, bypass included, [n_layers]."""
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
 
@@ -97,7 +122,16 @@ class Manifest:
     encoder: EncoderInfo
     corpus: CorpusInfo
     settings: SettingsInfo
+    compensation: list[CompensationInfo]
     files: dict[str, FileInfo]
+
+    def file_names(self) -> list[str]:
+        """Return the files of the index beside the manifest, relative to its folder."""
+        clusters = [None, *range(self.settings.n_clusters)]
+        return [
+            *INDEX_FILES,
+            *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""
@@ -148,13 +182,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
         files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
+        compensation = [_typed(CompensationInfo, entry, "compensation") for entry in raw["compensation"]]
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
-    if set(files) != set(INDEX_FILES):
-        raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(INDEX_FILES)}; {REBUILD}.")
-    manifest = Manifest(format_version=version, versions=versions, files=files, **sections)
+    manifest = Manifest(format_version=version, versions=versions, files=files, compensation=compensation, **sections)
     _check_contents(manifest, path)
+    expected = set(manifest.file_names())
+    if set(files) != expected:
+        raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(expected)}; {REBUILD}.")
     return manifest
 
 
@@ -174,11 +210,23 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
+        "compensation": all(_is_sound(info, model) for info in manifest.compensation)
+        and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,
     }
     for name, holds in sound.items():
         if not holds:
             raise IndexFormatError(f"{path}: {name} has an impossible value; {REBUILD}.")
+
+
+def _is_sound(info: CompensationInfo, model: ModelInfo) -> bool:
+    return (
+        0 < info.keep_ratio < 1
+        and (info.rank is None or info.rank > 0)
+        and info.bypass_rank >= 0
+        and len(info.n_kept) == model.n_layers
+        and all(type(n) is int and 0 < n <= model.d_ff for n in info.n_kept)
+    )
 
 
 def _are_numbers(values: Any, n: int) -> bool:
@@ -200,6 +248,7 @@ def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
         "bool": bool,
         "float": (int, float),
         "str | None": (str, type(None)),
+        "int | None": (int, type(None)),
     }
     for name, annotation in fields.items():
         expected = scalars.get(str(annotation), list)
@@ -220,13 +269,18 @@ def check_file_sizes(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise IndexFormatError unless every file has the size and checksum of the manifest."""
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Raise IndexFormatError unless all files have the manifest's sizes, and ``names`` (None: all) its checksums."""
     check_file_sizes(folder, manifest)
-    for name, entry in manifest.files.items():
-        found = sha256_of(folder / name)
-        if found != entry.sha256:
-            raise IndexFormatError(
-                f"{folder / name} has the checksum {found[:12]}…, expected {entry.sha256[:12]}…; the file is damaged – "
-                f"copy it again or {REBUILD}."
-            )
+    for name in manifest.files if names is None else names:
+        check_file(folder, manifest, name)
+
+
+def check_file(folder: Path, manifest: Manifest, name: str) -> None:
+    """Raise IndexFormatError unless a file has the checksum of the manifest."""
+    expected, found = manifest.files[name].sha256, sha256_of(folder / name)
+    if found != expected:
+        raise IndexFormatError(
+            f"{folder / name} has the checksum {found[:12]}…, expected {expected[:12]}…; the file is damaged – "
+            f"copy it again or {REBUILD}."
+        )

@@ -102,12 +102,14 @@ class SimilarityPredictor:
         layers: str,
         nearest: int = 1,
         fallback: HybridPredictor | NeuronSelection | None = None,
+        compensated: bool = True,
     ) -> None:
         """Route by ``index`` to the ``nearest`` clusters, unfamiliar prompts to ``fallback``.
 
         See `SemanticIndex.blended_selection` for the rest, and `make_fallback`.
         """
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
+        self._compensated = compensated
         self._router, self._fallback = Router(index, nearest, self.mode), fallback
         self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
         self._by_cluster: dict[int, NeuronSelection] = {}
@@ -145,7 +147,9 @@ class SimilarityPredictor:
             return self._index.blended_selection(matches, self._keep_ratio, self._score, self._layers)
         (match,) = matches
         if match.cluster not in self._by_cluster:
-            self._by_cluster[match.cluster] = self._index.selection(match, self._keep_ratio, self._score, self._layers)
+            self._by_cluster[match.cluster] = self._index.selection(
+                match, self._keep_ratio, self._score, self._layers, self._compensated
+            )
         return replace(self._by_cluster[match.cluster], similarity=match.similarity, confidence=match.confidence)
 
 
@@ -236,11 +240,6 @@ class HybridPredictor:
         )
 
 
-def global_selection(index: SemanticIndex, keep_ratio: float, score: Score, layers: str) -> NeuronSelection:
-    """Choose one set from the whole corpus."""
-    return NeuronSelection(Mode.GLOBAL.value, index.core_neurons(None, keep_ratio, score, layers))
-
-
 def make_fallback(
     fallback: Fallback,
     index: SemanticIndex,
@@ -249,12 +248,13 @@ def make_fallback(
     layers: str,
     alpha: float,
     nearest: int = 1,
+    compensated: bool = True,
 ) -> HybridPredictor | NeuronSelection | None:
     """Make what similarity mode does for unfamiliar prompts."""
     if fallback is Fallback.HYBRID:
         return HybridPredictor(index, keep_ratio, score, layers, alpha, nearest)
     if fallback is Fallback.GLOBAL:
-        return global_selection(index, keep_ratio, score, layers)
+        return index.global_selection(keep_ratio, score, layers, compensated)
     return NeuronSelection(Mode.DENSE.value) if fallback is Fallback.DENSE else None
 
 
@@ -307,7 +307,8 @@ def make_predictor(
     alpha: float | None = None,
     seed: int = 0,
     nearest: int = 1,
-    fallback: Fallback | str = Fallback.HYBRID,
+    fallback: Fallback | str | None = None,
+    compensated: bool = True,
 ) -> Predictor:
     """Make the predictor of a mode.
 
@@ -322,12 +323,14 @@ def make_predictor(
         seed: for random.
         nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
         fallback: for similarity; what unfamiliar prompts get: hybrid, dense, global, or none (their cluster all the same).
+            None: global where the index holds compensated sets, which no prompt-derived set can be, else hybrid.
+        compensated: for similarity and global; take the index's compensated sets where it has them.
 
     Raises:
         ConfigError: a setting is out of range or missing.
         IndexMismatchError: the index belongs to another model.
     """
-    mode, score, fallback = Mode(mode), Score(score), Fallback(fallback)
+    mode, score = Mode(mode), Score(score)
     numbers = sorted(parse_layers(sparse_layers, len(layers)))
     if not numbers:
         raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")
@@ -338,7 +341,7 @@ def make_predictor(
     if keep_ratio is None:
         if index is None:
             raise ConfigError(f"mode {mode.value} was given no keep ratio and no index to take it from; give one.")
-        keep_ratio = index.manifest.settings.gamma
+        keep_ratio = index.default_keep_ratio
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:
         return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))
@@ -349,8 +352,11 @@ def make_predictor(
     if index is None:
         raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
     if mode is Mode.GLOBAL:
-        return FixedPredictor(global_selection(index, keep_ratio, score, sparse_layers))
+        return FixedPredictor(index.global_selection(keep_ratio, score, sparse_layers, compensated))
     if mode is Mode.HYBRID:
         return HybridPredictor(index, keep_ratio, score, sparse_layers, alpha, nearest)
-    otherwise = make_fallback(fallback, index, keep_ratio, score, sparse_layers, alpha, nearest)
-    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest, otherwise)
+    if fallback is None:
+        has_fitted = compensated and score is Score.ENERGY and index.has_compensation(keep_ratio)
+        fallback = Fallback.GLOBAL if has_fitted else Fallback.HYBRID
+    otherwise = make_fallback(Fallback(fallback), index, keep_ratio, score, sparse_layers, alpha, nearest, compensated)
+    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest, otherwise, compensated)

@@ -26,7 +26,7 @@ def tiny_index(layers: Sequence[MLPLayer], encoder: SentenceEncoder) -> Semantic
         "activation": random.random(shape, np.float32),
     }
     manifest = Manifest(
-        format_version=1,
+        format_version=2,
         versions={},
         model=ModelInfo(
             name="tiny",
@@ -43,6 +43,7 @@ def tiny_index(layers: Sequence[MLPLayer], encoder: SentenceEncoder) -> Semantic
         encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
         corpus=CorpusInfo("prompts.jsonl", "1" * 64, 2997, 45_000),
         settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(range(len(layers))), 16, 64, 1),
+        compensation=[],
         files={},
     )
     clusters = [Cluster(c, 1000 - c, 10_000 + 5000 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]

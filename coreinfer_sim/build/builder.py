@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import MLPLayer, weight_sketch
+from coreinfer_sim.build.compensating import make_fitter, neurons_by_ratio, sets_to_fit
 from coreinfer_sim.build.executors import RunShard, default_threads, default_workers, n_cores, run_shards
 from coreinfer_sim.build.progress import Progress
 from coreinfer_sim.build.shards import (
@@ -39,17 +40,20 @@ from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
 from coreinfer_sim.files import sha256_of, write_atomic, write_json
 from coreinfer_sim.index import Cluster, SemanticIndex, remove_index, save_parts
 from coreinfer_sim.manifest import (
+    COMPENSATION_FOLDER,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    CompensationInfo,
     CorpusInfo,
     EncoderInfo,
     Manifest,
     ModelInfo,
     SettingsInfo,
+    compensation_file,
 )
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 
-_EMBEDDED_AT_ONCE = 512
+_EMBEDDED_AT_ONCE = 128
 _BYTES_PER_SUM = 3 * 8
 _BYTES_PER_STATISTIC = 4 + 4 + 4
 _MOST_AUTO_CLUSTERS = 256
@@ -133,6 +137,12 @@ def build_index(
             build.cluster()
         with _n_threads(n_threads):
             build.run(workers)
+        if config.compensation is not None:
+            with _n_threads(n_cores()):
+                build.share_out()
+                build.compensate_globally()
+            with _n_threads(n_threads):
+                build.compensate_clusters(workers)
         build.write(out)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
@@ -219,6 +229,7 @@ class _Build:
             "weights": hashlib.sha256(sketch.encode()).hexdigest(),
             "encoder": self.encoder.probe(),
         }
+        plan = json.loads(json.dumps(plan))  # as it will be read
         path = self.folder / "plan.json"
         if not path.exists():
             write_json(path, plan)
@@ -271,15 +282,17 @@ class _Build:
             )
         n_values = len(self.layers) * self.layers[0].d_ff
         n_shards = -(-n_sentences // config.shard_size)
-        index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC
-        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM
+        fitted_bytes, moment_bytes = self._compensation_bytes(n_clusters)
+        index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC + fitted_bytes
+        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM + moment_bytes
         model_bytes = self.language_model.model.get_memory_footprint()
-        memory = model_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
+        worker_bytes = model_bytes + (4 * moment_bytes // len(self.layers) if moment_bytes else 0)
+        memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
             f"Plan: {n_sentences:,} prompts, {self.report.n_tokens:,} tokens, {at_most}{n_clusters} clusters, "
             f"{n_shards} shards; disk {at_most}{_size(index_bytes)} for the index and {_size(build_bytes)} while "
-            f"building; memory about {_size(memory)} and {_size(model_bytes)} for every further worker."
+            f"building; memory about {_size(memory)} and {_size(worker_bytes)} for every further worker."
         )
         free = shutil.disk_usage(self.folder).free
         if free < index_bytes + build_bytes and config.clusters != "auto":
@@ -287,6 +300,22 @@ class _Build:
                 f"{_size(free)} are free beside {out}, expected {_size(index_bytes + build_bytes)}; free some space or "
                 "give fewer --clusters."
             )
+
+    def _compensation_bytes(self, n_clusters: int) -> tuple[int, int]:
+        """Return the disk that compensated sets need in the index, and their moments while building."""
+        settings = self.config.compensation
+        if settings is None:
+            return 0, 0
+        d_ff, d_model = self.layers[0].d_ff, self.layers[0].d_model
+        fitted = 0
+        for ratio in settings.keep_ratios:
+            n_kept = int(ratio * d_ff)
+            full = n_kept * d_model
+            change = full if settings.rank is None else min(full, settings.rank * (n_kept + d_model))
+            fitted += 4 * n_kept + 2 * (change + d_model + 2 * settings.bypass_rank * d_model)
+        n_features = d_ff + (d_model if settings.bypass_rank else 0)
+        moments = 4 * n_features * (n_features + d_model) * len(settings.keep_ratios)
+        return fitted * len(self.layers) * (n_clusters + 1), moments * len(self.layers)
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""
@@ -302,6 +331,7 @@ class _Build:
                 block = [sentence.prompt for sentence in self.sentences[begin : begin + _EMBEDDED_AT_ONCE]]
                 vectors = self.encoder.encode(block)
                 write_atomic(path, partial(_save_npy, vectors))
+                _give_back_memory()
                 self.progress.advance(len(block))
         self.progress.finish()
         self.embeddings = np.concatenate([np.load(path) for path in paths])
@@ -353,8 +383,52 @@ class _Build:
         finally:
             self.progress.finish()
 
+    def share_out(self) -> None:
+        """Stage 5: measure the layers' sensitivity, and share the neurons of compensated sets out among them."""
+        assert self.clustering is not None
+        path = self.folder / "neurons.json"
+        if not path.exists():
+            n_layers = len(self.language_model.layers)
+            self.progress.start("Measuring layers", n_layers, "layers")
+            try:
+                numbers = [layer.number for layer in self.layers]
+                kept = neurons_by_ratio(
+                    self.language_model,
+                    numbers,
+                    self.sentences,
+                    self.clustering,
+                    self.config,
+                    self.job.max_tokens,
+                    self.progress.advance,
+                )
+            finally:
+                self.progress.finish()
+            write_json(path, kept)
+
+    def compensate_globally(self) -> None:
+        """Stage 6: fit the sets of the whole corpus, towards which the clusters' are shrunk."""
+        self._fit(lambda cluster: cluster is None, "Compensating, whole corpus", 1)
+
+    def compensate_clusters(self, workers: int | None) -> None:
+        """Stage 7: fit each cluster's set."""
+        model_bytes = self.language_model.model.get_memory_footprint()
+        n_workers = workers or default_workers(self.job.device, self.job.n_threads, 2 * model_bytes)
+        self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
+
+    def _fit(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
+        assert self.clustering is not None and self.config.compensation is not None
+        sets = sets_to_fit(self.config.compensation, len(self.clustering.centroids))
+        numbers = [number for number, (_ratio, cluster) in enumerate(sets) if wanted(cluster)]
+        unfinished = [i for i in numbers if not (self.folder / compensation_file(*sets[i])).exists()]
+        run = _make_fitter(self.job, self.language_model, self.sentences, self.clustering)
+        self.progress.start(title, len(numbers), "sets", len(numbers) - len(unfinished))
+        try:
+            run_shards(unfinished, run, n_workers, _fitter_of, self.job, self.progress.advance)
+        finally:
+            self.progress.finish()
+
     def write(self, out: Path) -> None:
-        """Stage 5: add the shards up and put the index in place in one step."""
+        """Last stage: add the shards up and put the index in place in one step."""
         assert self.clustering is not None
         n_clusters = len(self.clustering.centroids)
         sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)
@@ -369,6 +443,8 @@ class _Build:
                 "energy": (sums.energy * ENERGY_UNIT).astype(np.float32),
                 "activation": (sums.activation * ACTIVATION_UNIT).astype(np.float32),
             }
+            if self.config.compensation is not None:
+                shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=os.link)
             save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
             if out.exists():
                 remove_index(out)
@@ -432,8 +508,27 @@ class _Build:
                 shard_size=config.shard_size,
                 n_threads=self.job.n_threads,
             ),
+            compensation=self._compensation(),
             files={},
         )
+
+    def _compensation(self) -> list[CompensationInfo]:
+        settings = self.config.compensation
+        if settings is None:
+            return []
+        kept = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8"))
+        return [
+            CompensationInfo(
+                keep_ratio=ratio,
+                rank=settings.rank,
+                bypass_rank=settings.bypass_rank,
+                ranking=settings.ranking.value,
+                budget=settings.budget.value,
+                tokens=settings.tokens,
+                n_kept=kept[f"{ratio:g}"],
+            )
+            for ratio in settings.keep_ratios
+        ]
 
 
 def _recorded_layers(language_model: LanguageModel, config: BuildConfig) -> list[MLPLayer]:
@@ -485,11 +580,28 @@ def _give_back_memory() -> None:
 
 def _runner_of(job: _Job) -> RunShard:
     """Load in a further process what the shards need."""
+    return _make_runner(job, *_load_again(job))
+
+
+def _load_again(job: _Job) -> tuple[LanguageModel, list[Sentence], Clustering]:
     torch.set_num_threads(job.n_threads)
     with np.load(job.folder / "clustering.npz") as arrays:
         clustering = Clustering(**arrays)
     language_model = load_model(job.model, job.dtype, job.device)
-    return _make_runner(job, language_model, read_sentences(job.folder / "corpus.jsonl"), clustering)
+    return language_model, read_sentences(job.folder / "corpus.jsonl"), clustering
+
+
+def _make_fitter(
+    job: _Job, language_model: LanguageModel, sentences: list[Sentence], clustering: Clustering
+) -> RunShard:
+    """Return the function that fits one compensated set by number."""
+    n_kept = json.loads((job.folder / "neurons.json").read_text(encoding="utf-8"))
+    return make_fitter(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, n_kept)
+
+
+def _fitter_of(job: _Job) -> RunShard:
+    """Load in a further process what the compensated sets need."""
+    return _make_fitter(job, *_load_again(job))
 
 
 def _save_npy(array: np.ndarray, path: Path) -> None:

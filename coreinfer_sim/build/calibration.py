@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, surgeon_score
+from coreinfer_sim.compensation import CentredMoments, LayerCompensation, Moments, compensate, surgeon_score
 from coreinfer_sim.config import Ranking
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
@@ -47,6 +47,8 @@ class Fit:
     """Weight of a prompt's token beside one of the completion."""
     carry: float = 1.0
     """Share of the earlier layers' error that a layer tries to take back."""
+    prior_tokens: float = 5000.0
+    """Tokens that the prior counts as."""
 
 
 class _Batch:
@@ -82,7 +84,8 @@ def fit_layers(
     texts: Sequence[CalibrationText],
     n_kept: Sequence[int],
     fit: Fit,
-    report: Callable[[int], None] = lambda _n: None,
+    prior: Callable[[int], Moments] | None = None,
+    keep: Callable[[int, Moments], None] | None = None,
 ) -> NeuronSelection:
     """Choose and compensate neurons for texts.
 
@@ -91,7 +94,8 @@ def fit_layers(
         texts: what to fit on.
         n_kept: neurons of each layer that stay, [n_layers]; d_ff leaves the layer dense.
         fit: how.
-        report: takes 1 after each layer.
+        prior: gives moments of a layer towards which these texts' are shrunk.
+        keep: takes a layer's moments, before shrinkage.
 
     Returns:
         A selection with its compensation, on the CPU.
@@ -105,15 +109,32 @@ def fit_layers(
         for layer, block, n in zip(layers, blocks, n_kept, strict=True):
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
-                chosen, repair = _fit_layer(layer, block, batches, n, fit)
+                moments, energy = _moments(layer, block, batches, fit)
+                if keep is not None:
+                    keep(layer.number, moments)
+                if prior is not None:
+                    moments.add_prior(prior(layer.number), fit.prior_tokens)
+                chosen, repair = fit_layer(layer, moments.centred(), energy, n, fit)
                 dense = install(layers, {layer.number: compact_projections(layer, chosen, repair)})
                 ids[layer.number], compensation[layer.number] = chosen.cpu(), repair.to("cpu")
             try:
-                _advance(layer, block, batches, dense)
+                _advance(layer, block, batches)
             finally:
                 install(layers, dense)
-            report(1)
     return NeuronSelection("compensated", ids, compensation=compensation)
+
+
+def dense_moments(
+    language_model: LanguageModel, texts: Sequence[CalibrationText], fit: Fit
+) -> Iterator[tuple[MLPLayer, CentredMoments, torch.Tensor]]:
+    """Yield each layer with its moments and its neurons' energy [d_ff] in the dense model."""
+    blocks = decoder_blocks(language_model)
+    with torch.inference_mode():
+        batches = list(_batches(language_model, blocks, texts, fit))
+        for layer, block in zip(language_model.layers, blocks, strict=True):
+            moments, energy = _moments(layer, block, batches, fit)
+            _advance(layer, block, batches)
+            yield layer, moments.centred(), energy
 
 
 def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
@@ -128,16 +149,14 @@ def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
     )
 
 
-def _fit_layer(
-    layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], n: int, fit: Fit
-) -> tuple[torch.Tensor, LayerCompensation]:
+def _moments(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], fit: Fit) -> tuple[Moments, torch.Tensor]:
+    """Return a layer's moments on the sparse stream towards the dense one, and its neurons' energy [d_ff]."""
     n_features = layer.d_ff + (layer.d_model if fit.bypass_rank else 0)
     device = layer.output.weight.device
     moments = Moments(n_features, layer.d_model, device)
     energy = torch.zeros(layer.d_ff, device=device)
     for batch in batches:
-        call = batch.calls[layer.number]
-        tokens = batch.counted
+        call, tokens = batch.calls[layer.number], batch.counted
         with _taped(layer) as tape:
             batch.dense_out = call(block, batch.dense)
             target = tape.y[tokens]
@@ -150,22 +169,28 @@ def _fit_layer(
         moments.add(torch.cat([z, tape.x[tokens]], 1) if fit.bypass_rank else z, target, weights)
         square = z.float().square()
         energy += weights @ (square / square.sum(-1, keepdim=True).clamp_min(1e-30))
-    centred = moments.centred()
+    return moments, energy
+
+
+def fit_layer(
+    layer: MLPLayer, moments: CentredMoments, energy: torch.Tensor, n: int, fit: Fit
+) -> tuple[torch.Tensor, LayerCompensation]:
+    """Choose ``n`` neurons of a layer, a bypass included, and fit what makes up for the others."""
     weight, bias = linear_parameters(layer.output)
     score = energy
     if fit.ranking is Ranking.SURGEON:
-        score = surgeon_score(centred.gram[: layer.d_ff, : layer.d_ff], weight)
+        score = surgeon_score(moments.gram[: layer.d_ff, : layer.d_ff], weight)
     n_bypass = fit.bypass_rank * (1 if layer.family.gated else 2)
     ids = score.topk(n - n_bypass).indices.sort().values
-    return ids, compensate(centred, ids, weight, bias, fit.rank, fit.bypass_rank)
+    return ids, compensate(moments, ids, weight, bias, fit.rank, fit.bypass_rank)
 
 
-def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], dense: dict[int, Projections]) -> None:
-    """Move both streams past a layer that is compact now; ``dense`` is what it was, or empty if it stays dense."""
+def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch]) -> None:
+    """Move both streams past a layer, the sparse one as the layer is now."""
     for batch in batches:
         call = batch.calls[layer.number]
         out = call(block, batch.sparse)
-        if batch.dense_out is None:  # nothing was fitted here, so the layer is dense
+        if batch.dense_out is None:  # nothing was fitted here, so the layer is still dense
             batch.dense_out = call(block, batch.dense)
         batch.sparse = torch.where(batch.decoded[..., None], out, batch.dense_out)
         batch.dense, batch.dense_out = batch.dense_out, None
@@ -187,7 +212,8 @@ def _taped(layer: MLPLayer) -> Iterator[_Tape]:
         tape.x = inputs[0].reshape(-1, inputs[0].shape[-1])
 
     def left(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        tape.z, tape.y = inputs[0].reshape(-1, inputs[0].shape[-1]), output.reshape(-1, output.shape[-1])
+        tape.z = inputs[0].reshape(-1, inputs[0].shape[-1])
+        tape.y = output.reshape(-1, output.shape[-1]).clone()  # Falcon adds to it in place
 
     hooks = [
         getattr(layer.owner, layer.family.inputs[0]).register_forward_pre_hook(entered),

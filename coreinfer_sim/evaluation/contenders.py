@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +13,12 @@ import gguf
 import numpy as np
 import torch
 
-from coreinfer_sim.architectures import find_mlps
+from coreinfer_sim.architectures import MLPLayer, find_mlps
 from coreinfer_sim.config import Fallback, Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
-from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.index import Match, SemanticIndex
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import (
     HybridPredictor,
@@ -28,15 +29,20 @@ from coreinfer_sim.predictors import (
     random_selection,
 )
 from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.sparse_mlp import Projections, compact_model
 
 NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
 """stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
 NEED_INDEX = ("random-cluster", "global", "similarity", "hybrid")
 ROUTED = ("similarity", "hybrid")
+FITTED = ("random-cluster", "global", "similarity")
+COMPENSATED = "compensated"
+"""Stands where a score does for sets that were fitted with their compensation."""
 WEIGHTS = {"16bit": None, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 """Precision of the weights; the quantised ones are llama.cpp's formats, with 8.5 and 4.5 bits a weight."""
 BITS = {"16bit": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 _BLOCK = 32
+_N_LATEST = 12
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,15 @@ class Contender:
     """Clusters that similarity and hybrid blend."""
     fallback: Fallback = Fallback.NONE
     """What similarity does for unfamiliar prompts."""
+    compensated: bool = False
+    """Whether a cluster's, or the corpus's, compensated set is taken."""
 
     def __post_init__(self) -> None:
         """Check the names."""
         if self.name not in NAMES:
             raise ConfigError(f"there is no contender {self.name!r}, expected one of {', '.join(NAMES)}.")
+        if self.compensated and self.name not in FITTED:
+            raise ConfigError(f"{self.name} has no compensated sets, expected one of {', '.join(FITTED)}.")
         if self.weights not in WEIGHTS:
             raise ConfigError(f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}.")
 
@@ -73,7 +83,8 @@ class Contender:
     @property
     def way(self) -> str:
         """How it chooses neurons, such as ``similarity/energy else hybrid``."""
-        parts = [f"{self.name}/{self.score.value}" if self.name in NEED_INDEX else self.name]
+        ranked_by = COMPENSATED if self.compensated else self.score.value
+        parts = [f"{self.name}/{ranked_by}" if self.name in NEED_INDEX else self.name]
         if self.nearest > 1:
             parts.append(f"nearest {self.nearest}")
         if self.fallback is not Fallback.NONE:
@@ -96,12 +107,17 @@ class Chooser:
         """Return a contender's selection for a case."""
         if contender.name == "dense":
             return NeuronSelection("dense")
+        if contender.compensated and self._index and not self._index.has_compensation(contender.keep_ratio):
+            raise ConfigError(
+                f"{self._index.name} holds no sets compensated at keep ratio {contender.keep_ratio:g}, but {contender} "
+                "needs them; name another keep ratio, or build the index with --compensate."
+            )
         if contender.name in ("stability", "griffin", "oracle"):
             return self._from_statistics(contender, case)
         if contender.name in ROUTED:
             return self._routed(contender, case)
         cluster = self._cluster(contender)
-        key = (contender.name, contender.keep_ratio, contender.score, cluster)
+        key = (contender.name, contender.keep_ratio, contender.score, contender.compensated, cluster)
         if key not in self._known:
             self._known[key] = self._make(contender, cluster)
         return self._known[key]
@@ -129,10 +145,11 @@ class Chooser:
 
     def _routing(self, index: SemanticIndex, contender: Contender) -> Predictor:
         ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
+        compensated = contender.compensated
         if contender.name == "hybrid":
             return HybridPredictor(index, ratio, score, ":", alpha, contender.nearest)
-        fallback = make_fallback(contender.fallback, index, ratio, score, ":", alpha, contender.nearest)
-        return SimilarityPredictor(index, ratio, score, ":", contender.nearest, fallback)
+        fallback = make_fallback(contender.fallback, index, ratio, score, ":", alpha, contender.nearest, compensated)
+        return SimilarityPredictor(index, ratio, score, ":", contender.nearest, fallback, compensated)
 
     def _cluster(self, contender: Contender) -> int | None:
         if contender.name == "random-cluster":
@@ -146,8 +163,11 @@ class Chooser:
             return random_selection(layers, range(len(layers)), contender.keep_ratio, self._seed)
         if self._index is None:
             raise ConfigError(f"the contender {contender.name} needs an index; give --index.")
-        ids = self._index.core_neurons(cluster, contender.keep_ratio, contender.score)
-        return NeuronSelection(contender.name, ids, cluster)
+        if cluster is None:
+            return self._index.global_selection(contender.keep_ratio, contender.score, ":", contender.compensated)
+        match = Match(cluster, 1.0, self._index.clusters[cluster].label, 1.0)
+        chosen = self._index.selection(match, contender.keep_ratio, contender.score, ":", contender.compensated)
+        return replace(chosen, mode=contender.name)
 
 
 def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
@@ -170,6 +190,30 @@ def rounded_model(language_model: LanguageModel, weights: str) -> LanguageModel:
         if isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(rounded(module.weight.data, weights), requires_grad=False)
     return replace(language_model, model=model, layers=find_mlps(model))
+
+
+class Compactor:
+    """Makes the compact MLPs of selections in a precision; those of the latest selections are kept."""
+
+    def __init__(self, layers: Sequence[MLPLayer]) -> None:
+        """Cut from ``layers``, which hold the weights in full precision."""
+        self._layers = layers
+        self._latest: OrderedDict[tuple[int, str], tuple[NeuronSelection, dict[int, Projections]]] = OrderedDict()
+
+    def compact(self, selection: NeuronSelection, weights: str) -> dict[int, Projections]:
+        """Return a selection's compact MLPs; compensation is merged first and rounded with them."""
+        key = id(selection.ids), weights
+        if key not in self._latest:
+            selection.check(self._layers)
+            projections = compact_model(self._layers, selection)
+            for modules in projections.values() if WEIGHTS[weights] is not None else ():
+                for module in modules.values():
+                    module.weight = torch.nn.Parameter(rounded(module.weight.data, weights), requires_grad=False)
+            self._latest[key] = selection, projections
+        self._latest.move_to_end(key)
+        if len(self._latest) > _N_LATEST:
+            self._latest.popitem(last=False)
+        return self._latest[key][1]
 
 
 def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, weights: str) -> tuple[int, int]:
@@ -206,6 +250,10 @@ def parse_contenders(
             fallbacks if name == "similarity" else ["none"],
         )
         for ratio, score, n, fallback in crossed:
-            contender = Contender(name, ratio, Score(score), kind, n, Fallback(fallback))
+            compensated = score == COMPENSATED
+            if compensated and (name not in FITTED or n > 1):
+                continue
+            rank_by = Score.ENERGY if compensated else Score(score)
+            contender = Contender(name, ratio, rank_by, kind, n, Fallback(fallback), compensated)
             found.setdefault(str(contender), contender)
     return list(found.values())

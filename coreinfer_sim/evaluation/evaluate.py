@@ -13,13 +13,13 @@ import numpy as np
 
 from coreinfer_sim.build.progress import Progress
 from coreinfer_sim.errors import ConfigError, CorpusError
-from coreinfer_sim.evaluation.contenders import Chooser, Contender, bytes_per_token, rounded_model
+from coreinfer_sim.evaluation.contenders import Chooser, Compactor, Contender, bytes_per_token, rounded_model
 from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import text_scores
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.sparse_mlp import install
 
 _N_RESAMPLES = 1000
 _ALPHA = 0.4
@@ -91,6 +91,7 @@ def evaluate(
     results = list(known.values())
     variants = {kind: rounded_model(language_model, kind) for kind in dict.fromkeys(c.weights for c in contenders)}
     choosers = {kind: Chooser(variant, index, seed) for kind, variant in variants.items()}
+    compactor = Compactor(language_model.layers)
     progress.start("Evaluating", len(rows), "rows")
     n_short = 0
     for row in rows:
@@ -106,7 +107,7 @@ def evaluate(
             variant = variants[kind]
             case = base if variant is language_model else Case(variant, row, max_tokens, _ALPHA, base)
             for contender in (c for c in wanted if c.weights == kind):
-                results.append(_score(variant, choosers[kind], contender, case, max_new_tokens))
+                results.append(_score(variant, choosers[kind], compactor, contender, case, max_new_tokens))
                 if log is not None:
                     log.write(json.dumps(asdict(results[-1])) + "\n")
                     log.flush()
@@ -127,14 +128,22 @@ def _check_length(language_model: LanguageModel, max_tokens: int, max_new_tokens
 
 
 def _score(
-    language_model: LanguageModel, chooser: Chooser, contender: Contender, case: Case, max_new_tokens: int | None
+    language_model: LanguageModel,
+    chooser: Chooser,
+    compactor: Compactor,
+    contender: Contender,
+    case: Case,
+    max_new_tokens: int | None,
 ) -> Result:
     selection = chooser.choose(contender, case)
     text = None
-    with installed(language_model.layers, selection):
+    dense = install(language_model.layers, compactor.compact(selection, contender.weights))
+    try:
         score = case.score()
         if max_new_tokens is not None:
             text = case.generate(max_new_tokens)
+    finally:
+        install(language_model.layers, dense)
     mlp, total = bytes_per_token(language_model, selection, contender.weights)
     return Result(
         str(contender),

@@ -1,0 +1,180 @@
+"""The compensation stage of a build: one fitted set for the whole corpus and one for each cluster, at each keep ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+
+from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
+from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
+from coreinfer_sim.clustering import Clustering
+from coreinfer_sim.compensated import save_compensated
+from coreinfer_sim.compensation import Moments
+from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig
+from coreinfer_sim.corpus import Sentence
+from coreinfer_sim.files import write_atomic
+from coreinfer_sim.manifest import compensation_file
+from coreinfer_sim.models import LanguageModel
+
+_GLOBAL_SHARE = 3
+_MEASURED_TOKENS = 10_000
+
+
+def fit_of(config: CompensationConfig) -> Fit:
+    """Return how the settings of a build ask for compact MLPs to be fitted."""
+    return Fit(ranking=config.ranking, rank=config.rank, bypass_rank=config.bypass_rank)
+
+
+def sets_to_fit(config: CompensationConfig, n_clusters: int) -> list[tuple[float, int | None]]:
+    """Return keep ratio and cluster of every set: first those of the whole corpus (None), which the others lean on."""
+    ratios = config.keep_ratios
+    return [(ratio, None) for ratio in ratios] + [(ratio, c) for ratio in ratios for c in range(n_clusters)]
+
+
+def make_fitter(
+    language_model: LanguageModel,
+    sentences: Sequence[Sentence],
+    clustering: Clustering,
+    config: BuildConfig,
+    max_tokens: int,
+    folder: Path,
+    n_kept: dict[str, list[int]],
+) -> Callable[[int], int]:
+    """Return the function that fits one set by its number in `sets_to_fit` and leaves it on disk.
+
+    Args:
+        language_model: the model.
+        sentences: the corpus.
+        clustering: the clusters of its sentences.
+        config: what to fit, and on how many tokens.
+        max_tokens: longer texts are cut.
+        folder: the build folder.
+        n_kept: by keep ratio, the neurons of each layer that stay, a bypass included.
+    """
+    assert config.compensation is not None
+    settings = config.compensation
+    sets = sets_to_fit(settings, len(clustering.centroids))
+
+    def run(number: int) -> int:
+        ratio, cluster = sets[number]
+        texts = calibration_texts(
+            language_model, sentences, clustering, cluster, settings.tokens, config.seed, max_tokens
+        )
+        moments = folder / "moments" / f"{ratio:g}"
+        selection = fit_layers(
+            language_model,
+            texts,
+            n_kept[f"{ratio:g}"],
+            fit_of(settings),
+            prior=None if cluster is None else lambda layer: _load_moments(moments / f"{layer}.safetensors"),
+            keep=None if cluster is not None else lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m),
+        )
+        save_compensated(folder / compensation_file(ratio, cluster), selection)
+        return 1
+
+    return run
+
+
+def neurons_by_ratio(
+    language_model: LanguageModel,
+    recorded: Sequence[int],
+    sentences: Sequence[Sentence],
+    clustering: Clustering,
+    config: BuildConfig,
+    max_tokens: int,
+    report: Callable[[int], None],
+) -> dict[str, list[int]]:
+    """Return how many neurons each layer keeps at each keep ratio, measured if the budget asks for it.
+
+    Args:
+        language_model: the model.
+        recorded: numbers of the layers that become sparse.
+        sentences: the corpus.
+        clustering: of its sentences.
+        config: of the build.
+        max_tokens: longer texts are cut.
+        report: takes 1 after each layer that was measured.
+    """
+    assert config.compensation is not None
+    settings = config.compensation
+    costs = None
+    if settings.budget is Budget.SENSITIVITY:
+        n_tokens = min(_MEASURED_TOKENS, settings.tokens) // _GLOBAL_SHARE
+        texts = calibration_texts(language_model, sentences, clustering, None, n_tokens, config.seed, max_tokens)
+        n_held = max(1, len(texts) // 8)
+        held, fitted = texts[:n_held], texts[n_held:] or texts
+        costs = layer_costs(language_model, fitted, held, fit_of(settings), report)
+    return {
+        f"{ratio:g}": neurons_of(language_model.layers, recorded, ratio, costs, settings.bypass_rank)
+        for ratio in settings.keep_ratios
+    }
+
+
+def calibration_texts(
+    language_model: LanguageModel,
+    sentences: Sequence[Sentence],
+    clustering: Clustering,
+    cluster: int | None,
+    n_tokens: int,
+    seed: int,
+    max_tokens: int,
+) -> list[CalibrationText]:
+    """Tokenise ``n_tokens`` tokens of a cluster's sentences in random order, or three times as many of the whole corpus.
+
+    Args:
+        language_model: the model.
+        sentences: the corpus.
+        clustering: of its sentences.
+        cluster: whose sentences; None: all.
+        n_tokens: tokens of a cluster, if it has as many.
+        seed: of the order.
+        max_tokens: longer texts are cut.
+    """
+    order = np.random.default_rng(seed).permutation(len(sentences))
+    if cluster is not None:
+        order = order[clustering.assignment[order] == cluster]
+    wanted = n_tokens if cluster is not None else _GLOBAL_SHARE * n_tokens
+    texts: list[CalibrationText] = []
+    n = 0
+    for i in order:
+        if n >= wanted:
+            break
+        texts.append(calibration_text(language_model, sentences[i], max_tokens))
+        n += len(texts[-1].ids)
+    return texts
+
+
+def calibration_text(language_model: LanguageModel, sentence: Sentence, max_tokens: int) -> CalibrationText:
+    """Tokenise a sentence and find where its prompt ends; where the text is the prompt alone, in its middle.
+
+    A text that is too long loses the prompt's beginning, so that a completion is left.
+    """
+    tokenizer = language_model.tokenizer
+    place = sentence.text.find(sentence.prompt)
+    end = place + len(sentence.prompt)
+    ids = tokenizer(sentence.text, verbose=False)["input_ids"]
+    if place < 0 or not sentence.text[end:].strip():
+        ids = ids[:max_tokens]
+        return CalibrationText(ids, len(ids) // 2)
+    n_prompt = min(len(tokenizer(sentence.text[:end], verbose=False)["input_ids"]), len(ids))
+    ids = ids[: n_prompt + max_tokens // 2]
+    n_cut = max(0, len(ids) - max_tokens)
+    return CalibrationText([*ids[:1], *ids[n_cut + 1 :]], max(0, n_prompt - n_cut))
+
+
+def _save_moments(path: Path, moments: Moments) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n_tokens = torch.tensor(moments.n_tokens, dtype=torch.float64)
+    content = save({**vars(moments), "n_tokens": n_tokens})
+    write_atomic(path, lambda part: part.write_bytes(content))
+
+
+def _load_moments(path: Path) -> Moments:
+    tensors = load_file(path)
+    moments = Moments(*tensors["cross"].shape)
+    vars(moments).update({**tensors, "n_tokens": float(tensors["n_tokens"])})
+    return moments

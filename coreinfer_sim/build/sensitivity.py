@@ -1,0 +1,127 @@
+"""Layer budgets: where dropping neurons costs most, measured, and how many each layer keeps under a given mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.build.calibration import CalibrationText, Fit, dense_moments, fit_layer
+from coreinfer_sim.compensation import left_over
+from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.selection import n_within
+from coreinfer_sim.sparse_mlp import compact_projections, install, linear_parameters
+
+PROBE = 0.375
+"""Keep ratio at which the cost of a layer is measured."""
+_LEAST = 1 / 16
+_STEP = 1 / 64
+"""Share of a layer that is handed out at a time."""
+
+
+def layer_costs(
+    language_model: LanguageModel,
+    fitted_on: Sequence[CalibrationText],
+    measured_on: Sequence[CalibrationText],
+    fit: Fit,
+    report: Callable[[int], None] = lambda _n: None,
+) -> np.ndarray:
+    """Measure what each layer's sparsity costs, were all other layers dense.
+
+    Each layer is made sparse alone, at one keep ratio and compensated, and the mean KL divergence to the dense model over
+    ``measured_on`` is taken. To other keep ratios it is carried over in proportion to the squared error that
+    compensation leaves in the layer's output.
+
+    Args:
+        language_model: the dense model.
+        fitted_on: texts for the moments.
+        measured_on: other texts, for the divergence.
+        fit: how sets are fitted.
+        report: takes 1 after each layer.
+
+    Returns:
+        KL in nats by layer and number of kept neurons 1, 2, … d_ff: [n_layers, d_ff].
+    """
+    layers = language_model.layers
+    dense = _log_probabilities(language_model, measured_on)
+    costs = np.zeros((len(layers), layers[0].d_ff), np.float32)
+    for layer, moments, energy in dense_moments(language_model, fitted_on, fit):
+        weight, _ = linear_parameters(layer.output)
+        left = left_over(moments.gram[: layer.d_ff, : layer.d_ff], weight).cpu().numpy()
+        n = n_within(layer, PROBE, fit.bypass_rank)
+        whole = install(layers, {layer.number: compact_projections(layer, *fit_layer(layer, moments, energy, n, fit))})
+        try:
+            divergence = _divergence(dense, _log_probabilities(language_model, measured_on))
+        finally:
+            install(layers, whole)
+        costs[layer.number] = max(divergence, 0.0) * left / max(left[n - 1], 1e-30)
+        report(1)
+    return costs
+
+
+def share_out(costs: np.ndarray, keep_ratio: float) -> np.ndarray:
+    """Return each layer's keep ratio [n_layers] with mean ``keep_ratio`` and the least sum of costs.
+
+    Steps go one by one to the layer that gains most, which is best as costs fall ever more slowly.
+
+    Args:
+        costs: of `layer_costs`, [n_layers, d_ff].
+        keep_ratio: mean over the layers.
+    """
+    n_layers, d_ff = costs.shape
+    kept = (np.arange(d_ff) + 1) / d_ff
+
+    def cost(layer: int, share: float) -> float:
+        return float(np.interp(share, kept, costs[layer]))
+
+    given = np.full(n_layers, min(_LEAST, keep_ratio))
+    left = keep_ratio * n_layers - given.sum()
+    while left > 1e-9:
+        step = min(_STEP, left)
+        gains = [
+            cost(layer, share) - cost(layer, share + step) if share + step <= 1 + 1e-9 else -np.inf
+            for layer, share in enumerate(given)
+        ]
+        given[int(np.argmax(gains))] += step
+        left -= step
+    return given
+
+
+def neurons_of(
+    layers: Sequence[MLPLayer], recorded: Sequence[int], keep_ratio: float, costs: np.ndarray | None, bypass_rank: int
+) -> list[int]:
+    """Return the neurons of each layer, a bypass included, whose bytes are ``keep_ratio`` of the dense ones on average.
+
+    Args:
+        layers: the model's MLPs.
+        recorded: numbers of the layers that become sparse; the others keep all.
+        keep_ratio: mean over those.
+        costs: of `layer_costs`; None: the same for all.
+        bypass_rank: see `CompensationConfig`.
+    """
+    shares = np.full(len(recorded), keep_ratio) if costs is None else share_out(costs[list(recorded)], keep_ratio)
+    kept = [layer.d_ff for layer in layers]
+    for number, share in zip(recorded, shares, strict=True):
+        kept[number] = n_within(layers[number], float(share), bypass_rank)
+    return kept
+
+
+def _log_probabilities(language_model: LanguageModel, texts: Sequence[CalibrationText]) -> list[torch.Tensor]:
+    """Return log-probabilities after each text's prompt, a tensor [n_tokens, vocabulary] a text."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([list(text.ids)], device=language_model.model.device)
+        with torch.inference_mode():
+            n_last = len(text.ids) - text.n_prompt
+            logits = language_model.model(input_ids=ids, use_cache=False, logits_to_keep=n_last).logits[0]
+        found.append(F.log_softmax(logits.float(), -1))
+    return found
+
+
+def _divergence(dense: Sequence[torch.Tensor], sparse: Sequence[torch.Tensor]) -> float:
+    """Return the mean KL(dense ‖ sparse) over tokens, in nats."""
+    total = sum(float(F.kl_div(s, d, reduction="sum", log_target=True)) for d, s in zip(dense, sparse, strict=True))
+    return total / sum(len(each) for each in dense)

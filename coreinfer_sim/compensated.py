@@ -1,0 +1,71 @@
+"""Compensated sets on disk: one safetensors file for each keep ratio and cluster, and one for the whole corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.errors import IndexFormatError
+from coreinfer_sim.files import write_atomic
+from coreinfer_sim.selection import NeuronSelection
+
+_OPTIONAL = ("right", "bypass_in", "bypass_out")
+_PARTS = ("bias", "left", *_OPTIONAL)
+
+
+def save_compensated(path: Path, selection: NeuronSelection) -> None:
+    """Write a selection with its compensation in one step: ids as int32, everything else as bfloat16."""
+    assert selection.compensation is not None
+    tensors = {}
+    for number, ids in selection.ids.items():
+        tensors[f"{number}.ids"] = ids.to(torch.int32)
+        for name in _PARTS:
+            value = getattr(selection.compensation[number], name)
+            if value is not None:
+                tensors[f"{number}.{name}"] = value.to(torch.bfloat16).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda part: part.write_bytes(save(tensors)))
+
+
+def load_compensated(
+    path: Path, d_model: int, n_layers: int
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerCompensation]]:
+    """Read the ids and the compensation by layer; see `NeuronSelection.check` for what is checked of the ids.
+
+    Raises:
+        IndexFormatError: the file cannot be read, or its shapes do not fit together.
+    """
+    try:
+        tensors = load_file(path)
+        ids = {n: tensors[f"{n}.ids"].long() for n in range(n_layers) if f"{n}.ids" in tensors}
+        found = {
+            number: LayerCompensation(
+                tensors[f"{number}.bias"], tensors[f"{number}.left"], *(tensors.get(f"{number}.{n}") for n in _OPTIONAL)
+            )
+            for number in ids
+        }
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise IndexFormatError(f"{path} cannot be read ({error}); copy it again or build the index anew.") from error
+    for number, repair in found.items():
+        if not _fits(repair, d_model, len(ids[number])):
+            raise IndexFormatError(
+                f"{path}: the compensation of layer {number} has shapes that do not fit {len(ids[number])} neurons and "
+                f"d_model {d_model}; copy it again or build the index anew."
+            )
+    return ids, found
+
+
+def _fits(repair: LayerCompensation, d_model: int, n_kept: int) -> bool:
+    shapes = {name: None if (part := getattr(repair, name)) is None else tuple(part.shape) for name in _PARTS}
+    rank = None if repair.right is None else len(repair.right)
+    return (
+        shapes["bias"] == (d_model,)
+        and shapes["left"] == (d_model, n_kept if rank is None else rank)
+        and shapes["right"] in (None, (rank, n_kept))
+        and shapes["bypass_in"] in (None, (repair.bypass_rank, d_model))
+        and shapes["bypass_out"] == (None if repair.bypass_in is None else (d_model, repair.bypass_rank))
+    )

@@ -1,0 +1,414 @@
+"""Compensation is the least-squares answer, and calibration sees just what decode will see, in every family."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import N_LAYERS, VOCABULARY
+
+from coreinfer_sim.architectures import find_mlps
+from coreinfer_sim.build import build_index
+from coreinfer_sim.build.calibration import CalibrationText, Fit, _advance, _batches, decoder_blocks, fit_layers
+from coreinfer_sim.build.compensating import calibration_text
+from coreinfer_sim.build.sensitivity import layer_costs, neurons_of, share_out
+from coreinfer_sim.compensated import load_compensated, save_compensated
+from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
+from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, Ranking
+from coreinfer_sim.corpus import Sentence
+from coreinfer_sim.errors import ConfigError, IndexFormatError
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.manifest import compensation_file
+from coreinfer_sim.models import LanguageModel, load_model
+from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
+from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments_of(features, targets, weights=None):
+    moments = Moments(features.shape[1], targets.shape[1])
+    weights = torch.ones(len(features)) if weights is None else weights
+    for part in range(0, len(features), 100):
+        rows = slice(part, part + 100)
+        moments.add(features[rows], targets[rows], weights[rows])
+    return moments
+
+
+@pytest.fixture
+def correlated(monkeypatch):
+    """Neurons that say much of each other, with next to no ridge: z [500, 12], W [6, 12], bias [6]."""
+    monkeypatch.setattr("coreinfer_sim.compensation.RIDGE", 1e-7)
+    z = drawn(500, 5, seed=1) @ drawn(5, 12, seed=2) + 0.3 * drawn(500, 12, seed=3) + 1.0
+    return z, drawn(6, 12, seed=4), drawn(6, seed=5)
+
+
+def test_full_rank_is_least_squares(correlated):
+    z, weight, bias = correlated
+    ids = torch.tensor([0, 3, 4, 8])
+    found = compensate(moments_of(z, z @ weight.T + bias).centred(), ids, weight, bias)
+    with_one = torch.cat([z[:, ids], torch.ones(500, 1)], 1).double()
+    wanted = torch.linalg.lstsq(with_one, (z @ weight.T + bias).double()).solution
+    assert torch.allclose((weight[:, ids] + found.delta).double(), wanted[:-1].T, atol=2e-3)
+    assert torch.allclose((bias + found.bias).double(), wanted[-1], atol=5e-3)
+
+
+def test_weights_count_tokens(correlated):
+    z, weight, _ = correlated
+    twice = moments_of(torch.cat([z, z[:50]]), torch.cat([z, z[:50]]) @ weight.T).centred()
+    weights = torch.ones(500)
+    weights[:50] = 2
+    once = moments_of(z, z @ weight.T, weights).centred()
+    for name, value in vars(once).items():
+        assert torch.allclose(value, getattr(twice, name), atol=1e-4), name
+
+
+def test_surgeon_score_is_the_error_that_stays(correlated):
+    z, weight, _ = correlated
+    centred = moments_of(z, z @ weight.T).centred()
+    score = surgeon_score(centred.gram, weight)
+    for neuron in range(12):
+        ids = torch.tensor([n for n in range(12) if n != neuron])
+        repair = compensate(centred, ids, weight, None)
+        rest = z @ weight.T - z[:, ids] @ (weight[:, ids] + repair.delta).T - repair.bias
+        assert rest.square().sum(1).mean().item() == pytest.approx(score[neuron].item(), rel=0.02)
+
+
+def test_left_over_is_the_error_of_nested_sets(correlated):
+    z, weight, _ = correlated
+    centred = moments_of(z, z @ weight.T).centred()
+    left = left_over(centred.gram, weight)
+    assert (left.diff() <= 1e-4).all() and left[-1] < 1e-2
+    ids = surgeon_score(centred.gram, weight).topk(5).indices.sort().values
+    repair = compensate(centred, ids, weight, None)
+    rest = z @ weight.T - z[:, ids] @ (weight[:, ids] + repair.delta).T - repair.bias
+    assert rest.square().sum(1).mean().item() == pytest.approx(left[4].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("bypass_rank", [0, 2, 4])
+def test_each_rank_loses_less_than_the_one_below(correlated, bypass_rank):
+    z, weight, _ = correlated
+    x = drawn(500, 4, seed=7) + 0.5 * z[:, :4]
+    target = z @ weight.T + 0.5 * x @ drawn(4, 6, seed=8)
+    ids = torch.tensor([1, 2, 7, 9, 11])
+    features = torch.cat([z, x], 1) if bypass_rank else z
+    errors = []
+    for rank in (1, 2, 3, None):
+        repair = compensate(moments_of(features, target).centred(), ids, weight, None, rank, bypass_rank)
+        given = z[:, ids] @ (weight[:, ids] + repair.delta).T + repair.bias
+        if bypass_rank:
+            given = given + x @ repair.bypass_in.T @ repair.bypass_out.T
+        errors.append((target - given).square().sum().item())
+        assert (target - given).mean(0).abs().max() < 1e-3
+    assert errors == sorted(errors, reverse=True)
+    if bypass_rank == 4:  # of full rank: plain least squares on both
+        both = torch.cat([z[:, ids], x, torch.ones(500, 1)], 1)
+        best = torch.linalg.lstsq(both, target).solution
+        assert errors[-1] == pytest.approx((target - both @ best).square().sum().item(), rel=1e-3)
+
+
+def test_a_prior_is_further_tokens(correlated):
+    z, weight, _ = correlated
+    own, other = moments_of(z[:200], z[:200] @ weight.T), moments_of(z[200:], z[200:] @ weight.T)
+    own.add_prior(other, other.n_tokens)
+    together = moments_of(z, z @ weight.T)
+    assert own.n_tokens == together.n_tokens
+    assert torch.allclose(own.gram, together.gram, rtol=1e-4)
+
+
+def test_no_tokens_are_refused():
+    with pytest.raises(ConfigError, match="no tokens to compensate with"):
+        Moments(3, 2).centred()
+
+
+@torch.no_grad()
+def reads_of(model, layer, ids):
+    """Return input, activation site and output of a layer's MLP, each [n_tokens, width]."""
+    found = {}
+    hooks = [
+        getattr(layer.owner, layer.family.inputs[0]).register_forward_pre_hook(lambda _m, i: found.update(x=i[0])),
+        layer.output.register_forward_hook(lambda _m, i, o: found.update(z=i[0], y=o.clone())),
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [found[name].reshape(-1, found[name].shape[-1]) for name in "xzy"]
+
+
+def test_merged_weights_give_the_compensated_output(model):
+    layers = find_mlps(model)
+    layer = layers[0]
+    input_ids = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    x, z, _ = reads_of(model, layer, input_ids)
+    kept = torch.arange(0, layer.d_ff, 3)
+    weight, bias = linear_parameters(layer.output)
+    repair = LayerCompensation(
+        drawn(layer.d_model, seed=1),
+        drawn(layer.d_model, 4, seed=2),
+        drawn(4, len(kept), seed=3),
+        drawn(3, layer.d_model, seed=4),
+        drawn(layer.d_model, 3, seed=5),
+    )
+    wanted = z[:, kept] @ (weight[:, kept] + repair.delta).T + repair.bias + (0 if bias is None else bias)
+    wanted = wanted + x @ repair.bypass_in.T @ repair.bypass_out.T
+    compact = compact_model(layers, NeuronSelection("test", {0: kept}, compensation={0: repair}))
+    n_bytes = sum(p.numel() * p.element_size() for module in compact[0].values() for p in module.parameters())
+    dense = install(layers, compact)
+    try:
+        _, _, found = reads_of(model, layer, input_ids)
+    finally:
+        install(layers, dense)
+    assert torch.allclose(found, wanted, atol=2e-4 * wanted.abs().max())
+    slack = 4 * 2 * (len(kept) + 6)  # an up projection beside a gate with a bias has one only if it had one
+    assert abs(compact_bytes(layer, len(kept), repair) - n_bytes) <= slack
+
+
+def language_model_of(model):
+    return LanguageModel(model, None, "tiny", find_mlps(model))
+
+
+def some_texts(n=12, seed=0):
+    random = np.random.default_rng(seed)
+    texts = []
+    for _ in range(n):
+        length = int(random.integers(12, 60))
+        texts.append(
+            CalibrationText(random.integers(4, VOCABULARY, length).tolist(), int(random.integers(1, length - 4)))
+        )
+    return texts
+
+
+@torch.inference_mode()
+def test_the_sparse_stream_is_what_decode_reads(model):
+    language_model = language_model_of(model)
+    layers, blocks = language_model.layers, decoder_blocks(language_model)
+    texts = some_texts(5)
+    kept = {n: torch.arange(n % 2, layers[n].d_ff, 2) for n in range(N_LAYERS)}
+    batches = list(_batches(language_model, blocks, texts, Fit()))
+    assert sum(len(batch.dense) for batch in batches) == len(texts)
+    for layer, block in zip(layers, blocks, strict=True):
+        selection = NeuronSelection("test", {layer.number: kept[layer.number]})
+        for batch in batches:
+            batch.dense_out = batch.calls[layer.number](block, batch.dense)
+        with installed(layers, selection):
+            _advance(layer, block, batches)
+    found = []
+    hook = blocks[-1].register_forward_hook(lambda _m, _i, o: found.append(o[0] if isinstance(o, tuple) else o))
+    rows = [(batch, row) for batch in batches for row in range(len(batch.dense))]
+    for text, (batch, row) in zip(sorted(texts, key=lambda text: -len(text.ids)), rows, strict=True):
+        prompt, completion = text.ids[: text.n_prompt], text.ids[text.n_prompt :]
+        cache = model(torch.tensor([prompt]), use_cache=True).past_key_values
+        with installed(layers, NeuronSelection("test", kept)):
+            model(torch.tensor([completion]), past_key_values=cache, use_cache=True)
+        decoded = found[-1].reshape(-1, layers[0].d_model)
+        stream = batch.sparse[row, text.n_prompt : len(text.ids)]
+        assert torch.allclose(stream, decoded, atol=1e-4 * decoded.abs().max())
+    hook.remove()
+
+
+@torch.inference_mode()
+def divergence(model, texts, selection):
+    """Mean KL to the dense model after the prompts, which are read densely."""
+    total = n = 0
+    for text in texts:
+        ids = torch.tensor([text.ids])
+        dense = model(ids, use_cache=False).logits[0, text.n_prompt :].log_softmax(-1)
+        cache = model(ids[:, : text.n_prompt], use_cache=True).past_key_values
+        with installed(find_mlps(model), selection):
+            own = model(ids[:, text.n_prompt :], past_key_values=cache, use_cache=True).logits[0].log_softmax(-1)
+        total += (dense.exp() * (dense - own)).sum().item()
+        n += len(dense)
+    return total / n
+
+
+@pytest.mark.parametrize("ranking", list(Ranking))
+def test_fitted_sets_beat_plain_ones_in_every_family(model, ranking):
+    language_model = language_model_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = some_texts(40)
+    n = language_model.layers[0].d_ff // 2
+    fitted = fit_layers(language_model, texts, [n] * N_LAYERS, Fit(ranking=ranking))
+    assert all(len(ids) == n and (ids.diff() > 0).all() for ids in fitted.ids.values())
+    plain = replace(fitted, compensation=None)
+    bar = 0.95 if language_model.layers[0].family.post_norm else 0.8  # a norm follows, which sees no squared errors
+    assert divergence(model, texts, fitted) < bar * divergence(model, texts, plain)
+    assert all((before[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_dense_layers_stay_dense(models):
+    language_model = language_model_of(models["llama"])
+    d_ff = language_model.layers[0].d_ff
+    fitted = fit_layers(language_model, some_texts(), [d_ff, d_ff // 3, d_ff], Fit())
+    assert set(fitted.ids) == set(fitted.compensation) == {1}
+
+
+def test_taking_back_earlier_errors_helps(models):
+    model = models["llama"]
+    language_model, texts = language_model_of(model), some_texts(60)
+    n = [language_model.layers[0].d_ff // 3] * N_LAYERS
+    with_carry, without = (fit_layers(language_model, texts, n, Fit(carry=carry)) for carry in (1.0, 0.0))
+    assert divergence(model, texts, with_carry) < divergence(model, texts, without)
+
+
+def test_budgets_follow_the_costs(models):
+    language_model = language_model_of(models["llama"])
+    costs = layer_costs(language_model, some_texts(20), some_texts(5, seed=1), Fit())
+    d_ff = language_model.layers[0].d_ff
+    assert costs.shape == (N_LAYERS, d_ff) and (costs >= 0).all() and (np.diff(costs) <= 1e-6).all()
+    falling = np.linspace(1, 0, 64)
+    shares = share_out(np.stack([falling, 10 * falling**2, 0 * falling]), 0.4)
+    assert shares.mean() == pytest.approx(0.4)
+    assert shares[1] > shares[0] > shares[2] == 1 / 16
+    assert share_out(np.ones((3, 64)), 0.4).mean() == pytest.approx(0.4)
+
+
+def test_bytes_stay_within_the_keep_ratio(model):
+    layers = find_mlps(model)
+    dense = sum(layer.n_bytes for layer in layers)
+    for bypass_rank in (0, 2):
+        kept = neurons_of(layers, range(N_LAYERS), 0.6, None, bypass_rank)
+        pairs = bypass_rank * (1 if layers[0].family.gated else 2)
+        repair = LayerCompensation(drawn(32), drawn(32, 1), None, *((drawn(2, 32), drawn(32, 2)) if pairs else ()))
+        used = sum(compact_bytes(layer, n - pairs, repair) for layer, n in zip(layers, kept, strict=True))
+        assert 0.5 * dense < used <= 0.6 * dense
+    assert n_within(layers[0], 1e-9) == 1
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "max_tokens", "expected", "n_prompt"),
+    [
+        ("ab", "ab\ncd", 99, "ab\ncd", 2),
+        ("ab", "ab", 99, "ab", 1),
+        ("ab", "Q: ab A: c", 99, "Q: ab A: c", 5),
+        ("abcdef", "abcdefgh", 6, "adefgh", 4),
+        ("ab", "ab" + "c" * 50, 10, "ab" + "c" * 5, 2),
+        ("other", "abcd", 3, "abc", 1),
+    ],
+)
+def test_where_the_prompt_ends(prompt, text, max_tokens, expected, n_prompt):
+    language_model = LanguageModel(None, Letters(), "letters", [])
+    found = calibration_text(language_model, Sentence("0", prompt, text, len(text)), max_tokens)
+    assert "".join(map(chr, found.ids)) == expected and found.n_prompt == n_prompt
+
+
+@pytest.fixture(scope="module")
+def built(tiny_checkpoint, encoder, tmp_path_factory):
+    """An index with compensated sets at two keep ratios, built by two workers."""
+    folder = tmp_path_factory.mktemp("compensated")
+    topics = ["stars and planets", "bread and cheese", "judges and courts"]
+    rows = [{"prompt": f"Tell me of {topics[i % 3]}, {i}.", "answer": f"They are {i} and more."} for i in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    from coreinfer_sim.config import CorpusConfig
+
+    compensation = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300)
+    build_index(
+        tiny_checkpoint,
+        CorpusConfig(str(folder / "rows.jsonl"), template="{prompt} {answer}"),
+        folder / "index",
+        BuildConfig(clusters=3, compensation=compensation),
+        encoder=encoder,
+        workers=2,
+    )
+    return folder / "index"
+
+
+def test_an_index_brings_its_compensated_sets(built, tiny_checkpoint, encoder):
+    index = SemanticIndex.load(built, encoder)
+    language_model = load_model(tiny_checkpoint)
+    assert index.default_keep_ratio == 0.5 and index.has_compensation(0.7) and not index.has_compensation(0.6)
+    dense = sum(layer.n_bytes for layer in language_model.layers)
+    for ratio in (0.5, 0.7):
+        chosen = index.selection(index.lookup("Tell me of planets.")[0], ratio)
+        assert chosen.compensation is not None and chosen.mode == "similarity"
+        assert chosen.compensation[0].bypass_rank == 2 and chosen.compensation[0].right.shape[0] == 3
+        assert 0.85 * ratio * dense < chosen.mlp_bytes(language_model.layers) <= ratio * dense
+    assert index.global_selection(0.5).compensation is not None
+    assert index.selection(index.lookup("stars")[0], 0.6).compensation is None
+    assert index.selection(index.lookup("stars")[0], 0.5, "paper").compensation is None
+    assert index.selection(index.lookup("stars")[0], 0.5, compensated=False).compensation is None
+    part = index.selection(index.lookup("stars")[0], 0.5, layers="1:")
+    assert set(part.ids) == set(part.compensation) == {1, 2}
+
+
+def test_a_compensated_index_generates(built, tiny_checkpoint, encoder):
+    from coreinfer_sim.generation import TextGenerator
+
+    language_model = load_model(tiny_checkpoint)
+    predictor = make_predictor("similarity", language_model.layers, SemanticIndex.load(built, encoder))
+    run = TextGenerator(language_model, predictor).generate("Tell me of bread.", max_new_tokens=5, do_sample=False)
+    assert run.selection.compensation is not None and run.selection.mode in ("similarity", "global")
+
+
+def test_a_damaged_set_is_refused_when_it_is_read(built, encoder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(built, tmp_path / "index")
+    path = copy / compensation_file(0.5, None)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    index = SemanticIndex.load(copy, encoder)
+    with pytest.raises(IndexFormatError, match="has the checksum"):
+        index.global_selection(0.5)
+    path.unlink()
+    with pytest.raises(IndexFormatError, match="lacks"):
+        SemanticIndex.load(copy, encoder)
+
+
+def test_strange_shapes_are_refused(tmp_path):
+    good = NeuronSelection("t", {0: torch.arange(4)}, compensation={0: LayerCompensation(drawn(6), drawn(6, 4))})
+    save_compensated(tmp_path / "good", good)
+    ids, repairs = load_compensated(tmp_path / "good", 6, 2)
+    assert set(ids) == {0} and torch.allclose(repairs[0].delta, drawn(6, 4), atol=0.02)
+    bad = replace(good, compensation={0: LayerCompensation(drawn(6), drawn(6, 3))})
+    save_compensated(tmp_path / "bad", bad)
+    with pytest.raises(IndexFormatError, match="do not fit 4 neurons"):
+        load_compensated(tmp_path / "bad", 6, 2)
+    (tmp_path / "none").write_bytes(b"no safetensors")
+    with pytest.raises(IndexFormatError, match="cannot be read"):
+        load_compensated(tmp_path / "none", 6, 2)
+
+
+def test_workers_and_interruptions_leave_the_same_files(built, tiny_checkpoint, encoder):
+    from coreinfer_sim.build.builder import read_sentences  # noqa: F401 - the build folder is gone once it is done
+
+    again = built.with_name("again")
+    from coreinfer_sim.config import CorpusConfig
+
+    build_index(
+        tiny_checkpoint,
+        CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}"),
+        again,
+        BuildConfig(
+            clusters=3, compensation=CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300)
+        ),
+        encoder=encoder,
+    )
+    files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
+    assert len(files) == 4 + 2 * 4
+    assert all((built / name).read_bytes() == (again / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_ratios": ()}, {"keep_ratios": (1.0,)}, {"rank": 0}, {"bypass_rank": -1}, {"tokens": 0}]
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ConfigError):
+        CompensationConfig(**settings)
+
+
+def test_budget_names_are_the_options():
+    assert {budget.value for budget in Budget} == {"uniform", "sensitivity"}
