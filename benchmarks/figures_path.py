@@ -130,6 +130,7 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
     from coreinfer_sim.clustering import cluster_embeddings
     from coreinfer_sim.corpus import read_corpus
     from coreinfer_sim.embeddings import SentenceEncoder
+    from coreinfer_sim.models import DTYPES, usable
 
     config = BuildConfig(clusters=24)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +142,8 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
         embeddings = SentenceEncoder().encode([sentence.prompt for sentence in sentences])
         assignment = cluster_embeddings(embeddings, 24, 0).assignment
         for dtype in ("bfloat16", "float32"):
+            if usable(DTYPES[dtype], "cpu") is not DTYPES[dtype]:
+                continue  # nobody would build in a type that the processor lacks
             language_model = load_model(model, dtype)
             torch.set_num_threads(default_threads("cpu"))
             n_tokens = np.array([sentence.n_tokens for sentence in sentences])

@@ -6,27 +6,37 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
-    """Return a result file as a Markdown table."""
+    """Return a result file as a Markdown table, with a note for figures that were measured elsewhere."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    machine = content["machine"]
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch "
-        f"{content['versions']['torch']}, transformers {content['versions']['transformers']}; {content['date']}.",
-        "",
-        "| figure | value | bar | holds |",
-        "|---|--:|---|---|",
-    ]
+    lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
+    elsewhere: list[str] = []
     for figure in content["figures"]:
+        note = ""
+        if "measured" in figure:
+            place = _where(figure["measured"])
+            if place not in elsewhere:
+                elsewhere.append(place)
+            note = f" ({elsewhere.index(place) + 1})"
         value = f"{figure['value']:,}" if isinstance(figure["value"], int | float) else figure["value"]
         holds = "yes" if figure["holds"] else "**no**"
-        lines.append(f"| {figure['name']} | {value} {figure['unit']} | {figure['bar']} | {holds} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {figure['name']}{note} | {value} {figure['unit']} | {figure['bar']} | {holds} |")
+    lines += ["", *(f"({number}) {place}.  " for number, place in enumerate(elsewhere, 1))] if elsewhere else []
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _where(measured: dict[str, Any]) -> str:
+    machine, versions = measured["machine"], measured["versions"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; {measured['date']}"
+    )
 
 
 def filled(readme: str) -> str:

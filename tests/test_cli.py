@@ -227,7 +227,7 @@ def test_duplicates_are_kept_where_asked_for(build, tmp_path):
 
 def test_info(index, tiny_checkpoint):
     text = succeeded("info", index).stdout
-    assert text.startswith(f"{index}: format version 1\n")
+    assert text.startswith(f"{index}: format version 2\n")
     assert f"{tiny_checkpoint} (Llama, 3 layers, d_model 32, d_ff 48, float32)" in text
     assert "all-MiniLM-L6-v2 (384 dimensions, cosine)" in text
     assert "prompts.jsonl: 45 prompts" in text and "γ 0.5, seed 0, layers 0-2" in text
@@ -673,7 +673,7 @@ def test_the_same_model_with_another_tokenizer(index, tiny_checkpoint, tmp_path,
         ("flipped byte in the manifest", "manifest.json"),
         ("missing file", "lacks clusters.jsonl, expected"),
         ("missing manifest", "has no manifest.json, expected"),
-        ("format version", "has format version 7, this release reads version 1"),
+        ("format version", "has format version 7, this release reads version 2"),
         ("no folder", "there is no folder .*expected an index"),
     ],
 )
@@ -685,7 +685,7 @@ def test_a_damaged_index(damaged, command, damage, says):
         path.write_bytes(content)
     elif damage == "format version":
         text = (damaged / "manifest.json").read_text(encoding="utf-8")
-        (damaged / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 7'))
+        (damaged / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 7'))
     elif damage == "no folder":
         shutil.rmtree(damaged)
     else:

@@ -72,7 +72,7 @@ def manifest(**sections: Any) -> Manifest:
     """Return a manifest that fits the parts above; sections replace its own."""
     return Manifest(
         **{
-            "format_version": 1,
+            "format_version": 2,
             "versions": {"coreinfer-sim": "0.1.0"},
             "model": ModelInfo(
                 name="some-model",
@@ -89,6 +89,7 @@ def manifest(**sections: Any) -> Manifest:
             "encoder": EncoderInfo("sentence-transformers/all-MiniLM-L6-v2", 4, True, "cosine", [0.0] * 8),
             "corpus": CorpusInfo("prompts.jsonl", "1" * 64, 27, 300),
             "settings": SettingsInfo(3, 0.4, 0.4, 0.5, 0, [1, 2], 16, 64, 1),
+            "compensation": [],
             "files": {},
             **sections,
         }
@@ -377,12 +378,12 @@ def test_what_is_no_folder_raises(index_folder, tmp_path):
         SemanticIndex.load(index_folder / MANIFEST_FILE)
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 1.5, "1", None, True, [1]])
+@pytest.mark.parametrize("version", [0, 1, -1, 1.5, "1", None, True, [1]])
 def test_an_unknown_format_version_raises(index_folder, version):
     rewrite(index_folder, {**raw_manifest(index_folder), "format_version": version})
     with pytest.raises(
         IndexFormatError,
-        match=rf"format version {version!r}, this release reads version 1; .*build-index"
+        match=rf"format version {version!r}, this release reads version 2; .*build-index"
         if not isinstance(version, list)
         else "format version",
     ):

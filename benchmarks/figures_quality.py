@@ -1,0 +1,152 @@
+"""Measure quality at equal bytes; every command writes its figures into ``results/figures-quality.json``.
+
+python benchmarks/figures_quality.py build --model MODEL --data DATA --out INDEX
+python benchmarks/figures_quality.py evaluate --model MODEL --data DATA --index INDEX
+
+DATA is a folder of JSONL files with "id", "prompt" and "completion". An index is built over rows whose id hashes under 70,
+without the sets in UNSEEN; figures come from rows at 85 and above, which nothing has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import RESULTS, record
+
+FILE = "figures-quality.json"
+_COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
+UNSEEN = ("dialogsum", "mbpp", "nq_open", "xsum")
+data_option = click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_1.gguf", show_default=True)
+name_option = click.option("--name", default="SmolLM2-135M", show_default=True, help="Of the model, in the figures.")
+
+
+@click.group()
+def main() -> None:
+    """Measure quality at equal bytes."""
+
+
+def _seen_rows(data: Path, rows: int, target: Path) -> Path:
+    """Write ``rows`` rows of each indexed set, from those that an index may see."""
+    from coreinfer_sim.evaluation.rows import joined, read_rows
+
+    with target.open("w", encoding="utf-8") as out:
+        for path in sorted(data.glob("*.jsonl")):
+            if path.stem not in UNSEEN:
+                for row in read_rows(path, range(70), rows):
+                    prompt, completion = joined(row.prompt, row.completion)
+                    fields = {"id": row.id, "prompt": row.prompt, "asked": prompt, "completion": completion}
+                    out.write(json.dumps(fields) + "\n")
+    return target
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@model_option
+@data_option
+@name_option
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--rows", default=200, show_default=True, help="Of each indexed set.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def build(model: str, data: Path, name: str, out: Path, rows: int, options: tuple[str, ...]) -> None:
+    """Build the compensated index; OPTIONS go to build-index."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = _seen_rows(data, rows, Path(folder, "seen.jsonl"))
+        command = [
+            *(*_COMMAND, "build-index", str(corpus), "--model", model),
+            *("--out", str(out), "--prompt-column", "prompt", "--template", "{asked}{completion}", *options),
+        ]
+        begin = time.monotonic()
+        subprocess.run(command, check=True)
+        minutes = round((time.monotonic() - begin) / 60, 1)
+    bar = 75
+    record(
+        FILE,
+        f"{name}: building the compensated index",
+        minutes,
+        "minutes",
+        f"at most {bar}",
+        minutes <= bar,
+        f"python benchmarks/figures_quality.py build --data DATA --rows {rows} {' '.join(options)}",
+    )
+
+
+@main.command()
+@model_option
+@data_option
+@name_option
+@click.option("--index", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--rows", default=40, show_default=True, help="Of each set.")
+@click.option("--keep-ratio", default=0.4, show_default=True)
+@click.option("--max-tokens", default=512, show_default=True)
+def evaluate(model: str, data: Path, name: str, index: Path, rows: int, keep_ratio: float, max_tokens: int) -> None:
+    """Compare all selections at one keep ratio on rows that nothing has seen."""
+    stem = f"quality-{name.lower()}-{keep_ratio:g}"
+    out, log = RESULTS / f"{stem}.json", RESULTS / f"{stem}.log.jsonl"
+    sets = [str(path) for path in sorted(data.glob("*.jsonl"))]
+    arguments = [
+        *("--part", "85:100", "--limit", str(rows), "--keep-ratio", str(keep_ratio), "--max-tokens", str(max_tokens)),
+        *(part for score in ("energy", "paper", "compensated") for part in ("--score", score)),
+        *(part for fallback in ("none", "global") for part in ("--fallback", fallback)),
+    ]
+    subprocess.run(
+        [
+            *(*_COMMAND, "evaluate", *sets, "--model", model),
+            *("--index", str(index), "--log", str(log), "--out", str(out), *arguments),
+        ],
+        check=True,
+    )
+    summary = {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
+    _record_all(summary, name, keep_ratio, rows)
+
+
+def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int) -> None:
+    """Record the figures that a summary of `evaluate` gives."""
+    command = f"python benchmarks/figures_quality.py evaluate --data DATA --keep-ratio {keep_ratio:g} --rows {rows}"
+    seen = [each for each in next(iter(summary.values()))["sets"] if each not in UNSEEN]
+
+    def mean(contender: str, sets: Sequence[str]) -> float:
+        found = summary[f"{contender} {keep_ratio:g}"]["sets"]
+        return math.exp(sum(math.log(found[each]["ratio"]) for each in sets) / len(sets))
+
+    def put(title: str, value: float, bar: float | None, **details: Any) -> None:
+        value = round(value, 3)
+        wanted = "for comparison" if bar is None else f"at most {bar}"
+        title = f"{name}, keep ratio {keep_ratio:g}: {title}"
+        record(
+            FILE, title, value, "× dense", wanted, bar is None or value <= bar, command, rows_per_set=rows, **details
+        )
+
+    own, everywhere = "similarity/compensated", "global/compensated"
+    bars = {"SmolLM2-135M": {0.4: 2.0, 0.6: 1.4}, "Qwen2.5-Coder-1.5B": {0.4: 1.3, 0.6: 1.08}}
+    interval = summary[f"{own} {keep_ratio:g}"]["ratio_interval"]
+    put("similarity, compensated", mean(own, seen), bars.get(name, {}).get(keep_ratio), interval_of_all_sets=interval)
+    put("gsm8k, similarity, compensated", mean(own, ["gsm8k"]), 1.2 if name == "SmolLM2-135M" else 1.08)
+    for contender in (
+        *("global/compensated", "random-cluster/compensated", "similarity/energy", "similarity/paper", "hybrid/energy"),
+        *("global/energy", "random-cluster/energy", "griffin", "stability", "oracle", "random"),
+    ):
+        put(contender, mean(contender, seen), None)
+    gap = math.log(mean(own, seen))
+    put("log gap of similarity, compensated, over GRIFFIN's", gap / math.log(mean("griffin", seen)), 0.45)
+    put(
+        "log gap of similarity, compensated, over the compensated global set's",
+        gap / math.log(mean(everywhere, seen)),
+        0.85,
+    )
+    routed = mean(f"{own} else global", UNSEEN)
+    put("unseen sets, compensated with routing by confidence", routed, round(mean(everywhere, UNSEEN), 3))
+
+
+if __name__ == "__main__":
+    main()
