@@ -15,16 +15,6 @@ _D = {"show_default": True}
 _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
 
 
-def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
-    try:
-        low, high = (int(number) for number in value.split(":"))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no LOW:HIGH.") from error
-    if not 0 <= low < high <= 100:
-        raise click.BadParameter(f"{value!r} does not lie in 0:100.")
-    return range(low, high)
-
-
 @click.command()
 @click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
@@ -68,14 +58,7 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     **_D,
     help="Precision of all weights; may be repeated.",
 )
-@click.option(
-    "--part",
-    default="0:100",
-    callback=_part,
-    **_D,
-    metavar="LOW:HIGH",
-    help="Rows whose id hashes into these of 100 parts; keep them apart from what the index was built on.",
-)
+@options.part("0:100")
 @click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
 @click.option(
     "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
@@ -104,10 +87,11 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
         --contender dense --contender similarity --contender griffin --keep-ratio 0.4 --keep-ratio 0.6
     """
+    from coreinfer_sim.architectures import weights_checksum
     from coreinfer_sim.embeddings import SentenceEncoder
     from coreinfer_sim.evaluation.contenders import NEED_INDEX, parse_contenders
     from coreinfer_sim.evaluation.evaluate import evaluate as run
-    from coreinfer_sim.evaluation.evaluate import read_results, summarise
+    from coreinfer_sim.evaluation.evaluate import open_log, read_results, summarise
     from coreinfer_sim.evaluation.plot import check_plot, plot
     from coreinfer_sim.evaluation.rows import read_rows
     from coreinfer_sim.evaluation.text_scores import check_text_scores
@@ -133,8 +117,15 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         language_model = load_model(model, given["dtype"], given["device"])
     log: Path | None = given["log"]
     wanted = {(str(c), row.set_name, row.id) for c in contenders for row in rows}
-    known = [r for r in (read_results(log) if log else []) if (r.contender, r.set_name, r.row_id) in wanted]
-    with log.open("a", encoding="utf-8") if log else nullcontext() as file:
+    setup = {
+        "model": weights_checksum(language_model.layers),
+        "dtype": language_model.dtype_name,
+        "index": index.manifest.checksum() if index is not None else None,
+        "max_tokens": given["max_tokens"],
+        "seed": given["seed"],
+    }
+    with open_log(log, setup) if log else nullcontext() as file:
+        known = [r for r in (read_results(log) if log else []) if (r.contender, r.set_name, r.row_id) in wanted]
         results = run(
             language_model,
             contenders,

@@ -52,6 +52,18 @@ def info(index: str, as_json: bool) -> None:
     click.echo(f"  corpus    {m.corpus.source}: {m.corpus.n_sentences:,} prompts, {m.corpus.n_tokens:,} tokens")
     s = m.settings
     click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(s.layers)}")
+    for each in m.compensation:
+        rank = "full rank" if each.rank is None else f"rank {each.rank}"
+        bypass = f", bypass of rank {each.bypass_rank}" if each.bypass_rank else ""
+        click.echo(
+            f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(each.n_kept)} to "
+            f"{max(each.n_kept)} neurons a layer), {each.tokens:,} tokens a cluster"
+        )
+    if m.profile is not None:
+        click.echo(
+            f"  profile   keep ratio {m.profile.keep_ratio:g}: perplexity {m.profile.ratio - 1:+.1%} ({m.profile.low - 1:+.1%} "
+            f"to {m.profile.high - 1:+.1%}) on {m.profile.n_rows} rows, at most {m.profile.max_increase:+.1%} promised"
+        )
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
     click.echo(f"{len(loaded)} clusters:")
     print_clusters(loaded)
@@ -100,7 +112,7 @@ def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool
 @_INDEX
 @click.argument("prompt")
 @click.option("-k", default=3, show_default=True, type=click.IntRange(1), help="Number of clusters to show.")
-@click.option("--keep-ratio", type=float, help="Share of d_ff to show.  [default: the index's γ]")
+@click.option("--keep-ratio", type=float, help="Share of d_ff to show.  [default: the index's]")
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", show_default=True)
 @click.option("--layers", default=":", show_default=True, metavar="SLICE", help="Layers whose ids are shown.")
 @click.option("--ids", is_flag=True, help="Show the core-neuron ids; --json always holds them.")
@@ -117,7 +129,8 @@ def lookup(
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     matches = loaded.lookup(prompt, k=min(k, len(loaded)))
-    neurons = loaded.core_neurons(matches[0].cluster, keep_ratio, score, _within(loaded, layers))
+    chosen = loaded.selection(matches[0], keep_ratio, score, _within(loaded, layers))
+    neurons = chosen.ids
     if as_json:
         print_json(
             {
@@ -131,9 +144,10 @@ def lookup(
         familiar = "" if match.confident else "  (unfamiliar)"
         click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}{familiar}")
     counts = {len(values) for values in neurons.values()}
+    spread = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     click.echo(
-        f"core neurons of cluster {matches[0].cluster}: {min(counts)} of {loaded.manifest.model.d_ff} in each of "
-        f"{len(neurons)} layers"
+        f"core neurons of cluster {matches[0].cluster}: {spread} of {loaded.manifest.model.d_ff} in each of "
+        f"{len(neurons)} layers{', compensated' if chosen.compensation else ''}"
     )
     for layer, values in neurons.items():
         listed = values.tolist()

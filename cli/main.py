@@ -15,6 +15,7 @@ from .build_index import build_index
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import info, lookup, verify
+from .tune import tune
 
 INTERRUPTED = 130
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when tqdm is first imported
@@ -60,5 +61,5 @@ def main() -> None:
     """
 
 
-for _command in (build_index, info, verify, lookup, generate, evaluate):
+for _command in (build_index, info, verify, lookup, generate, evaluate, tune):
     main.add_command(_command)

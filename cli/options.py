@@ -25,6 +25,28 @@ encoder = click.option(
 )
 
 
+def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
+    try:
+        low, high = (int(number) for number in value.split(":"))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no LOW:HIGH.") from error
+    if not 0 <= low < high <= 100:
+        raise click.BadParameter(f"{value!r} does not lie in 0:100.")
+    return range(low, high)
+
+
+def part(default: str) -> Callable[[F], F]:
+    """Return --part, which picks rows by a hash of their id."""
+    return click.option(
+        "--part",
+        default=default,
+        callback=_part,
+        show_default=True,
+        metavar="LOW:HIGH",
+        help="Rows whose id hashes into these of 100 parts; keep them apart from what the index was built on.",
+    )
+
+
 def model_options(function: F) -> F:
     """Add --dtype and --device."""
     return dtype(device(function))

@@ -6,6 +6,8 @@ projections, and the names of the projections. Its model's own forward code keep
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,6 +181,11 @@ def weight_sketch(layers: Sequence[MLPLayer]) -> list[list[float]]:
         values = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
         sketch.append([float(f"{value:.6g}") for value in values.tolist()])
     return sketch
+
+
+def weights_checksum(layers: Sequence[MLPLayer]) -> str:
+    """Return a sha256 over `weight_sketch`."""
+    return hashlib.sha256(json.dumps(weight_sketch(layers)).encode()).hexdigest()
 
 
 def check_same_weights(expected: list[list[float]], layers: Sequence[MLPLayer], index: str, command: str) -> None:

@@ -35,6 +35,7 @@ from coreinfer_sim.manifest import (
     REBUILD,
     FileInfo,
     Manifest,
+    ProfileInfo,
     check_file,
     check_files,
     compensation_file,
@@ -317,9 +318,17 @@ class SemanticIndex:
             )
         return NeuronSelection("statistics", self.core_neurons(cluster, keep_ratio, score, layers))
 
+    def write_profile(self, profile: ProfileInfo) -> None:
+        """Put a profile into the index folder's manifest, in one step."""
+        assert self._folder is not None
+        self.manifest = replace(self.manifest, profile=profile)
+        write_json(self._folder / MANIFEST_FILE, self.manifest.as_dict())
+
     @property
     def default_keep_ratio(self) -> float:
-        """The keep ratio for who names none: the first with compensated sets, else the γ of the build."""
+        """The keep ratio for who names none: the profile's, else the first with compensated sets, else the build's γ."""
+        if self.manifest.profile is not None:
+            return self.manifest.profile.keep_ratio
         compensation = self.manifest.compensation
         return compensation[0].keep_ratio if compensation else self.manifest.settings.gamma
 

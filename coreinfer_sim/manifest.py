@@ -105,6 +105,23 @@ class CompensationInfo:
 
 
 @dataclass(frozen=True)
+class ProfileInfo:
+    """The keep ratio for who names none, and the measurement that it rests on."""
+
+    keep_ratio: float
+    max_increase: float
+    """Largest increase of perplexity that was allowed, as a share of the dense model's."""
+    ratio: float
+    """Measured perplexity over dense, geometric mean over sets."""
+    low: float
+    high: float
+    """Its 95 % bootstrap interval."""
+    mlp_bytes: int
+    """MLP bytes that a decoded token reads."""
+    n_rows: int
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
 
@@ -123,6 +140,7 @@ class Manifest:
     corpus: CorpusInfo
     settings: SettingsInfo
     compensation: list[CompensationInfo]
+    profile: ProfileInfo | None
     files: dict[str, FileInfo]
 
     def file_names(self) -> list[str]:
@@ -135,8 +153,11 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""
-        fields = dataclasses.asdict(self)
-        return {**fields, "sha256": manifest_checksum(fields)}
+        return {**dataclasses.asdict(self), "sha256": self.checksum()}
+
+    def checksum(self) -> str:
+        """Return the sha256 over all fields."""
+        return manifest_checksum(dataclasses.asdict(self))
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:
@@ -182,11 +203,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
         files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
+        profile = None if raw["profile"] is None else _typed(ProfileInfo, raw["profile"], "profile")
         compensation = [_typed(CompensationInfo, entry, "compensation") for entry in raw["compensation"]]
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
-    manifest = Manifest(format_version=version, versions=versions, files=files, compensation=compensation, **sections)
+    manifest = Manifest(
+        format_version=version, versions=versions, files=files, compensation=compensation, profile=profile, **sections
+    )
     _check_contents(manifest, path)
     expected = set(manifest.file_names())
     if set(files) != expected:
@@ -210,6 +234,7 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
+        "profile": manifest.profile is None or 0 < manifest.profile.keep_ratio <= 1,
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from coreinfer_sim_cli.main import main
 from tiny_models import N_LAYERS, VOCABULARY
 
 from coreinfer_sim.architectures import find_mlps
@@ -17,15 +20,18 @@ from coreinfer_sim.build.compensating import calibration_text
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of, share_out
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
-from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, Ranking
+from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError, IndexFormatError
+from coreinfer_sim.generation import TextGenerator
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.manifest import compensation_file
 from coreinfer_sim.models import LanguageModel, load_model
 from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
+
+COMPENSATION = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300)
 
 
 def drawn(*shape, seed=0):
@@ -311,14 +317,11 @@ def built(tiny_checkpoint, encoder, tmp_path_factory):
     topics = ["stars and planets", "bread and cheese", "judges and courts"]
     rows = [{"prompt": f"Tell me of {topics[i % 3]}, {i}.", "answer": f"They are {i} and more."} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    from coreinfer_sim.config import CorpusConfig
-
-    compensation = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300)
     build_index(
         tiny_checkpoint,
         CorpusConfig(str(folder / "rows.jsonl"), template="{prompt} {answer}"),
         folder / "index",
-        BuildConfig(clusters=3, compensation=compensation),
+        BuildConfig(clusters=3, compensation=COMPENSATION),
         encoder=encoder,
         workers=2,
     )
@@ -344,8 +347,6 @@ def test_an_index_brings_its_compensated_sets(built, tiny_checkpoint, encoder):
 
 
 def test_a_compensated_index_generates(built, tiny_checkpoint, encoder):
-    from coreinfer_sim.generation import TextGenerator
-
     language_model = load_model(tiny_checkpoint)
     predictor = make_predictor("similarity", language_model.layers, SemanticIndex.load(built, encoder))
     run = TextGenerator(language_model, predictor).generate("Tell me of bread.", max_new_tokens=5, do_sample=False)
@@ -353,8 +354,6 @@ def test_a_compensated_index_generates(built, tiny_checkpoint, encoder):
 
 
 def test_a_damaged_set_is_refused_when_it_is_read(built, encoder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(built, tmp_path / "index")
     path = copy / compensation_file(0.5, None)
     content = bytearray(path.read_bytes())
@@ -382,24 +381,58 @@ def test_strange_shapes_are_refused(tmp_path):
         load_compensated(tmp_path / "none", 6, 2)
 
 
-def test_workers_and_interruptions_leave_the_same_files(built, tiny_checkpoint, encoder):
-    from coreinfer_sim.build.builder import read_sentences  # noqa: F401 - the build folder is gone once it is done
-
+def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
     again = built.with_name("again")
-    from coreinfer_sim.config import CorpusConfig
-
     build_index(
         tiny_checkpoint,
         CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}"),
         again,
-        BuildConfig(
-            clusters=3, compensation=CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300)
-        ),
+        BuildConfig(clusters=3, compensation=COMPENSATION),
         encoder=encoder,
     )
     files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
     assert len(files) == 4 + 2 * 4
     assert all((built / name).read_bytes() == (again / name).read_bytes() for name in files)
+
+
+def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(built, tmp_path / "index")
+    rows = [
+        {"id": str(i), "prompt": f"Tell me of stars, {i}.", "completion": f"They are {i} and more."} for i in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = [str(tmp_path / "rows.jsonl"), "--index", str(copy), "--model", tiny_checkpoint, "--json"]
+    tuned = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--max-perplexity-increase", "9000%"])
+    assert tuned.exit_code == 0, tuned.stderr
+    assert json.loads(tuned.stdout)["profile"]["keep_ratio"] == 0.5
+    assert SemanticIndex.load(copy).default_keep_ratio == 0.5
+    strict = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--max-perplexity-increase", "1e-9"])
+    assert strict.exit_code == 0 and SemanticIndex.load(copy).default_keep_ratio == 1.0
+    scores = ["--score", "energy", "--score", "compensated", "--keep-ratio", "0.5", "--weights", "q8_0"]
+    evaluated = CliRunner().invoke(main, ["evaluate", *arguments, *scores, "--contender", "similarity"])
+    assert evaluated.exit_code == 0, evaluated.stderr
+    plain, fitted = json.loads(evaluated.stdout)
+    assert (plain["contender"], fitted["contender"]) == (
+        "similarity/energy 0.5 q8_0",
+        "similarity/compensated 0.5 q8_0",
+    )
+    assert fitted["kl"] < plain["kl"]
+    missing = CliRunner().invoke(
+        main, ["evaluate", *arguments, "--score", "compensated", "--keep-ratio", "0.6", "--contender", "global"]
+    )
+    assert missing.exit_code == 1 and "no sets compensated at keep ratio 0.6" in missing.stderr
+    described = CliRunner().invoke(main, ["info", str(copy)])
+    assert "keep ratio 0.5, rank 3, bypass of rank 2" in described.stdout and "profile" in described.stdout
+    looked = CliRunner().invoke(main, ["lookup", str(copy), "stars", "--keep-ratio", "0.5"])
+    assert "compensated" in looked.stdout
+
+
+@pytest.mark.parametrize("value", ["rank:0", "rank:x", "half", "rank"])
+def test_impossible_ranks_are_refused(value, tmp_path):
+    done = CliRunner().invoke(
+        main, ["build-index", "x", "--model", "m", "--out", str(tmp_path / "o"), "--compensate", value]
+    )
+    assert done.exit_code == 2 and "neither 'full' nor 'rank:R'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from coreinfer_sim.evaluation.contenders import (
     rounded,
     rounded_model,
 )
-from coreinfer_sim.evaluation.evaluate import Result, evaluate, read_results, summarise
+from coreinfer_sim.evaluation.evaluate import Result, evaluate, open_log, read_results, summarise
 from coreinfer_sim.evaluation.plot import families, plot
 from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import normalised, text_scores, token_f1
+from coreinfer_sim.evaluation.tune import choose_profile
 from coreinfer_sim.models import load_model
 from coreinfer_sim.predictors import FixedPredictor, make_predictor, random_selection
 from coreinfer_sim.runtime import SparseModel
@@ -325,9 +326,9 @@ def test_the_command(tiny_checkpoint, tmp_path):
     ]
     assert found[0]["ratio"] == 1.0
     assert json.loads(out.read_text())["contenders"] == found
-    assert len(log.read_text().splitlines()) == 10
+    assert len(log.read_text().splitlines()) == 1 + 10
     table = CliRunner().invoke(main, arguments)
-    assert table.exit_code == 0 and len(log.read_text().splitlines()) == 10
+    assert table.exit_code == 0 and len(log.read_text().splitlines()) == 1 + 10
     assert "griffin 0.5" in table.stdout
     refused = CliRunner().invoke(main, [*arguments, "--contender", "similarity"])
     assert refused.exit_code == 1 and "needs an index" in refused.stderr
@@ -407,3 +408,35 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_the_model_loads(tmp_path,
     assert "no folder" in refused("none/a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert "a plot needs matplotlib, not found here; install the extra eval" in refused("a.png")
+
+
+def test_a_log_goes_on_only_with_the_same_setup(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with open_log(path, {"model": "a", "max_tokens": 8}) as file:
+        file.write("{}\n")
+    with open_log(path, {"model": "a", "max_tokens": 8}):
+        pass
+    assert len(path.read_text().splitlines()) == 2
+    with pytest.raises(ConfigError, match="made with another max_tokens"):
+        open_log(path, {"model": "a", "max_tokens": 9})
+    path.write_text("something else\n")
+    with pytest.raises(ConfigError, match="no log of evaluate"):
+        open_log(path, {})
+
+
+def summary_of(**bounds):
+    return [
+        {"contender": name, "ratio": high - 0.01, "ratio_interval": [1.0, high], "mlp_bytes_per_token": n, "n_rows": 5}
+        for name, (high, n) in bounds.items()
+    ]
+
+
+def test_the_profile_is_the_fewest_bytes_that_keep_the_promise():
+    tried = [Contender("similarity", ratio) for ratio in (0.4, 0.6, 0.8)]
+    names = [str(contender) for contender in tried]
+    summary = summary_of(**dict(zip(names, [(1.2, 40), (1.04, 60), (1.01, 80)], strict=True)))
+    found = choose_profile(tried, summary, 0.05, 100)
+    assert (found.keep_ratio, found.mlp_bytes, found.high, found.n_rows) == (0.6, 60, 1.04, 5)
+    assert choose_profile(tried, summary, 0.5, 100).keep_ratio == 0.4
+    dense = choose_profile(tried, summary, 0.005, 100)
+    assert (dense.keep_ratio, dense.ratio, dense.mlp_bytes) == (1.0, 1.0, 100)

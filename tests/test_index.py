@@ -90,6 +90,7 @@ def manifest(**sections: Any) -> Manifest:
             "corpus": CorpusInfo("prompts.jsonl", "1" * 64, 27, 300),
             "settings": SettingsInfo(3, 0.4, 0.4, 0.5, 0, [1, 2], 16, 64, 1),
             "compensation": [],
+            "profile": None,
             "files": {},
             **sections,
         }
@@ -168,7 +169,7 @@ def test_an_id_may_hold_any_character(tmp_path, separator):
 
 def test_the_manifest_is_readable_json(index_folder):
     raw = raw_manifest(index_folder)
-    assert raw["format_version"] == 1
+    assert raw["format_version"] == 2
     assert raw["settings"] == asdict(manifest().settings)
 
 
@@ -439,7 +440,12 @@ def test_an_unknown_field_raises(index_folder, section):
         SemanticIndex.load(index_folder)
 
 
-RIGHT = [(("versions",), {"a": 1}), (("model", "revision"), None), (("encoder", "normalised"), True)]
+RIGHT = [
+    (("versions",), {"a": 1}),
+    (("model", "revision"), None),
+    (("encoder", "normalised"), True),
+    (("profile",), None),
+]
 WRONG = [(field, value) for field in FIELDS for value in ({"a": 1}, True, None) if (field, value) not in RIGHT]
 
 
@@ -451,6 +457,37 @@ def test_a_field_of_a_wrong_type_raises(index_folder, field, value):
     changed_at(raw, field)[field[-1]] = value
     rewrite(index_folder, raw)
     with pytest.raises(IndexFormatError):
+        SemanticIndex.load(index_folder)
+
+
+FITTED = {
+    "keep_ratio": 0.5,
+    "rank": None,
+    "bypass_rank": 0,
+    "ranking": "surgeon",
+    "budget": "uniform",
+    "tokens": 9,
+    "n_kept": [3, 3, 3],
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep_ratio": 1.0},
+        {"keep_ratio": "0.5"},
+        {"rank": 0},
+        {"bypass_rank": -1},
+        {"n_kept": [3, 3]},
+        {"n_kept": [3, 3, 7]},
+        {"n_kept": [3, 3, True]},
+        {"surprise": 1},
+        {},  # sound, but the files that it promises are not listed
+    ],
+)
+def test_compensation_that_cannot_be_raises(index_folder, change):
+    rewrite(index_folder, {**raw_manifest(index_folder), "compensation": [{**FITTED, **change}]})
+    with pytest.raises(IndexFormatError, match="compensation|misspells"):
         SemanticIndex.load(index_folder)
 
 

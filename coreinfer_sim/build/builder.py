@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -21,7 +20,7 @@ import faiss
 import numpy as np
 import torch
 
-from coreinfer_sim.architectures import MLPLayer, weight_sketch
+from coreinfer_sim.architectures import MLPLayer, weight_sketch, weights_checksum
 from coreinfer_sim.build.compensating import make_fitter, neurons_by_ratio, sets_to_fit
 from coreinfer_sim.build.executors import RunShard, default_threads, default_workers, n_cores, run_shards
 from coreinfer_sim.build.progress import Progress
@@ -218,7 +217,6 @@ class _Build:
             raise ConfigError(
                 f"max_tokens is {self.corpus.max_tokens}, but the model's context is {limit}; give a smaller --max-tokens."
             )
-        sketch = json.dumps(weight_sketch(self.language_model.layers))
         plan = {
             "corpus": asdict(self.corpus),
             "corpus_file": sha256_of(source) if (source := Path(self.corpus.source)).is_file() else None,
@@ -226,7 +224,7 @@ class _Build:
             "model": self.language_model.name,
             "dtype": self.job.dtype,
             "n_threads": self.job.n_threads,
-            "weights": hashlib.sha256(sketch.encode()).hexdigest(),
+            "weights": weights_checksum(self.language_model.layers),
             "encoder": self.encoder.probe(),
         }
         plan = json.loads(json.dumps(plan))  # as it will be read
@@ -509,6 +507,7 @@ class _Build:
                 n_threads=self.job.n_threads,
             ),
             compensation=self._compensation(),
+            profile=None,
             files={},
         )
 

@@ -163,6 +163,36 @@ def _score(
     )
 
 
+def open_log(path: Path, setup: dict[str, Any]) -> TextIO:
+    """Open a log for further results; its first line says what they were made with.
+
+    Args:
+        path: of the log.
+        setup: everything but contenders and rows that scores depend on, as plain JSON types.
+
+    Raises:
+        ConfigError: the log was made with something else.
+    """
+    found = None
+    if path.exists() and path.stat().st_size:
+        with path.open(encoding="utf-8") as file:
+            try:
+                found = json.loads(file.readline())["setup"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path} is no log of evaluate, expected one or a new file; name another.") from error
+        differing = [name for name in setup if found.get(name) != setup[name]]
+        if differing:
+            raise ConfigError(
+                f"{path} holds scores that were made with another {', '.join(differing)}, expected the same to go on; name "
+                "another --log."
+            )
+    file = path.open("a", encoding="utf-8")
+    if found is None:
+        file.write(json.dumps({"setup": setup}) + "\n")
+        file.flush()
+    return file
+
+
 def read_results(path: Path) -> list[Result]:
     """Read the log of an earlier run; a last line that a kill cut short is dropped."""
     results = []

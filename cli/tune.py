@@ -1,0 +1,99 @@
+"""`coreinfer-sim tune`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options
+from .console import ConsoleProgress, print_json, quiet_libraries, status
+
+_D = {"show_default": True}
+
+
+def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
+    number = value.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if value.strip().endswith("%") else 1)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a share such as 0.05 nor a percentage such as 5%.") from error
+    if not 0 < share < 100:
+        raise click.BadParameter(f"{value!r} is not above 0.")
+    return share
+
+
+@click.command()
+@click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--index", required=True, type=click.Path(), help="Index folder, which gets the profile.")
+@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's]")
+@click.option(
+    "--max-perplexity-increase",
+    "max_increase",
+    default="5%",
+    callback=_increase,
+    **_D,
+    metavar="SHARE",
+    help="The promise: the upper end of the 95 % interval stays below it.",
+)
+@click.option(
+    "--keep-ratio",
+    "keep_ratios",
+    multiple=True,
+    type=float,
+    help="To try; may be repeated.  [default: those of compensated sets, and 0.5 to 0.9]",
+)
+@options.part("70:85")
+@click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
+@click.option(
+    "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
+)
+@click.option("--seed", type=int, default=0, **_D, help="Of the bootstrap.")
+@options.model_options
+@options.as_json
+def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, **given: Any) -> None:
+    """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
+
+    SETS are JSONL files with id, prompt and completion, as for evaluate. Take other rows than those that you build on or
+    report.
+    """
+    from coreinfer_sim.architectures import dense_bytes
+    from coreinfer_sim.evaluation.evaluate import evaluate, summarise
+    from coreinfer_sim.evaluation.rows import read_rows
+    from coreinfer_sim.evaluation.tune import candidates, choose_profile
+    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.models import load_model
+
+    from .evaluate import print_table
+
+    quiet_libraries()
+    loaded = SemanticIndex.load(index)
+    contenders = candidates(loaded, given["keep_ratios"])
+    rows = [row for path in sets for row in read_rows(path, given["part"], given["limit"])]
+    with status("Loading the model"):
+        language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
+    results = evaluate(
+        language_model,
+        contenders,
+        rows,
+        loaded,
+        max_tokens=given["max_tokens"],
+        seed=given["seed"],
+        progress=ConsoleProgress(),
+    )
+    summary = summarise(results, given["seed"])
+    profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes(language_model.layers))
+    loaded.write_profile(profile)
+    if as_json:
+        print_json({"profile": asdict(profile), "contenders": summary})
+        return
+    print_table(summary)
+    if profile.keep_ratio == 1.0:
+        click.echo(f"No keep ratio keeps {profile.max_increase:.1%}: {index} decodes densely by default now.")
+    else:
+        click.echo(
+            f"{index} decodes at keep ratio {profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "
+            f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
+        )

@@ -1,0 +1,55 @@
+"""Choosing the keep ratio: the fewest bytes a token that keep a promise about perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from coreinfer_sim.config import Fallback
+from coreinfer_sim.evaluation.contenders import Contender
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.manifest import ProfileInfo
+
+KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Tried beside those of the index's compensated sets."""
+
+
+def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[Contender]:
+    """Return similarity mode at each keep ratio, compensated where the index can, with the fallback that it takes then.
+
+    Args:
+        index: to choose for.
+        keep_ratios: to try; none: those of the compensated sets and KEEP_RATIOS.
+    """
+    fitted = [info.keep_ratio for info in index.manifest.compensation]
+    found = []
+    for ratio in sorted({*keep_ratios} or {*fitted, *KEEP_RATIOS}):
+        compensated = index.has_compensation(ratio)
+        fallback = Fallback.GLOBAL if compensated else Fallback.HYBRID
+        found.append(Contender("similarity", ratio, fallback=fallback, compensated=compensated))
+    return found
+
+
+def choose_profile(
+    contenders: Sequence[Contender], summary: Sequence[dict[str, Any]], max_increase: float, dense_bytes: int
+) -> ProfileInfo:
+    """Return the contender with the fewest MLP bytes whose whole 95 % interval keeps the promise, or dense decode.
+
+    Args:
+        contenders: the candidates.
+        summary: of `summarise`, for them.
+        max_increase: allowed increase of perplexity, as a share of the dense model's.
+        dense_bytes: MLP bytes a token of the dense model.
+    """
+    by_name = {row["contender"]: row for row in summary}
+    kept = [
+        (row["mlp_bytes_per_token"], contender.keep_ratio, row)
+        for contender in contenders
+        if (row := by_name[str(contender)])["ratio_interval"][1] <= 1 + max_increase
+    ]
+    if not kept:
+        n_rows = max(row["n_rows"] for row in summary)
+        return ProfileInfo(1.0, max_increase, 1.0, 1.0, 1.0, dense_bytes, n_rows)
+    n_bytes, ratio, row = min(kept, key=lambda found: found[:2])
+    low, high = row["ratio_interval"]
+    return ProfileInfo(ratio, max_increase, row["ratio"], low, high, n_bytes, row["n_rows"])
