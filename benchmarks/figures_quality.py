@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import RESULTS, record
+from figures import RESULTS, machine, record
 
 FILE = "figures-quality.json"
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
@@ -108,6 +108,80 @@ def evaluate(model: str, data: Path, name: str, index: Path, rows: int, keep_rat
     )
     summary = {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
     _record_all(summary, name, keep_ratio, rows)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "uniform layers": {"budget": "uniform"},
+    "ranked by energy": {"ranking": "energy"},
+    "no error taken back": {"carry": 0.0},
+    "half of the error taken back": {"carry": 0.5},
+    "prompt tokens left out": {"prompt_weight": 0.0},
+    "prompt tokens count fully": {"prompt_weight": 1.0},
+    "rank 256": {"rank": 256},
+    "rank 64": {"rank": 64},
+    "bypass of rank 32": {"bypass_rank": 32},
+}
+"""Changes of one setting at a time."""
+
+
+@main.command()
+@model_option
+@data_option
+@name_option
+@click.option("--keep-ratio", default=0.4, show_default=True)
+@click.option("--tokens", default=20_000, show_default=True, help="To fit each variant on.")
+@click.option("--rows", default=4, show_default=True, help="Of each indexed set, to score on.")
+@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="May be repeated.  [default: all]")
+def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, rows: int, only: tuple[str, ...]) -> None:
+    """Fit one set for all texts in several ways; score on rows at 70 to 84, which choices may see."""
+    from coreinfer_sim import load_model
+    from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
+    from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
+    from coreinfer_sim.config import Ranking
+    from coreinfer_sim.evaluation.rows import joined, read_rows
+    from coreinfer_sim.evaluation.scoring import Case
+    from coreinfer_sim.sparse_mlp import installed
+
+    language_model = load_model(model)
+    layers, tokenizer = language_model.layers, language_model.tokenizer
+    paths = [path for path in sorted(data.glob("*.jsonl")) if path.stem not in UNSEEN]
+    texts: list[CalibrationText] = []
+    for group in zip(*(read_rows(path, range(70), None) for path in paths), strict=False):
+        for row in group if sum(len(text.ids) for text in texts) < tokens else ():
+            prompt, completion = (
+                tokenizer(part, add_special_tokens=False)["input_ids"] for part in joined(row.prompt, row.completion)
+            )
+            kept = prompt[-256:]
+            texts.append(CalibrationText([*kept, *completion[:256]], len(kept)))
+    cases = [Case(language_model, row, 512, 0.4) for path in paths for row in read_rows(path, range(70, 85), rows)]
+    costs = layer_costs(language_model, texts[::4], texts[1::16], Fit())
+    path = RESULTS / f"ablation-{name.lower()}-{keep_ratio:g}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for title in only or VARIANTS:
+        settings = dict(VARIANTS[title])
+        budget = settings.pop("budget", "sensitivity")
+        fit = Fit(**{key: Ranking(value) if key == "ranking" else value for key, value in settings.items()})
+        n_kept = neurons_of(
+            layers, range(len(layers)), keep_ratio, None if budget == "uniform" else costs, fit.bypass_rank
+        )
+        selection = fit_layers(language_model, texts, n_kept, fit)
+        gaps: dict[str, list[tuple[float, int]]] = {}
+        for case in cases:
+            with installed(layers, selection):
+                score = case.score()
+            gaps.setdefault(case.row.set_name, []).append((score.loss - case.reference_loss, score.n_tokens))
+        logs = [sum(gap for gap, _ in group) / sum(n for _, n in group) for group in gaps.values()]
+        known[title] = round(math.exp(sum(logs) / len(logs)), 3)
+        print(f"{title:32s} {known[title]:.3f}")
+        content = {
+            "machine": machine(),
+            "tokens": tokens,
+            "rows_per_set": rows,
+            "command": " ".join(sys.argv[:2]),
+            **known,
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int) -> None:

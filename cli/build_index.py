@@ -26,7 +26,9 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
         return value
     kind, _, rank = value.partition(":")
     if kind != "rank" or not rank.isdecimal() or int(rank) < 1:
-        raise click.BadParameter(f"{value!r} is neither 'full' nor 'rank:R'.")
+        raise click.BadParameter(
+            f"{value!r} is neither 'full' nor 'rank:R' with a whole number R from 1, such as rank:256."
+        )
     return int(rank)
 
 

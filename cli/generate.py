@@ -33,7 +33,11 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     **_D,
     help="Where the kept neurons come from.",
 )
-@click.option("--keep-ratio", type=float, help="Share of neurons that decode keeps.  [default: the index's]")
+@click.option(
+    "--keep-ratio",
+    type=float,
+    help="Share of neurons that decode keeps; of MLP bytes in compensated sets.  [default: the index's]",
+)
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", **_D, help="What ranks neurons.")
 @click.option(
     "--nearest",

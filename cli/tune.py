@@ -59,12 +59,13 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     SETS are JSONL files with id, prompt and completion, as for evaluate. Take other rows than those that you build on or
     report.
     """
-    from coreinfer_sim.architectures import dense_bytes
+    from coreinfer_sim.evaluation.contenders import bytes_per_token
     from coreinfer_sim.evaluation.evaluate import evaluate, summarise
     from coreinfer_sim.evaluation.rows import read_rows
     from coreinfer_sim.evaluation.tune import candidates, choose_profile
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
+    from coreinfer_sim.selection import NeuronSelection
 
     from .evaluate import print_table
 
@@ -84,7 +85,8 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
         progress=ConsoleProgress(),
     )
     summary = summarise(results, given["seed"])
-    profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes(language_model.layers))
+    dense_bytes, _ = bytes_per_token(language_model, NeuronSelection("dense"), "16bit")
+    profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes)
     loaded.write_profile(profile)
     if as_json:
         print_json({"profile": asdict(profile), "contenders": summary})

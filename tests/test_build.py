@@ -479,9 +479,9 @@ def test_what_a_broken_off_write_leaves_is_swept_away(build, built, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"config": BuildConfig(clusters=3, shard_size=8, alpha=0.5)}, "config"),
-        ({"config": BuildConfig(clusters=2, shard_size=8)}, "config"),
-        ({"config": BuildConfig(clusters=3, shard_size=4)}, "config"),
+        ({"config": BuildConfig(clusters=3, shard_size=8, alpha=0.5)}, "alpha"),
+        ({"config": BuildConfig(clusters=2, shard_size=8)}, "clusters"),
+        ({"config": BuildConfig(clusters=3, shard_size=4)}, "shard_size"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"threads": 2}, "n_threads"),
     ],

@@ -617,7 +617,7 @@ def test_an_output_folder_that_exists(build, index, tmp_path):
 
 def test_other_settings_than_those_of_a_broken_off_build(build, tmp_path):
     refused(build("--clusters", 46), "46 clusters")  # leaves the corpus that it had read
-    refused(build("--clusters", 3, "--alpha", 0.7), "another config", "expected the same settings", "--force")
+    refused(build("--clusters", 3, "--alpha", 0.7), "another clusters, alpha", "expected the same settings", "--force")
     assert build("--clusters", 3, "--force").exit_code == 0
 
 

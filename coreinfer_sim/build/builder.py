@@ -53,6 +53,8 @@ from coreinfer_sim.manifest import (
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 
 _EMBEDDED_AT_ONCE = 128
+_LIBRARY_BYTES = 900 << 20
+"""What Python, torch, the encoder and a batch take, roughly."""
 _BYTES_PER_SUM = 3 * 8
 _BYTES_PER_STATISTIC = 4 + 4 + 4
 _MOST_AUTO_CLUSTERS = 256
@@ -119,6 +121,7 @@ def build_index(
     _check_output(out, force)
     folder = out.with_name(out.name + ".build")
     check_corpus(corpus)
+    out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
     if not isinstance(model, str) and workers != 1:
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
@@ -233,7 +236,7 @@ class _Build:
             write_json(path, plan)
             return
         found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in plan if found.get(name) != plan[name]]
+        differing = _differing(found, plan)
         if differing:
             raise BuildError(
                 f"{self.folder} holds a build with another {', '.join(differing)}, expected the same settings; repeat them "
@@ -285,6 +288,7 @@ class _Build:
         build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM + moment_bytes
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + (4 * moment_bytes // len(self.layers) if moment_bytes else 0)
+        worker_bytes += _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
@@ -418,8 +422,9 @@ class _Build:
         sets = sets_to_fit(self.config.compensation, len(self.clustering.centroids))
         numbers = [number for number, (_ratio, cluster) in enumerate(sets) if wanted(cluster)]
         unfinished = [i for i in numbers if not (self.folder / compensation_file(*sets[i])).exists()]
-        run = _make_fitter(self.job, self.language_model, self.sentences, self.clustering)
-        self.progress.start(title, len(numbers), "sets", len(numbers) - len(unfinished))
+        run = _make_fitter(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
+        n_layers = len(self.language_model.layers)
+        self.progress.start(title, len(numbers) * n_layers, "layers", (len(numbers) - len(unfinished)) * n_layers)
         try:
             run_shards(unfinished, run, n_workers, _fitter_of, self.job, self.progress.advance)
         finally:
@@ -530,6 +535,18 @@ class _Build:
         ]
 
 
+def _differing(found: Any, plan: dict[str, Any]) -> list[str]:
+    """Return the names of settings that differ, those inside a group by their own name."""
+    names: list[str] = []
+    for name, value in plan.items():
+        other = found.get(name) if isinstance(found, dict) else None
+        if isinstance(value, dict) and isinstance(other, dict):
+            names += _differing(other, value)
+        elif other != value:
+            names.append(name)
+    return names
+
+
 def _recorded_layers(language_model: LanguageModel, config: BuildConfig) -> list[MLPLayer]:
     numbers = sorted(parse_layers(config.layers, len(language_model.layers)))
     if not numbers:
@@ -591,11 +608,15 @@ def _load_again(job: _Job) -> tuple[LanguageModel, list[Sentence], Clustering]:
 
 
 def _make_fitter(
-    job: _Job, language_model: LanguageModel, sentences: list[Sentence], clustering: Clustering
+    job: _Job,
+    language_model: LanguageModel,
+    sentences: list[Sentence],
+    clustering: Clustering,
+    report: Callable[[int], None] | None = None,
 ) -> RunShard:
     """Return the function that fits one compensated set by number."""
     n_kept = json.loads((job.folder / "neurons.json").read_text(encoding="utf-8"))
-    return make_fitter(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, n_kept)
+    return make_fitter(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, n_kept, report)
 
 
 def _fitter_of(job: _Job) -> RunShard:

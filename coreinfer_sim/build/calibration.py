@@ -86,6 +86,7 @@ def fit_layers(
     fit: Fit,
     prior: Callable[[int], Moments] | None = None,
     keep: Callable[[int, Moments], None] | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> NeuronSelection:
     """Choose and compensate neurons for texts.
 
@@ -96,6 +97,7 @@ def fit_layers(
         fit: how.
         prior: gives moments of a layer towards which these texts' are shrunk.
         keep: takes a layer's moments, before shrinkage.
+        report: takes 1 after each layer.
 
     Returns:
         A selection with its compensation, on the CPU.
@@ -121,6 +123,8 @@ def fit_layers(
                 _advance(layer, block, batches)
             finally:
                 install(layers, dense)
+            if report is not None:
+                report(1)
     return NeuronSelection("compensated", ids, compensation=compensation)
 
 

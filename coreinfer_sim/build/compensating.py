@@ -43,8 +43,11 @@ def make_fitter(
     max_tokens: int,
     folder: Path,
     n_kept: dict[str, list[int]],
+    report: Callable[[int], None] | None,
 ) -> Callable[[int], int]:
     """Return the function that fits one set by its number in `sets_to_fit` and leaves it on disk.
+
+    That function returns the layers that it has not reported.
 
     Args:
         language_model: the model.
@@ -54,6 +57,7 @@ def make_fitter(
         max_tokens: longer texts are cut.
         folder: the build folder.
         n_kept: by keep ratio, the neurons of each layer that stay, a bypass included.
+        report: takes 1 after each layer; None: in another process, which cannot show progress.
     """
     assert config.compensation is not None
     settings = config.compensation
@@ -72,9 +76,10 @@ def make_fitter(
             fit_of(settings),
             prior=None if cluster is None else lambda layer: _load_moments(moments / f"{layer}.safetensors"),
             keep=None if cluster is not None else lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m),
+            report=report,
         )
         save_compensated(folder / compensation_file(ratio, cluster), selection)
-        return 1
+        return len(language_model.layers) if report is None else 0
 
     return run
 

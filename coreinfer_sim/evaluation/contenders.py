@@ -219,10 +219,11 @@ class Compactor:
 def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, weights: str) -> tuple[int, int]:
     """Return the MLP bytes and all weight bytes that one decoded token reads.
 
-    The embedding table is not counted, but an output head that shares it is.
+    Weights count as stored in their precision, whatever type computes. The embedding table is not counted, but an output
+    head that shares it is.
     """
     model, layers = language_model.model, language_model.layers
-    share = BITS[weights] / 8 / model.dtype.itemsize if weights != "16bit" else 1.0
+    share = BITS[weights] / 8 / model.dtype.itemsize
     mlp = selection.mlp_bytes(layers) * share
     every = sum(p.numel() * p.element_size() for p in model.parameters())
     table = model.get_input_embeddings().weight

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from coreinfer_sim.errors import CorpusError
 
@@ -38,27 +39,40 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
     """
     path = Path(path)
     rows: list[Row] = []
+    n_lines = n_empty = 0
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                raw = json.loads(line)
-                missing = {"id", "prompt", "completion"} - set(raw)
-                if missing:
-                    raise CorpusError(
-                        f"{path}, line {number}, has the fields {sorted(raw)}, expected {', '.join(sorted(missing))} too; "
-                        "evaluation needs id, prompt and completion."
-                    )
-                if hash_percent(str(raw["id"])) in part and raw["prompt"].strip() and raw["completion"].strip():
-                    rows.append(Row(path.stem, str(raw["id"]), raw["prompt"], raw["completion"]))
+            for n_lines, line in enumerate(file, 1):
+                row = _row(path, n_lines, json.loads(line))
+                if not row.prompt.strip() or not row.completion.strip():
+                    n_empty += 1
+                elif hash_percent(row.id) in part:
+                    rows.append(row)
                 if len(rows) == limit:
                     break
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CorpusError(f"{path} is no JSONL ({error}); expected one object a line.") from error
     if not rows:
+        found = f"{n_lines} rows, {n_empty} of them without prompt or completion"
         raise CorpusError(
-            f"{path} holds no row whose id hashes into {part.start} to {part.stop - 1}; name a wider --part."
+            f"{path} holds {found}, and none whose id hashes into {part.start} to {part.stop - 1}; "
+            + ("give a file with rows." if n_lines == n_empty else "name a wider --part.")
         )
     return rows
+
+
+def _row(path: Path, number: int, raw: Any) -> Row:
+    """Check one line's fields."""
+    fields = ("id", "prompt", "completion")
+    if not isinstance(raw, dict) or not set(fields) <= set(raw):
+        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise CorpusError(f"{path}, line {number}, has {found}, expected an object with {', '.join(fields)}.")
+    for name in ("prompt", "completion"):
+        if not isinstance(raw[name], str):
+            raise CorpusError(
+                f"{path}, line {number}: {name} is {raw[name]!r:.60}, expected text; write it as a string."
+            )
+    return Row(path.stem, str(raw["id"]), raw["prompt"], raw["completion"])
 
 
 def joined(prompt: str, completion: str) -> tuple[str, str]:
