@@ -143,7 +143,7 @@ def test_the_manifest_says_what_the_index_was_built_from(built, corpus, tiny_che
     drawn, report = read_corpus(CorpusConfig(corpus), lambda texts: tokenize(texts)["input_ids"])
     assert len(list(drawn)) == 60
 
-    assert raw["format_version"] == 1
+    assert raw["format_version"] == 2
     for name in ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy"):
         assert raw["versions"][name] == version(name)
     sketch = raw["model"].pop("weight_sketch")

@@ -804,7 +804,13 @@ def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoin
     arguments += ["--prompt-column", "prompt", "--template", "{prompt} {completion}", "--max-tokens", 1000]
     shards = tmp_path / "out" / "index.build" / "shards"
     command = [*PROCESS, *map(str, arguments), "--shard-size", "2"]
-    build = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    build = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit it ignored
+    )
     try:
         while build.poll() is None and len(list(shards.glob("[0-9]*.safetensors"))) < 3:
             time.sleep(0.005)
