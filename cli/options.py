@@ -18,7 +18,7 @@ dtype = click.option(
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Type of the model's weights; auto: as stored, bfloat16 for GGUF.",
+    help="Type of the model's weights; auto: as stored, bfloat16 for GGUF; float32 if the CPU lacks that.",
 )
 encoder = click.option(
     "--encoder", default=None, metavar="NAME", help="Sentence encoder: hub id or folder.  [default: all-MiniLM-L6-v2]"

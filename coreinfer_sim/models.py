@@ -94,12 +94,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
 
 def usable(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return ``dtype``, or float32 where the device is a CPU that lacks instructions for it."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    lacking = torch.device(device).type == "cpu" and dtype in supported and not supported[dtype]()
-    return torch.float32 if lacking else dtype
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return dtype
+    if dtype is torch.bfloat16:
+        return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    if dtype is torch.float16:
+        return dtype if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
+    return dtype
 
 
 def _dense_gguf(options: dict[str, str]) -> dict[str, Any]:

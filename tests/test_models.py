@@ -1,0 +1,27 @@
+"""The type that a model computes in is the stored one, or float32 where the processor has no instructions for that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import save_tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from coreinfer_sim.models import load_model, usable
+
+SUPPORTED = {
+    torch.float32: True,
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+
+
+@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
+def test_what_auto_computes_in(dtype, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "stored")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    expected = dtype if SUPPORTED[dtype] else torch.float32
+    assert usable(dtype, "cpu") is load_model(folder, device="cpu").model.dtype is expected
+    assert usable(dtype, "cuda") is dtype
+    named = str(dtype).removeprefix("torch.")
+    assert load_model(folder, dtype=named, device="cpu").model.dtype is dtype  # who names a type gets it
