@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import faiss
 import numpy as np
-import torch
 
-from coreinfer_sim.architectures import MLPLayer, weight_sketch, weights_checksum
-from coreinfer_sim.build.compensating import make_fitter, neurons_by_ratio, sets_to_fit
-from coreinfer_sim.build.executors import RunShard, default_threads, default_workers, n_cores, run_shards
-from coreinfer_sim.build.progress import Progress
+from coreinfer_sim.architectures import weight_sketch, weights_checksum
+from coreinfer_sim.build.compensating import neurons_by_ratio, sets_to_fit
+from coreinfer_sim.build.executors import (
+    default_threads,
+    default_workers,
+    give_back_memory,
+    n_cores,
+    run_shards,
+    torch_threads,
+)
+from coreinfer_sim.build.folder import build_folder, check_output, differing, link, read_sentences, save_npy, save_npz
+from coreinfer_sim.build.jobs import Job, fitter, fitter_of, recorded_layers, runner, runner_of, shard_path, shards_of
+from coreinfer_sim.build.progress import Progress, readable_size
 from coreinfer_sim.build.shards import (
     ACTIVATION_UNIT,
     ENERGY_UNIT,
     PartialSums,
-    cut_into_shards,
-    run_shard,
 )
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
-from coreinfer_sim.config import BuildConfig, CorpusConfig, parse_layers
+from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
@@ -41,7 +41,6 @@ from coreinfer_sim.index import Cluster, SemanticIndex, remove_index, save_parts
 from coreinfer_sim.manifest import (
     COMPENSATION_FOLDER,
     FORMAT_VERSION,
-    MANIFEST_FILE,
     CompensationInfo,
     CorpusInfo,
     EncoderInfo,
@@ -61,19 +60,6 @@ _MOST_AUTO_CLUSTERS = 256
 _N_EXEMPLARS = 3
 _EXEMPLAR_LENGTH = 160
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every process of a build needs; it pickles."""
-
-    model: str
-    dtype: str
-    device: str
-    folder: Path
-    config: BuildConfig
-    max_tokens: int
-    n_threads: int
 
 
 def build_index(
@@ -118,7 +104,7 @@ def build_index(
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
-    _check_output(out, force)
+    check_output(out, force)
     folder = out.with_name(out.name + ".build")
     check_corpus(corpus)
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
@@ -128,69 +114,26 @@ def build_index(
     sentence_encoder = SentenceEncoder(encoder) if isinstance(encoder, str) else encoder
     kind = language_model.model.device.type
     n_threads = threads or default_threads(kind)
-    job = _Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
-    with _build_folder(folder, force):
+    job = Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
+    with build_folder(folder, force):
         build = _Build(job, corpus, language_model, sentence_encoder, progress)
         build.check_plan()
         build.read()
         build.check_room(out)
-        with _n_threads(n_cores()):
+        with torch_threads(n_cores()):
             build.embed()
             build.cluster()
-        with _n_threads(n_threads):
+        with torch_threads(n_threads):
             build.run(workers)
         if config.compensation is not None:
-            with _n_threads(n_cores()):
+            with torch_threads(n_cores()):
                 build.share_out()
                 build.compensate_globally()
-            with _n_threads(n_threads):
+            with torch_threads(n_threads):
                 build.compensate_clusters(workers)
         build.write(out)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
-
-
-def _check_output(out: Path, force: bool) -> None:
-    if out.exists():
-        if not force:
-            raise BuildError(f"{out} exists already, expected a new folder; name another one or give --force.")
-        if not (out / MANIFEST_FILE).is_file():
-            raise BuildError(f"{out} exists and is no index, so --force does not replace it; name another folder.")
-
-
-@contextmanager
-def _build_folder(folder: Path, force: bool) -> Iterator[None]:
-    """Hold the build folder for this process alone; a failed start leaves no empty one behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BuildError(
-                f"another build is at work in {folder}, expected none; wait for it or name another folder."
-            ) from error
-        if force:
-            for path in folder.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        try:
-            yield
-        finally:
-            if {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
-                shutil.rmtree(folder)
-
-
-@contextmanager
-def _n_threads(n: int) -> Iterator[None]:
-    """Run the block with ``n`` threads, whatever the caller had set: the last bits of a product depend on it."""
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(n)
-    faiss.omp_set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        faiss.omp_set_num_threads(before[1])
 
 
 class _Build:
@@ -198,7 +141,7 @@ class _Build:
 
     def __init__(
         self,
-        job: _Job,
+        job: Job,
         corpus: CorpusConfig,
         language_model: LanguageModel,
         encoder: SentenceEncoder,
@@ -207,7 +150,7 @@ class _Build:
         self.job, self.corpus, self.progress = job, corpus, progress
         self.language_model, self.encoder = language_model, encoder
         self.folder, self.config = job.folder, job.config
-        self.layers = _recorded_layers(language_model, job.config)
+        self.layers = recorded_layers(language_model, job.config)
         self.report = CorpusReport()
         self.sentences: list[Sentence] = []
         self.embeddings = np.zeros((0, encoder.dimension), np.float32)
@@ -236,10 +179,10 @@ class _Build:
             write_json(path, plan)
             return
         found = json.loads(path.read_text(encoding="utf-8"))
-        differing = _differing(found, plan)
-        if differing:
+        different = differing(found, plan)
+        if different:
             raise BuildError(
-                f"{self.folder} holds a build with another {', '.join(differing)}, expected the same settings; repeat them "
+                f"{self.folder} holds a build with another {', '.join(different)}, expected the same settings; repeat them "
                 "to go on, or give --force to start anew."
             )
         self.progress.say(f"Continuing the build in {self.folder}.")
@@ -293,14 +236,14 @@ class _Build:
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
             f"Plan: {n_sentences:,} prompts, {self.report.n_tokens:,} tokens, {at_most}{n_clusters} clusters, "
-            f"{n_shards} shards; disk {at_most}{_size(index_bytes)} for the index and {_size(build_bytes)} while "
-            f"building; memory about {_size(memory)} and {_size(worker_bytes)} for every further worker."
+            f"{n_shards} shards; disk {at_most}{readable_size(index_bytes)} for the index and {readable_size(build_bytes)} while "
+            f"building; memory about {readable_size(memory)} and {readable_size(worker_bytes)} for every further worker."
         )
         free = shutil.disk_usage(self.folder).free
         if free < index_bytes + build_bytes and config.clusters != "auto":
             raise BuildError(
-                f"{_size(free)} are free beside {out}, expected {_size(index_bytes + build_bytes)}; free some space or "
-                "give fewer --clusters."
+                f"{readable_size(free)} are free beside {out}, expected {readable_size(index_bytes + build_bytes)}; free "
+                "some space or give fewer --clusters."
             )
 
     def _compensation_bytes(self, n_clusters: int) -> tuple[int, int]:
@@ -332,8 +275,8 @@ class _Build:
             if not path.exists():
                 block = [sentence.prompt for sentence in self.sentences[begin : begin + _EMBEDDED_AT_ONCE]]
                 vectors = self.encoder.encode(block)
-                write_atomic(path, partial(_save_npy, vectors))
-                _give_back_memory()
+                write_atomic(path, partial(save_npy, vectors))
+                give_back_memory()
                 self.progress.advance(len(block))
         self.progress.finish()
         self.embeddings = np.concatenate([np.load(path) for path in paths])
@@ -350,7 +293,7 @@ class _Build:
                 clustering = cluster_embeddings(self.embeddings, n_clusters, self.config.seed, self.progress.advance)
             finally:
                 self.progress.finish()
-            write_atomic(path, lambda part: _save_npz(part, **vars(clustering)))
+            write_atomic(path, lambda part: save_npz(part, **vars(clustering)))
         with np.load(path) as arrays:
             self.clustering = Clustering(**arrays)
 
@@ -373,15 +316,15 @@ class _Build:
         """Stage 4: the language model over every shard that is not finished yet."""
         assert self.clustering is not None
         (self.folder / "shards").mkdir(exist_ok=True)
-        shards = _shards(self.sentences, self.clustering, self.config)
-        open_shards = [i for i in range(len(shards)) if not _shard_path(self.folder, i).exists()]
+        shards = shards_of(self.sentences, self.clustering, self.config)
+        open_shards = [i for i in range(len(shards)) if not shard_path(self.folder, i).exists()]
         n_open = sum(self.sentences[i].n_tokens for shard in open_shards for i in shards[shard])
         model_bytes = self.language_model.model.get_memory_footprint()
         n_workers = workers or default_workers(self.job.device, self.job.n_threads, model_bytes)
-        run = _make_runner(self.job, self.language_model, self.sentences, self.clustering)
+        run = runner(self.job, self.language_model, self.sentences, self.clustering)
         self.progress.start("Language model", self.report.n_tokens, "tokens", self.report.n_tokens - n_open)
         try:
-            run_shards(open_shards, run, n_workers, _runner_of, self.job, self.progress.advance)
+            run_shards(open_shards, run, n_workers, runner_of, self.job, self.progress.advance)
         finally:
             self.progress.finish()
 
@@ -422,11 +365,11 @@ class _Build:
         sets = sets_to_fit(self.config.compensation, len(self.clustering.centroids))
         numbers = [number for number, (_ratio, cluster) in enumerate(sets) if wanted(cluster)]
         unfinished = [i for i in numbers if not (self.folder / compensation_file(*sets[i])).exists()]
-        run = _make_fitter(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
+        run = fitter(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
         n_layers = len(self.language_model.layers)
         self.progress.start(title, len(numbers) * n_layers, "layers", (len(numbers) - len(unfinished)) * n_layers)
         try:
-            run_shards(unfinished, run, n_workers, _fitter_of, self.job, self.progress.advance)
+            run_shards(unfinished, run, n_workers, fitter_of, self.job, self.progress.advance)
         finally:
             self.progress.finish()
 
@@ -435,8 +378,8 @@ class _Build:
         assert self.clustering is not None
         n_clusters = len(self.clustering.centroids)
         sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)
-        for number in range(len(_shards(self.sentences, self.clustering, self.config))):
-            sums.add(PartialSums.load(_shard_path(self.folder, number)))
+        for number in range(len(shards_of(self.sentences, self.clustering, self.config))):
+            sums.add(PartialSums.load(shard_path(self.folder, number)))
         part = out.with_name(f".{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -447,7 +390,7 @@ class _Build:
                 "activation": (sums.activation * ACTIVATION_UNIT).astype(np.float32),
             }
             if self.config.compensation is not None:
-                shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=os.link)
+                shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=link)
             save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
             if out.exists():
                 remove_index(out)
@@ -533,113 +476,3 @@ class _Build:
             )
             for ratio in settings.keep_ratios
         ]
-
-
-def _differing(found: Any, plan: dict[str, Any]) -> list[str]:
-    """Return the names of settings that differ, those inside a group by their own name."""
-    names: list[str] = []
-    for name, value in plan.items():
-        other = found.get(name) if isinstance(found, dict) else None
-        if isinstance(value, dict) and isinstance(other, dict):
-            names += _differing(other, value)
-        elif other != value:
-            names.append(name)
-    return names
-
-
-def _recorded_layers(language_model: LanguageModel, config: BuildConfig) -> list[MLPLayer]:
-    numbers = sorted(parse_layers(config.layers, len(language_model.layers)))
-    if not numbers:
-        raise ConfigError(f"layers is {config.layers!r}, which names none of {len(language_model.layers)} layers.")
-    return [language_model.layers[number] for number in numbers]
-
-
-def read_sentences(path: Path) -> list[Sentence]:
-    """Read the corpus that a build has drawn."""
-    with path.open(encoding="utf-8") as file:
-        return [Sentence(**json.loads(line)) for line in file]
-
-
-def _shards(sentences: list[Sentence], clustering: Clustering, config: BuildConfig) -> list[np.ndarray]:
-    n_tokens = np.array([sentence.n_tokens for sentence in sentences])
-    return cut_into_shards(clustering.assignment, n_tokens, config.shard_size)
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / "shards" / f"{number:06d}.safetensors"
-
-
-def _make_runner(
-    job: _Job, language_model: LanguageModel, sentences: list[Sentence], clustering: Clustering
-) -> RunShard:
-    """Return the function that runs one shard by number."""
-    layers = _recorded_layers(language_model, job.config)
-    shards = _shards(sentences, clustering, job.config)
-
-    def run(number: int) -> int:
-        sums = run_shard(
-            language_model, layers, sentences, clustering.assignment, shards[number], job.config, job.max_tokens
-        )
-        sums.save(_shard_path(job.folder, number))
-        _give_back_memory()
-        return sum(sentences[i].n_tokens for i in shards[number])
-
-    return run
-
-
-def _give_back_memory() -> None:
-    """Return free heap to the system where the C library can: batches of many shapes would else pile up holes in it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _runner_of(job: _Job) -> RunShard:
-    """Load in a further process what the shards need."""
-    return _make_runner(job, *_load_again(job))
-
-
-def _load_again(job: _Job) -> tuple[LanguageModel, list[Sentence], Clustering]:
-    torch.set_num_threads(job.n_threads)
-    with np.load(job.folder / "clustering.npz") as arrays:
-        clustering = Clustering(**arrays)
-    language_model = load_model(job.model, job.dtype, job.device)
-    return language_model, read_sentences(job.folder / "corpus.jsonl"), clustering
-
-
-def _make_fitter(
-    job: _Job,
-    language_model: LanguageModel,
-    sentences: list[Sentence],
-    clustering: Clustering,
-    report: Callable[[int], None] | None = None,
-) -> RunShard:
-    """Return the function that fits one compensated set by number."""
-    n_kept = json.loads((job.folder / "neurons.json").read_text(encoding="utf-8"))
-    return make_fitter(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, n_kept, report)
-
-
-def _fitter_of(job: _Job) -> RunShard:
-    """Load in a further process what the compensated sets need."""
-    return _make_fitter(job, *_load_again(job))
-
-
-def _save_npy(array: np.ndarray, path: Path) -> None:
-    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
-    np.save(buffer, array)
-    path.write_bytes(buffer.getbuffer())
-
-
-def _save_npz(path: Path, **arrays: Any) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    path.write_bytes(buffer.getbuffer())
-
-
-def _size(n_bytes: float) -> str:
-    """Return a size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import faiss
 import psutil
+import torch
 
 from coreinfer_sim.errors import BuildError
 
@@ -119,3 +123,23 @@ def _help(
             results.put(run(shard))
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Run the block with ``n`` threads, whatever the caller had set: the last bits of a product depend on it."""
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(n)
+    faiss.omp_set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        faiss.omp_set_num_threads(before[1])
+
+
+def give_back_memory() -> None:
+    """Return free heap to the system where the C library can: batches of many shapes would else pile up holes in it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

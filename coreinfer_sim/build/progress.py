@@ -17,3 +17,12 @@ class Progress:
 
     def finish(self) -> None:
         """End the stage."""
+
+
+def readable_size(n_bytes: float) -> str:
+    """Return a size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

@@ -1,0 +1,90 @@
+"""The folders of a build: the one at work, which only one process may hold, and small files in it."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreinfer_sim.corpus import Sentence
+from coreinfer_sim.errors import BuildError
+from coreinfer_sim.manifest import MANIFEST_FILE
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raise BuildError if something stands where the index shall go that may not be replaced."""
+    if out.exists():
+        if not force:
+            raise BuildError(f"{out} exists already, expected a new folder; name another one or give --force.")
+        if not (out / MANIFEST_FILE).is_file():
+            raise BuildError(f"{out} exists and is no index, so --force does not replace it; name another folder.")
+
+
+@contextmanager
+def build_folder(folder: Path, force: bool) -> Iterator[None]:
+    """Hold the build folder for this process alone; a failed start leaves no empty one behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BuildError(
+                f"another build is at work in {folder}, expected none; wait for it or name another folder."
+            ) from error
+        if force:
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield
+        finally:
+            if {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
+                shutil.rmtree(folder)
+
+
+def differing(found: Any, plan: dict[str, Any]) -> list[str]:
+    """Return the names of settings that differ, those inside a group by their own name."""
+    names: list[str] = []
+    for name, value in plan.items():
+        other = found.get(name) if isinstance(found, dict) else None
+        if isinstance(value, dict) and isinstance(other, dict):
+            names += differing(other, value)
+        elif other != value:
+            names.append(name)
+    return names
+
+
+def read_sentences(path: Path) -> list[Sentence]:
+    """Read the corpus that a build has drawn."""
+    with path.open(encoding="utf-8") as file:
+        return [Sentence(**json.loads(line)) for line in file]
+
+
+def link(source: str, target: str) -> None:
+    """Give a finished file a second place without a second copy, where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def save_npy(array: np.ndarray, path: Path) -> None:
+    """Write an array as .npy."""
+    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
+
+
+def save_npz(path: Path, **arrays: Any) -> None:
+    """Write named arrays as .npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    path.write_bytes(buffer.getbuffer())
