@@ -502,7 +502,7 @@ def test_another_corpus_or_model_in_the_same_folder_is_refused(build, corpus, ti
     out = tmp_path / "index"
     with pytest.raises(KeyboardInterrupt):
         build(out, progress=StopAt(LANGUAGE_MODEL_STAGE))
-    with pytest.raises(BuildError, match="another corpus"):
+    with pytest.raises(BuildError, match="another limit"):
         build(out, source=CorpusConfig(corpus, limit=50))
     with pytest.raises(BuildError, match="another model, weights"):
         build(out, model=save_tiny_checkpoint(tmp_path / "other", seed=1))

@@ -299,14 +299,21 @@ def test_rows_by_part(tmp_path):
     assert all(hash_percent(r.id) < 70 for r in low)
     assert len(read_rows(path, range(0, 100), 7)) == 7
     path.write_text('{"id": "1", "prompt": "p"}\n')
-    with pytest.raises(CorpusError, match="expected completion too"):
+    with pytest.raises(CorpusError, match="expected an object with id, prompt, completion"):
         read_rows(path, range(0, 100), None)
     path.write_text("nothing\n")
     with pytest.raises(CorpusError, match="is no JSONL"):
         read_rows(path, range(0, 100), None)
-    with pytest.raises(CorpusError, match="no row whose id hashes"):
+    with pytest.raises(CorpusError, match="1 rows, .* none whose id hashes .* wider --part"):
         path.write_text(json.dumps(raw[0]))
         read_rows(path, range(hash_percent("t0") + 1, 100), None)
+    path.write_text('{"id": "1", "prompt": "p", "completion": 5}\n')
+    with pytest.raises(CorpusError, match="line 1: completion is 5, expected text"):
+        read_rows(path, range(0, 100), None)
+    for empty in ("", '{"id": "1", "prompt": "p", "completion": " "}\n'):
+        path.write_text(empty)
+        with pytest.raises(CorpusError, match="give a file with rows"):
+            read_rows(path, range(0, 100), None)
 
 
 def test_the_command(tiny_checkpoint, tmp_path):
