@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,6 @@ def lookup(index: str, rounds: int) -> None:
     """Latency of a lookup, and of `coreinfer-sim --help`."""
     from coreinfer_sim import SemanticIndex
     from coreinfer_sim.clustering import faiss_index
-    from coreinfer_sim.index import Cluster
 
     loaded = SemanticIndex.load(index)
     prompts = (ROOT / "demo/prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -317,7 +317,7 @@ def lookup(index: str, rounds: int) -> None:
     centroids = rng.normal(size=(256, dimension)).astype(np.float32)
     centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
     large = SemanticIndex(
-        loaded.manifest, centroids, [Cluster(i, 1, 1, "", [], [], {}) for i in range(256)], {}, "synthetic"
+        loaded.manifest, centroids, [replace(loaded.clusters[0], id=i) for i in range(256)], {}, "synthetic"
     )
     assert faiss_index(centroids).ntotal == len(large)
     times = [_seconds(lambda i=i: large.lookup_embeddings(centroids[i % 256 : i % 256 + 1])) * 1e3 for i in range(2000)]
