@@ -157,7 +157,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
     cases = [Case(language_model, row, 512, 0.4) for path in paths for row in read_rows(path, range(70, 85), rows)]
     costs = layer_costs(language_model, texts[::4], texts[1::16], Fit())
     path = RESULTS / f"ablation-{name.lower()}-{keep_ratio:g}.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8"))["ratios"] if path.exists() else {}
     for title in only or VARIANTS:
         settings = dict(VARIANTS[title])
         budget = settings.pop("budget", "sensitivity")
@@ -179,7 +179,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
             "tokens": tokens,
             "rows_per_set": rows,
             "command": " ".join(sys.argv[:2]),
-            **known,
+            "ratios": known,
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -203,9 +203,10 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
 
     own, everywhere = "similarity/compensated", "global/compensated"
     bars = {"SmolLM2-135M": {0.4: 2.0, 0.6: 1.4}, "Qwen2.5-Coder-1.5B": {0.4: 1.3, 0.6: 1.08}}
+    at_0_4 = {"SmolLM2-135M": 1.2, "Qwen2.5-Coder-1.5B": 1.08} if keep_ratio == 0.4 else {}
     interval = summary[f"{own} {keep_ratio:g}"]["ratio_interval"]
     put("similarity, compensated", mean(own, seen), bars.get(name, {}).get(keep_ratio), interval_of_all_sets=interval)
-    put("gsm8k, similarity, compensated", mean(own, ["gsm8k"]), 1.2 if name == "SmolLM2-135M" else 1.08)
+    put("gsm8k, similarity, compensated", mean(own, ["gsm8k"]), at_0_4.get(name))
     for contender in (
         *("global/compensated", "random-cluster/compensated", "similarity/energy", "similarity/paper", "hybrid/energy"),
         *("global/energy", "random-cluster/energy", "griffin", "stability", "oracle", "random"),

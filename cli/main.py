@@ -36,8 +36,12 @@ class _Group(click.Group):
             ctx.exit(1)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
-            _fail(ctx, f"{error.strerror or error}{where}; {todo} and run the same command again.", 1)
+            remedy = (
+                "free some space"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                else "check the path and its permissions"
+            )
+            _fail(ctx, f"{error.strerror or error}{where}; {remedy} and run the same command again.", 1)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise

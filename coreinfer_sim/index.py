@@ -217,7 +217,7 @@ class SemanticIndex:
 
         Args:
             cluster: its number; None takes all clusters together.
-            keep_ratio: share of d_ff that is kept; None takes the γ of the build.
+            keep_ratio: share of d_ff that is kept; None takes `default_keep_ratio`.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers, such as ``4:``.
 
@@ -233,7 +233,7 @@ class SemanticIndex:
         self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
     ) -> dict[int, torch.Tensor]:
         """Return the ids with the highest values, by layer; both arrays are [n_recorded_layers, d_ff]."""
-        keep_ratio = self.manifest.settings.gamma if keep_ratio is None else keep_ratio
+        keep_ratio = self.default_keep_ratio if keep_ratio is None else keep_ratio
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
         return {

@@ -70,21 +70,26 @@ class NeuronSelection:
 
 def compact_bytes(layer: MLPLayer, n_kept: int, compensation: LayerCompensation | None = None) -> int:
     """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias."""
-    size = layer.output.weight.element_size()
-    has_bias = layer.output.bias is not None
-    fixed = layer.d_model * size
-    per_neuron = (layer.n_bytes - (fixed if has_bias else 0)) // layer.d_ff
     rank = compensation.bypass_rank if compensation is not None else 0
-    n_neurons = n_kept + rank * (1 if layer.family.gated else 2)
-    gate_bias = n_neurons * size if rank and layer.family.gated else 0
-    return per_neuron * n_neurons + gate_bias + (fixed if has_bias or compensation is not None else 0)
+    per_neuron, output_bias = _parts(layer, rank)
+    has_bias = layer.output.bias is not None or compensation is not None
+    return per_neuron * (n_kept + bypass_neurons(layer, rank)) + (output_bias if has_bias else 0)
 
 
 def n_within(layer: MLPLayer, keep_ratio: float, bypass_rank: int = 0) -> int:
     """Return how many neurons, a bypass included, a compensated MLP holds within a share of the dense MLP's bytes."""
+    per_neuron, output_bias = _parts(layer, bypass_rank)
+    return int(min(layer.d_ff, max(1, (keep_ratio * layer.n_bytes - output_bias) // per_neuron)))
+
+
+def bypass_neurons(layer: MLPLayer, rank: int) -> int:
+    """Return how many neurons a bypass takes: one for each direction, a pair in a plain MLP."""
+    return rank if layer.family.gated else 2 * rank
+
+
+def _parts(layer: MLPLayer, bypass_rank: int) -> tuple[int, int]:
+    """Return the bytes of one neuron, with the gate bias that a bypass brings, and those of an output bias."""
     size = layer.output.weight.element_size()
-    has_bias = layer.output.bias is not None
-    fixed = layer.d_model * size
-    per_neuron = (layer.n_bytes - (fixed if has_bias else 0)) // layer.d_ff
-    per_neuron += size if bypass_rank and layer.family.gated else 0
-    return int(min(layer.d_ff, max(1, (keep_ratio * layer.n_bytes - fixed) // per_neuron)))
+    output_bias = layer.d_model * size
+    per_neuron = (layer.n_bytes - (output_bias if layer.output.bias is not None else 0)) // layer.d_ff
+    return per_neuron + (size if bypass_rank and layer.family.gated else 0), output_bias

@@ -17,10 +17,10 @@ from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.build import build_index
 from coreinfer_sim.build.calibration import CalibrationText, Fit, _advance, _batches, decoder_blocks, fit_layers
 from coreinfer_sim.build.compensating import calibration_text
-from coreinfer_sim.build.sensitivity import layer_costs, neurons_of, share_out
+from coreinfer_sim.build.sensitivity import check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
-from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking
+from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError, IndexFormatError
 from coreinfer_sim.generation import TextGenerator
@@ -443,5 +443,13 @@ def test_impossible_settings_are_refused(settings):
         CompensationConfig(**settings)
 
 
-def test_budget_names_are_the_options():
-    assert {budget.value for budget in Budget} == {"uniform", "sensitivity"}
+def test_a_bypass_that_leaves_no_neurons_is_refused(models):
+    for key, rank in (("llama", 40), ("gpt2", 20), ("llama", 16)):
+        layer = find_mlps(models[key])[0]
+        with pytest.raises(ConfigError, match="give a smaller --bypass-rank"):
+            check_bypass(layer, (0.3,), rank)
+        check_bypass(layer, (0.3,), 2)
+    layers = find_mlps(models["llama"])
+    flat = np.zeros((N_LAYERS, layers[0].d_ff))
+    flat[0] = np.linspace(1, 0, layers[0].d_ff)  # only the first layer matters
+    assert min(neurons_of(layers, range(N_LAYERS), 0.4, flat, 8)) > 8

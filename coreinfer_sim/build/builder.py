@@ -26,11 +26,8 @@ from coreinfer_sim.build.executors import (
 from coreinfer_sim.build.folder import build_folder, check_output, differing, link, read_sentences, save_npy, save_npz
 from coreinfer_sim.build.jobs import Job, fitter, fitter_of, recorded_layers, runner, runner_of, shard_path, shards_of
 from coreinfer_sim.build.progress import Progress, readable_size
-from coreinfer_sim.build.shards import (
-    ACTIVATION_UNIT,
-    ENERGY_UNIT,
-    PartialSums,
-)
+from coreinfer_sim.build.sensitivity import check_bypass
+from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
@@ -86,7 +83,7 @@ def build_index(
         out: the index folder to make.
         config: what decides what is in the index.
         encoder: sentence encoder, by name or loaded.
-        dtype: of the language model; "auto" as stored.
+        dtype: of the language model; see `load_model`.
         device: of the language model; "auto" a GPU where there is one.
         workers: processes that share the shards; None fills the cores. More than one needs the caller's
             ``if __name__ == "__main__"``, as always with Python's multiprocessing.
@@ -151,6 +148,8 @@ class _Build:
         self.language_model, self.encoder = language_model, encoder
         self.folder, self.config = job.folder, job.config
         self.layers = recorded_layers(language_model, job.config)
+        if (settings := job.config.compensation) is not None:
+            check_bypass(self.layers[0], settings.keep_ratios, settings.bypass_rank)
         self.report = CorpusReport()
         self.sentences: list[Sentence] = []
         self.embeddings = np.zeros((0, encoder.dimension), np.float32)

@@ -20,7 +20,7 @@ from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.compensation import CentredMoments, LayerCompensation, Moments, compensate, surgeon_score
 from coreinfer_sim.config import Ranking
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.selection import NeuronSelection, bypass_neurons
 from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, linear_parameters
 
 _TOKENS_AT_ONCE = 4096
@@ -184,8 +184,7 @@ def fit_layer(
     score = energy
     if fit.ranking is Ranking.SURGEON:
         score = surgeon_score(moments.gram[: layer.d_ff, : layer.d_ff], weight)
-    n_bypass = fit.bypass_rank * (1 if layer.family.gated else 2)
-    ids = score.topk(n - n_bypass).indices.sort().values
+    ids = score.topk(n - bypass_neurons(layer, fit.bypass_rank)).indices.sort().values
     return ids, compensate(moments, ids, weight, bias, fit.rank, fit.bypass_rank)
 
 

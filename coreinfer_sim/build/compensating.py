@@ -65,9 +65,8 @@ def make_fitter(
 
     def run(number: int) -> int:
         ratio, cluster = sets[number]
-        texts = calibration_texts(
-            language_model, sentences, clustering, cluster, settings.tokens, config.seed, max_tokens
-        )
+        n_tokens = settings.tokens * (_GLOBAL_SHARE if cluster is None else 1)
+        texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         moments = folder / "moments" / f"{ratio:g}"
         selection = fit_layers(
             language_model,
@@ -108,7 +107,7 @@ def neurons_by_ratio(
     settings = config.compensation
     costs = None
     if settings.budget is Budget.SENSITIVITY:
-        n_tokens = min(_MEASURED_TOKENS, settings.tokens) // _GLOBAL_SHARE
+        n_tokens = min(_MEASURED_TOKENS, settings.tokens)
         texts = calibration_texts(language_model, sentences, clustering, None, n_tokens, config.seed, max_tokens)
         n_held = max(1, len(texts) // 8)
         held, fitted = texts[:n_held], texts[n_held:] or texts
@@ -128,28 +127,27 @@ def calibration_texts(
     seed: int,
     max_tokens: int,
 ) -> list[CalibrationText]:
-    """Tokenise ``n_tokens`` tokens of a cluster's sentences in random order, or three times as many of the whole corpus.
+    """Tokenise ``n_tokens`` tokens of a cluster's sentences, or of the whole corpus's, in random order.
 
     Args:
         language_model: the model.
         sentences: the corpus.
         clustering: of its sentences.
         cluster: whose sentences; None: all.
-        n_tokens: tokens of a cluster, if it has as many.
+        n_tokens: if there are as many.
         seed: of the order.
         max_tokens: longer texts are cut.
     """
     order = np.random.default_rng(seed).permutation(len(sentences))
     if cluster is not None:
         order = order[clustering.assignment[order] == cluster]
-    wanted = n_tokens if cluster is not None else _GLOBAL_SHARE * n_tokens
     texts: list[CalibrationText] = []
-    n = 0
+    n_found = 0
     for i in order:
-        if n >= wanted:
+        if n_found >= n_tokens:
             break
         texts.append(calibration_text(language_model, sentences[i], max_tokens))
-        n += len(texts[-1].ids)
+        n_found += len(texts[-1].ids)
     return texts
 
 
@@ -165,7 +163,7 @@ def calibration_text(language_model: LanguageModel, sentence: Sentence, max_toke
     if place < 0 or not sentence.text[end:].strip():
         ids = ids[:max_tokens]
         return CalibrationText(ids, len(ids) // 2)
-    n_prompt = min(len(tokenizer(sentence.text[:end], verbose=False)["input_ids"]), len(ids))
+    n_prompt = min(len(tokenizer(sentence.text[:end], verbose=False)["input_ids"]), len(ids) - 1)
     ids = ids[: n_prompt + max_tokens // 2]
     n_cut = max(0, len(ids) - max_tokens)
     return CalibrationText([*ids[:1], *ids[n_cut + 1 :]], max(0, n_prompt - n_cut))

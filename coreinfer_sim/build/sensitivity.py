@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, dense_moments, fit_layer
 from coreinfer_sim.compensation import left_over
+from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.selection import n_within
+from coreinfer_sim.selection import bypass_neurons, n_within
 from coreinfer_sim.sparse_mlp import compact_projections, install, linear_parameters
 
 PROBE = 0.375
@@ -32,8 +33,8 @@ def layer_costs(
     """Measure what each layer's sparsity costs, were all other layers dense.
 
     Each layer is made sparse alone, at one keep ratio and compensated, and the mean KL divergence to the dense model over
-    ``measured_on`` is taken. To other keep ratios it is carried over in proportion to the squared error that
-    compensation leaves in the layer's output.
+    ``measured_on`` is taken, after prompts that are read sparsely too. To other keep ratios it is carried over in
+    proportion to the squared error that compensation leaves in the layer's output.
 
     Args:
         language_model: the dense model.
@@ -62,7 +63,7 @@ def layer_costs(
     return costs
 
 
-def share_out(costs: np.ndarray, keep_ratio: float) -> np.ndarray:
+def share_out(costs: np.ndarray, keep_ratio: float, least: float = _LEAST) -> np.ndarray:
     """Return each layer's keep ratio [n_layers] with mean ``keep_ratio`` and the least sum of costs.
 
     Steps go one by one to the layer that gains most, which is best as costs fall ever more slowly.
@@ -70,6 +71,7 @@ def share_out(costs: np.ndarray, keep_ratio: float) -> np.ndarray:
     Args:
         costs: of `layer_costs`, [n_layers, d_ff].
         keep_ratio: mean over the layers.
+        least: what every layer keeps, if the mean allows it.
     """
     n_layers, d_ff = costs.shape
     kept = (np.arange(d_ff) + 1) / d_ff
@@ -77,7 +79,7 @@ def share_out(costs: np.ndarray, keep_ratio: float) -> np.ndarray:
     def cost(layer: int, share: float) -> float:
         return float(np.interp(share, kept, costs[layer]))
 
-    given = np.full(n_layers, min(_LEAST, keep_ratio))
+    given = np.full(n_layers, min(least, keep_ratio))
     left = keep_ratio * n_layers - given.sum()
     while left > 1e-9:
         step = min(_STEP, left)
@@ -102,11 +104,27 @@ def neurons_of(
         costs: of `layer_costs`; None: the same for all.
         bypass_rank: see `CompensationConfig`.
     """
-    shares = np.full(len(recorded), keep_ratio) if costs is None else share_out(costs[list(recorded)], keep_ratio)
+    if costs is None:
+        shares = np.full(len(recorded), keep_ratio)
+    else:
+        taken = bypass_neurons(layers[0], bypass_rank) / layers[0].d_ff
+        shares = share_out(costs[list(recorded)], keep_ratio, _LEAST + taken)
     kept = [layer.d_ff for layer in layers]
     for number, share in zip(recorded, shares, strict=True):
         kept[number] = n_within(layers[number], float(share), bypass_rank)
     return kept
+
+
+def check_bypass(layer: MLPLayer, keep_ratios: Sequence[float], bypass_rank: int) -> None:
+    """Raise ConfigError unless a bypass leaves neurons at each keep ratio, and at PROBE."""
+    taken = bypass_neurons(layer, bypass_rank)
+    for ratio in (*keep_ratios, PROBE):
+        n = n_within(layer, ratio, bypass_rank)
+        if bypass_rank > layer.d_model or taken >= n:
+            raise ConfigError(
+                f"a bypass of rank {bypass_rank} takes {taken} neurons, expected fewer than the {n} that a layer keeps at "
+                f"{ratio:g}, and a rank of at most {layer.d_model}; give a smaller --bypass-rank."
+            )
 
 
 def _log_probabilities(language_model: LanguageModel, texts: Sequence[CalibrationText]) -> list[torch.Tensor]:

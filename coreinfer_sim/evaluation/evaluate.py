@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from coreinfer_sim.build.folder import differing
 from coreinfer_sim.build.progress import Progress
 from coreinfer_sim.errors import ConfigError, CorpusError
 from coreinfer_sim.evaluation.contenders import Chooser, Compactor, Contender, bytes_per_token, rounded_model
@@ -180,10 +181,10 @@ def open_log(path: Path, setup: dict[str, Any]) -> TextIO:
                 found = json.loads(file.readline())["setup"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{path} is no log of evaluate, expected one or a new file; name another.") from error
-        differing = [name for name in setup if found.get(name) != setup[name]]
-        if differing:
+        different = differing(found, setup)
+        if different:
             raise ConfigError(
-                f"{path} holds scores that were made with another {', '.join(differing)}, expected the same to go on; name "
+                f"{path} holds scores that were made with another {', '.join(different)}, expected the same to go on; name "
                 "another --log."
             )
     file = path.open("a", encoding="utf-8")
