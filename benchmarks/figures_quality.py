@@ -140,7 +140,6 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
     from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
     from coreinfer_sim.config import Ranking
     from coreinfer_sim.evaluation.rows import joined, read_rows
-    from coreinfer_sim.evaluation.scoring import Case
     from coreinfer_sim.sparse_mlp import installed
 
     language_model = load_model(model)
@@ -154,7 +153,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
             )
             kept = prompt[-256:]
             texts.append(CalibrationText([*kept, *completion[:256]], len(kept)))
-    cases = [Case(language_model, row, 512, 0.4) for path in paths for row in read_rows(path, range(70, 85), rows)]
+    cases = [case for path in paths for case in _cases(language_model, path, rows)]
     costs = layer_costs(language_model, texts[::4], texts[1::16], Fit())
     path = RESULTS / f"ablation-{name.lower()}-{keep_ratio:g}.json"
     known = json.loads(path.read_text(encoding="utf-8"))["ratios"] if path.exists() else {}
@@ -182,6 +181,23 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
             "ratios": known,
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _cases(language_model: Any, path: Path, n: int) -> list[Any]:
+    """Return the first ``n`` rows of a set that have tokens to decode, from those that choices may see."""
+    from coreinfer_sim.errors import CorpusError
+    from coreinfer_sim.evaluation.rows import read_rows
+    from coreinfer_sim.evaluation.scoring import Case
+
+    found: list[Any] = []
+    for row in read_rows(path, range(70, 85), None):
+        try:
+            found.append(Case(language_model, row, 512, 0.4))
+        except CorpusError:  # too short
+            continue
+        if len(found) == n:
+            break
+    return found
 
 
 def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int) -> None:

@@ -102,6 +102,14 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     metavar="N",
     help="For --compensate: tokens to fit each cluster's set on.",
 )
+@click.option(
+    "--distil-tokens",
+    type=click.IntRange(0),
+    default=0,
+    **_D,
+    metavar="N",
+    help="For --compensate: tokens to train each cluster's set on afterwards, to predict what the dense model does.",
+)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: fill the cores]")
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads of each process.  [default: a quarter of the cores]"
@@ -137,6 +145,7 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
             ranking=Ranking(given["ranking"]),
             budget=Budget(given["budget"]),
             tokens=given["compensate_tokens"],
+            distil_tokens=given["distil_tokens"],
         )
     index = build(
         model,

@@ -13,6 +13,7 @@ from coreinfer_sim.errors import CoreInferSimError
 
 from .build_index import build_index
 from .evaluate import evaluate
+from .export import export
 from .generate import generate
 from .inspect import info, lookup, verify
 from .tune import tune
@@ -65,5 +66,5 @@ def main() -> None:
     """
 
 
-for _command in (build_index, info, verify, lookup, generate, evaluate, tune):
+for _command in (build_index, info, verify, lookup, generate, evaluate, tune, export):
     main.add_command(_command)

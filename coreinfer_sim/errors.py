@@ -48,3 +48,7 @@ class GenerationError(CoreInferSimError):
 
 class PromptError(GenerationError):
     """A prompt is empty or does not fit into the model's context."""
+
+
+class ExportError(CoreInferSimError):
+    """A set of neurons cannot be written in the format that was asked for."""

@@ -137,6 +137,7 @@ class SemanticIndex:
         self.clusters = list(clusters)
         self.name = name
         self._statistics = statistics
+        self.centroids = centroids
         self._searcher = faiss_index(centroids)
         self._encoder = encoder
 
@@ -224,10 +225,15 @@ class SemanticIndex:
         Returns:
             Ascending ids [n_kept] by layer number.
         """
-        if cluster is not None and not 0 <= cluster < len(self):
-            raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
+        if cluster is not None:
+            self.check_cluster(cluster)
         values, ties = self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
         return self._top(values, ties, keep_ratio, layers)
+
+    def check_cluster(self, cluster: int) -> None:
+        """Raise ConfigError for a number that is no cluster's."""
+        if not 0 <= cluster < len(self):
+            raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
 
     def _top(
         self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
@@ -284,15 +290,21 @@ class SemanticIndex:
             compensated: take the compensated set if the index holds one of this keep ratio (then ``score`` does not
                 matter, unless it is the paper's, which is never compensated).
         """
-        found = self._selection(match.cluster, keep_ratio, score, layers, compensated)
-        return replace(
-            found,
-            mode="similarity",
-            cluster=match.cluster,
-            similarity=match.similarity,
-            label=match.label,
-            confidence=match.confidence,
-        )
+        found = self.cluster_selection(match.cluster, keep_ratio, score, layers, compensated)
+        return replace(found, similarity=match.similarity, confidence=match.confidence)
+
+    def cluster_selection(
+        self,
+        cluster: int,
+        keep_ratio: float | None = None,
+        score: Score | str = Score.ENERGY,
+        layers: str = ":",
+        compensated: bool = True,
+    ) -> NeuronSelection:
+        """Return a cluster's set without a prompt; arguments as for `selection`."""
+        self.check_cluster(cluster)
+        found = self._selection(cluster, keep_ratio, score, layers, compensated)
+        return replace(found, mode="similarity", cluster=cluster, label=self.clusters[cluster].label)
 
     def global_selection(
         self,

@@ -100,6 +100,8 @@ class CompensationInfo:
     budget: str
     tokens: int
     """Tokens that each cluster's set was fitted on, if the cluster has as many."""
+    distil_tokens: int
+    """Tokens that it was trained on from there; 0: none."""
     n_kept: list[int]
     """Neurons of each layer of the model, bypass included, [n_layers]."""
 

@@ -59,8 +59,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
 
     Args:
         name: hub id, local checkpoint folder, or a ``.gguf`` file, which is dequantised.
-        dtype: float32, bfloat16, float16, or auto: as stored (bfloat16 for GGUF), but float32 on a CPU that has no
-            instructions for the stored type and would be several times slower in it.
+        dtype: float32, bfloat16, float16, stored (bfloat16 for GGUF), or auto: as stored, but float32 on a CPU that has
+            no instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
 
     Raises:
@@ -68,11 +68,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
         UnsupportedModelError: the family has no adapter.
     """
     source, options = _source(name)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype is {dtype!r}, expected one of auto, {', '.join(DTYPES)}.")
+    if dtype not in ("auto", "stored") and dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = DTYPES.get(dtype, usable(torch.bfloat16, device) if "gguf_file" in options else "auto")
+    of_gguf = torch.bfloat16 if dtype == "stored" else usable(torch.bfloat16, device)
+    wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

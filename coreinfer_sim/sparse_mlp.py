@@ -44,18 +44,33 @@ def compact_projections(
     weight, bias = linear_parameters(layer.output)
     output = weight.index_select(1, ids)
     if compensation is not None:
-        output = (output.float() + compensation.delta.to(output.device)).to(output.dtype)
-        added = compensation.bias.to(output)
+        output = merged_output(output, compensation, layer.family.gated)
+        added = compensation.bias.to(layer.output.weight)
         bias = added if bias is None else bias + added
         if compensation.bypass_rank:
-            extra_inputs, extra_output = _bypass(layer, compensation)
-            inputs = [_stacked(part, extra) for part, extra in zip(inputs, extra_inputs, strict=True)]
-            output = torch.cat([output, extra_output.to(output)], 1)
+            inputs = [
+                _stacked(part, extra) for part, extra in zip(inputs, _bypass_inputs(layer, compensation), strict=True)
+            ]
     if layer.family.fused:
         inputs = [_stacked(*inputs)]
     compact = {name: _linear(*part) for name, part in zip(layer.family.inputs, inputs, strict=True)}
     compact[layer.family.output] = _linear(output, bias)
     return compact
+
+
+def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bool) -> torch.Tensor:
+    """Add the compensation, in float32, to the kept columns of the output projection; gradients reach it.
+
+    Args:
+        kept: [d_model, n_kept].
+        compensation: of just these neurons.
+        gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
+    """
+    merged = (kept.float() + compensation.delta.to(kept.device)).to(kept)
+    if compensation.bypass_out is None:
+        return merged
+    bypass = compensation.bypass_out.to(kept)
+    return torch.cat([merged, bypass] if gated else [merged, bypass, -bypass], 1)
 
 
 _Parameters = tuple[torch.Tensor, torch.Tensor | None]
@@ -70,15 +85,15 @@ def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
     return weight, torch.cat([biases[0], biases[1].to(biases[0])]).to(weight)
 
 
-def _bypass(layer: MLPLayer, compensation: LayerCompensation) -> tuple[list[_Parameters], torch.Tensor]:
-    """Return the bypass as neurons: what is appended to each input projection, and to the output's columns."""
-    assert compensation.bypass_in is not None and compensation.bypass_out is not None
-    into, out = compensation.bypass_in.float(), compensation.bypass_out.float()
+def _bypass_inputs(layer: MLPLayer, compensation: LayerCompensation) -> list[_Parameters]:
+    """Return what a bypass appends to each input projection."""
+    assert compensation.bypass_in is not None
+    into = compensation.bypass_in.float()
     if not layer.family.gated:
-        return [(torch.cat([into, -into]), None)], torch.cat([out, -out], 1)
+        return [(torch.cat([into, -into]), None)]
     gate = torch.full((len(into),), _OPEN_GATE, dtype=layer.output.weight.dtype)
     opened = activation(layer)(gate).float()
-    return [(torch.zeros_like(into), gate), (into / opened[:, None], None)], out
+    return [(torch.zeros_like(into), gate), (into / opened[:, None], None)]
 
 
 def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

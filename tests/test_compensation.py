@@ -17,6 +17,7 @@ from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.build import build_index
 from coreinfer_sim.build.calibration import CalibrationText, Fit, _advance, _batches, decoder_blocks, fit_layers
 from coreinfer_sim.build.compensating import calibration_text
+from coreinfer_sim.build.distillation import Distillation, distil, n_decoded
 from coreinfer_sim.build.sensitivity import check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
@@ -31,7 +32,7 @@ from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
 
-COMPENSATION = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300)
+COMPENSATION = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300, distil_tokens=200)
 
 
 def drawn(*shape, seed=0):
@@ -247,6 +248,37 @@ def test_fitted_sets_beat_plain_ones_in_every_family(model, ranking):
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("fit", [Fit(), Fit(rank=3, bypass_rank=2)], ids=["full", "rank 3, bypass"])
+def test_distillation_learns_in_every_family(model, fit):
+    language_model = language_model_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = some_texts(40)
+    fitted = fit_layers(language_model, texts, [language_model.layers[0].d_ff // 2] * N_LAYERS, fit)
+    blank = {n: replace(c, left=0 * c.left, bias=0 * c.bias) for n, c in fitted.compensation.items()}
+    fitted = replace(fitted, compensation=blank)  # a tiny model's closed form leaves little to learn
+    reported = []
+    settings = Distillation(learning_rate=3e-3, tokens_per_step=200)
+    distilled = distil(language_model, fitted, texts * 3, settings, reported.append)
+    assert divergence(model, texts, distilled) < 0.9 * divergence(model, texts, fitted)
+    assert sum(reported) == 3 * sum(len(text.ids) for text in texts)
+    assert distilled.ids is fitted.ids
+    for number, repair in distilled.compensation.items():
+        was = vars(fitted.compensation[number])
+        assert {n: v.shape for n, v in vars(repair).items() if v is not None} == {
+            n: v.shape for n, v in was.items() if v is not None
+        }
+        assert not any(v.requires_grad for v in vars(repair).values() if v is not None)
+    assert all((before[name] == value).all() for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_short_completions_leave_the_prompts_end_to_be_read_sparsely():
+    assert n_decoded(CalibrationText(list(range(100)), 60)) == 40
+    assert n_decoded(CalibrationText(list(range(100)), 97)) == 32
+    assert n_decoded(CalibrationText(list(range(20)), 18)) == 19
+    assert n_decoded(CalibrationText([1], 0)) == 0
+
+
 def test_dense_layers_stay_dense(models):
     language_model = language_model_of(models["llama"])
     d_ff = language_model.layers[0].d_ff
@@ -436,7 +468,15 @@ def test_impossible_ranks_are_refused(value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"keep_ratios": ()}, {"keep_ratios": (1.0,)}, {"rank": 0}, {"bypass_rank": -1}, {"tokens": 0}]
+    "settings",
+    [
+        {"keep_ratios": ()},
+        {"keep_ratios": (1.0,)},
+        {"rank": 0},
+        {"bypass_rank": -1},
+        {"tokens": 0},
+        {"distil_tokens": -1},
+    ],
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError):

@@ -467,6 +467,7 @@ FITTED = {
     "ranking": "surgeon",
     "budget": "uniform",
     "tokens": 9,
+    "distil_tokens": 0,
     "n_kept": [3, 3, 3],
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_sim.architectures import weight_sketch, weights_checksum
-from coreinfer_sim.build.compensating import neurons_by_ratio, sets_to_fit
+from coreinfer_sim.build.compensating import fitted_path, neurons_by_ratio, set_tokens, sets_to_fit
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
@@ -24,7 +24,18 @@ from coreinfer_sim.build.executors import (
     torch_threads,
 )
 from coreinfer_sim.build.folder import build_folder, check_output, differing, link, read_sentences, save_npy, save_npz
-from coreinfer_sim.build.jobs import Job, fitter, fitter_of, recorded_layers, runner, runner_of, shard_path, shards_of
+from coreinfer_sim.build.jobs import (
+    Job,
+    distiller,
+    distiller_of,
+    fitter,
+    fitter_of,
+    recorded_layers,
+    runner,
+    runner_of,
+    shard_path,
+    shards_of,
+)
 from coreinfer_sim.build.progress import Progress, readable_size
 from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
@@ -350,20 +361,23 @@ class _Build:
             write_json(path, kept)
 
     def compensate_globally(self) -> None:
-        """Stage 6: fit the sets of the whole corpus, towards which the clusters' are shrunk."""
+        """Stage 6: the sets of the whole corpus, towards which the clusters' are shrunk."""
         self._fit(lambda cluster: cluster is None, "Compensating, whole corpus", 1)
+        self._distil(lambda cluster: cluster is None, "Distilling, whole corpus", 1)
 
     def compensate_clusters(self, workers: int | None) -> None:
-        """Stage 7: fit each cluster's set."""
+        """Stage 7: each cluster's set."""
         model_bytes = self.language_model.model.get_memory_footprint()
         n_workers = workers or default_workers(self.job.device, self.job.n_threads, 2 * model_bytes)
         self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
+        self._distil(lambda cluster: cluster is not None, "Distilling clusters", n_workers)
 
     def _fit(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None
-        sets = sets_to_fit(self.config.compensation, len(self.clustering.centroids))
+        settings = self.config.compensation
+        sets = sets_to_fit(settings, len(self.clustering.centroids))
         numbers = [number for number, (_ratio, cluster) in enumerate(sets) if wanted(cluster)]
-        unfinished = [i for i in numbers if not (self.folder / compensation_file(*sets[i])).exists()]
+        unfinished = [i for i in numbers if not fitted_path(self.folder, settings, *sets[i]).exists()]
         run = fitter(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
         n_layers = len(self.language_model.layers)
         self.progress.start(title, len(numbers) * n_layers, "layers", (len(numbers) - len(unfinished)) * n_layers)
@@ -371,6 +385,29 @@ class _Build:
             run_shards(unfinished, run, n_workers, fitter_of, self.job, self.progress.advance)
         finally:
             self.progress.finish()
+
+    def _distil(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
+        assert self.clustering is not None and self.config.compensation is not None
+        settings = self.config.compensation
+        if not settings.distil_tokens:
+            return
+        sets = sets_to_fit(settings, len(self.clustering.centroids))
+        n_tokens = {i: self._tokens_of(*sets[i]) for i in range(len(sets)) if wanted(sets[i][1])}
+        unfinished = [i for i in n_tokens if not (self.folder / compensation_file(*sets[i])).exists()]
+        total, left = sum(n_tokens.values()), sum(n_tokens[i] for i in unfinished)
+        run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
+        self.progress.start(title, total, "tokens", total - left)
+        try:
+            run_shards(unfinished, run, n_workers, distiller_of, self.job, self.progress.advance)
+        finally:
+            self.progress.finish()
+
+    def _tokens_of(self, _ratio: float, cluster: int | None) -> int:
+        """Return how many tokens a set will be trained on, about."""
+        assert self.clustering is not None and self.config.compensation is not None
+        members = self.clustering.assignment == cluster if cluster is not None else slice(None)
+        there = np.array([min(s.n_tokens, self.job.max_tokens) for s in self.sentences])[members].sum()
+        return min(int(there), set_tokens(self.config.compensation.distil_tokens, cluster))
 
     def write(self, out: Path) -> None:
         """Last stage: add the shards up and put the index in place in one step."""
@@ -471,6 +508,7 @@ class _Build:
                 ranking=settings.ranking.value,
                 budget=settings.budget.value,
                 tokens=settings.tokens,
+                distil_tokens=settings.distil_tokens,
                 n_kept=kept[f"{ratio:g}"],
             )
             for ratio in settings.keep_ratios

@@ -1,4 +1,4 @@
-"""The compensation stage of a build: one fitted set for the whole corpus and one for each cluster, at each keep ratio."""
+"""The compensation stages of a build: sets fitted in closed form, and trained on from there if the build asks for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from safetensors.torch import load_file, save
 
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
+from coreinfer_sim.build.distillation import Distillation, distil
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
 from coreinfer_sim.clustering import Clustering
-from coreinfer_sim.compensated import save_compensated
+from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import Moments
 from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.files import write_atomic
 from coreinfer_sim.manifest import compensation_file
 from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.selection import NeuronSelection
 
 _GLOBAL_SHARE = 3
 _MEASURED_TOKENS = 10_000
@@ -65,7 +67,7 @@ def make_fitter(
 
     def run(number: int) -> int:
         ratio, cluster = sets[number]
-        n_tokens = settings.tokens * (_GLOBAL_SHARE if cluster is None else 1)
+        n_tokens = set_tokens(settings.tokens, cluster)
         texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         moments = folder / "moments" / f"{ratio:g}"
         selection = fit_layers(
@@ -77,10 +79,51 @@ def make_fitter(
             keep=None if cluster is not None else lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m),
             report=report,
         )
-        save_compensated(folder / compensation_file(ratio, cluster), selection)
+        save_compensated(fitted_path(folder, settings, ratio, cluster), selection)
         return len(language_model.layers) if report is None else 0
 
     return run
+
+
+def make_distiller(
+    language_model: LanguageModel,
+    sentences: Sequence[Sentence],
+    clustering: Clustering,
+    config: BuildConfig,
+    max_tokens: int,
+    folder: Path,
+    report: Callable[[int], None] | None,
+) -> Callable[[int], int]:
+    """Return the function that trains one fitted set on, by its number in `sets_to_fit`, and leaves it on disk.
+
+    That function returns the tokens that it has not reported. Arguments as for `make_fitter`.
+    """
+    assert config.compensation is not None
+    settings = config.compensation
+    sets = sets_to_fit(settings, len(clustering.centroids))
+    d_model, n_layers = language_model.layers[0].d_model, len(language_model.layers)
+
+    def run(number: int) -> int:
+        ratio, cluster = sets[number]
+        n_tokens = set_tokens(settings.distil_tokens, cluster)
+        texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
+        ids, repairs = load_compensated(fitted_path(folder, settings, ratio, cluster), d_model, n_layers)
+        fitted = NeuronSelection("compensated", ids, compensation=repairs)
+        distilled = distil(language_model, fitted, texts, Distillation(), report)
+        save_compensated(folder / compensation_file(ratio, cluster), distilled)
+        return sum(len(text.ids) for text in texts) if report is None else 0
+
+    return run
+
+
+def set_tokens(tokens: int, cluster: int | None) -> int:
+    """Return the tokens that a set is fitted or trained on; the set of the whole corpus takes more than a cluster's."""
+    return tokens * (_GLOBAL_SHARE if cluster is None else 1)
+
+
+def fitted_path(folder: Path, settings: CompensationConfig, ratio: float, cluster: int | None) -> Path:
+    """Return where a set that is fitted in closed form is: in its final place, unless it is trained on from there."""
+    return (folder / "fitted" if settings.distil_tokens else folder) / compensation_file(ratio, cluster)
 
 
 def neurons_by_ratio(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.build.compensating import make_fitter
+from coreinfer_sim.build.compensating import make_distiller, make_fitter
 from coreinfer_sim.build.executors import RunShard, give_back_memory
 from coreinfer_sim.build.folder import read_sentences
 from coreinfer_sim.build.shards import cut_into_shards, run_shard
@@ -99,3 +99,19 @@ def fitter(
 def fitter_of(job: Job) -> RunShard:
     """Load in a further process what the compensated sets need."""
     return fitter(job, *load_again(job))
+
+
+def distiller(
+    job: Job,
+    language_model: LanguageModel,
+    sentences: list[Sentence],
+    clustering: Clustering,
+    report: Callable[[int], None] | None = None,
+) -> RunShard:
+    """Return the function that trains one fitted set on, by number."""
+    return make_distiller(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, report)
+
+
+def distiller_of(job: Job) -> RunShard:
+    """Load in a further process what training needs."""
+    return distiller(job, *load_again(job))

@@ -18,7 +18,7 @@ from coreinfer_sim.config import Fallback, Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
-from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import (
     HybridPredictor,
@@ -165,8 +165,9 @@ class Chooser:
             raise ConfigError(f"the contender {contender.name} needs an index; give --index.")
         if cluster is None:
             return self._index.global_selection(contender.keep_ratio, contender.score, ":", contender.compensated)
-        match = Match(cluster, 1.0, self._index.clusters[cluster].label, 1.0)
-        chosen = self._index.selection(match, contender.keep_ratio, contender.score, ":", contender.compensated)
+        chosen = self._index.cluster_selection(
+            cluster, contender.keep_ratio, contender.score, ":", contender.compensated
+        )
         return replace(chosen, mode=contender.name)
 
 

@@ -1,0 +1,193 @@
+"""Distillation: a fitted set's compensation is trained on, so that the whole sparse model predicts what the dense one does.
+
+The closed form repairs one layer at a time by squared error. From there a few hundred thousand tokens of gradient descent
+on KL(dense ‖ sparse) weigh the layers' errors by what they do to the predictions. Only the compensation learns – the
+change of the output weights, the output bias and the bypass's way out –, so that the index holds nothing new. The prompt
+is read densely, as in `generate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.build.calibration import CalibrationText
+from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.sparse_mlp import compact_projections, install, linear_parameters, merged_output
+
+_LEARNT = ("bias", "left", "right", "bypass_out")
+_LEAST_READ = 32
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the compensation is trained."""
+
+    learning_rate: float = 3e-4
+    """Of Adam, at its highest."""
+    tokens_per_step: int = 1000
+    """Decoded tokens whose gradients make one step."""
+    warm_up: float = 0.1
+    """Share of the steps over which the learning rate rises; from there it falls as a cosine to zero."""
+    prompt_weight: float = 0.3
+    """Weight of a prompt's token beside one of the completion, where a short completion makes the prompt's end decode."""
+    length_power: float = 0.5
+    """A text of n tokens counts n to this power: 1, every token the same; 0, every text."""
+
+
+class _Learning(nn.Module):
+    """The output projection of a compact MLP, merged anew in every pass."""
+
+    def __init__(self, layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation) -> None:
+        """Begin with a fitted compensation of the neurons ``ids`` [n_kept]."""
+        super().__init__()
+        weight, self._bias = linear_parameters(layer.output)
+        self._kept, self._gated = weight.index_select(1, ids), layer.family.gated
+        self._fitted = compensation
+        self.learnt = nn.ParameterDict(
+            {name: value.float().clone() for name in _LEARNT if (value := getattr(compensation, name)) is not None}
+        )
+
+    @property
+    def compensation(self) -> LayerCompensation:
+        """The compensation as it is now."""
+        return replace(self._fitted, **dict(self.learnt.items()))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Map [..., n_kept and bypass] to [..., d_model]."""
+        compensation = self.compensation
+        added = compensation.bias.to(z)
+        bias = added if self._bias is None else self._bias + added
+        return F.linear(z, merged_output(self._kept, compensation, self._gated), bias)
+
+
+def distil(
+    language_model: LanguageModel,
+    selection: NeuronSelection,
+    texts: Sequence[CalibrationText],
+    settings: Distillation,
+    report: Callable[[int], None] | None = None,
+) -> NeuronSelection:
+    """Train a fitted selection's compensation once over texts.
+
+    Args:
+        language_model: the dense model.
+        selection: with compensation.
+        texts: in the order in which they are read.
+        settings: how.
+        report: takes each text's number of tokens when it has been read.
+
+    Returns:
+        The same ids with the trained compensation, on the CPU.
+    """
+    assert selection.compensation is not None
+    model, layers, device = language_model.model, language_model.layers, language_model.model.device
+    learning: dict[int, _Learning] = {}
+    compact: dict[int, dict[str, Any]] = {}
+    for number, ids in selection.ids.items():
+        repair = selection.compensation[number].to(device)
+        compact[number] = compact_projections(layers[number], ids, repair)
+        learning[number] = _Learning(layers[number], ids.to(device), repair)
+        compact[number][layers[number].family.output] = learning[number]
+    parameters = [p for module in learning.values() for p in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.98))
+    steps = list(_steps(texts, settings.tokens_per_step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(steps), settings.warm_up))
+    with _frozen(model):
+        for step in steps:
+            weights = [_weights(text, settings).to(device) for text in step]
+            total = float(torch.cat(weights).sum())
+            for text, weight in zip(step, weights, strict=True):
+                ids = torch.tensor([list(text.ids)], device=device)
+                cache, dense = _read_densely(model, ids, len(weight))
+                whole = install(layers, compact)
+                try:
+                    sparse = _log_probabilities(model, ids, len(weight), cache)
+                    divergence = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
+                    (weight @ divergence / total).backward()  # type: ignore[no-untyped-call]
+                finally:
+                    install(layers, whole)
+                if report is not None:
+                    report(len(text.ids))
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    trained = {
+        number: LayerCompensation(
+            **{name: value.detach().cpu() for name, value in vars(module.compensation).items() if value is not None}
+        )
+        for number, module in learning.items()
+    }
+    return replace(selection, compensation=trained)
+
+
+def n_decoded(text: CalibrationText) -> int:
+    """Return how many of a text's tokens are read sparsely: the completion, and of the prompt what makes up the least."""
+    return min(max(len(text.ids) - text.n_prompt, _LEAST_READ), len(text.ids) - 1)
+
+
+def _steps(texts: Sequence[CalibrationText], n_tokens: int) -> Iterator[list[CalibrationText]]:
+    """Divide texts into steps of at least ``n_tokens`` decoded tokens; the last takes what is left."""
+    step: list[CalibrationText] = []
+    for text in texts:
+        if n_decoded(text) > 0:
+            step.append(text)
+        if sum(map(n_decoded, step)) >= n_tokens:
+            yield step
+            step = []
+    if step:
+        yield step
+
+
+def _weights(text: CalibrationText, settings: Distillation) -> torch.Tensor:
+    """Return the weight of each decoded token."""
+    n = n_decoded(text)
+    weights = torch.ones(n)
+    weights[: max(0, text.n_prompt - (len(text.ids) - n))] = settings.prompt_weight
+    return weights * float(weights.sum()) ** (settings.length_power - 1)
+
+
+def _rate(step: int, n_steps: int, warm_up: float) -> float:
+    """Return the learning rate of a step over the highest."""
+    n_rising = max(1, round(warm_up * n_steps))
+    if step < n_rising:
+        return (step + 1) / (n_rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - n_rising) / max(1, n_steps - n_rising)))
+
+
+def _read_densely(model: Any, ids: torch.Tensor, n_last: int) -> tuple[Any, torch.Tensor]:
+    """Return the cache of all but the last tokens, and the dense log-probabilities after each of those."""
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :-n_last], use_cache=True, logits_to_keep=1).past_key_values
+        return cache, _log_probabilities(model, ids, n_last, copy.deepcopy(cache))
+
+
+def _log_probabilities(model: Any, ids: torch.Tensor, n_last: int, cache: Any) -> torch.Tensor:
+    """Read the last tokens after a cache; return log-probabilities, float32 [n_last, vocabulary]."""
+    logits = model(input_ids=ids[:, -n_last:], past_key_values=cache, use_cache=True).logits[0]
+    return F.log_softmax(logits.float(), -1)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Keep gradients off the model's own parameters."""
+    learnable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learnable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learnable:
+            parameter.requires_grad_(True)

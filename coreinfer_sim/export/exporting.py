@@ -1,0 +1,182 @@
+"""Exporting sets of an index: what it needs, the models one by one, and the router that tells which prompt goes where."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from coreinfer_sim.build.progress import Progress, readable_size
+from coreinfer_sim.config import UNFAMILIAR
+from coreinfer_sim.errors import ExportError
+from coreinfer_sim.export import gguf, hf
+from coreinfer_sim.export.compact import CompactWeights, Source, compact_weights, exported_selection, needed_bytes
+from coreinfer_sim.files import write_json
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.models import LanguageModel
+
+ROUTER_FILE = "router.json"
+FORMATS = ("hf", "gguf")
+
+
+def export(
+    language_model: LanguageModel,
+    index: SemanticIndex,
+    clusters: Sequence[int | None],
+    out: str | Path,
+    *,
+    keep_ratio: float | None = None,
+    kind: str = "hf",
+    weights: str = "bf16",
+    compensated: bool = True,
+    router: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write sets of an index as ordinary models.
+
+    Models that are finished stay if a later one fails; a broken one is never left under its name.
+
+    Args:
+        language_model: the dense model, checked to be the index's.
+        index: where the sets are.
+        clusters: whose sets; None stands for the set of the whole corpus.
+        out: folder, made if it is missing; a model goes to ``cluster-0003`` or ``cluster-0003.gguf`` in it.
+        keep_ratio: share that is kept; None takes the index's default.
+        kind: one of FORMATS.
+        weights: of a GGUF file, one of `gguf.TYPES` or `gguf.K_QUANTS`; a checkpoint keeps the model's dtype.
+        compensated: take compensated sets where the index holds them.
+        router: also write ``router.json``.
+        force: replace models that are there.
+        progress: takes messages and progress.
+
+    Returns:
+        The written paths, the router last.
+
+    Raises:
+        ExportError: the format cannot hold the model, something is in the way, or the disk is too small.
+    """
+    progress, out = progress or Progress(), Path(out)
+    index.check_model(language_model.layers)
+    keep_ratio = index.default_keep_ratio if keep_ratio is None else keep_ratio
+    compensated = compensated and index.has_compensation(keep_ratio)
+    sources = [Source(index.manifest.model.name, index.name, c, keep_ratio, compensated) for c in clusters]
+    paths = [out / (source.title + (".gguf" if kind == "gguf" else "")) for source in sources]
+    for path in paths:
+        if path.exists() and not force:
+            raise ExportError(f"{path} exists already, expected a new one; name another folder or give --force.")
+
+    def cut(source: Source) -> CompactWeights:
+        selection = exported_selection(index, source.cluster, keep_ratio, compensated)
+        return compact_weights(language_model, selection, one_width=kind == "hf")
+
+    first = cut(sources[0])
+    if kind == "gguf":
+        gguf.check_exportable(language_model, weights)
+        each = needed_bytes(first, gguf.bits_per_value(weights) / 8)
+    else:
+        hf.check_exportable(language_model, first.has_bias)
+        each = needed_bytes(first, language_model.model.dtype.itemsize)
+    progress.say(
+        f"Plan: {len(paths)} models of about {readable_size(each)}, {readable_size(each * len(paths))} on disk, with "
+        f"{_span(first.widths)} of {index.manifest.model.d_ff} neurons a layer" + _padding_text(first)
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < each * len(paths):
+        raise ExportError(
+            f"{readable_size(free)} are free in {out}, expected {readable_size(each * len(paths))}; free some space or "
+            "export fewer clusters."
+        )
+    progress.start("Exporting", len(paths), "models")
+    try:
+        for number, (source, path) in enumerate(zip(sources, paths, strict=True)):
+            cut_down = first if number == 0 else cut(source)
+            with _replacing(path) as part:
+                if kind == "gguf":
+                    gguf.export_gguf(language_model, cut_down, source, part, weights)
+                else:
+                    hf.export_hf(language_model, cut_down, source, part)
+            progress.advance(1)
+    finally:
+        progress.finish()
+    if router:
+        paths.append(out / ROUTER_FILE)
+        write_json(paths[-1], router_of(index, dict(zip(clusters, paths, strict=False)), keep_ratio, compensated))
+    return paths
+
+
+def router_of(
+    index: SemanticIndex, paths: dict[int | None, Path], keep_ratio: float, compensated: bool
+) -> dict[str, object]:
+    """Return what a front end needs to route: embed, take the centroid with the largest inner product, open its file.
+
+    Args:
+        index: the index.
+        paths: of the models, by cluster; None: the set of the whole corpus.
+        keep_ratio: of the models.
+        compensated: whether they are.
+    """
+    encoder = index.manifest.encoder
+    by_cluster = {str(cluster): path.name for cluster, path in paths.items() if cluster is not None}
+    return {
+        "model": index.manifest.model.name,
+        "keep_ratio": keep_ratio,
+        "compensated": compensated,
+        "encoder": {
+            "name": encoder.name,
+            "dimension": encoder.dimension,
+            "normalized": True,
+            "metric": "inner product",
+        },
+        "unfamiliar_below_quantile": UNFAMILIAR,
+        "fallback": paths[None].name if None in paths else None,
+        "clusters": [
+            {
+                "id": cluster.id,
+                "label": cluster.label,
+                "size": cluster.size,
+                "file": by_cluster.get(str(cluster.id)),
+                "similarity_quantiles": cluster.similarity_quantiles,
+                "centroid": [float(f"{value:.8g}") for value in index.centroids[cluster.id].tolist()],
+            }
+            for cluster in index.clusters
+        ],
+    }
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a place beside ``path`` to write to, and put what was written in place in one step."""
+    part = path.with_name(f".{path.name}.part")
+    _remove(part)
+    try:
+        yield part
+        _remove(path)
+        os.replace(part, path)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _span(widths: Sequence[int]) -> str:
+    return f"{min(widths)}" if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
+
+
+def _padding_text(weights: CompactWeights) -> str:
+    """Say what one width for all layers costs, where it costs much."""
+    share = weights.n_padding / sum(weights.widths)
+    if share < 0.1:
+        return "."
+    return (
+        f"; {share:.0%} of them are padding, as layers of this index differ in width and the format knows one: build with "
+        "--budget uniform, or export as gguf, to save it."
+    )
