@@ -110,6 +110,13 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     metavar="N",
     help="For --compensate: tokens to train each cluster's set on afterwards, to predict what the dense model does.",
 )
+@click.option(
+    "--distil-from",
+    type=click.Choice(["corpus", "cluster"]),
+    default="corpus",
+    **_D,
+    help="For --distil-tokens: begin with the whole corpus's trained set, or with one fitted to the cluster.",
+)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: fill the cores]")
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads of each process.  [default: a quarter of the cores]"
@@ -130,7 +137,7 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
         --template 'Question: {question}\\nAnswer: {context}' --limit 2000 --model ./my-model --out squad-index
     """
     from coreinfer_sim.build import build_index as build
-    from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking
+    from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
     from coreinfer_sim.embeddings import DEFAULT_ENCODER
 
     quiet_libraries()
@@ -146,6 +153,7 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
             budget=Budget(given["budget"]),
             tokens=given["compensate_tokens"],
             distil_tokens=given["distil_tokens"],
+            distil_from=Start(given["distil_from"]),
         )
     index = build(
         model,

@@ -38,6 +38,15 @@ class Budget(str, Enum):
     """More where dropping neurons was measured to cost more, under the same mean."""
 
 
+class Start(str, Enum):
+    """What a cluster's set is before it is trained on."""
+
+    CORPUS = "corpus"
+    """The trained set of the whole corpus: its neurons and its weights, which the cluster's texts then specialise."""
+    CLUSTER = "cluster"
+    """The set that was fitted to the cluster, with neurons of its own."""
+
+
 class Mode(str, Enum):
     """Where a selection comes from."""
 
@@ -133,6 +142,13 @@ class CompensationConfig:
     distil_tokens: int = 0
     """Tokens of the texts that each cluster's set is trained on from there, the whole corpus's again on three times as
     many; 0: the closed form stays as it is."""
+    distil_from: Start = Start.CORPUS
+    """What training begins with."""
+
+    @property
+    def own_fits(self) -> bool:
+        """Whether clusters have sets fitted to them."""
+        return not self.distil_tokens or self.distil_from is Start.CLUSTER
 
     def __post_init__(self) -> None:
         """Check ranges."""

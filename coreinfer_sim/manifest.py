@@ -101,7 +101,9 @@ class CompensationInfo:
     tokens: int
     """Tokens that each cluster's set was fitted on, if the cluster has as many."""
     distil_tokens: int
-    """Tokens that it was trained on from there; 0: none."""
+    """Tokens that it was trained on afterwards; 0: none."""
+    distil_from: str | None
+    """What training began with; None: there was none."""
     n_kept: list[int]
     """Neurons of each layer of the model, bypass included, [n_layers]."""
 

@@ -137,8 +137,10 @@ def build_index(
             with torch_threads(n_cores()):
                 build.share_out()
                 build.compensate_globally()
+                build.distil_globally()
             with torch_threads(n_threads):
                 build.compensate_clusters(workers)
+                build.distil_clusters(workers)
         build.write(out)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
@@ -361,16 +363,42 @@ class _Build:
             write_json(path, kept)
 
     def compensate_globally(self) -> None:
-        """Stage 6: the sets of the whole corpus, towards which the clusters' are shrunk."""
+        """Stage 6: fit the sets of the whole corpus, towards which the clusters' are shrunk."""
         self._fit(lambda cluster: cluster is None, "Compensating, whole corpus", 1)
+
+    def distil_globally(self) -> None:
+        """Stage 7: train the whole corpus's sets on."""
         self._distil(lambda cluster: cluster is None, "Distilling, whole corpus", 1)
 
     def compensate_clusters(self, workers: int | None) -> None:
-        """Stage 7: each cluster's set."""
+        """Stage 8: fit each cluster's set, unless the trained set of the whole corpus will be specialised."""
+        assert self.config.compensation is not None
+        if self.config.compensation.own_fits:
+            self._fit(lambda cluster: cluster is not None, "Compensating clusters", self._fitting_workers(workers))
+
+    def distil_clusters(self, workers: int | None) -> None:
+        """Stage 9: train each cluster's set on."""
+        self._distil(lambda cluster: cluster is not None, "Distilling clusters", self._fitting_workers(workers))
+
+    def _distil(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
+        assert self.clustering is not None and self.config.compensation is not None
+        settings = self.config.compensation
+        if not settings.distil_tokens:
+            return
+        sets = sets_to_fit(settings, len(self.clustering.centroids))
+        n_tokens = {i: self._tokens_of(cluster) for i, (_ratio, cluster) in enumerate(sets) if wanted(cluster)}
+        unfinished = [i for i in n_tokens if not (self.folder / compensation_file(*sets[i])).exists()]
+        done = sum(n_tokens.values()) - sum(n_tokens[i] for i in unfinished)
+        run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
+        self.progress.start(title, sum(n_tokens.values()), "tokens", done)
+        try:
+            run_shards(unfinished, run, n_workers, distiller_of, self.job, self.progress.advance)
+        finally:
+            self.progress.finish()
+
+    def _fitting_workers(self, workers: int | None) -> int:
         model_bytes = self.language_model.model.get_memory_footprint()
-        n_workers = workers or default_workers(self.job.device, self.job.n_threads, 2 * model_bytes)
-        self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
-        self._distil(lambda cluster: cluster is not None, "Distilling clusters", n_workers)
+        return workers or default_workers(self.job.device, self.job.n_threads, 2 * model_bytes)
 
     def _fit(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None
@@ -386,23 +414,7 @@ class _Build:
         finally:
             self.progress.finish()
 
-    def _distil(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
-        assert self.clustering is not None and self.config.compensation is not None
-        settings = self.config.compensation
-        if not settings.distil_tokens:
-            return
-        sets = sets_to_fit(settings, len(self.clustering.centroids))
-        n_tokens = {i: self._tokens_of(*sets[i]) for i in range(len(sets)) if wanted(sets[i][1])}
-        unfinished = [i for i in n_tokens if not (self.folder / compensation_file(*sets[i])).exists()]
-        total, left = sum(n_tokens.values()), sum(n_tokens[i] for i in unfinished)
-        run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
-        self.progress.start(title, total, "tokens", total - left)
-        try:
-            run_shards(unfinished, run, n_workers, distiller_of, self.job, self.progress.advance)
-        finally:
-            self.progress.finish()
-
-    def _tokens_of(self, _ratio: float, cluster: int | None) -> int:
+    def _tokens_of(self, cluster: int | None) -> int:
         """Return how many tokens a set will be trained on, about."""
         assert self.clustering is not None and self.config.compensation is not None
         members = self.clustering.assignment == cluster if cluster is not None else slice(None)
@@ -509,6 +521,7 @@ class _Build:
                 budget=settings.budget.value,
                 tokens=settings.tokens,
                 distil_tokens=settings.distil_tokens,
+                distil_from=settings.distil_from.value if settings.distil_tokens else None,
                 n_kept=kept[f"{ratio:g}"],
             )
             for ratio in settings.keep_ratios

@@ -15,7 +15,7 @@ from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import Moments
-from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig
+from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, Start
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.files import write_atomic
 from coreinfer_sim.manifest import compensation_file
@@ -107,7 +107,10 @@ def make_distiller(
         ratio, cluster = sets[number]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
         texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
-        ids, repairs = load_compensated(fitted_path(folder, settings, ratio, cluster), d_model, n_layers)
+        start = fitted_path(folder, settings, ratio, cluster)
+        if cluster is not None and settings.distil_from is Start.CORPUS:
+            start = folder / compensation_file(ratio, None)
+        ids, repairs = load_compensated(start, d_model, n_layers)
         fitted = NeuronSelection("compensated", ids, compensation=repairs)
         distilled = distil(language_model, fitted, texts, Distillation(), report)
         save_compensated(folder / compensation_file(ratio, cluster), distilled)

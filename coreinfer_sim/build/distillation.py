@@ -34,9 +34,9 @@ _LEAST_READ = 32
 class Distillation:
     """How the compensation is trained."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Of Adam, at its highest."""
-    tokens_per_step: int = 1000
+    tokens_per_step: int = 500
     """Decoded tokens whose gradients make one step."""
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises; from there it falls as a cosine to zero."""
