@@ -14,13 +14,11 @@ _D = {"show_default": True}
 _TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 
 
-def _clusters(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> list[int | str]:
-    found: list[int | str] = []
+def _sets(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> list[int | str]:
     for value in values:
-        if value not in ("all", "global") and not value.isdecimal():
-            raise click.BadParameter(f"{value!r} is no cluster's number, nor all or global.")
-        found.append(int(value) if value.isdecimal() else value)
-    return found
+        if value not in ("all", "global", "dense") and not value.isdecimal():
+            raise click.BadParameter(f"{value!r} is no cluster's number, nor all, global or dense.")
+    return [int(value) if value.isdecimal() else value for value in values]
 
 
 @click.command()
@@ -31,9 +29,9 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, values: tuple[str, .
     "wanted",
     multiple=True,
     required=True,
-    callback=_clusters,
-    metavar="N|all|global",
-    help="Whose set; global is that of the whole corpus. May be repeated.",
+    callback=_sets,
+    metavar="N|all|global|dense",
+    help="Whose set; global: the whole corpus's; dense: the whole model. May be repeated.",
 )
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", **_D, help="Checkpoint or GGUF.")
 @click.option("--type", "weights", type=click.Choice(_TYPES), default="bf16", **_D, help="Of a GGUF file's matrices.")
@@ -57,7 +55,7 @@ def export(index: str, out: Path, wanted: list[int | str], model: str | None, as
 
     \b
     coreinfer-sim export my-index --cluster 3 --out exported
-    coreinfer-sim export my-index --cluster all --format gguf --type q8_0 --manifest --out exported
+    coreinfer-sim export my-index --cluster all --cluster dense --format gguf --type q8_0 --manifest --out exported
     """
     from coreinfer_sim.export.exporting import export as write
     from coreinfer_sim.index import SemanticIndex
@@ -65,19 +63,18 @@ def export(index: str, out: Path, wanted: list[int | str], model: str | None, as
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
-    clusters: list[int | None] = []
+    sets: list[int | str] = []
     for each in wanted:
-        numbers = range(len(loaded)) if each == "all" else [None if each == "global" else int(each)]
-        clusters += [number for number in numbers if number not in clusters]
-    for cluster in clusters:
-        if cluster is not None:
-            loaded.check_cluster(cluster)
+        sets += [which for which in (range(len(loaded)) if each == "all" else [each]) if which not in sets]
+    for which in sets:
+        if isinstance(which, int):
+            loaded.check_cluster(which)
     with status("Loading the model"):
         language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
     paths = write(
         language_model,
         loaded,
-        clusters,
+        sets,
         out,
         keep_ratio=given["keep_ratio"],
         kind=given["kind"],

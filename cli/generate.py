@@ -11,7 +11,7 @@ import click
 
 from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
 
-from . import options
+from . import llamacpp, options
 from .console import print_json, quiet_libraries, size_text, status
 
 if TYPE_CHECKING:
@@ -77,10 +77,21 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.option("--num-beams", type=click.IntRange(1), default=1, **_D, help="Beam search; does not stream.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop after this text; may be given several times.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, **_D, help="Of sampling and of random mode.")
+@click.option(
+    "--backend",
+    type=click.Choice(["transformers", "llamacpp"]),
+    default="transformers",
+    **_D,
+    help="What runs the model.",
+)
+@llamacpp.only_options
 @options.encoder
 @options.model_options
 @options.as_json
-def generate(prompt: str | None, file: Path | None, as_json: bool, compare: bool, **given: Any) -> None:
+@click.pass_context
+def generate(
+    ctx: click.Context, prompt: str | None, file: Path | None, as_json: bool, compare: bool, **given: Any
+) -> None:
     """Generate from PROMPT, from the lines of --file, or from the lines of stdin.
 
     Prefill is dense; decode reads only the kept neurons.
@@ -88,19 +99,28 @@ def generate(prompt: str | None, file: Path | None, as_json: bool, compare: bool
     \b
     coreinfer-sim generate --index my-index --model ./my-model "How do stars form?"
     coreinfer-sim generate --index my-index --chat --compare --keep-ratio 0.6 "How do stars form?"
+    coreinfer-sim generate --index my-index --backend llamacpp --exported my-ggufs "How do stars form?"
     """
     prompts = _prompts(prompt, file)
     first = next(prompts, None)
     if first is None:
         raise PromptError("no prompt was given, expected an argument, --file, or lines on stdin.")
     quiet_libraries()
-    with status("Loading the model"):
-        contenders = _contenders(given, compare)
+    if given["backend"] == "llamacpp":
+        run_one = llamacpp.runner(ctx, compare)
+    else:
+        llamacpp.refuse_only_options(ctx)
+        with status("Loading the model"):
+            contenders = _contenders(given, compare)
+
+        def run_one(text: str, shown: bool, number: int) -> list[Any]:
+            return [_run(each, text, given, compare if shown else None, number) for each in contenders]
+
     results = []
     n_failed = 0
     for number, text in enumerate(_chain(first, prompts)):
         try:
-            runs = [_run(generator, text, given, None if as_json else compare, number) for generator in contenders]
+            runs = run_one(text, not as_json, number)
         except PromptError as error:  # the other lines are still worth an answer
             if prompt is not None:
                 raise
@@ -189,11 +209,7 @@ def _run(generator: TextGenerator, text: str, given: dict[str, Any], compare: bo
     import torch
 
     torch.manual_seed(given["seed"])
-    messages: Any = text
-    if given["system"] is not None:
-        if not given["chat"]:
-            raise ConfigError("--system was given without --chat, which it needs.")
-        messages = [{"role": "system", "content": given["system"]}, {"role": "user", "content": text}]
+    messages = options.messages(text, given["chat"], given["system"])
     if compare is not None and generator.sparse.predictor.mode == given["mode"]:
         click.echo(("\n" if number else "") + f"> {text}")
     if compare:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from coreinfer_sim.errors import PromptError
+from coreinfer_sim.config import parse_size
+from coreinfer_sim.errors import ConfigError, PromptError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,6 +61,20 @@ def readable(prompt: str) -> str:
         shown = ascii(prompt[:40])
         raise PromptError(f"the prompt {shown} is not UTF-8, expected UTF-8 text; convert it first.") from error
     return prompt
+
+
+def messages(prompt: str, chat: bool, system: str | None) -> Any:
+    """Return what a generator takes: the prompt itself, or with a system message the beginning of a chat."""
+    if system is None:
+        return prompt
+    if not chat:
+        raise ConfigError("--system was given without --chat, which it needs.")
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """Read a number of bytes."""
+    return None if value is None else parse_size(value)
 
 
 def template_text(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 from dataclasses import dataclass
 from enum import Enum
@@ -80,6 +81,19 @@ def check_ratio(name: str, value: float) -> None:
 def _check_at_least(name: str, value: int | None, smallest: int) -> None:
     if value is not None and value < smallest:
         raise ConfigError(f"{name} is {value}, expected {smallest} or more.")
+
+
+def parse_size(text: str) -> int:
+    """Turn ``"2GiB"``, ``"500 MB"`` or a number of bytes into bytes.
+
+    Raises:
+        ConfigError: the text is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"{text!r} is no size, expected for example 2GiB, 500MB or a number of bytes.")
+    power = " kmgt".index((found[2] or " ").lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def template_fields(template: str) -> list[str]:

@@ -73,7 +73,7 @@ def test_plain_sets_load_in_stock_transformers(model, tmp_path):
     stock, logits = stock_logits(tmp_path / "out", IDS)
     assert type(stock) is type(model)
     assert torch.allclose(logits, logits_of(language_model, selection, IDS), rtol=1e-3, atol=1e-4)
-    assert json.loads((tmp_path / "out/coreinfer_sim.json").read_text())["cluster"] == 3
+    assert json.loads((tmp_path / "out/coreinfer_sim.json").read_text())["which"] == 3
     assert (tmp_path / "out/tokenizer.json").exists() and (tmp_path / "out/generation_config.json").exists()
 
 

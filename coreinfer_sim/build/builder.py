@@ -36,7 +36,6 @@ from coreinfer_sim.build.jobs import (
     shard_path,
     shards_of,
 )
-from coreinfer_sim.build.progress import Progress, readable_size
 from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
@@ -58,6 +57,7 @@ from coreinfer_sim.manifest import (
     compensation_file,
 )
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
+from coreinfer_sim.progress import Progress, readable_size
 
 _EMBEDDED_AT_ONCE = 128
 _LIBRARY_BYTES = 900 << 20

@@ -12,7 +12,6 @@ from typing import Any, TextIO
 import numpy as np
 
 from coreinfer_sim.build.folder import differing
-from coreinfer_sim.build.progress import Progress
 from coreinfer_sim.errors import ConfigError, CorpusError
 from coreinfer_sim.evaluation.contenders import Chooser, Compactor, Contender, bytes_per_token, rounded_model
 from coreinfer_sim.evaluation.rows import Row
@@ -20,6 +19,7 @@ from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import text_scores
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.progress import Progress
 from coreinfer_sim.sparse_mlp import install
 
 _N_RESAMPLES = 1000

@@ -14,6 +14,8 @@ from coreinfer_sim.sparse_mlp import Projections, compact_projections, linear_pa
 
 WIDTH_STEP = 64
 """Widths are multiples of this, which kernels like."""
+GLOBAL, DENSE = "global", "dense"
+"""The set of the whole corpus, and the whole model."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,15 @@ class Source:
 
     model: str
     index: str
-    cluster: int | None
-    """None: the set of the whole corpus."""
+    which: int | str
+    """A cluster's number, GLOBAL or DENSE."""
     keep_ratio: float
     compensated: bool
 
     @property
     def title(self) -> str:
         """What files are called after."""
-        return "global" if self.cluster is None else f"cluster-{self.cluster:04d}"
+        return self.which if isinstance(self.which, str) else f"cluster-{self.which:04d}"
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,17 @@ class CompactWeights:
 
 
 def exported_selection(
-    index: SemanticIndex, cluster: int | None, keep_ratio: float, compensated: bool = True
+    index: SemanticIndex, which: int | str, keep_ratio: float, compensated: bool = True
 ) -> NeuronSelection:
-    """Return the set of a cluster, or of the whole corpus: compensated where the index has that, else by energy.
+    """Return the set of a cluster, GLOBAL or DENSE: compensated where the index has that, else by energy.
 
     Without compensation the number of neurons is rounded up to a multiple of WIDTH_STEP, by further core neurons.
     """
+    if which == DENSE:
+        return NeuronSelection(DENSE)
+    cluster = None if which == GLOBAL else int(which)
     if compensated and index.has_compensation(keep_ratio):
-        if cluster is None:
-            return index.global_selection(keep_ratio)
-        return index.cluster_selection(cluster, keep_ratio)
+        return index.global_selection(keep_ratio) if cluster is None else index.cluster_selection(cluster, keep_ratio)
     d_ff = index.manifest.model.d_ff
     width = min(d_ff, _rounded_up(keep_ratio * d_ff))
     return NeuronSelection("statistics", index.core_neurons(cluster, width / d_ff), cluster=cluster)

@@ -8,14 +8,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from coreinfer_sim.build.progress import Progress, readable_size
 from coreinfer_sim.config import UNFAMILIAR
 from coreinfer_sim.errors import ExportError
 from coreinfer_sim.export import gguf, hf
-from coreinfer_sim.export.compact import CompactWeights, Source, compact_weights, exported_selection, needed_bytes
+from coreinfer_sim.export.compact import (
+    DENSE,
+    GLOBAL,
+    CompactWeights,
+    Source,
+    compact_weights,
+    exported_selection,
+    needed_bytes,
+)
 from coreinfer_sim.files import write_json
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.progress import Progress, readable_size
 
 ROUTER_FILE = "router.json"
 FORMATS = ("hf", "gguf")
@@ -24,7 +32,7 @@ FORMATS = ("hf", "gguf")
 def export(
     language_model: LanguageModel,
     index: SemanticIndex,
-    clusters: Sequence[int | None],
+    sets: Sequence[int | str],
     out: str | Path,
     *,
     keep_ratio: float | None = None,
@@ -42,8 +50,9 @@ def export(
     Args:
         language_model: the dense model, checked to be the index's.
         index: where the sets are.
-        clusters: whose sets; None stands for the set of the whole corpus.
-        out: folder, made if it is missing; a model goes to ``cluster-0003`` or ``cluster-0003.gguf`` in it.
+        sets: numbers of clusters, GLOBAL for the set of the whole corpus, DENSE for the whole model.
+        out: folder, made if it is missing; a model goes to ``cluster-0003``, ``global`` or ``dense`` in it, with the ending
+            ``.gguf`` if it is such a file.
         keep_ratio: share that is kept; None takes the index's default.
         kind: one of FORMATS.
         weights: of a GGUF file, one of `gguf.TYPES` or `gguf.K_QUANTS`; a checkpoint keeps the model's dtype.
@@ -62,14 +71,14 @@ def export(
     index.check_model(language_model.layers)
     keep_ratio = index.default_keep_ratio if keep_ratio is None else keep_ratio
     compensated = compensated and index.has_compensation(keep_ratio)
-    sources = [Source(index.manifest.model.name, index.name, c, keep_ratio, compensated) for c in clusters]
+    sources = [Source(index.manifest.model.name, index.name, each, keep_ratio, compensated) for each in sets]
     paths = [out / (source.title + (".gguf" if kind == "gguf" else "")) for source in sources]
     for path in paths:
         if path.exists() and not force:
             raise ExportError(f"{path} exists already, expected a new one; name another folder or give --force.")
 
     def cut(source: Source) -> CompactWeights:
-        selection = exported_selection(index, source.cluster, keep_ratio, compensated)
+        selection = exported_selection(index, source.which, keep_ratio, compensated)
         return compact_weights(language_model, selection, one_width=kind == "hf")
 
     first = cut(sources[0])
@@ -104,23 +113,23 @@ def export(
         progress.finish()
     if router:
         paths.append(out / ROUTER_FILE)
-        write_json(paths[-1], router_of(index, dict(zip(clusters, paths, strict=False)), keep_ratio, compensated))
+        write_json(paths[-1], router_of(index, dict(zip(sets, paths, strict=False)), keep_ratio, compensated))
     return paths
 
 
 def router_of(
-    index: SemanticIndex, paths: dict[int | None, Path], keep_ratio: float, compensated: bool
+    index: SemanticIndex, paths: dict[int | str, Path], keep_ratio: float, compensated: bool
 ) -> dict[str, object]:
     """Return what a front end needs to route: embed, take the centroid with the largest inner product, open its file.
 
     Args:
         index: the index.
-        paths: of the models, by cluster; None: the set of the whole corpus.
+        paths: of the models that there are.
         keep_ratio: of the models.
         compensated: whether they are.
     """
     encoder = index.manifest.encoder
-    by_cluster = {str(cluster): path.name for cluster, path in paths.items() if cluster is not None}
+    names = {which: path.name for which, path in paths.items()}
     return {
         "model": index.manifest.model.name,
         "keep_ratio": keep_ratio,
@@ -132,13 +141,14 @@ def router_of(
             "metric": "inner product",
         },
         "unfamiliar_below_quantile": UNFAMILIAR,
-        "fallback": paths[None].name if None in paths else None,
+        "fallback": names.get(GLOBAL),
+        "dense": names.get(DENSE),
         "clusters": [
             {
                 "id": cluster.id,
                 "label": cluster.label,
                 "size": cluster.size,
-                "file": by_cluster.get(str(cluster.id)),
+                "file": names.get(cluster.id),
                 "similarity_quantiles": cluster.similarity_quantiles,
                 "centroid": [float(f"{value:.8g}") for value in index.centroids[cluster.id].tolist()],
             }

@@ -108,7 +108,7 @@ def _write(language_model: LanguageModel, weights: CompactWeights, source: Sourc
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    writer.add_name(f"{Path(source.model).stem} {source.title} keep ratio {source.keep_ratio:g}")
+    writer.add_name(f"{Path(source.model).stem} {source.title}")
     writer.add_file_type(file_type)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)

@@ -1,10 +1,10 @@
-"""What a build tells while it runs; the command line shows it, the API is silent unless given one."""
+"""What long work tells while it runs; the command line shows it, the API is silent unless given one."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """Takes a build's messages; this one drops them."""
+    """Takes messages; this one drops them."""
 
     def say(self, text: str) -> None:
         """Take a line of text."""

@@ -1,0 +1,402 @@
+"""Generation on llama.cpp: exported sets run in this process through xllamacpp, each prompt on the one that it routes to.
+
+A dense prefill is handed over: the dense model reads the prompt, its cache is saved, and the cluster's model, whose cache
+has the same shape, goes on from there. So the phases are those of `SparseModel`: the prompt is read densely and gives the
+first token; every later one is decoded sparsely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import secrets
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coreinfer_sim.config import Fallback
+from coreinfer_sim.errors import ConfigError, GenerationError, ModelError, PromptError
+from coreinfer_sim.export.compact import DENSE, GLOBAL
+from coreinfer_sim.export.exporting import ROUTER_FILE
+from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.progress import readable_size
+
+_SLOT = "prompt.bin"
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class LlamaCppGeneration:
+    """What one prompt gave and cost."""
+
+    prompt: str
+    text: str
+    """The new text, without the prompt."""
+    n_new_tokens: int
+    model: str
+    """File that decoded."""
+    mode: str
+    """similarity, global or dense."""
+    cluster: int | None
+    label: str | None
+    similarity: float | None
+    confidence: float | None
+    n_prompt_tokens: int
+    prefill: str
+    """dense or sparse."""
+    lookup_seconds: float
+    load_seconds: float
+    """To open files that were not open."""
+    prefill_seconds: float
+    """To the first new token, the handover of the cache included."""
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed; None with fewer than two new tokens."""
+        n = self.n_new_tokens - 1
+        return n / self.decode_seconds if n > 0 and self.decode_seconds > 0 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+class _Model:
+    """One GGUF file in llama.cpp, spoken to as llama.cpp's own server, on the loopback interface and under a key."""
+
+    def __init__(self, path: Path, folder: str, context: int, n_threads: int | None) -> None:
+        xllamacpp = _library()
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx, parameters.n_parallel = context, 1
+        parameters.warmup, parameters.verbosity = False, -1
+        parameters.slot_save_path = folder + "/"
+        self._key = secrets.token_hex(16)
+        parameters.api_keys = [self._key]
+        if n_threads is not None:
+            parameters.cpuparams.n_threads = n_threads
+        try:
+            self._server = xllamacpp.Server(parameters)
+        except Exception as error:  # whatever llama.cpp throws
+            raise ModelError(f"llama.cpp cannot load {path} ({' '.join(str(error).split())[:200]}).") from error
+        self.path = path
+
+    def post(self, where: str, content: dict[str, Any]) -> Any:
+        """Return the answer to a request."""
+        with self._open(where, content) as answer:
+            return json.loads(answer.read())
+
+    def complete(self, request: dict[str, Any], write: Callable[[str], None] | None) -> dict[str, Any]:
+        """Return the answer to a completion request; ``write`` takes its text as it comes.
+
+        A stream leaves out tokens that end within a character, so ``tokens`` are only whole without ``write``.
+        """
+        if write is None:
+            answer: dict[str, Any] = self.post("/completion", request)
+            return answer
+        text = []
+        part: dict[str, Any] = {}
+        with self._open("/completion", {**request, "stream": True}) as lines:
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    part = json.loads(line[6:])
+                    text.append(part["content"])
+                    if part["content"]:
+                        write(part["content"])
+        return {**part, "content": "".join(text)}
+
+    def _open(self, where: str, content: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"{self._server.listening_address}{where}",
+            json.dumps(content).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
+        )
+        try:
+            return urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            answer = error.read().decode("utf-8", "replace")
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                answer = json.loads(answer)["error"]["message"]
+            raise GenerationError(f"llama.cpp refused a request to {self.path.name} ({answer[:200]}).") from error
+
+
+class ModelPool:
+    """Models that are opened on first use; the least recently used ones are closed to keep under a limit."""
+
+    def __init__(
+        self, limit: int | None = None, context: int = 4096, n_threads: int | None = None, folder: str = "."
+    ) -> None:
+        """Hold at most ``limit`` bytes of files open at a time; None sets no limit."""
+        self.limit, self.folder = limit, folder
+        self._settings = context, n_threads
+        self._open: OrderedDict[Path, _Model] = OrderedDict()
+
+    def get(self, path: Path, beside: Path | None = None) -> _Model:
+        """Return a model, opened if it is not.
+
+        Args:
+            path: of its file.
+            beside: a file whose model must stay open.
+
+        Raises:
+            ConfigError: the limit is too small for what must be open together.
+            ModelError: there is no such file, or llama.cpp cannot load it.
+        """
+        if path not in self._open:
+            for each in (path, beside):
+                if each is not None and not each.is_file():
+                    raise ModelError(f"there is no file {each}, expected an exported model; run coreinfer-sim export.")
+            needed = path.stat().st_size
+            kept = beside.stat().st_size if beside is not None else 0
+            if self.limit is not None and needed + kept > self.limit:
+                raise ConfigError(
+                    f"the memory limit is {readable_size(self.limit)}, but {readable_size(needed + kept)} must be open at a "
+                    f"time ({path.name}{'' if beside is None else f' beside {beside.name}'}); raise it"
+                    + ("." if beside is None else ", or take --prefill sparse.")
+                )
+            for other in list(self._open):
+                if self.limit is None or self.n_bytes + needed <= self.limit:
+                    break
+                if other != beside:
+                    del self._open[other]
+                    gc.collect()
+            self._open[path] = _Model(path, self.folder, *self._settings)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the files that are open."""
+        return sum(path.stat().st_size for path in self._open)
+
+    def close(self) -> None:
+        """Close all models."""
+        self._open.clear()
+        gc.collect()
+
+
+class LlamaCppGenerator:
+    """Generates on exported sets of an index."""
+
+    def __init__(
+        self,
+        index: SemanticIndex,
+        folder: str | Path,
+        *,
+        mode: str = "similarity",
+        prefill: str = "dense",
+        fallback: Fallback | str | None = None,
+        memory_limit: int | None = None,
+        context: int = 4096,
+        n_threads: int | None = None,
+    ) -> None:
+        """Use the models that ``export --manifest --format gguf`` wrote.
+
+        Args:
+            index: routes the prompts.
+            folder: with ``router.json`` and the models.
+            mode: similarity, global or dense.
+            prefill: "dense" reads prompts with the dense model, "sparse" with the one that decodes.
+            fallback: for prompts that are unfamiliar to their cluster: global, dense or none; None takes global if it was
+                exported.
+            memory_limit: bytes of files that may be open at a time.
+            context: positions of each model's cache.
+            n_threads: of llama.cpp; None its own choice.
+
+        Raises:
+            ConfigError: settings that llama.cpp cannot follow, or an export of another index.
+        """
+        self._index, self._folder = index, Path(folder)
+        self._router = _read_router(self._folder, index)
+        self.mode, self._prefill = mode, prefill
+        if mode not in ("similarity", "global", "dense") or prefill not in ("dense", "sparse"):
+            raise ConfigError(
+                f"mode {mode} with {prefill} prefill was asked of llama.cpp, expected similarity, global or dense, and dense or "
+                "sparse; sets that depend on the prompt need the backend transformers."
+            )
+        self._fallback = self._chosen_fallback(fallback)
+        self._context = context
+        self._files = tempfile.TemporaryDirectory(prefix="coreinfer-sim-")
+        self.pool = ModelPool(memory_limit, context, n_threads, self._files.name)
+
+    def __enter__(self) -> LlamaCppGenerator:
+        """Use as a context; leaving it closes all models."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all models."""
+        self.close()
+
+    def close(self) -> None:
+        """Close all models and forget saved caches."""
+        self.pool.close()
+        self._files.cleanup()
+
+    def generate(
+        self,
+        prompt: str | list[Message],
+        *,
+        chat: bool = False,
+        max_new_tokens: int = 128,
+        write: Callable[[str], None] | None = None,
+        **sampling: Any,
+    ) -> LlamaCppGeneration:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, or messages of a chat; routing looks at the last user's message.
+            chat: put the prompt into the model's chat template.
+            max_new_tokens: at most.
+            write: takes the text as it comes.
+            **sampling: of llama.cpp's server, such as ``temperature``, ``top_k``, ``seed``, ``stop``; greedy without.
+
+        Raises:
+            PromptError: empty, or too long for the context.
+            GenerationError: llama.cpp refused; the message says why.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        if not asked.strip():
+            raise PromptError("the prompt is empty, expected text; give a prompt.")
+        begin = time.perf_counter()
+        path, mode, match = self._route(asked)
+        looked_up = time.perf_counter()
+        dense = self._file(DENSE) if self._prefill == "dense" and mode != DENSE else None
+        if dense is not None:
+            self.pool.get(dense, beside=path)
+        model = self.pool.get(path, beside=dense)
+        loaded = time.perf_counter()
+        text = model.post("/apply-template", {"messages": messages})["prompt"] if chat else str(prompt)
+        ids = model.post("/tokenize", {"content": text, "add_special": True, "parse_special": chat})["tokens"]
+        if len(ids) + max_new_tokens > self._context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones exceed the context of "
+                f"{self._context}; shorten it, or raise --context."
+            )
+        request = {"temperature": 0.0, **sampling, "cache_prompt": True, "id_slot": 0, "return_tokens": True}
+        new: list[int] = []
+        shown = ""
+        goes_on = True
+        if dense is not None:
+            reader = self.pool.get(dense, beside=path)
+            answer = reader.complete({**request, "prompt": ids, "n_predict": 1}, None)
+            new, shown = answer["tokens"], answer["content"]
+            goes_on = answer["stop_type"] == "limit" and max_new_tokens > 1
+            if goes_on:
+                self._hand_over(reader, model)
+        n_new, prefill_seconds = len(new), time.perf_counter() - loaded
+        # A first token that ends within a character cannot be shown before what follows.
+        stream = write if new == [] or shown.strip("\ufffd") else None
+        if write is not None and stream is not None and shown:
+            write(shown)
+        if goes_on:
+            answer = model.complete({**request, "prompt": [*ids, *new], "n_predict": max_new_tokens - n_new}, stream)
+            n_new += answer["tokens_predicted"]
+            new, shown = new + answer["tokens"], shown + answer["content"]
+            if dense is None:
+                prefill_seconds += answer["timings"]["prompt_ms"] / 1000
+        decode_seconds = time.perf_counter() - loaded - prefill_seconds
+        if stream is None:
+            shown = model.post("/detokenize", {"tokens": new})["content"]
+            if write is not None:
+                write(shown)
+        return LlamaCppGeneration(
+            prompt=text,
+            text=shown,
+            n_new_tokens=n_new,
+            model=path.name,
+            mode=mode,
+            cluster=match.cluster if match else None,
+            label=match.label if match else None,
+            similarity=match.similarity if match else None,
+            confidence=match.confidence if match else None,
+            n_prompt_tokens=len(ids),
+            prefill="sparse" if dense is None and mode != DENSE else "dense",
+            lookup_seconds=looked_up - begin,
+            load_seconds=loaded - looked_up,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+        )
+
+    @staticmethod
+    def _hand_over(dense: _Model, model: _Model) -> None:
+        """Give the cache of the prompt that the dense model has read to the model that decodes."""
+        saved = dense.post("/slots/0?action=save", {"filename": _SLOT})
+        try:
+            model.post("/slots/0?action=restore", {"filename": _SLOT})
+        except GenerationError as error:
+            raise GenerationError(
+                f"the dense model's cache of {saved['n_saved']} positions does not fit {model.path.name}: {error} Export both "
+                "anew from one model, or take --prefill sparse."
+            ) from error
+
+    def _route(self, asked: str) -> tuple[Path, str, Match | None]:
+        """Return the file that decodes, the mode that it stands for, and where the prompt lies."""
+        if self.mode != "similarity":
+            return self._file(self.mode), self.mode, None
+        match = self._index.lookup(asked)[0]
+        if not match.confident and self._fallback is not Fallback.NONE:
+            return self._file(self._fallback.value), self._fallback.value, match
+        return self._file(match.cluster), "similarity", match
+
+    def _file(self, which: int | str) -> Path:
+        """Return the file of a cluster, GLOBAL or DENSE."""
+        names = {GLOBAL: self._router["fallback"], DENSE: self._router["dense"]}
+        name = names[which] if isinstance(which, str) else self._router["clusters"][which]["file"]
+        if name is None:
+            title = which if isinstance(which, str) else f"cluster {which}"
+            raise ConfigError(
+                f"{self._folder} lacks {title}, expected all sets that prompts may need; run coreinfer-sim export --cluster all "
+                "--cluster global --cluster dense --format gguf --manifest."
+            )
+        return self._folder / name
+
+    def _chosen_fallback(self, fallback: Fallback | str | None) -> Fallback:
+        if fallback is None:
+            return Fallback.GLOBAL if self._router["fallback"] is not None else Fallback.NONE
+        if Fallback(fallback) is Fallback.HYBRID:
+            raise ConfigError("the fallback is hybrid, whose sets depend on the prompt; take global, dense or none.")
+        if Fallback(fallback) is not Fallback.NONE:
+            self._file(Fallback(fallback).value)
+        return Fallback(fallback)
+
+
+def _library() -> Any:
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise ConfigError("llama.cpp is not installed; run: pip install 'coreinfer-sim[llamacpp]'") from error
+    return xllamacpp
+
+
+def _read_router(folder: Path, index: SemanticIndex) -> dict[str, Any]:
+    """Read ``router.json`` and check that it was exported from this index, as GGUF."""
+    path = folder / ROUTER_FILE
+    try:
+        router: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sizes = [cluster["size"] for cluster in router["clusters"]]
+        names = [
+            name
+            for name in (*(c["file"] for c in router["clusters"]), router["fallback"], router["dense"])
+            if name is not None
+        ]
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} has no {ROUTER_FILE}, expected an export; run coreinfer-sim export --cluster all --format gguf "
+            "--manifest."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); export anew.") from error
+    if sizes != [cluster.size for cluster in index.clusters]:
+        raise ConfigError(f"{path} belongs to another index than {index.name}; export this one.")
+    if any(Path(name).name != name or not name.endswith(".gguf") for name in names):
+        raise ConfigError(f"{path} names {names[0]}, expected GGUF files beside it; export with --format gguf.")
+    return router
