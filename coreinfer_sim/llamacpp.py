@@ -25,11 +25,11 @@ from coreinfer_sim.config import Fallback
 from coreinfer_sim.errors import ConfigError, GenerationError, ModelError, PromptError
 from coreinfer_sim.export.compact import DENSE, GLOBAL
 from coreinfer_sim.export.exporting import ROUTER_FILE
+from coreinfer_sim.generation import Message, last_user_message
 from coreinfer_sim.index import Match, SemanticIndex
 from coreinfer_sim.progress import readable_size
 
 _SLOT = "prompt.bin"
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class LlamaCppGeneration:
     text: str
     """The new text, without the prompt."""
     n_new_tokens: int
+    ended: bool
+    """Whether the text came to its end, rather than to the limit of new tokens."""
     model: str
     """File that decoded."""
     mode: str
@@ -214,9 +216,11 @@ class LlamaCppGenerator:
         Raises:
             ConfigError: settings that llama.cpp cannot follow, or an export of another index.
         """
-        self._index, self._folder = index, Path(folder)
+        self.index, self._folder = index, Path(folder)
         self._router = _read_router(self._folder, index)
         self.mode, self._prefill = mode, prefill
+        self.modes = [m for m, there in self._there().items() if there]
+        """Modes that the exported sets allow."""
         if mode not in ("similarity", "global", "dense") or prefill not in ("dense", "sparse"):
             raise ConfigError(
                 f"mode {mode} with {prefill} prefill was asked of llama.cpp, expected similarity, global or dense, and dense or "
@@ -247,6 +251,8 @@ class LlamaCppGenerator:
         chat: bool = False,
         max_new_tokens: int = 128,
         write: Callable[[str], None] | None = None,
+        routed_by: str | None = None,
+        mode: str | None = None,
         **sampling: Any,
     ) -> LlamaCppGeneration:
         """Continue a prompt.
@@ -256,6 +262,8 @@ class LlamaCppGenerator:
             chat: put the prompt into the model's chat template.
             max_new_tokens: at most.
             write: takes the text as it comes.
+            routed_by: text that routes in place of the last user message.
+            mode: for this call; None takes the generator's.
             **sampling: of llama.cpp's server, such as ``temperature``, ``top_k``, ``seed``, ``stop``; greedy without.
 
         Raises:
@@ -263,11 +271,9 @@ class LlamaCppGenerator:
             GenerationError: llama.cpp refused; the message says why.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        if not asked.strip():
-            raise PromptError("the prompt is empty, expected text; give a prompt.")
+        asked = routed_by or last_user_message(messages)
         begin = time.perf_counter()
-        path, mode, match = self._route(asked)
+        path, mode, match = self._route(asked, mode or self.mode)
         looked_up = time.perf_counter()
         dense = self._file(DENSE) if self._prefill == "dense" and mode != DENSE else None
         if dense is not None:
@@ -312,6 +318,7 @@ class LlamaCppGenerator:
             prompt=text,
             text=shown,
             n_new_tokens=n_new,
+            ended=answer["stop_type"] != "limit",
             model=path.name,
             mode=mode,
             cluster=match.cluster if match else None,
@@ -338,14 +345,22 @@ class LlamaCppGenerator:
                 "anew from one model, or take --prefill sparse."
             ) from error
 
-    def _route(self, asked: str) -> tuple[Path, str, Match | None]:
+    def _route(self, asked: str, mode: str) -> tuple[Path, str, Match | None]:
         """Return the file that decodes, the mode that it stands for, and where the prompt lies."""
-        if self.mode != "similarity":
-            return self._file(self.mode), self.mode, None
-        match = self._index.lookup(asked)[0]
+        if mode != "similarity":
+            return self._file(mode), mode, None
+        match = self.index.lookup(asked)[0]
         if not match.confident and self._fallback is not Fallback.NONE:
             return self._file(self._fallback.value), self._fallback.value, match
         return self._file(match.cluster), "similarity", match
+
+    def _there(self) -> dict[str, bool]:
+        clusters = [cluster["file"] for cluster in self._router["clusters"]]
+        return {
+            "similarity": any(clusters),
+            GLOBAL: self._router["fallback"] is not None,
+            DENSE: self._router["dense"] is not None,
+        }
 
     def _file(self, which: int | str) -> Path:
         """Return the file of a cluster, GLOBAL or DENSE."""

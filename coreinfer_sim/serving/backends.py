@@ -1,0 +1,180 @@
+"""What answers a request: our own runtime or llama.cpp, behind one face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from coreinfer_sim.config import Mode
+from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.generation import Message, TextGenerator, last_user_message
+from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.llamacpp import LlamaCppGenerator
+from coreinfer_sim.models import LanguageModel, context_length
+from coreinfer_sim.predictors import make_predictor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for one text."""
+
+    prompt: str | list[Message]
+    """A text to go on from, or a conversation."""
+    max_new_tokens: int
+    mode: str
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One text and what it cost."""
+
+    text: str
+    n_prompt_tokens: int
+    n_new_tokens: int
+    ended: bool
+    """Whether the text came to its end, rather than to the limit of new tokens."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Where it was routed and how fast it was."""
+
+
+class Backend(Protocol):
+    """Answers one request at a time."""
+
+    modes: Sequence[str]
+    """That a request may ask for, the default first."""
+    index: SemanticIndex
+
+    def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
+        """Generate; ``write`` takes the text as it comes, and what it raises breaks the generation off."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+def routing_text(index: SemanticIndex, prompt: str | list[Message]) -> str:
+    """Return what a conversation is routed by: the user's last message that is familiar to its cluster.
+
+    A new topic is familiar to some cluster, and moves the conversation there. "And why?" is familiar to none, and leaves
+    it where it was. Where nothing is familiar, the last message counts.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    said = [m["content"] for m in prompt if m["role"] == "user" and m["content"].strip()]
+    for text in reversed(said):
+        if index.lookup(text)[0].confident:
+            return text
+    return last_user_message(prompt)
+
+
+class TransformersBackend:
+    """Our own runtime."""
+
+    def __init__(
+        self, language_model: LanguageModel, index: SemanticIndex, mode: str = "similarity", **predictor: Any
+    ) -> None:
+        """Serve a model; ``predictor`` are the further arguments of `make_predictor`."""
+        self.index = index
+        self._model = language_model
+        self._settings = predictor
+        self.modes = tuple(dict.fromkeys([mode, *(each.value for each in Mode)]))
+        self._generators: dict[str, TextGenerator] = {}
+        self._generator(mode)  # what is wrong with the settings is known before anything is served
+
+    def _generator(self, mode: str) -> TextGenerator:
+        if mode not in self._generators:
+            predictor = make_predictor(mode, self._model.layers, self.index, **self._settings)
+            self._generators[mode] = TextGenerator(self._model, predictor)
+        return self._generators[mode]
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model has."""
+        return context_length(self._model.model)
+
+    def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
+        """Generate one text."""
+        if asked.seed is not None:
+            torch.manual_seed(asked.seed)
+        if asked.temperature > 0:
+            options: dict[str, Any] = {
+                "do_sample": True,
+                "temperature": asked.temperature,
+                "top_p": asked.top_p,
+                "top_k": 0,
+            }
+        else:
+            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if asked.stop:
+            options.update(stop_strings=list(asked.stop), tokenizer=self._model.tokenizer)
+        run = self._generator(asked.mode).generate(
+            asked.prompt,
+            chat=not isinstance(asked.prompt, str),
+            max_new_tokens=asked.max_new_tokens,
+            write=write,
+            routed_by=routing_text(self.index, asked.prompt),
+            num_beams=1,
+            **options,
+        )
+        facts = run.as_dict()
+        kept = ("mode", "cluster", "label", "similarity", "confidence", "confident", "keep_ratio", "tokens_per_second")
+        return Answered(
+            run.text,
+            run.n_prompt_tokens,
+            len(run.token_ids),
+            len(run.token_ids) < asked.max_new_tokens or self._is_end(run.token_ids[-1]),
+            {**{name: facts[name] for name in kept}, "mlp_bytes_per_token": run.mlp_bytes_per_token},
+        )
+
+    def _is_end(self, token: int) -> bool:
+        ends = self._model.model.generation_config.eos_token_id
+        return token in (ends if isinstance(ends, list) else [ends])
+
+    def close(self) -> None:
+        """Let go of the compact weights."""
+        for generator in self._generators.values():
+            generator.sparse.close()
+
+
+class LlamaCppBackend:
+    """Exported sets on llama.cpp."""
+
+    def __init__(self, generator: LlamaCppGenerator) -> None:
+        """Serve what a generator has."""
+        self._generator = generator
+        self.index = generator.index
+        self.modes = tuple(dict.fromkeys([generator.mode, *generator.modes]))
+
+    def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
+        """Generate one text."""
+        if asked.mode not in self.modes:
+            raise ConfigError(f"the mode is {asked.mode}, expected one of {', '.join(self.modes)} with llama.cpp.")
+        sampling: dict[str, Any] = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0, "min_p": 0.0}
+        if asked.seed is not None:
+            sampling["seed"] = asked.seed
+        run = self._generator.generate(
+            asked.prompt,
+            chat=not isinstance(asked.prompt, str),
+            max_new_tokens=asked.max_new_tokens,
+            write=write,
+            routed_by=routing_text(self.index, asked.prompt),
+            mode=asked.mode,
+            stop=list(asked.stop),
+            **sampling,
+        )
+        facts = run.as_dict()
+        kept = ("mode", "cluster", "label", "similarity", "confidence", "model", "prefill", "tokens_per_second")
+        return Answered(
+            run.text, run.n_prompt_tokens, run.n_new_tokens, run.ended, {name: facts[name] for name in kept}
+        )
+
+    def close(self) -> None:
+        """Close the models."""
+        self._generator.close()
