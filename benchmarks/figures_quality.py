@@ -89,7 +89,10 @@ def build(model: str, data: Path, name: str, out: Path, rows: int, options: tupl
 @click.option("--rows", default=40, show_default=True, help="Of each set.")
 @click.option("--keep-ratio", default=0.4, show_default=True)
 @click.option("--max-tokens", default=512, show_default=True)
-def evaluate(model: str, data: Path, name: str, index: Path, rows: int, keep_ratio: float, max_tokens: int) -> None:
+@click.option("--dtype", default="auto", show_default=True, help="That computes; bytes are counted in 16 bits.")
+def evaluate(
+    model: str, data: Path, name: str, index: Path, rows: int, keep_ratio: float, max_tokens: int, dtype: str
+) -> None:
     """Compare all selections at one keep ratio on rows that nothing has seen."""
     stem = f"quality-{name.lower()}-{keep_ratio:g}"
     out, log = RESULTS / f"{stem}.json", RESULTS / f"{stem}.log.jsonl"
@@ -102,7 +105,7 @@ def evaluate(model: str, data: Path, name: str, index: Path, rows: int, keep_rat
     subprocess.run(
         [
             *(*_COMMAND, "evaluate", *sets, "--model", model),
-            *("--index", str(index), "--log", str(log), "--out", str(out), *arguments),
+            *("--index", str(index), "--log", str(log), "--out", str(out), "--dtype", dtype, *arguments),
         ],
         check=True,
     )

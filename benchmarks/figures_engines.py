@@ -1,0 +1,303 @@
+"""Measure exports, llama.cpp and the server; every command writes its figures into ``results/figures-engines.json``.
+
+python benchmarks/figures_engines.py equality --data DATA --index INDEX
+python benchmarks/figures_engines.py speed --index INDEX
+python benchmarks/figures_engines.py load --index INDEX
+python benchmarks/figures_engines.py bad-input --index INDEX
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import record
+
+FILE = "figures-engines.json"
+ROOT = Path(__file__).parent.parent
+_COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
+model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_1.gguf", show_default=True)
+name_option = click.option("--name", default="SmolLM2-135M", show_default=True, help="Of the model, in the figures.")
+index_option = click.option("--index", required=True, type=click.Path(exists=True, path_type=Path))
+
+
+@click.group()
+def main() -> None:
+    """Measure exports, llama.cpp and the server."""
+
+
+def _command(name: str) -> str:
+    return f"python benchmarks/figures_engines.py {name} --index INDEX"
+
+
+@main.command()
+@model_option
+@name_option
+@index_option
+@click.option("--keep-ratio", default=0.4, show_default=True)
+def equality(model: str, name: str, index: Path, keep_ratio: float) -> None:
+    """Logits of an exported checkpoint in stock transformers beside those of our runtime, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from coreinfer_sim import SemanticIndex, load_model
+    from coreinfer_sim.export.exporting import export
+    from coreinfer_sim.sparse_mlp import installed
+
+    language_model, loaded = load_model(model, "float32"), SemanticIndex.load(index)
+    prompts = (ROOT / "demo/prompts.txt").read_text(encoding="utf-8").splitlines()
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = export(language_model, loaded, [0], folder, keep_ratio=keep_ratio)
+        stock = AutoModelForCausalLM.from_pretrained(path)
+        worst = 0.0
+        for prompt in prompts:
+            ids = language_model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            with torch.inference_mode():
+                theirs = stock(ids).logits
+                with installed(language_model.layers, loaded.cluster_selection(0, keep_ratio)):
+                    ours = language_model.model(ids).logits
+            worst = max(worst, float((theirs - ours).abs().max() / ours.abs().max()))
+    record(
+        FILE,
+        f"{name}: logits of an exported checkpoint in stock transformers beside our runtime's, float32",
+        float(f"{worst:.2g}"),
+        "largest difference over largest logit",
+        "at most 0.001",
+        worst <= 1e-3,
+        _command("equality"),
+    )
+
+
+@main.command()
+@model_option
+@name_option
+@index_option
+@click.option("--keep-ratio", default=0.4, show_default=True)
+@click.option("--type", "kinds", multiple=True, default=("bf16", "q8_0"), show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--new-tokens", default=64, show_default=True)
+def speed(
+    model: str, name: str, index: Path, keep_ratio: float, kinds: tuple[str, ...], rounds: int, new_tokens: int
+) -> None:
+    """Decode of a cluster's GGUF in llama.cpp beside the dense GGUF of the same type, alternating in one run."""
+    from coreinfer_sim import SemanticIndex, load_model
+    from coreinfer_sim.export.exporting import export
+    from coreinfer_sim.llamacpp import LlamaCppGenerator
+
+    language_model, loaded = load_model(model, "stored"), SemanticIndex.load(index)
+    prompts = (ROOT / "demo/prompts.txt").read_text(encoding="utf-8").splitlines()
+    bars = {"bf16": 1.7, "q8_0": 1.7, "q4_k_m": 1.5}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            sets = [*range(len(loaded)), "dense"]
+            export(language_model, loaded, sets, folder, keep_ratio=keep_ratio, kind="gguf", weights=kind, router=True)
+            speeds: dict[str, list[float]] = {"similarity": [], "dense": []}
+            with LlamaCppGenerator(loaded, folder, fallback="none", context=512) as generator:
+                for number in range(rounds + 1):  # the first round warms up
+                    for mode, found in speeds.items():
+                        run = generator.generate(
+                            prompts[number % 2], mode=mode, max_new_tokens=new_tokens, ignore_eos=True
+                        )
+                        if number and run.tokens_per_second:
+                            found.append(run.tokens_per_second)
+            medians = {mode: statistics.median(found) for mode, found in speeds.items()}
+            ratio = round(medians["similarity"] / medians["dense"], 2)
+            bar = bars.get(kind, 1.5)
+            record(
+                FILE,
+                f"{name}, keep ratio {keep_ratio:g}, {kind}: decode in llama.cpp over that of the dense GGUF",
+                ratio,
+                "×, of medians",
+                f"at least {bar}",
+                ratio >= bar,
+                _command("speed"),
+                tokens_per_second={mode: round(value, 1) for mode, value in medians.items()},
+                spread={mode: [round(min(found), 1), round(max(found), 1)] for mode, found in speeds.items()},
+            )
+
+
+@contextmanager
+def _server(model: str, index: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """Run the command in a process of its own; yield its address and process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*_COMMAND, "serve", "--index", str(index), "--model", model, "--port", str(port), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("Serving"):
+                break
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        try:
+            yield f"http://127.0.0.1:{port}", process.pid
+        finally:
+            process.terminate()
+
+
+@main.command()
+@model_option
+@name_option
+@index_option
+@click.option("--clients", default=64, show_default=True)
+@click.option("--seconds", default=120, show_default=True)
+@click.option("--new-tokens", default=12, show_default=True)
+def load(model: str, name: str, index: Path, clients: int, seconds: int, new_tokens: int) -> None:
+    """Many streaming clients at once, some of which hang up; answers are compared with a single client's."""
+    import openai
+    import psutil
+
+    from coreinfer_sim import SemanticIndex
+
+    prompts = [exemplar for cluster in SemanticIndex.load(index).clusters for exemplar in cluster.exemplars[:1]]
+    with _server(model, index, "--queue-limit", str(2 * clients), "--timeout", "600") as (url, pid):
+
+        def ask(text: str, hang_up: bool = False) -> str | None:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=900)
+            messages: Any = [{"role": "user", "content": text}]
+            model_id = client.models.list().data[0].id
+            stream = client.chat.completions.create(
+                model=model_id, messages=messages, max_tokens=new_tokens, temperature=0, stream=True
+            )
+            pieces = []
+            for part in stream:
+                pieces.append(part.choices[0].delta.content or "")
+                if hang_up:
+                    stream.close()
+                    return None
+            return "".join(pieces)
+
+        alone = {text: ask(text) for text in prompts}
+        process = psutil.Process(pid)
+        memory = [process.memory_info().rss]
+        end = time.monotonic() + seconds
+        counts = {"answers": 0, "hung up": 0, "mixed": 0, "errors": 0}
+        lock = threading.Lock()
+
+        def client_of(number: int) -> None:
+            chance = random.Random(number)
+            while time.monotonic() < end:
+                text, hangs_up = chance.choice(prompts), chance.random() < 0.2
+                try:
+                    answer = ask(text, hangs_up)
+                except Exception as error:
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                    outcome = "errors"
+                else:
+                    outcome = "hung up" if answer is None else "answers" if answer == alone[text] else "mixed"
+                with lock:
+                    counts[outcome] += 1
+                    memory.append(process.memory_info().rss)
+
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(client_of, range(clients)))
+    half = len(memory) // 2
+    growth = round(max(memory[half:]) / max(memory[: half or 1]) - 1, 3)
+    wrong = counts["mixed"] + counts["errors"]
+    title = f"{name}: {clients} streaming clients for {seconds} s"
+    record(
+        FILE,
+        f"{title}: errors and answers other than a single client's",
+        wrong,
+        f"of {counts['answers'] + wrong} answers; {counts['hung up']} clients hung up midway",
+        "0",
+        wrong == 0 and counts["answers"] > 0,
+        _command("load"),
+    )
+    record(
+        FILE,
+        f"{title}: peak memory in the second half over the first",
+        growth,
+        "relative growth",
+        "at most 0.02",
+        growth <= 0.02,
+        _command("load"),
+    )
+
+
+@main.command()
+@model_option
+@name_option
+@index_option
+@click.option("--requests", default=10_000, show_default=True)
+def bad_input(model: str, name: str, index: Path, requests: int) -> None:
+    """Requests drawn from the OpenAPI description, most of them wrong: never a 5xx, never a hang."""
+    import httpx
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+    from hypothesis_jsonschema import from_schema
+
+    with _server(model, index, "--max-new-tokens", "2") as (url, _pid), httpx.Client(timeout=60) as client:
+        description = client.get(f"{url}/openapi.json").json()
+        bodies = {
+            path: methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+            for path, methods in description["paths"].items()
+            if "post" in methods
+        }
+        schemas = {path: {**schema, "components": description["components"]} for path, schema in bodies.items()}
+        anything = from_schema({})
+        statuses: dict[int, int] = {}
+        failures: list[str] = []
+
+        @settings(
+            max_examples=requests,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        )
+        @given(st.data(), st.sampled_from(sorted(schemas)), st.integers(0, 3))
+        def ask(data: Any, path: str, kind: int) -> None:
+            if kind == 0:
+                content = data.draw(st.binary(max_size=200))
+            else:
+                body = data.draw(from_schema(schemas[path]) if kind > 1 else anything)
+                if isinstance(body, dict) and kind == 3:
+                    body = {
+                        **body,
+                        data.draw(st.sampled_from(["max_tokens", "stop", "messages", "prompt", "text"])): data.draw(
+                            anything
+                        ),
+                    }
+                content = json.dumps(body).encode()
+            try:
+                status = client.post(url + path, content=content).status_code
+            except httpx.TimeoutException:
+                status = 0
+            statuses[status] = statuses.get(status, 0) + 1
+            if status == 0 or status >= 500:
+                failures.append(f"{path} {status} {content[:200]!r}")
+
+        ask()
+    for failure in failures[:5]:
+        print(failure, file=sys.stderr)
+    record(
+        FILE,
+        f"{name}: requests drawn from the OpenAPI description that the server failed or hung on",
+        len(failures),
+        f"of {sum(statuses.values()):,}",
+        "0",
+        not failures,
+        _command("bad-input"),
+        statuses={str(status): n for status, n in sorted(statuses.items())},
+    )
+
+
+if __name__ == "__main__":
+    main()

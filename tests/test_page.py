@@ -1,0 +1,69 @@
+"""The page works in a real browser; skipped where Chromium is not installed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from test_llamacpp import PROMPTS, RATIO, checkpoint, index  # noqa: F401
+from test_serving import NAME, Served
+
+from coreinfer_sim.models import load_model
+from coreinfer_sim.serving.app import make_app
+from coreinfer_sim.serving.backends import TransformersBackend
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def backend(checkpoint, index):  # noqa: F811
+    return TransformersBackend(load_model(checkpoint, "float32"), index, keep_ratio=RATIO, fallback="none")
+
+
+def opened(browser, url):
+    page = browser.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(url)
+    return page, errors
+
+
+def test_clusters_shares_and_both_answers_are_shown(browser, backend):
+    with Served(make_app(backend, NAME, api_key="secret")) as server:
+        page, errors = opened(browser, server.url)
+        page.fill("#prompt", PROMPTS[1])
+        page.fill("#tokens", "6")
+        page.click("#send")
+        page.wait_for_function("document.getElementById('error').textContent.includes('API key')")
+        page.fill("#key", "secret")
+        page.click("#send")
+        page.wait_for_function("document.getElementById('dense-facts').textContent !== ''", timeout=60_000)
+        assert page.locator("#matches tr").count() == 3 and page.locator("#kept div").count() == 3
+        assert page.text_content("#error") == "" and errors == []
+        assert "similarity, cluster" in page.text_content("#sparse-facts")
+        assert "6 tokens" in page.text_content("#dense-facts")
+        assert page.locator("#sparse").inner_text() or page.locator("#dense").inner_text()
+        page.close()
+
+
+def test_errors_are_shown(browser, backend):
+    with Served(make_app(backend, NAME, max_new_tokens=4)) as server:
+        page, errors = opened(browser, server.url)
+        page.fill("#prompt", PROMPTS[0])
+        page.fill("#tokens", "64")
+        page.click("#send")
+        page.wait_for_function("document.getElementById('error').textContent.includes('at most 4')")
+        page.wait_for_function("document.getElementById('model').textContent.includes('3 clusters')")
+        assert errors == [] and page.is_enabled("#send")
+        page.close()
