@@ -100,11 +100,11 @@ def speed(
     from coreinfer_sim.llamacpp import LlamaCppGenerator
 
     language_model, loaded = load_model(model, "stored"), SemanticIndex.load(index)
-    prompts = (ROOT / "demo/prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = (ROOT / "demo/prompts.txt").read_text(encoding="utf-8").splitlines()[:2]
     bars = {"bf16": 1.7, "q8_0": 1.7, "q4_k_m": 1.5}
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            sets = [*range(len(loaded)), "dense"]
+            sets = [*sorted({match[0].cluster for match in loaded.lookup(prompts)}), "dense"]
             export(language_model, loaded, sets, folder, keep_ratio=keep_ratio, kind="gguf", weights=kind, router=True)
             speeds: dict[str, list[float]] = {"similarity": [], "dense": []}
             with LlamaCppGenerator(loaded, folder, fallback="none", context=512) as generator:

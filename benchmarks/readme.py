@@ -1,4 +1,4 @@
-"""Write the README's tables of figures from the result files, or with --check say whether they are current."""
+"""Write the tables of figures in README and docs from the result files, or with --check say whether they are current."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOT
 def table(path: Path) -> str:
     """Return a result file as a Markdown table, with a note for figures that were measured elsewhere."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    if "contenders" in content:
+        return _contenders(content)
     lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
     elsewhere: list[str] = []
     for figure in content["figures"]:
@@ -29,6 +31,17 @@ def table(path: Path) -> str:
         lines.append(f"| {figure['name']}{note} | {value} {figure['unit']} | {figure['bar']} | {holds} |")
     lines += ["", *(f"({number}) {place}.  " for number, place in enumerate(elsewhere, 1))] if elsewhere else []
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _contenders(content: dict[str, Any]) -> str:
+    """Return what `evaluate` wrote: a row a contender, the geometric mean first and then each set."""
+    rows = content["contenders"]
+    sets = list(rows[0]["sets"])
+    lines = [f"| contender | mean | {' | '.join(sets)} |", "|---|" + "--:|" * (len(sets) + 1)]
+    for row in rows:
+        values = [row["ratio"], *(row["sets"][each]["ratio"] for each in sets)]
+        lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _where(measured: dict[str, Any]) -> str:
@@ -46,14 +59,13 @@ def filled(readme: str) -> str:
 
 def main() -> None:
     """Fill in the tables, or check them."""
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv[1:]:
-        if before != after:
-            sys.exit("README.md's figures are not those of benchmarks/results; run benchmarks/readme.py")
-        return
-    path.write_text(after, encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            sys.exit(f"the figures in {path.name} are not those of benchmarks/results; run benchmarks/readme.py")
 
 
 if __name__ == "__main__":
