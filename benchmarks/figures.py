@@ -30,6 +30,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def header() -> dict[str, Any]:
+    """Say where, with what and when something is measured."""
+    return {
+        "machine": machine(),
+        "versions": {library: version(library) for library in _LIBRARIES},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def record(
     file: str, name: str, value: Any, unit: str, bar: str, holds: bool, command: str, **details: Any
 ) -> dict[str, Any]:
@@ -48,15 +57,11 @@ def record(
     path = RESULTS / file
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": []}
     figure = {"name": name, "value": value, "unit": unit, "bar": bar, "holds": holds, "command": command, **details}
-    header = {
-        "machine": machine(),
-        "versions": {library: version(library) for library in _LIBRARIES},
-        "date": datetime.date.today().isoformat(),
-    }
+    top = header()
     others = [known for known in content.pop("figures") if known["name"] != name]
-    if content and content != header:  # a figure keeps where and when it was measured
+    if content and content != top:  # a figure keeps where and when it was measured
         others = [{**known, "measured": known.get("measured", content)} for known in others]
-    content = {**header, "figures": sorted([*others, figure], key=lambda known: known["name"])}
+    content = {**top, "figures": sorted([*others, figure], key=lambda known: known["name"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{'holds ' if holds else 'MISSED'}  {name}: {value} {unit} (bar: {bar})")

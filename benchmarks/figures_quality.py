@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import RESULTS, machine, record
+from figures import RESULTS, header, record
 
 FILE = "figures-quality.json"
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
@@ -109,8 +109,15 @@ def evaluate(
         ],
         check=True,
     )
-    summary = {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
-    _record_all(summary, name, keep_ratio, rows)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    command = f"{_command(keep_ratio, rows)} --dtype {dtype} --max-tokens {max_tokens}"
+    content = {**header(), "command": command, "rows_per_set": rows, "contenders": content["contenders"]}
+    out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _record_all({row["contender"]: row for row in content["contenders"]}, name, keep_ratio, rows)
+
+
+def _command(keep_ratio: float, rows: int) -> str:
+    return f"python benchmarks/figures_quality.py evaluate --data DATA --index INDEX --keep-ratio {keep_ratio:g} --rows {rows}"
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -177,7 +184,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
         known[title] = round(math.exp(sum(logs) / len(logs)), 3)
         print(f"{title:32s} {known[title]:.3f}")
         content = {
-            "machine": machine(),
+            **header(),
             "tokens": tokens,
             "rows_per_set": rows,
             "command": " ".join(sys.argv[:2]),
@@ -205,7 +212,7 @@ def _cases(language_model: Any, path: Path, n: int) -> list[Any]:
 
 def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int) -> None:
     """Record the figures that a summary of `evaluate` gives."""
-    command = f"python benchmarks/figures_quality.py evaluate --data DATA --keep-ratio {keep_ratio:g} --rows {rows}"
+    command = _command(keep_ratio, rows)
     seen = [each for each in next(iter(summary.values()))["sets"] if each not in UNSEEN]
 
     def mean(contender: str, sets: Sequence[str]) -> float:

@@ -37,7 +37,8 @@ def _contenders(content: dict[str, Any]) -> str:
     """Return what `evaluate` wrote: a row a contender, the geometric mean first and then each set."""
     rows = content["contenders"]
     sets = list(rows[0]["sets"])
-    lines = [f"| contender | mean | {' | '.join(sets)} |", "|---|" + "--:|" * (len(sets) + 1)]
+    lines = [f"{_where(content)}; {content['rows_per_set']} rows of each set.", ""]
+    lines += [f"| contender | mean | {' | '.join(sets)} |", "|---|" + "--:|" * (len(sets) + 1)]
     for row in rows:
         values = [row["ratio"], *(row["sets"][each]["ratio"] for each in sets)]
         lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
