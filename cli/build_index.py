@@ -112,10 +112,10 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 )
 @click.option(
     "--distil-from",
-    type=click.Choice(["corpus", "cluster"]),
-    default="corpus",
+    type=click.Choice(["cluster", "corpus"]),
+    default="cluster",
     **_D,
-    help="For --distil-tokens: begin with the whole corpus's trained set, or with one fitted to the cluster.",
+    help="For --distil-tokens: begin with the set fitted to the cluster, or with the whole corpus's trained set.",
 )
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: fill the cores]")
 @click.option(

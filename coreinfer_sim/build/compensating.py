@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
-from coreinfer_sim.build.distillation import Distillation, distil
+from coreinfer_sim.build.distillation import SPECIALISING_RATE, Distillation, distil
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -107,12 +107,13 @@ def make_distiller(
         ratio, cluster = sets[number]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
         texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
-        start = fitted_path(folder, settings, ratio, cluster)
+        start, training = fitted_path(folder, settings, ratio, cluster), Distillation()
         if cluster is not None and settings.distil_from is Start.CORPUS:
             start = folder / compensation_file(ratio, None)
+            training = Distillation(learning_rate=SPECIALISING_RATE)
         ids, repairs = load_compensated(start, d_model, n_layers)
         fitted = NeuronSelection("compensated", ids, compensation=repairs)
-        distilled = distil(language_model, fitted, texts, Distillation(), report)
+        distilled = distil(language_model, fitted, texts, training, report)
         save_compensated(folder / compensation_file(ratio, cluster), distilled)
         return sum(len(text.ids) for text in texts) if report is None else 0
 
