@@ -72,10 +72,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
         raise ModelError(f"dtype is {dtype!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    of_gguf = torch.bfloat16 if dtype == "stored" else usable(torch.bfloat16, device)
-    wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
     transformers_logging.disable_progress_bar()
     try:
+        of_gguf = torch.bfloat16 if dtype == "stored" else usable(torch.bfloat16, device)
+        wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
         if dtype == "auto":

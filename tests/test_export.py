@@ -112,7 +112,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tiny(checkpoint):
+def wide(checkpoint):
     return load_model(checkpoint, "float32")
 
 
@@ -139,12 +139,12 @@ def llama_cpp_continuation(path, prompt, n):
 
 
 @pytest.mark.parametrize("n_kept", [[60, 60, 60], [40, 100, 192]], ids=["one width", "several widths"])
-def test_llama_cpp_computes_the_same(tiny, n_kept, tmp_path):
-    selection = fit_layers(tiny, some_texts(10), n_kept, Fit(bypass_rank=2))
-    weights = compact_weights(tiny, selection, one_width=False)
+def test_llama_cpp_computes_the_same(wide, n_kept, tmp_path):
+    selection = fit_layers(wide, some_texts(10), n_kept, Fit(bypass_rank=2))
+    weights = compact_weights(wide, selection, one_width=False)
     assert weights.widths == [-(-n // 64) * 64 for n in n_kept]
-    path = tmp_path / "tiny.gguf"
-    export_gguf(tiny, weights, SOURCE, path, "f32")
+    path = tmp_path / "wide.gguf"
+    export_gguf(wide, weights, SOURCE, path, "f32")
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     arch = fields["general.architecture"]
@@ -152,10 +152,10 @@ def test_llama_cpp_computes_the_same(tiny, n_kept, tmp_path):
     assert fields["coreinfer_sim.set"] == "cluster-0003" and fields["coreinfer_sim.model"] == "some-model"
     down = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight")
     assert np.array_equal(down.data, weights.parameters["model.layers.0.mlp.down_proj.weight"].numpy())
-    prompt = tiny.tokenizer("Stars form when clouds of gas", return_tensors="pt")
-    with installed(tiny.layers, selection):
-        expected = tiny.model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    text = tiny.tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :])
+    prompt = wide.tokenizer("Stars form when clouds of gas", return_tensors="pt")
+    with installed(wide.layers, selection):
+        expected = wide.model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    text = wide.tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :])
     assert llama_cpp_continuation(path, "Stars form when clouds of gas", 12) == text
 
 
@@ -203,14 +203,14 @@ def test_what_cannot_be_exported(index, checkpoint, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_failing_quantiser_is_told_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+def test_a_failing_quantiser_is_told_and_leaves_nothing(wide, tmp_path, monkeypatch):
     quantiser = tmp_path / "llama-quantize"
     quantiser.write_text("#!/bin/sh\necho no such type >&2\nexit 3\n")
     quantiser.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    weights = compact_weights(tiny, NeuronSelection("t", {}), one_width=False)
+    weights = compact_weights(wide, NeuronSelection("t", {}), one_width=False)
     with pytest.raises(ExportError, match="no such type"):
-        export_gguf(tiny, weights, SOURCE, tmp_path / "out.gguf", "q4_k_m")
+        export_gguf(wide, weights, SOURCE, tmp_path / "out.gguf", "q4_k_m")
     assert [path.name for path in tmp_path.iterdir()] == ["llama-quantize"]
 
 

@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "config",
     "files",
+    "progress",
     "corpus",
     "architectures",
     "models",
@@ -40,9 +41,11 @@ ORDER = (
     "refresh",
     "runtime",
     "generation",
+    "export",
+    "llamacpp",
 )
 """A module imports only from those before it; the modules of a folder count as one and may import each other."""
-USES = ("evaluation", "benchmark", "export", "report", "serving")
+USES = ("evaluation", "benchmark", "report", "serving")
 """Folders that may follow: each takes an index and a model, and nothing imports from them."""
 
 
