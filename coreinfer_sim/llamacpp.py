@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.config import Fallback
+from coreinfer_sim.config import UNFAMILIAR, Fallback
 from coreinfer_sim.errors import ConfigError, GenerationError, ModelError, PromptError
 from coreinfer_sim.export.compact import DENSE, GLOBAL
 from coreinfer_sim.export.exporting import ROUTER_FILE
@@ -68,7 +68,8 @@ class LlamaCppGeneration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+        confident = None if self.confidence is None else self.confidence >= UNFAMILIAR
+        return {**asdict(self), "confident": confident, "tokens_per_second": self.tokens_per_second}
 
 
 class _Model:

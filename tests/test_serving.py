@@ -226,6 +226,7 @@ def test_llama_cpp_serves_the_same_answers(client, index, exported):  # noqa: F8
         for text in PROMPTS[:2]:
             theirs, ours = chat(server.client(), text), chat(client, text)
             assert theirs.usage == ours.usage
+            assert theirs.model_extra["coreinfer"]["confident"] == ours.model_extra["coreinfer"]["confident"]
             assert theirs.model_extra["coreinfer"]["cluster"] == ours.model_extra["coreinfer"]["cluster"]
         with pytest.raises(openai.BadRequestError, match="expected one of similarity, global, dense"):
             chat(server.client(), extra_body={"coreinfer": {"mode": "hybrid"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ def _name_of(language_model: LanguageModel, layer: MLPLayer) -> str:
 
 
 def _rounded_up(width: float) -> int:
-    return -(-int(-(-width // 1)) // WIDTH_STEP) * WIDTH_STEP
+    return math.ceil(width / WIDTH_STEP) * WIDTH_STEP
 
 
 def _padded(values: torch.Tensor, width: int, dim: int) -> torch.Tensor:

@@ -26,7 +26,6 @@ from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, Lookup
 
 PAGE = Path(__file__).parent / "page.html"
 _OPEN = ("/", "/health")
-_KINDS = {400: "invalid_request_error", 401: "invalid_request_error", 404: "invalid_request_error"}
 _log = logging.getLogger(__name__)
 
 
@@ -322,7 +321,7 @@ def _refusal(error: Exception) -> JSONResponse:
 
 
 def _error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
     content = {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -13,7 +13,7 @@ from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.generation import Message, TextGenerator, last_user_message
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.llamacpp import LlamaCppGenerator
-from coreinfer_sim.models import LanguageModel, context_length
+from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import make_predictor
 
 
@@ -68,6 +68,8 @@ def routing_text(index: SemanticIndex, prompt: str | list[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     said = [m["content"] for m in prompt if m["role"] == "user" and m["content"].strip()]
+    if len(said) == 1:  # nothing to choose among, so nothing is embedded twice
+        return said[0]
     for text in reversed(said):
         if index.lookup(text)[0].confident:
             return text
@@ -93,11 +95,6 @@ class TransformersBackend:
             predictor = make_predictor(mode, self._model.layers, self.index, **self._settings)
             self._generators[mode] = TextGenerator(self._model, predictor)
         return self._generators[mode]
-
-    @property
-    def context(self) -> int | None:
-        """Positions that the model has."""
-        return context_length(self._model.model)
 
     def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
         """Generate one text."""
@@ -170,9 +167,13 @@ class LlamaCppBackend:
             **sampling,
         )
         facts = run.as_dict()
-        kept = ("mode", "cluster", "label", "similarity", "confidence", "model", "prefill", "tokens_per_second")
+        kept = ("mode", "cluster", "label", "similarity", "confidence", "confident", "model", "prefill")
         return Answered(
-            run.text, run.n_prompt_tokens, run.n_new_tokens, run.ended, {name: facts[name] for name in kept}
+            run.text,
+            run.n_prompt_tokens,
+            run.n_new_tokens,
+            run.ended,
+            {**{name: facts[name] for name in kept}, "tokens_per_second": run.tokens_per_second},
         )
 
     def close(self) -> None:

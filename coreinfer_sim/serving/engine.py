@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from coreinfer_sim.errors import CoreInferSimError
 from coreinfer_sim.serving.backends import Answered, Asked, Backend
 
 
@@ -148,9 +147,6 @@ class Engine:
             try:
                 answered = self.backend.answer(task.asked, write)
             except _BrokenOff:
-                continue
-            except CoreInferSimError as error:
-                task.tell(error)
                 continue
             except Exception as error:  # the server goes on; whoever asked is told
                 task.tell(error)
