@@ -59,6 +59,23 @@ class Mode(str, Enum):
     DENSE = "dense"
 
 
+class Engine(str, Enum):
+    """What computes a decode step."""
+
+    AUTO = "auto"
+    LEAN = "lean"
+    """Compiled loops, for Llama-like models on a CPU."""
+    TRANSFORMERS = "transformers"
+    """The model's own forward code."""
+
+
+class Weights(str, Enum):
+    """How decode holds the weights that it reads."""
+
+    STORED = "stored"
+    INT8 = "int8"
+
+
 class Fallback(str, Enum):
     """What similarity mode does for a prompt that is unfamiliar to its cluster."""
 

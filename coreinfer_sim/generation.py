@@ -11,6 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from coreinfer_sim.architectures import dense_bytes
+from coreinfer_sim.config import Engine
 from coreinfer_sim.errors import PromptError
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import Predictor
@@ -48,11 +49,17 @@ class Generation:
     prefill_seconds: float
     """From the call to the first new token; routing by meaning included."""
     decode_seconds: float
-    """From the first new token to the last."""
+    """From the first new token to the last; putting the compact weights in place included."""
     mlp_bytes_per_token: int
     """MLP bytes that one decoded token reads."""
     dense_mlp_bytes_per_token: int
     """The same in the dense model."""
+    lookup_seconds: float = 0.0
+    """To choose the neurons before prefill: the prompt's embedding and the nearest cluster."""
+    swap_seconds: float = 0.0
+    """To put the compact weights in place; they are cut only if they are not at hand from an earlier prompt."""
+    engine: str = Engine.TRANSFORMERS.value
+    """What decoded: lean or transformers."""
     n_refreshes: int = 0
     """How often the selection was derived anew from the text; the dense readings for it are not in the bytes."""
 
@@ -80,6 +87,9 @@ class Generation:
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
             "tokens_per_second": None if speed is None else round(speed, 2),
+            "lookup_seconds": round(self.lookup_seconds, 4),
+            "swap_seconds": round(self.swap_seconds, 4),
+            "engine": self.engine,
             "mlp_bytes_per_token": self.mlp_bytes_per_token,
             "dense_mlp_bytes_per_token": self.dense_mlp_bytes_per_token,
             "n_refreshes": self.n_refreshes,
@@ -115,10 +125,12 @@ class _Clock(TextStreamer):
 class TextGenerator:
     """Generates text with a model and a predictor."""
 
-    def __init__(self, language_model: LanguageModel, predictor: Predictor, refresh: str | None = None) -> None:
-        """Wrap a loaded model; see `make_predictor` for the predictor and `SparseModel` for the refresh."""
+    def __init__(
+        self, language_model: LanguageModel, predictor: Predictor, refresh: str | None = None, **options: Any
+    ) -> None:
+        """Wrap a loaded model; see `make_predictor` for the predictor and `SparseModel` for the rest."""
         self.language_model = language_model
-        self.sparse = SparseModel(language_model.model, predictor, language_model.tokenizer, refresh)
+        self.sparse = SparseModel(language_model.model, predictor, language_model.tokenizer, refresh, **options)
 
     def generate(
         self,
@@ -174,8 +186,11 @@ class TextGenerator:
             keep_ratio=selection.keep_ratio(layers),
             prefill_seconds=first - begin,
             decode_seconds=end - first,
-            mlp_bytes_per_token=selection.mlp_bytes(layers),
+            mlp_bytes_per_token=self.sparse.mlp_bytes(selection),
             dense_mlp_bytes_per_token=dense_bytes(layers),
+            lookup_seconds=self.sparse.lookup_seconds,
+            swap_seconds=self.sparse.swap_seconds,
+            engine=self.sparse.engine_used.value,
             n_refreshes=self.sparse.n_refreshes,
         )
 

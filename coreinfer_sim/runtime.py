@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from coreinfer_sim.activations import ActivationTap, recorded_activations
-from coreinfer_sim.architectures import MLPLayer, find_mlps
-from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
-from coreinfer_sim.errors import GenerationError
+from coreinfer_sim import lean
+from coreinfer_sim.architectures import find_mlps, module_bytes
+from coreinfer_sim.config import Engine, Weights
+from coreinfer_sim.errors import ConfigError, GenerationError
+from coreinfer_sim.models import usable
 from coreinfer_sim.predictors import Predictor, PromptStatistics
+from coreinfer_sim.prompt_reader import PromptReader
 from coreinfer_sim.refresh import TextReader, drifted, parse_refresh
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_model, grouped_model, install
+from coreinfer_sim.swapping import DEFAULT_BYTES, CompactCache
+from coreinfer_sim.upcast import upcast_products
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
-_N_LATEST = 4
 _REFUSED = {
     "assistant_model": "assisted decoding reads drafts of several tokens in one step",
     "custom_generate": "a custom generate loop need not tell prefill from decode",
@@ -48,7 +53,17 @@ class SparseModel:
         >>> sparse.generate(**tokenizer("How do stars form?", return_tensors="pt"), max_new_tokens=64)
     """
 
-    def __init__(self, model: Any, predictor: Predictor, tokenizer: Any = None, refresh: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        predictor: Predictor,
+        tokenizer: Any = None,
+        refresh: str | None = None,
+        *,
+        engine: Engine | str = Engine.AUTO,
+        weights: Weights | str = Weights.STORED,
+        cache_bytes: int = DEFAULT_BYTES,
+    ) -> None:
         """Wrap ``model``.
 
         Args:
@@ -57,9 +72,14 @@ class SparseModel:
             tokenizer: turns prompt ids back into text for predictors that route by meaning.
             refresh: derive the selection anew from the text so far: ``every:N`` tokens, or on ``drift``. For stability
                 and hybrid mode, one row at a time. It holds a second, dense copy of the cache.
+            engine: ``lean`` decodes by `LeanDecoder` and raises where it cannot, ``transformers`` by the model's own
+                forward code, ``auto`` by the first that can; `engine_used` says which it was.
+            weights: ``int8`` rounds what decode reads to 8 bits, one scale a row; it needs the lean engine.
+            cache_bytes: compact weights of recent selections that are kept for later prompts.
 
         Raises:
-            ConfigError: ``refresh`` cannot be read, or does not go with the predictor.
+            ConfigError: ``refresh`` cannot be read, or does not go with the predictor; the lean engine was asked for and
+                cannot run the model.
             UnsupportedModelError: the family has no adapter.
         """
         self.model, self.predictor, self.tokenizer = model, predictor, tokenizer
@@ -69,8 +89,31 @@ class SparseModel:
         """What the last call chose, one for each row; after a refresh the newest."""
         self.n_refreshes = 0
         """How often the last call took a new selection after prefill's."""
-        self._latest: OrderedDict[int, tuple[NeuronSelection, dict[int, Projections]]] = OrderedDict()
+        self.lookup_seconds = self.swap_seconds = 0.0
+        """Of the last call: to choose the neurons before prefill, and to put the compact weights in place."""
+        self.engine_used = Engine.TRANSFORMERS
+        """What decoded in the last call."""
+        self._engine, self._weights = Engine(engine), Weights(weights)
+        self.must_be_lean = self._engine is Engine.LEAN or self._weights is Weights.INT8
+        """Whether a call that the lean engine cannot serve is an error."""
+        self._ends = torch.zeros(0, dtype=torch.int64)
+        self._compacts = CompactCache(cache_bytes)
+        self._lean = self._make_lean()
         self._lock = _LOCKS.setdefault(model, threading.Lock())
+
+    def _make_lean(self) -> lean.LeanDecoder | None:
+        """Return the lean decoder if it can run the model and is wanted."""
+        reason = lean.unsupported(self.model)
+        if reason is None and self.refresh is not None:
+            reason = "refresh changes the neurons within a text"
+        if self.must_be_lean and (reason is not None or self._engine is Engine.TRANSFORMERS):
+            raise ConfigError(
+                f"engine {self._engine.value} with {self._weights.value} weights was asked for, but "
+                f"{reason or 'int8 weights need the engine lean'}; leave the engine at auto and the weights as stored."
+            )
+        if reason is not None or self._engine is Engine.TRANSFORMERS:
+            return None
+        return lean.LeanDecoder(self.model, self.layers, self._weights is Weights.INT8)
 
     def __enter__(self) -> SparseModel:
         """Return the wrapper itself."""
@@ -82,7 +125,22 @@ class SparseModel:
 
     def close(self) -> None:
         """Let go of the compact weights."""
-        self._latest.clear()
+        self._compacts.clear()
+
+    def mlp_bytes(self, selection: NeuronSelection) -> int:
+        """Return the MLP bytes that a decoded token reads."""
+        if self._weights is Weights.INT8 and self._lean is not None:
+            return self._lean.mlp_bytes(selection)
+        return selection.mlp_bytes(self.layers)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Cut the compact weights of the clusters that prompts route to, ahead of their call; another thread may do so.
+
+        Modes that need the prompt's activations have nothing to prepare.
+        """
+        engine = Engine.TRANSFORMERS if self._lean is None else Engine.LEAN
+        for selection in self.predictor.select(prompts, None, len(prompts)) or ():
+            self._compact(selection, engine)
 
     def generate(
         self, inputs: torch.Tensor | None = None, *, prompts: Sequence[str] | None = None, **kwargs: Any
@@ -141,6 +199,8 @@ class SparseModel:
             prompts = self._texts(input_ids, mask)
         if prompts is not None and len(prompts) != n_rows:
             raise GenerationError(f"{len(prompts)} prompts were given for {n_rows} rows of ids, expected one a row.")
+        ends = self._setting("eos_token_id", kwargs)
+        self._ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
         with self._phases(input_ids.shape[1], mask, prompts):
             return self.model.generate(input_ids, **{**kwargs, "attention_mask": mask})
 
@@ -185,51 +245,22 @@ class SparseModel:
 
     @contextmanager
     def _phases(self, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> Iterator[None]:
-        """Hold the compact MLPs in the model during decode, and the dense ones otherwise."""
-        n_rows = len(mask)
-        known = self.predictor.select(prompts, None, n_rows)
-        reader = None
-        if known is None:
-            assert self.predictor.alpha is not None
-            reader = _PromptReader(mask, self.predictor.alpha)
-        else:
-            self.selections = known
-        dense: dict[int, Projections] | None = None
-        text: TextReader | None = None
-        self.n_refreshes = 0
-
-        def before_forward(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal dense, text
-            if text is not None and text.reading:
-                return
-            cache = kwargs.get("past_key_values")
-            n_past = int(cache.get_seq_length()) if cache is not None else 0
-            if n_past < n_prompt:
-                if reader is not None:
-                    reader.begin(kwargs["input_ids"], n_past)
-            elif dense is None:
-                if reader is not None:
-                    reader.pause()
-                    self.selections = self._select(prompts, reader.statistics, n_rows)
-                    if self.refresh is not None:
-                        text = TextReader(self.model, self.layers, cache, reader.alpha, reader.statistics)
-                dense = install(self.layers, self._compact_batch())
-            if text is not None and self.refresh is not None and text.add(kwargs["input_ids"]) == self.refresh.n_tokens:
-                assert dense is not None
-                install(self.layers, dense)
-                self._reread(text, prompts)
-                install(self.layers, self._compact_batch())
-
-        with reader.reading(self.layers) if reader is not None else nullcontext():
-            hook = self.model.register_forward_pre_hook(before_forward, with_kwargs=True)
+        """Decode sparsely what comes after the prompt, whichever engine does it; prefill is dense."""
+        call = _Call(self, n_prompt, mask, prompts)
+        with ExitStack() as prefill:
+            if call.reader is not None:
+                prefill.enter_context(call.reader.reading(self.layers))
+            if usable(self.model.dtype, str(self.model.device)) is not self.model.dtype:
+                call.prefill_only = prefill.enter_context(ExitStack())
+                call.prefill_only.enter_context(upcast_products(self.model))
+            hook = self.model.register_forward_pre_hook(call.before_forward, with_kwargs=True)
             try:
-                yield
-                if reader is not None and dense is None:  # nothing was decoded, but the choice is of interest
-                    self.selections = self._select(prompts, reader.statistics, n_rows)
+                with _forward_of(self.model, call.forward):
+                    yield
+                call.finish()
             finally:
                 hook.remove()
-                if dense is not None:
-                    install(self.layers, dense)
+                call.restore()
 
     def _reread(self, text: TextReader, prompts: Sequence[str] | None) -> None:
         """Read the newest tokens densely, and take the selection that follows from all of them if it is time."""
@@ -248,58 +279,162 @@ class SparseModel:
         assert selections is not None
         return selections
 
-    def _compact_batch(self) -> dict[int, Projections]:
-        """Return the compact MLPs of the current batch, grouped by rows that keep the same neurons."""
+    def _groups(self) -> list[tuple[NeuronSelection, list[int]]]:
+        """Return each selection of the current batch with the rows that decode by it."""
         rows: dict[int, list[int]] = {}
         unique: dict[int, NeuronSelection] = {}
         for row, selection in enumerate(self.selections):
             unique.setdefault(id(selection.ids), selection)
             rows.setdefault(id(selection.ids), []).append(row)
-        return grouped_model(self.layers, [self._compact(each) for each in unique.values()], list(rows.values()))
+        return [(selection, rows[key]) for key, selection in unique.items()]
 
-    def _compact(self, selection: NeuronSelection) -> dict[int, Projections]:
-        """Return a selection's compact MLPs; those of the latest selections are kept for the next call."""
-        key = id(selection.ids)
-        if key not in self._latest:
+    def _compact_batch(self) -> dict[int, Projections]:
+        """Return the compact MLPs of the current batch as modules, grouped by rows that keep the same neurons."""
+        groups = [(self._compact(selection, Engine.TRANSFORMERS), rows) for selection, rows in self._groups()]
+        return grouped_model(self.layers, [compact for compact, _ in groups], [rows for _, rows in groups])
+
+    def _compact(self, selection: NeuronSelection, engine: Engine) -> Any:
+        """Return a selection's compact MLPs by layer, as the engine takes them, from the cache if they are there."""
+
+        def make() -> dict[int, Any]:
             selection.check(self.layers)
-            self._latest[key] = (selection, compact_model(self.layers, selection))
-        self._latest.move_to_end(key)
-        if len(self._latest) > _N_LATEST:
-            self._latest.popitem(last=False)
-        return self._latest[key][1]
+            if engine is Engine.LEAN:
+                assert self._lean is not None
+                return self._lean.compact(selection)
+            return compact_model(self.layers, selection)
+
+        def size(made: dict[int, Any]) -> int:
+            if engine is Engine.LEAN:
+                return sum(mlp.n_bytes for mlp in made.values())
+            return sum(module_bytes(module) for parts in made.values() for module in parts.values())
+
+        return self._compacts.get(selection, engine.value, make, size)
 
 
-class _PromptReader:
-    """Sums up the prompt's own activations over the passes of prefill."""
+class _Call:
+    """One call of `SparseModel.generate`: tells prefill from decode, and decodes."""
 
-    def __init__(self, mask: torch.Tensor, alpha: float) -> None:
-        self._mask, self.alpha = mask.cpu(), alpha
-        self._starts = np.zeros(1, np.int64)
-        self._n_beams = 1
-        self._tap: ActivationTap | None = None
-        self.statistics: PromptStatistics = {}
+    def __init__(self, sparse: SparseModel, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> None:
+        self._sparse, self._n_prompt, self._mask, self._prompts = sparse, n_prompt, mask, prompts
+        sparse.n_refreshes, sparse.swap_seconds, sparse.engine_used = 0, 0.0, Engine.TRANSFORMERS
+        begin = time.perf_counter()
+        known = sparse.predictor.select(prompts, None, len(mask))
+        sparse.lookup_seconds = time.perf_counter() - begin
+        self.reader: PromptReader | None = None
+        """Reads the prompt's activations, if the predictor needs them."""
+        if known is None:
+            assert sparse.predictor.alpha is not None
+            self.reader = PromptReader(mask, sparse.predictor.alpha)
+        else:
+            sparse.selections = known
+        self.prefill_only = ExitStack()
+        """What decode closes when it begins."""
+        self._decoding = False
+        self._dense: dict[int, Projections] = {}
+        self._text: TextReader | None = None
+        self._lean_rows: list[tuple[list[int], dict[int, lean.NeuronMLP]]] | None = None
+        self._finished = np.zeros(0, bool)
+        self._starts = np.zeros(0, np.int64)
 
-    @contextmanager
-    def reading(self, layers: Sequence[MLPLayer]) -> Iterator[None]:
-        """Read the activation site of every pass in the block that `begin` announced."""
-        with recorded_activations(layers, self._add) as self._tap:
-            yield
+    def before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each pass: read the prompt's activations in prefill, put the compact MLPs in place for decode."""
+        sparse, text = self._sparse, self._text
+        if text is not None and text.reading:
+            return
+        cache = kwargs.get("past_key_values")
+        n_past = int(cache.get_seq_length()) if cache is not None else 0
+        if n_past < self._n_prompt:
+            if self.reader is not None:
+                self.reader.begin(kwargs["input_ids"], n_past)
+        elif not self._decoding:
+            self._begin_decode(cache, kwargs)
+        if self._text is not None and sparse.refresh is not None:
+            if self._text.add(kwargs["input_ids"]) == sparse.refresh.n_tokens:
+                install(sparse.layers, self._dense)
+                sparse._reread(self._text, self._prompts)
+                install(sparse.layers, sparse._compact_batch())
 
-    def begin(self, input_ids: torch.Tensor, n_past: int) -> None:
-        """Announce a pass over ``input_ids`` [n_rows · n_beams, n_positions] after ``n_past`` positions."""
-        assert self._tap is not None
-        self._n_beams = len(input_ids) // len(self._mask)
-        mask = self._mask[:, n_past : n_past + input_ids.shape[1]].repeat_interleave(self._n_beams, 0)
-        self._starts = np.concatenate([[0], np.cumsum(mask.sum(1).numpy())])
-        self._tap.set_mask(mask)
+    def _begin_decode(self, cache: Any, kwargs: dict[str, Any]) -> None:
+        self._decoding = True
+        sparse = self._sparse
+        if self.reader is not None:
+            self.reader.pause()
+            sparse.selections = sparse._select(self._prompts, self.reader.statistics, len(self._mask))
+            if sparse.refresh is not None:
+                alpha = self.reader.alpha
+                self._text = TextReader(sparse.model, sparse.layers, cache, alpha, self.reader.statistics)
+        self.prefill_only.close()
+        reason = self._not_lean(cache, kwargs)
+        begin = time.perf_counter()
+        if reason is None:
+            sparse.engine_used = Engine.LEAN
+            n_copies = len(kwargs["input_ids"]) // len(self._mask)  # beams, or several texts of one prompt
+            self._lean_rows = [
+                ([row * n_copies + i for row in rows for i in range(n_copies)], sparse._compact(each, Engine.LEAN))
+                for each, rows in sparse._groups()
+            ]
+            self._starts = self._mask.long().argmax(1).repeat_interleave(n_copies).cpu().numpy()
+            self._finished = np.zeros(len(self._starts), bool)
+        else:
+            if sparse.must_be_lean:
+                raise GenerationError(f"the lean engine was asked for, but {reason}; leave the engine at auto.")
+            self._dense = install(sparse.layers, sparse._compact_batch())
+        sparse.swap_seconds = time.perf_counter() - begin
 
-    def pause(self) -> None:
-        """Read nothing more: decode has begun."""
-        assert self._tap is not None
-        self._tap.pause()
+    def _not_lean(self, cache: Any, kwargs: dict[str, Any]) -> str | None:
+        """Return why the lean engine cannot decode in this call, or None if it can."""
+        if self._sparse._lean is None:
+            return "it cannot run this model"
+        if not lean.takes(cache):
+            return f"the cache is a {type(cache).__name__} that does not grow with the text in every layer"
+        if bool((self._mask.long().diff(dim=1) < 0).any()):
+            return "the attention mask has gaps"
+        if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states")):
+            return "attentions or hidden states were asked for"
+        return None
 
-    def _add(self, layer: int, z: torch.Tensor) -> None:
-        every = sentence_statistics(z, self._starts, self.alpha)
-        step = self._n_beams  # all beams of a prompt have read the same
-        own = SentenceStatistics(every.counts[::step], every.energy[::step], every.activation[::step])
-        self.statistics[layer] = self.statistics[layer] + own if layer in self.statistics else own
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the model's own forward code: in decode with the lean engine it is not called."""
+        if self._lean_rows is None:
+            return original(*args, **kwargs)
+        decoder = self._sparse._lean
+        assert decoder is not None
+        input_ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full((1, 1), int(cache.get_seq_length()))
+        self._finished |= torch.isin(input_ids[:, -1], self._sparse._ends).numpy()
+        groups = [([row for row in rows if not self._finished[row]], mlps) for rows, mlps in self._lean_rows]
+        positions = positions.reshape(-1).expand(len(input_ids))
+        logits = decoder.step(input_ids, cache, positions, self._starts, [group for group in groups if group[0]])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def finish(self) -> None:
+        """At the end: where nothing was decoded, the choice is still of interest."""
+        if self.reader is not None and not self._decoding:
+            self._sparse.selections = self._sparse._select(self._prompts, self.reader.statistics, len(self._mask))
+
+    def restore(self) -> None:
+        """Leave the model dense."""
+        install(self._sparse.layers, self._dense)
+        if self._sparse._lean is not None:
+            self._sparse._lean.release()
+
+
+@contextmanager
+def _forward_of(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of the model go through ``forward(original, …)`` within the block."""
+    original, own = model.forward, vars(model).get("forward")
+
+    @functools.wraps(original)
+    def through(*args: Any, **kwargs: Any) -> Any:
+        return forward(original, *args, **kwargs)
+
+    model.forward = through
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

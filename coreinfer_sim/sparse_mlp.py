@@ -49,7 +49,7 @@ def compact_projections(
         bias = added if bias is None else bias + added
         if compensation.bypass_rank:
             inputs = [
-                _stacked(part, extra) for part, extra in zip(inputs, _bypass_inputs(layer, compensation), strict=True)
+                _stacked(part, extra) for part, extra in zip(inputs, bypass_inputs(layer, compensation), strict=True)
             ]
     if layer.family.fused:
         inputs = [_stacked(*inputs)]
@@ -85,7 +85,7 @@ def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
     return weight, torch.cat([biases[0], biases[1].to(biases[0])]).to(weight)
 
 
-def _bypass_inputs(layer: MLPLayer, compensation: LayerCompensation) -> list[_Parameters]:
+def bypass_inputs(layer: MLPLayer, compensation: LayerCompensation) -> list[_Parameters]:
     """Return what a bypass appends to each input projection."""
     assert compensation.bypass_in is not None
     into = compensation.bypass_in.float()
