@@ -77,9 +77,9 @@ def _power_of_two(_context, exponent):  # noqa: ANN001, ANN202
     return types.float32(types.int32), code
 
 
-_inline = numba.njit(nogil=True, fastmath=True, error_model="numpy", inline="never")
-_serial = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)  # but for the loops that it calls
-_parallel = numba.njit(nogil=True, fastmath=True, error_model="numpy", parallel=True, cache=True)
+_inline: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", inline="never")
+_serial: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)  # but for the loops that it calls
+_parallel: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", parallel=True, cache=True)
 
 
 @_inline
@@ -410,6 +410,8 @@ def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def set_threads() -> int:
     """Let the loops use as many threads as torch does, and return how many."""
-    n = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(n)
+    n = torch.get_num_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined])
+    if torch.get_num_threads() != n:  # numba starts its threads with OpenMP's number, which is torch's too
+        torch.set_num_threads(n)
     return n

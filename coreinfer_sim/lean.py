@@ -161,16 +161,20 @@ class LeanDecoder:
     @property
     def n_bytes(self) -> int:
         """Bytes that a token reads outside the MLPs: attention, norms and the output head."""
-        products = [self._head, *(product for block in self._blocks for product in (block.q, block.k, block.v, block.o))]
+        products = [
+            self._head,
+            *(product for block in self._blocks for product in (block.q, block.k, block.v, block.o)),
+        ]
         return sum(array.nbytes for product in products for array in (product[0], product[2]))
 
     def _block(self, block: Any) -> _Layer:
         attention = block.self_attn
         norms = [getattr(attention, name).weight for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        q, k, v, o = (self._product(getattr(attention, f"{name}_proj")) for name in "qkvo")
         return _Layer(
             _vector(block.input_layernorm.weight),
             np.stack([_vector(norm) for norm in norms]) if norms else np.zeros((0, attention.head_dim), np.float32),
-            *(self._product(getattr(attention, f"{name}_proj")) for name in "qkvo"),
+            *(q, k, v, o),
             _vector(block.post_attention_layernorm.weight),
             np.float32(block.input_layernorm.variance_epsilon),
             np.float32(block.post_attention_layernorm.variance_epsilon),
@@ -197,7 +201,9 @@ class LeanDecoder:
             return selection.mlp_bytes(self._layers)
         repairs = selection.compensation or {}
         n_neurons = sum(
-            len(selection.ids[n]) + (repairs[n].bypass_rank if n in repairs else 0) if n in selection.ids else layer.d_ff
+            len(selection.ids[n]) + (repairs[n].bypass_rank if n in repairs else 0)
+            if n in selection.ids
+            else layer.d_ff
             for n, layer in enumerate(self._layers)
         )
         return n_neurons * 3 * (self._layers[0].d_model + 4)
@@ -277,9 +283,7 @@ class LeanDecoder:
             or len(keys) != len(first)
             or n_past + 1 > first.shape[2]
         ):
-            self._buffers = [
-                (_roomy(layer.keys, n_past), _roomy(layer.values, n_past)) for layer in cache.layers
-            ]
+            self._buffers = [(_roomy(layer.keys, n_past), _roomy(layer.values, n_past)) for layer in cache.layers]
         return n_past
 
     def release(self) -> None:
@@ -289,8 +293,8 @@ class LeanDecoder:
 
 def takes(cache: Any) -> bool:
     """Return whether a cache can be grown in place: full attention, tensors that grow with the text."""
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
+    layers = getattr(cache, "layers", None) or []
+    return len(layers) > 0 and all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
 
 
 def _roomy(states: torch.Tensor, n_past: int) -> torch.Tensor:

@@ -348,11 +348,11 @@ class _Call:
                 self.reader.begin(kwargs["input_ids"], n_past)
         elif not self._decoding:
             self._begin_decode(cache, kwargs)
-        if self._text is not None and sparse.refresh is not None:
-            if self._text.add(kwargs["input_ids"]) == sparse.refresh.n_tokens:
-                install(sparse.layers, self._dense)
-                sparse._reread(self._text, self._prompts)
-                install(sparse.layers, sparse._compact_batch())
+        refresh = sparse.refresh
+        if self._text is not None and refresh is not None and self._text.add(kwargs["input_ids"]) == refresh.n_tokens:
+            install(sparse.layers, self._dense)
+            sparse._reread(self._text, self._prompts)
+            install(sparse.layers, sparse._compact_batch())
 
     def _begin_decode(self, cache: Any, kwargs: dict[str, Any]) -> None:
         self._decoding = True

@@ -301,10 +301,10 @@ def test_budgets_follow_the_costs(models):
     d_ff = language_model.layers[0].d_ff
     assert costs.shape == (N_LAYERS, d_ff) and (costs >= 0).all() and (np.diff(costs) <= 1e-6).all()
     falling = np.linspace(1, 0, 64)
-    shares = share_out(np.stack([falling, 10 * falling**2, 0 * falling]), 0.4)
+    shares = share_out(np.stack([falling, 10 * falling**2, 0 * falling]), 0.4, 1 / 16)
     assert shares.mean() == pytest.approx(0.4)
     assert shares[1] > shares[0] > shares[2] == 1 / 16
-    assert share_out(np.ones((3, 64)), 0.4).mean() == pytest.approx(0.4)
+    assert share_out(np.ones((3, 64)), 0.4, 1 / 16).mean() == pytest.approx(0.4)
 
 
 def test_bytes_stay_within_the_keep_ratio(model):

@@ -10,7 +10,7 @@ import torch
 from tiny_index import PROMPTS, QUANTILES, tiny_index
 from tiny_models import VOCABULARY, tiny_model
 
-from coreinfer_sim import predictors, runtime
+from coreinfer_sim import predictors, prompt_reader
 from coreinfer_sim.activations import recorded_activations
 from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
@@ -323,7 +323,7 @@ def test_an_unfamiliar_prompt_falls_back_without_being_read(index, predictor, fa
 @pytest.mark.parametrize("fallback", ["hybrid", "dense", "global", "none"])
 def test_a_familiar_prompt_is_not_read(model, predictor, fallback, monkeypatch):
     read = []
-    monkeypatch.setattr(runtime, "recorded_activations", lambda *_: read.append(1))
+    monkeypatch.setattr(prompt_reader, "recorded_activations", lambda *_: read.append(1))
     sparse = SparseModel(model, predictor("similarity", fallback=fallback))
     sparse.generate(token_ids(5).repeat(2, 1), prompts=PROMPTS[:2], max_new_tokens=3, do_sample=False)
     assert not read and [s.mode for s in sparse.selections] == ["similarity"] * 2

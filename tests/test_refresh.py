@@ -75,7 +75,7 @@ def test_the_set_is_that_of_prompt_and_text_read_densely(model):
 
 def test_without_a_refresh_in_time_nothing_changes(models):
     model = models["llama"]
-    plain, none = SparseModel(model, stability(model)), refreshed(model, "every:64")
+    plain, none = SparseModel(model, stability(model), engine="transformers"), refreshed(model, "every:64")
     one, other = (generate(sparse, token_ids(1, 6), N_NEW) for sparse in (plain, none))
     assert torch.equal(logits(one), logits(other)) and none.n_refreshes == 0
     generate(refreshed(model, "every:1"), token_ids(1, 6), 1)  # nothing is decoded

@@ -194,7 +194,11 @@ def test_keep_ratio_one_equals_the_dense_model(model):
     ids = token_ids(2, 9)
     expected = generate(model, ids)
     assert_same_output(generate(SparseModel(model, everything(model)), ids), expected)
-    assert_same_output(generate(SparseModel(model, make_predictor("dense", find_mlps(model))), ids), expected, 0.0)
+    assert_same_output(
+        generate(SparseModel(model, make_predictor("dense", find_mlps(model)), engine="transformers"), ids),
+        expected,
+        0.0,
+    )
 
 
 def test_prefill_is_dense_and_decode_sparse(model):
@@ -212,7 +216,7 @@ def test_prefill_is_dense_and_decode_sparse(model):
 def test_phases_by_pass(models):
     model = models["llama"]
     with PhaseLog(model) as passes:
-        generate(SparseModel(model, random_predictor(model, 0.5)), token_ids(1, 9), 4)
+        generate(SparseModel(model, random_predictor(model, 0.5), engine="transformers"), token_ids(1, 9), 4)
     assert passes == [(9, 48), (1, 24), (1, 24), (1, 24)]
 
 
@@ -220,7 +224,7 @@ def test_one_token_prompt(model):
     """A pass over a single position is prefill all the same."""
     ids, chosen = token_ids(1, 1), selection(model)
     with PhaseLog(model) as passes:
-        found = generate(SparseModel(model, FixedPredictor(chosen)), ids)
+        found = generate(SparseModel(model, FixedPredictor(chosen), engine="transformers"), ids)
     d_ff = find_mlps(model)[0].d_ff
     assert passes == [(1, d_ff)] + [(1, n_kept(0.4, d_ff))] * (N_NEW - 1)
     tokens, steps = by_hand(model, chosen, ids)
@@ -234,7 +238,7 @@ def test_chunked_prefill(models, chunk):
     ids, chosen = token_ids(1, 9), selection(model, 0.5)
     with PhaseLog(model) as passes:
         found = generate(
-            SparseModel(model, FixedPredictor(chosen)),
+            SparseModel(model, FixedPredictor(chosen), engine="transformers"),
             ids,
             prefill_chunk_size=chunk,
             past_key_values=DynamicCache(config=model.config),
@@ -250,7 +254,7 @@ def test_chunked_prefill(models, chunk):
 def test_the_second_turn_of_a_conversation_is_prefill_again(models, key):
     model = models[key]
     chosen = selection(model)
-    sparse = SparseModel(model, FixedPredictor(chosen))
+    sparse = SparseModel(model, FixedPredictor(chosen), engine="transformers")
     cache, by_hand_cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
     first = generate(sparse, token_ids(1, 6), 4, past_key_values=cache)
     tokens, steps = by_hand(model, chosen, token_ids(1, 6), 4, by_hand_cache)
@@ -810,7 +814,7 @@ def test_the_model_is_restored_after_an_exception(model, error, when):
 
     criteria = StoppingCriteriaList([CallAt(when, fail)])
     for predictor in (random_predictor(model), stability(model)):
-        sparse = SparseModel(model, predictor)
+        sparse = SparseModel(model, predictor, engine="transformers")
         with pytest.raises(error):
             generate(sparse, token_ids(1, 6), stopping_criteria=criteria)
         before.check()
@@ -883,10 +887,11 @@ def labelled(model, label):
     return NeuronSelection("test", selection(model, seed=ord(label)).ids, label=label)
 
 
-def test_the_four_latest_selections_are_kept(models, cuts):
+def test_recent_selections_are_kept_up_to_a_number_of_bytes(models, cuts):
     model = models["llama"]
     named = {label: labelled(model, label) for label in "abcde"}
-    sparse = SparseModel(model, FixedPredictor(named["a"]))
+    one = named["a"].mlp_bytes(find_mlps(model))
+    sparse = SparseModel(model, FixedPredictor(named["a"]), engine="transformers", cache_bytes=4 * one)
 
     def use(labels):
         cuts.clear()
@@ -909,10 +914,18 @@ def test_the_four_latest_selections_are_kept(models, cuts):
     assert use("b") == "b"
 
 
+def test_one_selection_is_kept_however_large(models, cuts):
+    model = models["llama"]
+    sparse = SparseModel(model, FixedPredictor(labelled(model, "a")), engine="transformers", cache_bytes=1)
+    for _ in range(2):
+        generate(sparse, token_ids(1, 3), 2)
+    assert cuts == ["a"]
+
+
 def test_a_dense_prompt_cuts_nothing_twice(models, cuts):
     model = models["llama"]
     rows = RowPredictor(labelled(model, "x"), labelled(model, "y"), labelled(model, "z"))
-    sparse = SparseModel(model, rows)
+    sparse = SparseModel(model, rows, engine="transformers")
     generate(sparse, token_ids(3, 4), 2)
     generate(sparse, token_ids(3, 4), 2)
     assert cuts == ["x", "y", "z"]
@@ -924,7 +937,7 @@ def test_selections_that_share_their_ids_share_a_group(models, cuts):
     ids = selection(model).ids
     rows = RowPredictor(NeuronSelection("test", ids, label="p"), NeuronSelection("test", ids, label="q"))
     with PhaseLog(model) as passes:
-        generate(SparseModel(model, rows), token_ids(2, 4), 2)
+        generate(SparseModel(model, rows, engine="transformers"), token_ids(2, 4), 2)
     assert cuts == ["p"]
     assert passes == [(4, 48), (1, n_kept(0.4, 48))]
 
@@ -941,7 +954,7 @@ def test_shared_ids_beside_others(models):
 def test_leaving_the_block_lets_go_of_the_compact_weights(models, cuts):
     model = models["llama"]
     before = Snapshot(model)
-    with SparseModel(model, FixedPredictor(labelled(model, "a"))) as sparse:
+    with SparseModel(model, FixedPredictor(labelled(model, "a")), engine="transformers") as sparse:
         generate(sparse, token_ids(1, 3), 2)
     generate(sparse, token_ids(1, 3), 2)
     assert cuts == ["a", "a"]

@@ -18,7 +18,8 @@ from coreinfer_sim.sparse_mlp import compact_projections, install, linear_parame
 
 PROBE = 0.375
 """Keep ratio at which the cost of a layer is measured."""
-_LEAST = 1 / 16
+_LEAST = 0.7
+"""Share of the mean that every layer keeps: what a layer costs alone understates what it costs among sparse ones."""
 _STEP = 1 / 64
 """Share of a layer that is handed out at a time."""
 
@@ -63,7 +64,7 @@ def layer_costs(
     return costs
 
 
-def share_out(costs: np.ndarray, keep_ratio: float, least: float = _LEAST) -> np.ndarray:
+def share_out(costs: np.ndarray, keep_ratio: float, least: float) -> np.ndarray:
     """Return each layer's keep ratio [n_layers] with mean ``keep_ratio`` and the least sum of costs.
 
     Steps go one by one to the layer that gains most, which is best as costs fall ever more slowly.
@@ -108,7 +109,7 @@ def neurons_of(
         shares = np.full(len(recorded), keep_ratio)
     else:
         taken = bypass_neurons(layers[0], bypass_rank) / layers[0].d_ff
-        shares = share_out(costs[list(recorded)], keep_ratio, _LEAST + taken)
+        shares = share_out(costs[list(recorded)], keep_ratio, max(_LEAST * keep_ratio, taken + 1 / 16))
     kept = [layer.d_ff for layer in layers]
     for number, share in zip(recorded, shares, strict=True):
         kept[number] = n_within(layers[number], float(share), bypass_rank)

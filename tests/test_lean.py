@@ -1,0 +1,339 @@
+"""The lean decode step: the same as transformers' own forward code, for any batch, type and cache."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from test_runtime import (
+    N_NEW,
+    RowPredictor,
+    Snapshot,
+    assert_same_output,
+    by_hand,
+    generate,
+    left_padded,
+    logits,
+    random_predictor,
+    selection,
+    token_ids,
+)
+from tiny_models import VOCABULARY, tiny_model
+from transformers import DynamicCache
+
+from coreinfer_sim import SparseModel, decode_kernels, lean, make_predictor
+from coreinfer_sim.architectures import find_mlps
+from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.config import Engine
+from coreinfer_sim.errors import ConfigError, GenerationError
+from coreinfer_sim.predictors import FixedPredictor
+from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.sparse_mlp import compact_projections
+
+LEAN = ("llama", "llama-relu-bias", "mistral", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def plain_mistral(models):
+    """With full attention, as the later Mistral models have; the tiny one slides a window."""
+    model = tiny_model("mistral")
+    model.config.sliding_window = None
+    return model
+
+
+@pytest.fixture(params=LEAN)
+def model(request, models, plain_mistral):
+    return plain_mistral if request.param == "mistral" else models[request.param]
+
+
+def both(model, predictor, ids, **options):
+    """Generate with either engine."""
+    found = []
+    for engine in ("lean", "transformers"):
+        sparse = SparseModel(model, predictor, engine=engine)
+        found.append(generate(sparse, ids, **options))
+        assert sparse.engine_used is Engine(engine)
+    return found
+
+
+def compensated(model, keep_ratio=0.5, rank=None, bypass=0, seed=3):
+    """A selection with random compensation."""
+    g = torch.Generator().manual_seed(seed)
+    chosen, d = selection(model, keep_ratio), find_mlps(model)[0].d_model
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g) / 8
+
+    repairs = {}
+    for number, ids in chosen.ids.items():
+        left, right = (draw(d, len(ids)), None) if rank is None else (draw(d, rank), draw(rank, len(ids)))
+        ways = (draw(bypass, d), draw(d, bypass)) if bypass else (None, None)
+        repairs[number] = LayerCompensation(draw(d), left, right, *ways)
+    return NeuronSelection("test", chosen.ids, compensation=repairs)
+
+
+@pytest.mark.parametrize("mode", ["dense", "random"])
+def test_one_row(model, mode):
+    predictor = make_predictor(mode, find_mlps(model), keep_ratio=0.4)
+    assert_same_output(*both(model, predictor, token_ids(1, 9)), 1e-5)
+
+
+@pytest.mark.parametrize("bypass", [0, 4])
+@pytest.mark.parametrize("rank", [None, 6])
+def test_compensation(model, rank, bypass):
+    chosen = compensated(model, rank=rank, bypass=bypass)
+    assert_same_output(*both(model, FixedPredictor(chosen), token_ids(1, 9)), 1e-4)
+
+
+def test_neurons_are_those_of_the_compact_modules(model):
+    layer, chosen = find_mlps(model)[1], compensated(model, bypass=4)
+    ids, repair = chosen.ids[1], chosen.compensation[1]
+    own, modules = lean.neuron_mlp(layer, ids, repair), compact_projections(layer, ids, repair)
+    for part, name in enumerate(layer.projections):
+        weight = modules[name].weight
+        assert torch.allclose(own.weight[:, part], weight.T if part == 2 else weight, atol=1e-6)
+    gate = modules[layer.projections[0]].bias
+    assert np.allclose(own.bias[:, 0], 0 if gate is None else gate, atol=1e-6)
+    assert np.allclose(own.out_bias, modules["down_proj"].bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 5, 9])
+def test_rows_of_unlike_selections_and_lengths(model, n_rows):
+    """Rows are grouped by selection; each decodes as it would alone."""
+    chosen = [selection(model, 0.3 + 0.1 * (n % 3), seed=n % 3) for n in range(3)]
+    rows = [token_ids(1, 3 + n, seed=n) for n in range(n_rows)]
+    ids, mask = left_padded(*rows)
+    mine = [chosen[n % 3] for n in range(n_rows)]
+    batch = generate(SparseModel(model, RowPredictor(*mine), engine="lean"), ids, attention_mask=mask)
+    for n, row in enumerate(rows):
+        alone = generate(SparseModel(model, FixedPredictor(mine[n]), engine="transformers"), row)
+        assert torch.equal(batch.sequences[n, -N_NEW:], alone.sequences[0, -N_NEW:])
+        assert (logits(batch)[n] - logits(alone)[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3, "output_logits": False}, {"num_return_sequences": 3}])
+def test_several_texts_of_one_prompt(model, options):
+    predictor = RowPredictor(selection(model, seed=1), selection(model, seed=2))
+    ids = token_ids(2, 6)
+    found = []
+    for engine in ("lean", "transformers"):
+        torch.manual_seed(0)
+        sparse = SparseModel(model, predictor, engine=engine)
+        found.append(generate(sparse, ids, do_sample="num_return_sequences" in options, **options).sequences)
+        assert sparse.engine_used is Engine(engine)
+    assert torch.equal(*found)
+
+
+def test_sixteen_bits(model):
+    """Weights and cache are read as they are stored; the arithmetic is float32, so logits differ by rounding alone."""
+    for dtype in (torch.bfloat16, torch.float16):
+        small = type(model)(model.config).to(dtype).eval()
+        small.load_state_dict(model.state_dict())
+        wide = type(model)(model.config).eval()
+        wide.load_state_dict(small.state_dict())
+        chosen = selection(small)
+        ids = token_ids(1, 9)
+        # The prompt's cache comes from the same narrow prefill, so that only decode is compared.
+        with torch.no_grad():
+            cache = small(input_ids=ids, use_cache=True).past_key_values
+        decoder = lean.LeanDecoder(small, find_mlps(small))
+        wide_cache = DynamicCache(config=wide.config)
+        for number, layer in enumerate(cache.layers):
+            wide_cache.update(layer.keys.float(), layer.values.float(), number)
+        other = lean.LeanDecoder(wide, find_mlps(wide))
+        token, place, starts = torch.tensor([[7]]), torch.tensor([9]), np.zeros(1, np.int64)
+        one = decoder.step(token, cache, place, starts, [([0], decoder.compact(chosen))])
+        two = other.step(token, wide_cache, place, starts, [([0], other.compact(chosen))])
+        assert cache.layers[0].keys.dtype == dtype and cache.get_seq_length() == 10
+        assert (one - two).abs().max() <= (0.05 if dtype == torch.bfloat16 else 0.01) * two.abs().max()
+
+
+def test_narrowing_rounds_as_torch_does(models):
+    """What a step writes into a 16-bit cache is what torch would store."""
+    values = torch.randn(4, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
+        identity = (np.eye(8, dtype=np.float32), np.ones(8, np.float32), np.zeros(8, np.float32))
+        nothing = (np.zeros((8, 8), np.float32), *identity[1:])
+        for row in values:
+            hidden = row[None].numpy().copy()
+            decode_kernels.attention(
+                *(hidden, np.ones(8, np.float32), np.zeros((0, 8), np.float32), np.float32(0)),
+                *(nothing, nothing, identity, nothing, np.ones((1, 8), np.float32), np.zeros((1, 8), np.float32)),
+                *(decode_kernels.bits(cache.clone()), decode_kernels.bits(cache), np.zeros(1, np.int64)),
+                *(np.zeros(1, np.int64), 0, np.float32(1)),
+            )
+            normal = row / row.square().mean().sqrt()
+            assert torch.allclose(
+                cache[0, 0, 0].float(), normal.to(dtype).float(), rtol=2**-7 if dtype == torch.bfloat16 else 2**-10
+            )
+
+
+def test_int8_is_near(model):
+    """One scale a row: products are off by less than a hundredth or so, tokens mostly the same."""
+    chosen = selection(model, 0.6)
+    sparse = SparseModel(model, FixedPredictor(chosen), weights="int8")
+    found = generate(sparse, token_ids(1, 9), 2)
+    expected = generate(SparseModel(model, FixedPredictor(chosen)), token_ids(1, 9), 2)
+    gap = (found.logits[1] - expected.logits[1]).abs().max()
+    assert 0 < gap <= 0.1 * expected.logits[1].abs().max()
+    d, kept = find_mlps(model)[0].d_model, sum(len(ids) for ids in chosen.ids.values())
+    assert sparse.mlp_bytes(chosen) == kept * 3 * (d + 4)
+
+
+def test_int8_rounds_to_the_nearest():
+    weight = torch.tensor([[1.0, -0.5, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    whole, scale = lean.quantized(weight)
+    assert whole.tolist() == [[127, -64, 32, 0], [0, 0, 0, 0]]
+    assert torch.allclose(scale, torch.tensor([1 / 127, 1e-30 / 127]))
+
+
+def test_some_layers_stay_dense(model):
+    predictor = random_predictor(model, sparse_layers="1:")
+    assert_same_output(*both(model, predictor, token_ids(2, 5)), 1e-4)
+
+
+def test_a_cache_goes_on_in_either_engine(model):
+    """What the lean step leaves in the cache is what the model's own code would have left."""
+    chosen = selection(model)
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    first = generate(
+        SparseModel(model, FixedPredictor(chosen), engine="lean"), token_ids(1, 6), 4, past_key_values=cache
+    )
+    tokens, _ = by_hand(model, chosen, token_ids(1, 6), 4, expected)
+    assert torch.equal(first.sequences, tokens)
+    assert cache.get_seq_length() == expected.get_seq_length() == 9
+    for one, two in zip(cache.layers, expected.layers, strict=True):
+        assert torch.allclose(one.keys, two.keys, atol=1e-5) and torch.allclose(one.values, two.values, atol=1e-5)
+    ids = torch.cat([first.sequences, token_ids(1, 5, seed=1)], 1)
+    second = generate(SparseModel(model, FixedPredictor(chosen), engine="lean"), ids, 4, past_key_values=cache)
+    tokens, steps = by_hand(model, chosen, ids, 4, expected)
+    assert torch.equal(second.sequences, tokens)
+    assert (logits(second) - steps).abs().max() <= 1e-4
+
+
+def test_the_cache_grows_past_its_room(models, monkeypatch):
+    monkeypatch.setattr(lean, "_SPARE", 2)
+    model = models["llama"]
+    assert_same_output(*both(model, random_predictor(model), token_ids(2, 5), max_new_tokens=30), 1e-4)
+
+
+def test_finished_rows_cost_nothing(models, monkeypatch):
+    model = models["llama"]
+    ids = token_ids(3, 6)
+    plain = generate(SparseModel(model, random_predictor(model), engine="transformers"), ids)
+    end = int(plain.sequences[1, 6 + 2])  # the second row ends with its third new token
+    others = plain.sequences[[0, 2], 6:]
+    seen = []
+    step = lean.LeanDecoder.step
+
+    def noted(self, input_ids, cache, positions, starts, groups):
+        seen.append(sorted(row for rows, _ in groups for row in rows))
+        return step(self, input_ids, cache, positions, starts, groups)
+
+    monkeypatch.setattr(lean.LeanDecoder, "step", noted)
+    options = {"eos_token_id": end, "pad_token_id": 0}
+    found = generate(SparseModel(model, random_predictor(model), engine="lean"), ids, **options)
+    expected = generate(SparseModel(model, random_predictor(model), engine="transformers"), ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert seen[0] == [0, 1, 2]
+    assert 1 not in seen[-1] or bool((others == end).any())
+
+
+def test_the_model_is_untouched(model):
+    before = Snapshot(model)
+    generate(SparseModel(model, random_predictor(model), engine="lean"), token_ids(2, 6))
+    before.check()
+    assert "forward" not in vars(model)
+
+
+def test_stopping_in_the_middle_leaves_the_model_whole(models):
+    from test_runtime import CallAt, StoppingCriteriaList
+
+    model = models["llama"]
+    before = Snapshot(model)
+
+    def fail():
+        raise KeyboardInterrupt
+
+    sparse = SparseModel(model, random_predictor(model), engine="lean")
+    with pytest.raises(KeyboardInterrupt):
+        generate(sparse, token_ids(1, 6), stopping_criteria=StoppingCriteriaList([CallAt(9, fail)]))
+    before.check()
+    assert "forward" not in vars(model)
+    assert len(generate(sparse, token_ids(1, 6)).logits) == N_NEW
+
+
+def test_several_threads_are_refused_or_right(models):
+    model = models["llama"]
+    sparse = SparseModel(model, random_predictor(model), engine="lean")
+    expected = {n: generate(sparse, token_ids(1, 6, seed=n), 24).sequences for n in range(4)}
+    found, refused = {}, []
+
+    def run(n):
+        try:
+            found[n] = generate(sparse, token_ids(1, 6, seed=n), 24).sequences
+        except GenerationError:
+            refused.append(n)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) + len(refused) == 4 and found
+    assert all(torch.equal(tokens, expected[n]) for n, tokens in found.items())
+
+
+def test_other_families_go_through_transformers(models):
+    model = models["gpt2"]
+    sparse = SparseModel(model, random_predictor(model))
+    generate(sparse, token_ids(1, 5))
+    assert sparse.engine_used is Engine.TRANSFORMERS
+    for options in ({"engine": "lean"}, {"weights": "int8"}):
+        with pytest.raises(ConfigError, match="gpt2 is not among llama"):
+            SparseModel(model, random_predictor(model), **options)
+    with pytest.raises(ConfigError, match="int8 weights need the engine lean"):
+        SparseModel(models["llama"], random_predictor(models["llama"]), engine="transformers", weights="int8")
+
+
+def test_what_the_lean_engine_cannot_serve(models):
+    """By default such a call goes through transformers; where the lean engine was asked for, it says why not."""
+    model = tiny_model("llama")  # of our own: transformers leaves hooks where hidden states were asked for
+    options = {"cache_implementation": "static"}
+    sparse = SparseModel(model, random_predictor(model))
+    generate(sparse, token_ids(1, 5), **options)
+    assert sparse.engine_used is Engine.TRANSFORMERS
+    with pytest.raises(GenerationError, match="StaticCache that does not grow"):
+        generate(SparseModel(model, random_predictor(model), engine="lean"), token_ids(1, 5), **options)
+    with pytest.raises(GenerationError, match="DynamicCache that does not grow"):
+        generate(SparseModel(models["mistral"], random_predictor(models["mistral"]), engine="lean"), token_ids(1, 5))
+    with pytest.raises(GenerationError, match="attentions or hidden states"):
+        generate(SparseModel(model, random_predictor(model), engine="lean"), token_ids(1, 5), output_hidden_states=True)
+
+
+def test_weights_prepared_ahead(models):
+    model = models["llama"]
+    sparse = SparseModel(model, random_predictor(model), engine="lean")
+    thread = threading.Thread(target=sparse.prepare, args=(["a prompt"],))
+    thread.start()
+    thread.join()
+    held = sparse._compacts.n_bytes
+    assert held > 0
+    generate(sparse, token_ids(1, 5))
+    assert sparse._compacts.n_bytes == held
+    assert token_ids(1, 2).max() < VOCABULARY
+
+
+def test_exponential():
+    @decode_kernels._serial
+    def run(x, out):
+        for i in range(len(x)):
+            out[i] = decode_kernels._exp(x[i])
+
+    x = np.linspace(-80, 80, 4001).astype(np.float32)
+    out = np.empty_like(x)
+    run(x, out)
+    assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 3e-7
