@@ -6,7 +6,6 @@ import importlib.util
 import statistics
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from coreinfer_sim.benchmark.machine import ReadBandwidth, header
 from coreinfer_sim.benchmark.preparing import Written, make_prompts, write_files
 from coreinfer_sim.benchmark.specs import LLAMACPP, OFFLOAD, Spec
 from coreinfer_sim.benchmark.worker import Worker, in_process
+from coreinfer_sim.build.executors import n_cores
 from coreinfer_sim.errors import BenchmarkError, ConfigError, GenerationError
 from coreinfer_sim.progress import Progress
 
@@ -43,7 +43,11 @@ class Setup:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name, value, least in (("n_prompt", self.n_prompt, 1), ("n_new", self.n_new, 2), ("rounds", self.rounds, 1)):
+        for name, value, least in (
+            ("n_prompt", self.n_prompt, 1),
+            ("n_new", self.n_new, 2),
+            ("rounds", self.rounds, 1),
+        ):
             if value < least:
                 raise ConfigError(f"{name} is {value}, expected {least} or more.")
 
@@ -96,24 +100,28 @@ def bench(
     """
     setup, progress = setup or Setup(), progress or Progress()
     _check(subject, specs)
-    n_threads = setup.n_threads or _n_cores()
+    n_threads = setup.n_threads or n_cores()
     prompts = make_prompts(subject, text, setup.n_prompt, setup.n_new, setup.rounds + 1, setup.seed)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    with nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory() as place:
+    device = _device(setup.device)
+    bandwidth = ReadBandwidth(n_threads=n_threads, device=device)
+    with tempfile.TemporaryDirectory(prefix="coreinfer-sim-") as scratch:
         written: dict[str, Written] = {}
         if any(spec.kind in (LLAMACPP, OFFLOAD) for spec in specs):
             progress.say("Writing the files that contenders need")
-            written = in_process(write_files, subject, list(specs), Path(place), n_threads=n_threads)
-        entries = [_entry(spec, subject, setup, n_threads, written, Path(place)) for spec in specs]
-        device = _device(setup.device)
-        bandwidth = ReadBandwidth(n_threads=n_threads, device=device)
+            place = folder or Path(scratch)
+            place.mkdir(parents=True, exist_ok=True)
+            written = in_process(write_files, subject, list(specs), place, n_threads=n_threads)
+        entries = [_entry(spec, subject, setup, n_threads, written, Path(scratch)) for spec in specs]
         try:
             _take_turns(entries, prompts, setup, bandwidth, progress)
         finally:
             for entry in entries:
                 _stop(entry)
-    result = {
+    rows = [_summary(entry, bandwidth.median) for entry in entries]
+    if all("error" in row for row in rows):
+        reasons = "; ".join(f"{row['contender']}: {row['error']}" for row in rows)
+        raise BenchmarkError(f"no contender could be measured ({reasons})")
+    return {
         **header("xllamacpp", "accelerate"),
         "model": subject.title,
         "index": subject.index,
@@ -124,12 +132,8 @@ def bench(
         "device": device,
         "fresh": setup.fresh,
         "bandwidth_gb_per_s": bandwidth.as_dict(),
-        "contenders": [_summary(entry, bandwidth.median) for entry in entries],
+        "contenders": rows,
     }
-    if all("error" in row for row in result["contenders"]):
-        reasons = "; ".join(f"{row['contender']}: {row['error']}" for row in result["contenders"])
-        raise BenchmarkError(f"no contender could be measured ({reasons})")
-    return result
 
 
 def _check(subject: Subject, specs: Sequence[Spec]) -> None:
@@ -144,12 +148,6 @@ def _check(subject: Subject, specs: Sequence[Spec]) -> None:
             raise ConfigError(f"the contender {spec.text!r} needs an index, and none was given; take {instead}.")
 
 
-def _n_cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _device(device: str) -> str:
     import torch
 
@@ -157,10 +155,10 @@ def _device(device: str) -> str:
 
 
 def _entry(
-    spec: Spec, subject: Subject, setup: Setup, n_threads: int, written: dict[str, Written], place: Path
+    spec: Spec, subject: Subject, setup: Setup, n_threads: int, written: dict[str, Written], scratch: Path
 ) -> _Entry:
     file = written.get(spec.text, Written())
-    folder = Path(tempfile.mkdtemp(prefix="run-", dir=place))
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=scratch))
     job = Job(
         spec,
         subject,

@@ -33,7 +33,7 @@ class LlamaCpp:
             GenerationError: llama.cpp gave another number of tokens.
         """
         assert self._server is not None and self._job.bytes_per_token is not None
-        request = {"prompt": prompt.ids, "n_predict": n_new, "temperature": 0.0, "ignore_eos": True}
+        request = {"prompt": prompt.ids, "n_predict": n_new, "temperature": 0.0, "top_k": 1, "ignore_eos": True}
         begin = time.perf_counter()
         answer = self._server.post("/completion", {**request, "cache_prompt": False, "return_tokens": True})
         wall = time.perf_counter() - begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -12,7 +13,7 @@ from coreinfer_sim.benchmark.contenders import Prompt, Subject
 from coreinfer_sim.benchmark.prompts import cut_prompts, random_prompts
 from coreinfer_sim.benchmark.specs import LLAMACPP, OFFLOAD, Spec
 from coreinfer_sim.benchmark.worker import one_sentence
-from coreinfer_sim.errors import PromptError
+from coreinfer_sim.errors import ModelError, PromptError
 from coreinfer_sim.export.compact import DENSE, Source, compact_weights
 from coreinfer_sim.export.gguf import check_exportable, export_gguf
 from coreinfer_sim.models import LanguageModel, load_tokenizer
@@ -48,10 +49,18 @@ def make_prompts(
     return cut_prompts(load_tokenizer(subject.model), text, n_tokens, n_prompts)
 
 
-def _config(subject: Subject) -> AutoConfig | None:
-    """Return a checkpoint's configuration; of a GGUF file only the contenders read one."""
+def _config(subject: Subject) -> Any:
+    """Return a checkpoint's configuration, or None for a GGUF file, whose own the contenders read."""
     model = str(subject.model)
-    return None if model.endswith(".gguf") else AutoConfig.from_pretrained(model)
+    if model.endswith(".gguf"):
+        return None
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model {model!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."
+        ) from error
 
 
 def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[str, Written]:

@@ -141,12 +141,17 @@ def _fill(parameter: Any, block: Any) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """Make a tokenizer whose tokens are bytes, so that any text has a known number of tokens."""
+    """Make a tokenizer whose tokens are bytes, so that a text without double spaces has a known number of tokens.
+
+    Double spaces are joined because llama.cpp wants one merge at least.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    space = "\u0120"
+    vocabulary = {token: number for number, token in enumerate([*alphabet, 2 * space])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(space, space)]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)

@@ -80,9 +80,9 @@ class Offload(Dense):
         """Load the model through accelerate."""
         from transformers import AutoModelForCausalLM
 
-        spec, source = self._job.spec, self._job.file or self._job.subject.model
+        spec, source = self._job.spec, str(self._job.file or self._job.subject.model)
         assert spec.ratio is not None and self._job.folder is not None
-        if str(source).endswith(".gguf"):
+        if source.endswith(".gguf"):
             raise ConfigError(
                 "accelerate cannot leave the layers of a GGUF file on disk, expected a checkpoint; name that."
             )
@@ -90,7 +90,6 @@ class Offload(Dense):
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map="meta")
         n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
-        self._bytes = n_bytes
         layers = find_mlps(whole)
         self._bytes = dense_bytes(layers) + other_bytes(whole, layers)
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -101,6 +100,8 @@ class Offload(Dense):
             offload_folder=str(self._job.folder),
         ).eval()
         places = list(self._model.hf_device_map.values())
+        if set(places) == {"disk"}:
+            raise ConfigError(f"not one part of the model fits into {spec.ratio:g} of its size; raise the share.")
         return {
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "parts_on_disk": f"{places.count('disk')} of {len(places)}",
@@ -180,6 +181,8 @@ def _shared_out(contender: str, options: dict[str, Any]) -> dict[str, dict[str, 
     for name, value in options.items():
         takes = next((part for part, call in parts.items() if name in inspect.signature(call).parameters), None)
         if takes is None:
-            raise ConfigError(f"the runtime knows no option {name}, which the contender {contender!r} gives; leave it out.")
+            raise ConfigError(
+                f"the runtime knows no option {name}, which the contender {contender!r} gives; leave it out."
+            )
         taken[takes][name] = value
     return taken

@@ -128,18 +128,22 @@ def _begin(pipe: Any, n_threads: int, target: Callable[..., None], arguments: tu
 
 
 def _quiet(n_threads: int) -> None:
-    """Set torch's threads, and keep transformers from talking."""
+    """Set torch's threads, and keep the libraries from talking."""
+    import logging
+
     import torch
     from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(n_threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _call(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], n_threads: int) -> None:
     try:
-        _quiet(n_threads)
+        if "torch" in sys.modules:  # unpickling the function imported what it needs
+            _quiet(n_threads)
         pipe.send((True, function(*arguments)))
     except Exception as error:
         pipe.send((False, one_sentence(error)))
