@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
+from coreinfer_sim.benchmark.machine import header
 
 RESULTS = Path(__file__).parent / "results"
-_LIBRARIES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy", "numba", "datasets")
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine: processor, cores, memory."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {
-        "processor": model,
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-    }
-
-
-def header() -> dict[str, Any]:
-    """Say where, with what and when something is measured."""
-    return {
-        "machine": machine(),
-        "versions": {library: version(library) for library in _LIBRARIES},
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def record(

@@ -15,6 +15,8 @@ _BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOT
 def table(path: Path) -> str:
     """Return a result file as a Markdown table, with a note for figures that were measured elsewhere."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    if "bandwidth_gb_per_s" in content:
+        return _speeds(content)
     if "contenders" in content:
         return _contenders(content)
     lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
@@ -42,6 +44,28 @@ def _contenders(content: dict[str, Any]) -> str:
     for row in rows:
         values = [row["ratio"], *(row["sets"][each]["ratio"] for each in sets)]
         lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _speeds(content: dict[str, Any]) -> str:
+    """Return what `bench` wrote: a row a contender."""
+    lines = [
+        f"{content['model']}, {content['prompt_tokens']} prompt tokens, {content['new_tokens']} new ones, median of "
+        f"{content['rounds']} rounds; memory is read at {content['bandwidth_gb_per_s']['median']:.1f} GB/s. {_where(content)}.",
+        "",
+        "| contender | tokens/s (lowest–highest) | first token | peak memory | MB a token | share of bandwidth |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in content["contenders"]:
+        if "error" in row:
+            lines.append(f"| {row['contender']} | not measured: {row['error']} | | | | |")
+            continue
+        lowest, highest = row["tokens_per_second_lowest"], row["tokens_per_second_highest"]
+        lines.append(
+            f"| {row['contender']} | {row['tokens_per_second']:.1f} ({lowest:.1f}–{highest:.1f}) | "
+            f"{1000 * row['first_token_seconds']:,.0f} ms | {row['peak_bytes'] / 1e6:,.0f} MB | "
+            f"{row['bytes_per_token'] / 1e6:,.0f} | {row['share_of_bandwidth']:.0%} |"
+        )
     return "\n".join(lines) + "\n"
 
 

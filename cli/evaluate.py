@@ -88,11 +88,12 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         --contender dense --contender similarity --contender griffin --keep-ratio 0.4 --keep-ratio 0.6
     """
     from coreinfer_sim.architectures import weights_checksum
+    from coreinfer_sim.drawing import check_plot
     from coreinfer_sim.embeddings import SentenceEncoder
     from coreinfer_sim.evaluation.contenders import NEED_INDEX, parse_contenders
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import open_log, read_results, summarise
-    from coreinfer_sim.evaluation.plot import check_plot, plot
+    from coreinfer_sim.evaluation.plot import plot
     from coreinfer_sim.evaluation.rows import read_rows
     from coreinfer_sim.evaluation.text_scores import check_text_scores
     from coreinfer_sim.files import write_json

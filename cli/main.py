@@ -11,6 +11,7 @@ import click
 
 from coreinfer_sim.errors import CoreInferSimError
 
+from .bench import bench
 from .build_index import build_index
 from .evaluate import evaluate
 from .export import export
@@ -67,5 +68,5 @@ def main() -> None:
     """
 
 
-for _command in (build_index, info, verify, lookup, generate, evaluate, tune, export, serve):
+for _command in (build_index, info, verify, lookup, generate, evaluate, tune, bench, export, serve):
     main.add_command(_command)

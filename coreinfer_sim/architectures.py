@@ -163,6 +163,19 @@ def dense_bytes(layers: Sequence[MLPLayer]) -> int:
     return sum(layer.n_bytes for layer in layers)
 
 
+def other_bytes(model: Any, layers: Sequence[MLPLayer]) -> int:
+    """Return the bytes of weights outside the MLPs that one decoded token reads.
+
+    Embedding tables are not counted, as a token reads one row of them, but an output head that shares one is.
+    """
+    every = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    if head is not None:
+        tables.pop(id(head.weight), None)
+    return every - dense_bytes(layers) - sum(table.numel() * table.element_size() for table in tables.values())
+
+
 def weight_sketch(layers: Sequence[MLPLayer]) -> list[list[float]]:
     """Sample a few down-projection weights of every layer: a fingerprint that survives a change of dtype.
 

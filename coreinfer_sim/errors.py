@@ -52,3 +52,7 @@ class PromptError(GenerationError):
 
 class ExportError(CoreInferSimError):
     """A set of neurons cannot be written in the format that was asked for."""
+
+
+class BenchmarkError(CoreInferSimError):
+    """No contender of a benchmark could be measured."""

@@ -7,14 +7,10 @@ first token; every later one is decoded sparsely.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import secrets
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +23,7 @@ from coreinfer_sim.export.compact import DENSE, GLOBAL
 from coreinfer_sim.export.exporting import ROUTER_FILE
 from coreinfer_sim.generation import Message, last_user_message
 from coreinfer_sim.index import Match, SemanticIndex
+from coreinfer_sim.llama_server import LlamaServer
 from coreinfer_sim.progress import readable_size
 
 _SLOT = "prompt.bin"
@@ -72,65 +69,6 @@ class LlamaCppGeneration:
         return {**asdict(self), "confident": confident, "tokens_per_second": self.tokens_per_second}
 
 
-class _Model:
-    """One GGUF file in llama.cpp, spoken to as llama.cpp's own server, on the loopback interface and under a key."""
-
-    def __init__(self, path: Path, folder: str, context: int, n_threads: int | None) -> None:
-        xllamacpp = _library()
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.n_ctx, parameters.n_parallel = context, 1
-        parameters.warmup, parameters.verbosity = False, -1
-        parameters.slot_save_path = folder + "/"
-        self._key = secrets.token_hex(16)
-        parameters.api_keys = [self._key]
-        if n_threads is not None:
-            parameters.cpuparams.n_threads = n_threads
-        try:
-            self._server = xllamacpp.Server(parameters)
-        except Exception as error:  # whatever llama.cpp throws
-            raise ModelError(f"llama.cpp cannot load {path} ({' '.join(str(error).split())[:200]}).") from error
-        self.path = path
-
-    def post(self, where: str, content: dict[str, Any]) -> Any:
-        """Return the answer to a request."""
-        with self._open(where, content) as answer:
-            return json.loads(answer.read())
-
-    def complete(self, request: dict[str, Any], write: Callable[[str], None] | None) -> dict[str, Any]:
-        """Return the answer to a completion request; ``write`` takes its text as it comes.
-
-        A stream leaves out tokens that end within a character, so ``tokens`` are only whole without ``write``.
-        """
-        if write is None:
-            answer: dict[str, Any] = self.post("/completion", request)
-            return answer
-        text = []
-        part: dict[str, Any] = {}
-        with self._open("/completion", {**request, "stream": True}) as lines:
-            for line in lines:
-                if line.startswith(b"data: {"):
-                    part = json.loads(line[6:])
-                    text.append(part["content"])
-                    if part["content"]:
-                        write(part["content"])
-        return {**part, "content": "".join(text)}
-
-    def _open(self, where: str, content: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            f"{self._server.listening_address}{where}",
-            json.dumps(content).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
-        )
-        try:
-            return urllib.request.urlopen(request)
-        except urllib.error.HTTPError as error:
-            answer = error.read().decode("utf-8", "replace")
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                answer = json.loads(answer)["error"]["message"]
-            raise GenerationError(f"llama.cpp refused a request to {self.path.name} ({answer[:200]}).") from error
-
-
 class ModelPool:
     """Models that are opened on first use; the least recently used ones are closed to keep under a limit."""
 
@@ -140,9 +78,9 @@ class ModelPool:
         """Hold at most ``limit`` bytes of files open at a time; None sets no limit."""
         self.limit, self.folder = limit, folder
         self._settings = context, n_threads
-        self._open: OrderedDict[Path, _Model] = OrderedDict()
+        self._open: OrderedDict[Path, LlamaServer] = OrderedDict()
 
-    def get(self, path: Path, beside: Path | None = None) -> _Model:
+    def get(self, path: Path, beside: Path | None = None) -> LlamaServer:
         """Return a model, opened if it is not.
 
         Args:
@@ -171,7 +109,7 @@ class ModelPool:
                 if other != beside:
                     del self._open[other]
                     gc.collect()
-            self._open[path] = _Model(path, self.folder, *self._settings)
+            self._open[path] = LlamaServer(path, self.folder, *self._settings)
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -335,7 +273,7 @@ class LlamaCppGenerator:
         )
 
     @staticmethod
-    def _hand_over(dense: _Model, model: _Model) -> None:
+    def _hand_over(dense: LlamaServer, model: LlamaServer) -> None:
         """Give the cache of the prompt that the dense model has read to the model that decodes."""
         saved = dense.post("/slots/0?action=save", {"filename": _SLOT})
         try:
@@ -383,14 +321,6 @@ class LlamaCppGenerator:
         if Fallback(fallback) is not Fallback.NONE:
             self._file(Fallback(fallback).value)
         return Fallback(fallback)
-
-
-def _library() -> Any:
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise ConfigError("llama.cpp is not installed; run: pip install 'coreinfer-sim[llamacpp]'") from error
-    return xllamacpp
 
 
 def _read_router(folder: Path, index: SemanticIndex) -> dict[str, Any]:

@@ -93,6 +93,22 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
     return LanguageModel(model, tokenizer, name, find_mlps(model))
 
 
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model alone; ``name`` is as in `load_model`.
+
+    Raises:
+        ModelError: nothing there, or nothing that transformers can load.
+    """
+    source, options = _source(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # transformers raises the errors of a dozen libraries
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the tokenizer of {name!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."
+        ) from error
+
+
 def usable(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return ``dtype``, or float32 where the device is a CPU that lacks instructions for it."""
     if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -22,6 +22,8 @@ ORDER = (
     "config",
     "files",
     "progress",
+    "extra",
+    "drawing",
     "corpus",
     "architectures",
     "models",
@@ -47,6 +49,7 @@ ORDER = (
     "runtime",
     "generation",
     "export",
+    "llama_server",
     "llamacpp",
 )
 """A module imports only from those before it; the modules of a folder count as one and may import each other."""

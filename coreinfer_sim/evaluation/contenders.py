@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import torch
 
-from coreinfer_sim.architectures import MLPLayer, find_mlps
+from coreinfer_sim.architectures import MLPLayer, find_mlps, other_bytes
 from coreinfer_sim.config import Fallback, Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
@@ -220,18 +220,12 @@ class Compactor:
 def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, weights: str) -> tuple[int, int]:
     """Return the MLP bytes and all weight bytes that one decoded token reads.
 
-    Weights count as stored in their precision, whatever type computes. The embedding table is not counted, but an output
-    head that shares it is.
+    Weights count as stored in their precision, whatever type computes; see `other_bytes`.
     """
     model, layers = language_model.model, language_model.layers
     share = BITS[weights] / 8 / model.dtype.itemsize
     mlp = selection.mlp_bytes(layers) * share
-    every = sum(p.numel() * p.element_size() for p in model.parameters())
-    table = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    shared = head is not None and head.weight is table
-    rest = every - sum(layer.n_bytes for layer in layers) - (0 if shared else table.numel() * table.element_size())
-    return round(mlp), round(mlp + rest * share)
+    return round(mlp), round(mlp + other_bytes(model, layers) * share)
 
 
 def parse_contenders(

@@ -6,23 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.drawing import drawing
 from coreinfer_sim.evaluation.contenders import Contender
-from coreinfer_sim.evaluation.extra import require
-from coreinfer_sim.files import write_atomic
 
-_FORMATS = (".png", ".svg")
 _STYLES = {"16bit": ("o", "-"), "q8_0": ("s", "--"), "q4_0": ("^", ":")}
 """Marker and line by the weights' precision; the colour tells how the neurons were chosen."""
-
-
-def check_plot(path: Path) -> None:
-    """Raise ConfigError unless a plot can be written to ``path``, before the work that it would show."""
-    if path.suffix not in _FORMATS:
-        raise ConfigError(f"the plot is to be {path.name}, expected a name that ends in {' or '.join(_FORMATS)}.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} for the plot {path.name}; make it first.")
-    require("a plot", "matplotlib")
 
 
 def families(
@@ -45,13 +33,14 @@ def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], pat
         contenders: those that the rows are of.
         path: a .png or .svg file; replaced in one step.
     """
-    check_plot(path)
-    from matplotlib.figure import Figure  # no pyplot: it would keep state and look for a display
+    with drawing(path) as (figure, axes):
+        _draw(families(summary, contenders), axes)
+        figure.legend(loc="outside right upper", fontsize=8)
+
+
+def _draw(grouped: dict[str, list[tuple[Contender, dict[str, Any]]]], axes: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    grouped = families(summary, contenders)
     ways = list(dict.fromkeys(points[0][0].way for points in grouped.values()))
     for family, points in grouped.items():
         contender = points[0][0]
@@ -83,5 +72,3 @@ def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], pat
     axes.set_xlabel("weights read per decoded token (MB)")
     axes.set_ylabel("perplexity ratio to dense (95 % bootstrap interval)")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    write_atomic(path, lambda part: figure.savefig(part, format=path.suffix[1:], dpi=150))

@@ -1,4 +1,4 @@
-"""The extra `eval`: packages that only parts of the evaluation need, looked for before any work starts."""
+"""The extra `eval`: packages that only evaluation and plots need, looked for before any work starts."""
 
 from __future__ import annotations
 

@@ -1,0 +1,469 @@
+"""Measure decode speed; every command writes its figures into ``results/figures-speed.json``.
+
+python benchmarks/figures_speed.py decode --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py int8 --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py swap --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py batch --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py growth --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py prefill --model MODEL --index INDEX --name NAME
+
+The index must be the model's; where it holds compensated sets of the keep ratio, those decode. Run them on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import RESULTS, record
+
+FILE = "figures-speed.json"
+
+
+def _common(function: Any) -> Any:
+    for option in (
+        click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file."),
+        click.option("--index", required=True, type=click.Path(exists=True, file_okay=False)),
+        click.option("--name", required=True, help="Of the model, in figures and files."),
+        click.option("--keep-ratio", default=0.4, show_default=True),
+        click.option("--new-tokens", default=128, show_default=True),
+        click.option("--rounds", default=5, show_default=True),
+    ):
+        function = option(function)
+    return function
+
+
+_prompt_tokens = click.option("--prompt-tokens", default=128, show_default=True)
+_options = click.option(
+    "--options", default="", metavar="OPTION=VALUE[:…]", help="Of our own contenders, such as engine=lean."
+)
+_dtype = click.option("--dtype", default="bfloat16", show_default=True, help="Of the weights in our runtime.")
+
+
+@click.group()
+def main() -> None:
+    """Measure decode speed."""
+
+
+def _command(name: str) -> str:
+    return f"python benchmarks/figures_speed.py {name} --model MODEL --index INDEX --name NAME"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _bench(
+    model: str, index: str, contenders: list[str], prompt_tokens: int, new_tokens: int, rounds: int, file: str | None
+) -> dict[str, dict[str, Any]]:
+    """Run `coreinfer-sim bench`'s function, keep its result in ``file``, and return rows that were measured by contender."""
+    from coreinfer_sim.benchmark.bench import Setup, bench
+    from coreinfer_sim.benchmark.contenders import Subject
+    from coreinfer_sim.benchmark.specs import parse_specs
+    from coreinfer_sim.files import write_json
+
+    setup = Setup(n_prompt=prompt_tokens, n_new=new_tokens, rounds=rounds)
+    result = bench(Subject(model, None, index), parse_specs(contenders), setup)
+    if file is not None:
+        kept = {
+            **result,
+            "model": Path(model).name,
+            "index": Path(index).name,
+        }  # a result names no folder of this machine
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_json(RESULTS / file, kept)
+    for row in result["contenders"]:
+        if "error" in row:
+            click.echo(f"{row['contender']} was not measured: {row['error']}", err=True)
+    return {row["contender"]: row for row in result["contenders"] if "error" not in row}
+
+
+def _row(rows: dict[str, dict[str, Any]], *names: str) -> dict[str, Any]:
+    """Return the fastest of the contenders that were measured."""
+    found = [rows[name] for name in names if name in rows]
+    if not found:
+        raise click.ClickException(f"{' and '.join(names)} could not be measured, so there is no figure.")
+    return max(found, key=lambda row: row["tokens_per_second"])
+
+
+def _spread(*rows: dict[str, Any]) -> dict[str, list[float]]:
+    return {row["contender"]: [row[f"tokens_per_second{what}"] for what in ("", "_lowest", "_highest")] for row in rows}
+
+
+def _at_least(name: str, value: float, unit: str, bar: float, command: str, **details: Any) -> None:
+    value = float(f"{value:.3g}")
+    record(FILE, name, value, unit, f"at least {bar:g}", value >= bar, _command(command), **details)
+
+
+def _at_most(name: str, value: float, unit: str, bar: float, command: str, **details: Any) -> None:
+    value = float(f"{value:.3g}")
+    record(FILE, name, value, unit, f"at most {bar:g}", value <= bar, _command(command), **details)
+
+
+@main.command()
+@_common
+@_prompt_tokens
+@_options
+def decode(
+    model: str, index: str, name: str, keep_ratio: float, new_tokens: int, rounds: int, prompt_tokens: int, options: str
+) -> None:
+    """Sparse decode beside dense transformers and llama.cpp, alternating, in bfloat16."""
+    more = f":{options}" if options else ""
+    ours, ours_dense = f"sparse:{keep_ratio:g}:bfloat16{more}", f"ours-dense:bfloat16{more}"
+    dense = ("dense:bfloat16", "dense:float32")
+    rows = _bench(
+        model,
+        index,
+        [ours, ours_dense, *dense, "llamacpp:bf16"],
+        prompt_tokens,
+        new_tokens,
+        rounds,
+        f"bench-{_slug(name)}-bf16.json",
+    )
+    title = f"{name}, keep ratio {keep_ratio:g}, bf16"
+    mine, best = _row(rows, ours), _row(rows, *dense)
+    speed = mine["tokens_per_second"]
+    _at_least(
+        f"{title}: decode over dense transformers, the better of bf16 and f32",
+        speed / best["tokens_per_second"],
+        "×, of medians",
+        2.4,
+        "decode",
+        tokens_per_second=_spread(mine, best),
+    )
+    _at_least(
+        f"{title}: share of the bandwidth limit",
+        mine["share_of_bandwidth"],
+        "share",
+        0.85,
+        "decode",
+        bytes_per_token=mine["bytes_per_token"],
+    )
+    whole = _row(rows, ours_dense)
+    _at_least(
+        f"{name}, bf16: dense mode through our loop over transformers, the better of bf16 and f32",
+        whole["tokens_per_second"] / best["tokens_per_second"],
+        "×, of medians",
+        1.0,
+        "decode",
+        tokens_per_second=_spread(whole, best),
+    )
+    _at_most(
+        f"{name}: lookup beside a dense prefill of {prompt_tokens} tokens",
+        mine["lookup_seconds"] / best["prefill_seconds"],
+        "share",
+        0.05,
+        "decode",
+    )
+    theirs = _row(rows, "llamacpp:bf16")
+    _at_least(
+        f"{title}: decode over llama.cpp BF16",
+        speed / theirs["tokens_per_second"],
+        "×, of medians",
+        2.1,
+        "decode",
+        tokens_per_second=_spread(mine, theirs),
+    )
+
+
+@main.command()
+@_common
+@_prompt_tokens
+@_options
+def int8(
+    model: str, index: str, name: str, keep_ratio: float, new_tokens: int, rounds: int, prompt_tokens: int, options: str
+) -> None:
+    """Sparse decode with int8 weights beside llama.cpp Q8_0, alternating."""
+    ours = f"sparse:{keep_ratio:g}:bfloat16:int8" + (f":{options}" if options else "")
+    file = f"bench-{_slug(name)}-int8.json"
+    rows = _bench(model, index, [ours, "llamacpp:q8_0"], prompt_tokens, new_tokens, rounds, file)
+    mine, theirs = _row(rows, ours), _row(rows, "llamacpp:q8_0")
+    _at_least(
+        f"{name}, keep ratio {keep_ratio:g}, int8: decode over llama.cpp Q8_0",
+        mine["tokens_per_second"] / theirs["tokens_per_second"],
+        "×, of medians",
+        1.5,
+        "int8",
+        tokens_per_second=_spread(mine, theirs),
+    )
+
+
+def _load(model: str, index: str, dtype: str) -> tuple[Any, Any]:
+    from coreinfer_sim import SemanticIndex, load_model
+
+    return load_model(model, dtype), SemanticIndex.load(index)
+
+
+def _prompts(language_model: Any, n_tokens: int, n_prompts: int) -> list[Any]:
+    from coreinfer_sim.benchmark.prompts import cut_prompts
+
+    return cut_prompts(language_model.tokenizer, None, n_tokens, n_prompts)
+
+
+def _given(options: str) -> dict[str, Any]:
+    from coreinfer_sim.benchmark.specs import parse_spec
+
+    return dict(parse_spec(f"sparse:{options}" if options else "sparse").options)
+
+
+def _exactly(n_new: int) -> dict[str, Any]:
+    return {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _alternating(calls: dict[str, Callable[[], Any]], rounds: int) -> Iterator[dict[str, float]]:
+    """Draw the seconds of every call, round by round, after one round to warm up."""
+    for number in range(rounds + 1):
+        seconds = {name: _timed(call) for name, call in calls.items()}
+        if number:
+            yield seconds
+
+
+def _medians(rounds: Iterator[dict[str, float]]) -> dict[str, float]:
+    found = list(rounds)
+    return {name: statistics.median(each[name] for each in found) for name in found[0]}
+
+
+@main.command()
+@_common
+@_prompt_tokens
+@_options
+@_dtype
+def swap(
+    model: str,
+    index: str,
+    name: str,
+    keep_ratio: float,
+    new_tokens: int,
+    rounds: int,
+    prompt_tokens: int,
+    options: str,
+    dtype: str,
+) -> None:
+    """A change of cluster, to one whose compact weights are there and to one whose are not, beside a dense prefill."""
+    from coreinfer_sim import make_predictor
+    from coreinfer_sim.generation import TextGenerator
+
+    loaded, semantic = _load(model, index, dtype)
+    predictor = make_predictor("similarity", loaded.layers, semantic, keep_ratio=keep_ratio, fallback="none")
+    generator = TextGenerator(loaded, predictor, **_given(options))
+    prompts = _prompts(loaded, prompt_tokens, 12)
+    by_cluster = {
+        match[0].cluster: p for match, p in zip(semantic.lookup([p.text for p in prompts]), prompts, strict=True)
+    }
+    if len(by_cluster) < 2:
+        raise click.ClickException(
+            "all prompts fall into one cluster, so that nothing is swapped; take a larger index."
+        )
+    first, second = list(by_cluster.values())[:2]
+
+    def swapped(prompt: Any) -> Any:
+        run = generator.generate(prompt.text, **_exactly(2))
+        if not hasattr(run, "swap_seconds"):
+            raise click.ClickException("this release does not report how long a swap takes.")
+        return run
+
+    uncached, cached, prefill = [], [], []
+    for number in range(rounds + 1):
+        generator.sparse.close()  # lets go of all compact weights
+        runs = [swapped(first), swapped(second), swapped(first), swapped(second)]
+        if number:
+            uncached += [run.swap_seconds for run in runs[:2]]
+            cached += [run.swap_seconds for run in runs[2:]]
+            prefill += [run.prefill_seconds - run.lookup_seconds for run in runs[2:]]
+    reference = statistics.median(prefill)
+    for what, seconds, bar in (("cached", cached, 0.01), ("not cached", uncached, 1.0)):
+        _at_most(
+            f"{name}, keep ratio {keep_ratio:g}: a change of cluster, {what}, beside a dense prefill of {prompt_tokens} tokens",
+            statistics.median(seconds) / reference,
+            "share, of medians",
+            bar,
+            "swap",
+            milliseconds=round(1000 * statistics.median(seconds), 3),
+        )
+
+
+@main.command()
+@_common
+@_prompt_tokens
+@_options
+@_dtype
+@click.option("--prompts", "n_prompts", default=8, show_default=True)
+@click.option("--clusters", "n_clusters", default=4, show_default=True)
+def batch(
+    model: str,
+    index: str,
+    name: str,
+    keep_ratio: float,
+    new_tokens: int,
+    rounds: int,
+    prompt_tokens: int,
+    options: str,
+    dtype: str,
+    n_prompts: int,
+    n_clusters: int,
+) -> None:
+    """Prompts of several clusters in one batch beside the same prompts one at a time, alternating."""
+    import torch
+
+    from coreinfer_sim import SparseModel, make_predictor
+
+    loaded, semantic = _load(model, index, dtype)
+    predictor = make_predictor("similarity", loaded.layers, semantic, keep_ratio=keep_ratio, fallback="none")
+    sparse = SparseModel(loaded.model, predictor, loaded.tokenizer, **_given(options))
+    candidates = _prompts(loaded, prompt_tokens, 12)
+    ids = torch.tensor([prompt.ids for prompt in candidates][:n_prompts])
+    # One text a cluster routes its rows; the tokens that are read are each row's own.
+    n_found = min(n_clusters, len(semantic.clusters))
+    routed = [semantic.clusters[number % n_found].exemplars[0] for number in range(len(ids))]
+    wanted = _exactly(new_tokens)
+
+    def together() -> None:
+        sparse.generate(ids, prompts=routed, attention_mask=torch.ones_like(ids), **wanted)
+
+    def alone() -> None:
+        for row, text in zip(ids, routed, strict=True):
+            sparse.generate(row[None], prompts=[text], attention_mask=torch.ones_like(row[None]), **wanted)
+
+    found = _medians(_alternating({"together": together, "alone": alone}, rounds))
+    used = len({selection.cluster for selection in predictor.select(routed, None, len(routed)) or []})
+    _at_least(
+        f"{name}, keep ratio {keep_ratio:g}: {len(ids)} prompts in one batch over one at a time",
+        found["alone"] / found["together"],
+        "×, of medians, prefill included",
+        2.5,
+        "batch",
+        clusters=used,
+        seconds={what: round(seconds, 3) for what, seconds in found.items()},
+    )
+
+
+@main.command()
+@_common
+@_options
+@_dtype
+@click.option("--lengths", default="64,256,1024,4096", show_default=True, help="Of prompts, in tokens.")
+@click.option(
+    "--rows", default="1,2,4,8,16", show_default=True, help="Sizes of a batch of prompts of the first length."
+)
+def growth(
+    model: str,
+    index: str,
+    name: str,
+    keep_ratio: float,
+    new_tokens: int,
+    rounds: int,
+    options: str,
+    dtype: str,
+    lengths: str,
+    rows: str,
+) -> None:
+    """Decode speed over the length of the prompt and over the size of the batch, ours beside dense, alternating."""
+    import torch
+
+    from coreinfer_sim import SparseModel, make_predictor
+    from coreinfer_sim.benchmark.machine import header
+    from coreinfer_sim.benchmark.plot import plot_growth
+    from coreinfer_sim.files import write_json
+
+    loaded, semantic = _load(model, index, dtype)
+    predictor = make_predictor("global", loaded.layers, semantic, keep_ratio=keep_ratio)
+    sparse = SparseModel(loaded.model, predictor, loaded.tokenizer, **_given(options))
+
+    def speeds(ids: Any) -> dict[str, float]:
+        """Return tokens/s by contender: the time of many new tokens less that of one, so that prefill drops out."""
+        mask = torch.ones_like(ids)
+        calls: dict[str, Callable[[], Any]] = {}
+        for contender, generate in (("ours", sparse.generate), ("dense", loaded.model.generate)):
+            for n in (1, new_tokens):
+                calls[f"{contender} {n}"] = lambda g=generate, n=n: g(ids, attention_mask=mask, **_exactly(n))
+        taken = _medians(_alternating(calls, rounds))
+        n_decoded = len(ids) * (new_tokens - 1)
+        return {
+            each: round(n_decoded / max(1e-9, taken[f"{each} {new_tokens}"] - taken[f"{each} 1"]), 2)
+            for each in ("ours", "dense")
+        }
+
+    of_length, of_rows = [int(n) for n in lengths.split(",")], [int(n) for n in rows.split(",")]
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    points = [("prompt tokens", n, n, 1) for n in of_length] + [
+        ("rows of a batch", n, of_length[0], n) for n in of_rows
+    ]
+    for what, at, n_tokens, n_rows in points:
+        ids = torch.tensor([prompt.ids for prompt in _prompts(loaded, n_tokens, n_rows)])
+        for contender, speed in speeds(ids).items():
+            series.setdefault(what, {}).setdefault(contender, []).append((at, speed))
+            print(f"{what} {at}: {contender} {speed} tokens/s")
+    title = f"{name}, keep ratio {keep_ratio:g}, {loaded.dtype_name}"
+    facts = {
+        "model": name,
+        "keep_ratio": keep_ratio,
+        "dtype": loaded.dtype_name,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"growth-{_slug(name)}.json", {**header(), **facts, "tokens_per_second": series})
+    plot_growth(series, title, RESULTS / f"growth-{_slug(name)}.svg")
+
+
+@main.command()
+@_common
+@_options
+@_dtype
+@click.option("--prompt-tokens", default=512, show_default=True)
+def prefill(
+    model: str,
+    index: str,
+    name: str,
+    keep_ratio: float,
+    new_tokens: int,
+    rounds: int,
+    options: str,
+    dtype: str,
+    prompt_tokens: int,
+) -> None:
+    """Sparse prefill beside dense prefill, alternating; --new-tokens plays no part."""
+    import torch
+
+    from coreinfer_sim import SparseModel, make_predictor
+
+    loaded, semantic = _load(model, index, dtype)
+    predictor = make_predictor("global", loaded.layers, semantic, keep_ratio=keep_ratio)
+    given = {**_given(options), "prefill": "sparse"}
+    try:
+        sparse = SparseModel(loaded.model, predictor, loaded.tokenizer, **given)
+    except TypeError as error:
+        raise click.ClickException("this release prefills densely only.") from error
+    ids = torch.tensor([_prompts(loaded, prompt_tokens, 1)[0].ids])
+    mask = torch.ones_like(ids)
+    calls: dict[str, Callable[[], Any]] = {
+        "sparse": lambda: sparse.generate(ids, attention_mask=mask, **_exactly(1)),
+        "dense": lambda: loaded.model.generate(ids, attention_mask=mask, **_exactly(1)),
+    }
+    found = _medians(_alternating(calls, rounds))
+    _at_least(
+        f"{name}, keep ratio {keep_ratio:g}: sparse prefill of {prompt_tokens} tokens over dense",
+        found["dense"] / found["sparse"],
+        "×, of medians",
+        1.5,
+        "prefill",
+        milliseconds={what: round(1000 * seconds, 1) for what, seconds in found.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""`coreinfer-sim bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from coreinfer_sim.errors import ConfigError
+
+from . import options
+from .console import ConsoleProgress, print_json, quiet_libraries
+
+_D = {"show_default": True}
+
+
+@click.command()
+@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
+@click.option("--shape", metavar="NAME[:layers=N]", help="Random weights of a real architecture, for speed only.")
+@click.option("--index", type=click.Path(), help="Index folder; sparse, hybrid and global need it.")
+@click.option(
+    "--contender",
+    "contenders",
+    multiple=True,
+    metavar="SPEC",
+    help="May be repeated.  [default: dense, sparse:0.4 (random:0.4 without an index), llamacpp:bf16 if installed]",
+)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, **_D, help="Length of the prompts.")
+@click.option("--new-tokens", type=click.IntRange(2), default=128, **_D, help="Tokens that each run generates.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, **_D, help="Turns of each contender, after one to warm up."
+)
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to cut prompts from, each from another line on.  [default: a text about many things]",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of each contender.  [default: one for each core]")
+@click.option("--fresh", is_flag=True, help="Start each contender anew in each round: one at a time in memory.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Keep GGUF files of the model here.")
+@click.option("--seed", type=click.IntRange(0), default=0, **_D, help="Of random sets and prompts.")
+@click.option("--device", default="auto", **_D, help="Torch device; auto: a GPU if there is one.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write everything as JSON.")
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw into this .png or .svg file."
+)
+@options.encoder
+@options.as_json
+def bench(model: str | None, shape: str | None, contenders: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Measure the speed of contenders that take turns, each in a process of its own.
+
+    \b
+    SPEC is one of
+      dense[:DTYPE]          transformers' own generate
+      ours-dense[:DTYPE]     our runtime without sparsity
+      MODE[:KEEP_RATIO][:DTYPE][:int8][:OPTION=VALUE…]
+                             our runtime; MODE is sparse (similarity), hybrid, stability, global or random
+      llamacpp[:TYPE]        llama.cpp on the same weights: bf16, f16, f32, q8_0, q4_0
+      offload[:SHARE][:DTYPE]
+                             accelerate, with that share of the weights in memory and the rest on disk
+
+    \b
+    coreinfer-sim bench --model ./my-model --index my-index
+    coreinfer-sim bench --model ./my-model --contender dense:float32 --contender random:0.4 --contender llamacpp:q8_0
+    coreinfer-sim bench --shape llama-3.1-8b:layers=4 --plot speed.png --out speed.json
+    """
+    from coreinfer_sim.benchmark.shapes import parse_shape
+    from coreinfer_sim.benchmark.specs import parse_specs
+
+    try:
+        specs = parse_specs(contenders)
+        chosen = None if shape is None else parse_shape(shape)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    if (model is None) == (shape is None):
+        raise click.UsageError("give --model or --shape, one of them.")
+    from coreinfer_sim.benchmark.bench import Setup, default_specs
+    from coreinfer_sim.benchmark.bench import bench as run
+    from coreinfer_sim.benchmark.contenders import Subject
+    from coreinfer_sim.benchmark.plot import plot
+    from coreinfer_sim.drawing import check_plot
+    from coreinfer_sim.files import write_json
+
+    quiet_libraries()
+    if given["plot_path"] is not None:
+        check_plot(given["plot_path"])
+    subject = Subject(model, chosen, given["index"], given["encoder"])
+    file: Path | None = given["prompt_file"]
+    result = run(
+        subject,
+        specs or parse_specs(default_specs(subject)),
+        Setup(
+            n_prompt=given["prompt_tokens"],
+            n_new=given["new_tokens"],
+            rounds=given["rounds"],
+            n_threads=given["threads"],
+            device=given["device"],
+            fresh=given["fresh"],
+            seed=given["seed"],
+        ),
+        text=None if file is None else file.read_text(encoding="utf-8", errors="replace"),
+        folder=given["folder"],
+        progress=ConsoleProgress(),
+    )
+    if given["out"] is not None:
+        write_json(given["out"], result)
+    if given["plot_path"] is not None:
+        plot(result, given["plot_path"])
+    if as_json:
+        print_json(result)
+    else:
+        print_table(result)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print a line a contender, and what went wrong below."""
+    width = max(18, *(len(row["contender"]) for row in result["contenders"]))
+    bandwidth = result["bandwidth_gb_per_s"]["median"]
+    click.echo(
+        f"{result['model']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} new ones, median of "
+        f"{result['rounds']} rounds on {result['threads']} threads; memory is read at {bandwidth:.1f} GB/s"
+    )
+    titles = ("lookup", "swap", "prefill", "first", "tokens/s", "lowest-highest", "peak MB", "MB/token", "of limit")
+    widths = (9, 9, 9, 9, 9, 16, 9, 9, 9)
+    click.echo(f"{'contender':{width}s}" + "".join(f" {t:>{w}s}" for t, w in zip(titles, widths, strict=True)))
+    for row in result["contenders"]:
+        if "error" in row:
+            continue
+        spread = f"{row['tokens_per_second_lowest']:.1f}-{row['tokens_per_second_highest']:.1f}"
+        cells = (
+            *(f"{1000 * row[f'{what}_seconds']:.1f} ms" for what in ("lookup", "swap", "prefill", "first_token")),
+            f"{row['tokens_per_second']:.1f}",
+            spread,
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+            f"{row['bytes_per_token'] / 1e6:,.1f}",
+            f"{row['share_of_bandwidth']:.0%}",
+        )
+        click.echo(f"{row['contender']:{width}s}" + "".join(f" {c:>{w}s}" for c, w in zip(cells, widths, strict=True)))
+    for row in result["contenders"]:
+        if "error" in row:
+            click.echo(f"{row['contender']:{width}s} was not measured: {row['error']}")
