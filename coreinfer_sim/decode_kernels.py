@@ -411,7 +411,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def set_threads() -> int:
     """Let the loops use as many threads as torch does, and return how many."""
     n = torch.get_num_threads()
-    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined])
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined])
     if torch.get_num_threads() != n:  # numba starts its threads with OpenMP's number, which is torch's too
         torch.set_num_threads(n)
     return n
