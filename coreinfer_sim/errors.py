@@ -52,3 +52,11 @@ class PromptError(GenerationError):
 
 class ExportError(CoreInferSimError):
     """A set of neurons cannot be written in the format that was asked for."""
+
+
+class StoreError(CoreInferSimError):
+    """A neuron-major store cannot be made, or is damaged."""
+
+
+class BudgetError(CoreInferSimError):
+    """A memory budget is too small for what was asked."""

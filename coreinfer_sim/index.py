@@ -19,8 +19,7 @@ from safetensors.numpy import save
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
-from coreinfer_sim.compensated import load_compensated
-from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.compensated import StoredCompensation, load_compensated
 from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import n_kept, top_ids
 from coreinfer_sim.embeddings import SentenceEncoder
@@ -326,7 +325,7 @@ class SemanticIndex:
             return NeuronSelection(
                 "compensated",
                 {layer: ids[layer] for layer in ids if layer in wanted},
-                compensation={layer: repairs[layer] for layer in repairs if layer in wanted},
+                compensation=repairs.only(wanted),
             )
         return NeuronSelection("statistics", self.core_neurons(cluster, keep_ratio, score, layers))
 
@@ -350,7 +349,7 @@ class SemanticIndex:
 
     def _compensated(
         self, keep_ratio: float, cluster: int | None
-    ) -> tuple[dict[int, torch.Tensor], dict[int, LayerCompensation]]:
+    ) -> tuple[dict[int, torch.Tensor], StoredCompensation]:
         """Read a compensated set, whose checksum is verified first."""
         assert self._folder is not None
         model = self.manifest.model

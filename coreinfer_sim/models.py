@@ -27,11 +27,14 @@ class LanguageModel:
     name: str
     """What the user called it: hub id, folder or GGUF file."""
     layers: list[MLPLayer]
+    position_limit: int | None = None
+    """Positions that a memory budget has room for."""
 
     @property
     def context_length(self) -> int | None:
-        """Largest number of positions, or None where the model states none (ALiBi)."""
-        return context_length(self.model)
+        """Largest number of positions, or None where neither the model (ALiBi) nor a memory budget sets one."""
+        limits = [n for n in (context_length(self.model), self.position_limit) if n is not None]
+        return min(limits, default=None)
 
     @property
     def dtype_name(self) -> str:

@@ -16,7 +16,8 @@ from torch import nn
 from coreinfer_sim.activations import ActivationTap, recorded_activations
 from coreinfer_sim.architectures import MLPLayer, find_mlps
 from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
-from coreinfer_sim.errors import GenerationError
+from coreinfer_sim.errors import ConfigError, GenerationError
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.predictors import Predictor, PromptStatistics
 from coreinfer_sim.refresh import TextReader, drifted, parse_refresh
 from coreinfer_sim.selection import NeuronSelection
@@ -48,7 +49,14 @@ class SparseModel:
         >>> sparse.generate(**tokenizer("How do stars form?", return_tensors="pt"), max_new_tokens=64)
     """
 
-    def __init__(self, model: Any, predictor: Predictor, tokenizer: Any = None, refresh: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        predictor: Predictor,
+        tokenizer: Any = None,
+        refresh: str | None = None,
+        prefill: str = "dense",
+    ) -> None:
         """Wrap ``model``.
 
         Args:
@@ -57,11 +65,21 @@ class SparseModel:
             tokenizer: turns prompt ids back into text for predictors that route by meaning.
             refresh: derive the selection anew from the text so far: ``every:N`` tokens, or on ``drift``. For stability
                 and hybrid mode, one row at a time. It holds a second, dense copy of the cache.
+            prefill: ``dense``, or ``sparse``: read the prompt with the kept neurons too, so that dense MLPs are never
+                needed. For predictors that know the set before prefill.
 
         Raises:
-            ConfigError: ``refresh`` cannot be read, or does not go with the predictor.
+            ConfigError: ``refresh`` or ``prefill`` cannot be read, or does not go with the predictor.
             UnsupportedModelError: the family has no adapter.
         """
+        if prefill not in ("dense", "sparse"):
+            raise ConfigError(f"prefill is {prefill!r}, expected dense or sparse.")
+        if prefill == "sparse" and predictor.alpha is not None:
+            raise ConfigError(
+                f"sparse prefill needs the set before the prompt is read, but {predictor.mode} mode may take it from the "
+                "prompt's own activations; choose similarity with another fallback than hybrid, global or random."
+            )
+        self.prefill = prefill
         self.model, self.predictor, self.tokenizer = model, predictor, tokenizer
         self.refresh = None if refresh is None else parse_refresh(refresh, predictor)
         self.layers = find_mlps(model)
@@ -220,6 +238,8 @@ class SparseModel:
                 self._reread(text, prompts)
                 install(self.layers, self._compact_batch())
 
+        if self.prefill == "sparse" and known is not None:
+            dense = install(self.layers, self._compact_batch())
         with reader.reading(self.layers) if reader is not None else nullcontext():
             hook = self.model.register_forward_pre_hook(before_forward, with_kwargs=True)
             try:
@@ -262,6 +282,9 @@ class SparseModel:
         key = id(selection.ids)
         if key not in self._latest:
             selection.check(self.layers)
+            if self.layers[0].store is not None and len(self.selections) == 1:  # a budget has room for one
+                self._latest.clear()
+                give_back_memory()
             self._latest[key] = (selection, compact_model(self.layers, selection))
         self._latest.move_to_end(key)
         if len(self._latest) > _N_LATEST:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from coreinfer_sim.architectures import MLPLayer, activation, weight_shape
 from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.store import LayerStore
 
 Projections = dict[str, Any]
 _OPEN_GATE = 4.0
@@ -33,19 +34,10 @@ def compact_projections(
     Returns:
         Linear modules by name: inputs [n_kept, d_model] (twice that if fused), output [d_model, n_kept].
     """
-    ids = ids.to(layer.output.weight.device)
-    halves = [ids, ids + layer.d_ff] if layer.family.fused else [ids]
-    parts = [linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs]
-    inputs = [
-        (weight.index_select(0, rows), None if bias is None else bias[rows])
-        for weight, bias in parts
-        for rows in halves
-    ]
-    weight, bias = linear_parameters(layer.output)
-    output = weight.index_select(1, ids)
+    inputs, output, bias = _kept(layer, ids) if layer.store is None else _read(layer, layer.store, ids)
     if compensation is not None:
         output = merged_output(output, compensation, layer.family.gated)
-        added = compensation.bias.to(layer.output.weight)
+        added = compensation.bias.to(output, copy=True)  # a view would hold on to its file
         bias = added if bias is None else bias + added
         if compensation.bypass_rank:
             inputs = [
@@ -74,6 +66,36 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
 
 
 _Parameters = tuple[torch.Tensor, torch.Tensor | None]
+_Cut = tuple[list[_Parameters], torch.Tensor, torch.Tensor | None]
+
+
+def _kept(layer: MLPLayer, ids: torch.Tensor) -> _Cut:
+    """Cut the inputs (gate and up apart), the output's columns [d_model, n_kept] and its bias from weights in memory."""
+    ids = ids.to(layer.output.weight.device)
+    weight, bias = linear_parameters(layer.output)
+    inputs = [
+        (part.index_select(0, rows), None if offset is None else offset[rows])
+        for part, offset in (linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs)
+        for rows in _halves(layer, ids)
+    ]
+    return inputs, weight.index_select(1, ids), bias
+
+
+def _read(layer: MLPLayer, store: LayerStore, ids: torch.Tensor) -> _Cut:
+    """Do the same with weights on disk; biases are in memory."""
+    neurons = store.read_neurons(ids)
+    offsets = [
+        None if bias is None else bias.detach()[rows]
+        for bias in (getattr(layer.owner, name).bias for name in layer.family.inputs)
+        for rows in _halves(layer, ids)
+    ]
+    bias = layer.output.bias
+    inputs = [(neurons[:, place].contiguous(), offset) for place, offset in enumerate(offsets)]
+    return inputs, neurons[:, -1].T.contiguous(), None if bias is None else bias.detach()
+
+
+def _halves(layer: MLPLayer, ids: torch.Tensor) -> list[torch.Tensor]:
+    return [ids, ids + layer.d_ff] if layer.family.fused else [ids]
 
 
 def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
@@ -141,10 +163,16 @@ class GroupedLinear(nn.Module):
 
 
 def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, Projections]:
-    """Cut every layer that the selection names."""
+    """Cut every layer that the selection names; of those on disk it does not name, all neurons are read."""
     repairs = selection.compensation or {}
+    whole = {
+        layer.number: torch.arange(layer.d_ff)
+        for layer in layers
+        if layer.store is not None and layer.number not in selection.ids
+    }
     return {
-        number: compact_projections(layers[number], ids, repairs.get(number)) for number, ids in selection.ids.items()
+        number: compact_projections(layers[number], ids, repairs.get(number))
+        for number, ids in {**selection.ids, **whole}.items()
     }
 
 
