@@ -25,6 +25,14 @@ encoder = click.option(
     "--encoder", default=None, metavar="NAME", help="Sentence encoder: hub id or folder.  [default: all-MiniLM-L6-v2]"
 )
 
+prefill = click.option(
+    "--prefill",
+    type=click.Choice(["dense", "sparse"]),
+    default="dense",
+    show_default=True,
+    help="Read prompts with the dense MLPs, or with the ones that decode, which must be known before.",
+)
+
 
 def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     try:

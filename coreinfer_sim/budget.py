@@ -6,7 +6,7 @@ Dense MLP weights stay on disk, in a neuron-major store; all other weights are r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.architectures import MLPLayer, activation, dense_bytes, find_mlps, weight_shape
 from coreinfer_sim.checkpoint import Checkpoint
+from coreinfer_sim.config import Fallback, Mode, parse_layers
+from coreinfer_sim.core_neurons import n_kept
 from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, UnsupportedModelError
 from coreinfer_sim.memory import give_back_memory, keep_heap_small, peak_bytes, resident_bytes
 from coreinfer_sim.models import DTYPES, LanguageModel, usable
@@ -27,7 +29,7 @@ from coreinfer_sim.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.streaming import SCRATCH, Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
 
 MIB = 1 << 20
-_RESERVE = 64 * MIB
+_RESERVE = 32 * MIB
 """What a run holds besides: generate's own objects, holes in the heap, the libraries' work buffers."""
 _MARGIN = 16 * MIB
 """By which two runs differ in what they hold before the model is loaded."""
@@ -37,14 +39,14 @@ _MARGIN = 16 * MIB
 class Use:
     """What a run will do with a model, as far as memory depends on it."""
 
-    keep_ratio: float
-    """Share of MLP bytes that decode holds, in the layers that become sparse."""
+    n_kept: Sequence[int]
+    """Neurons of each layer that decode holds at most, [n_layers]; see `most_kept`."""
     n_prompt: int
     """Tokens of the prompt."""
     n_new: int
     """Tokens to generate."""
-    n_whole_layers: int = 0
-    """Layers whose MLPs decode holds densely."""
+    compensated: bool = False
+    """Whether compensation is merged."""
     n_sequences: int = 1
     """Rows times beams."""
     n_caches: int = 1
@@ -122,12 +124,11 @@ def plan_budget(budget: int, shape: ModelShape, use: Use, base: int, peak_so_far
         base: bytes that the process holds before the model is loaded: libraries, index and encoder.
         peak_so_far: the most that it has held until now.
     """
-    per_layer = shape.mlp_bytes / shape.n_layers
-    kept = (shape.n_layers - use.n_whole_layers) * math.ceil(use.keep_ratio * shape.d_ff) / shape.d_ff
-    held = math.ceil(per_layer * (kept + use.n_whole_layers)) + shape.n_layers * shape.d_model * shape.itemsize
-    largest = per_layer * (1.0 if use.n_whole_layers else use.keep_ratio)
-    merging = math.ceil(largest * (1 + 4 / shape.itemsize))  # as read, and the output in float32 three times
-    width = (5 * shape.d_ff if use.streams else math.ceil(5 * use.keep_ratio * shape.d_ff)) + 16 * shape.d_model
+    neuron_bytes = shape.mlp_bytes / (shape.n_layers * shape.d_ff)
+    most = max(use.n_kept)
+    held = math.ceil(sum(use.n_kept) * neuron_bytes) + shape.n_layers * shape.d_model * shape.itemsize
+    merging = most * shape.d_model * 8 if use.compensated else 0  # the output weights in float32, twice
+    width = 5 * (shape.d_ff if use.streams else most) + 16 * shape.d_model
     n_positions = use.n_prompt + use.n_new
     reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)
     cache = use.n_sequences * use.n_caches * shape.cache_bytes
@@ -137,11 +138,38 @@ def plan_budget(budget: int, shape: ModelShape, use: Use, base: int, peak_so_far
         "kept neurons": held,
         f"cache of {n_positions} positions": cache * n_positions,
         "reading the prompt": reading * use.n_prompt + (SCRATCH if use.streams else 0),
-        "cutting neurons": merging,
+        "cutting neurons": math.ceil(most * neuron_bytes) + merging,
         "logits": use.n_sequences * 12 * shape.vocabulary,
         "reserve": _RESERVE,
     }
     return MemoryPlan(budget, parts, peak_so_far, n_positions, cache + reading)
+
+
+def most_kept(
+    n_layers: int,
+    d_ff: int,
+    modes: Sequence[Mode],
+    keep_ratio: float,
+    sparse_layers: str = ":",
+    fallback: Fallback | None = None,
+    fitted: Sequence[int] | None = None,
+) -> list[int]:
+    """Return the most neurons of each layer that decode may hold.
+
+    Args:
+        n_layers: of the model.
+        d_ff: of each layer.
+        modes: that will be used, one after the other.
+        keep_ratio: of sets that are cut by it.
+        sparse_layers: slice of the layers that become sparse.
+        fallback: what similarity mode does for unfamiliar prompts.
+        fitted: neurons of each layer in the compensated sets, where they are used.
+    """
+    if Mode.DENSE in modes or (Mode.SIMILARITY in modes and fallback is Fallback.DENSE):
+        return [d_ff] * n_layers
+    sparse, by_ratio = parse_layers(sparse_layers, n_layers), n_kept(keep_ratio, d_ff)
+    kept = fitted if fitted is not None else [0] * n_layers
+    return [max(by_ratio, kept[number]) if number in sparse else d_ff for number in range(n_layers)]
 
 
 def load_within(

@@ -14,8 +14,9 @@ from typing import overload
 import faiss
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
@@ -345,7 +346,18 @@ class SemanticIndex:
 
     def has_compensation(self, keep_ratio: float) -> bool:
         """Return whether the index holds compensated sets of this keep ratio."""
-        return any(math.isclose(info.keep_ratio, keep_ratio) for info in self.manifest.compensation)
+        return self.fitted_neurons(keep_ratio) is not None
+
+    def fitted_neurons(self, keep_ratio: float) -> list[int] | None:
+        """Return how many neurons of each layer the compensated sets of this keep ratio hold; None if there are none."""
+        found = (info for info in self.manifest.compensation if math.isclose(info.keep_ratio, keep_ratio))
+        return next((info.n_kept for info in found), None)
+
+    def warm_up(self, routed: bool = True) -> None:
+        """Do once, for nothing, what the first prompt would, so that memory is measured with what that takes."""
+        if routed:
+            self.lookup("Hello.")
+        self.core_neurons(0)
 
     def _compensated(
         self, keep_ratio: float, cluster: int | None
@@ -454,9 +466,9 @@ def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
 
 def _read_statistics(path: Path, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            statistics = {name: file.get_tensor(name) for name in STATISTICS}
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path)  # mapped: of the clusters that are never asked for, nothing is read
+        statistics = {name: tensors[name].numpy() for name in STATISTICS}
+    except (SafetensorError, OSError, KeyError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     for name, values in statistics.items():
         if values.shape != shape:

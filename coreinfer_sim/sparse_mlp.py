@@ -58,7 +58,7 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
         compensation: of just these neurons.
         gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
     """
-    merged = (kept.float() + compensation.delta.to(kept.device)).to(kept)
+    merged = (kept + compensation.delta.to(kept.device)).to(kept)  # the sum is float32, as delta is
     if compensation.bypass_out is None:
         return merged
     bypass = compensation.bypass_out.to(kept)

@@ -160,7 +160,7 @@ class StreamedEmbedding(nn.Module):
         super().__init__()
         self._checkpoint, self._name = checkpoint, name
         self.num_embeddings, self.embedding_dim = shape
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        self.weight = torch.empty(shape, dtype=dtype, device="meta")  # as a parameter, it would tell the model's device
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of ``ids`` [...], [..., d_model]."""

@@ -13,8 +13,9 @@ import torch
 from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from coreinfer_sim.architectures import find_mlps, weight_sketch
-from coreinfer_sim.budget import MIB, ModelShape, Use, load_within, plan_budget
+from coreinfer_sim.budget import MIB, ModelShape, Use, load_within, most_kept, plan_budget
 from coreinfer_sim.checkpoint import Checkpoint
+from coreinfer_sim.config import Fallback, Mode
 from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, StoreError
 from coreinfer_sim.models import load_model
 from coreinfer_sim.predictors import make_predictor
@@ -24,7 +25,7 @@ from coreinfer_sim.store import NeuronStore, PartSource, StoreShape, make_store
 from coreinfer_sim.streaming import Scratch
 
 AMPLE = 64 << 30
-USE = Use(keep_ratio=0.5, n_prompt=8, n_new=16)
+USE = Use(n_kept=[24] * 3, n_prompt=8, n_new=16)
 IDS = torch.tensor([[5, 9, 30, 31, 32, 7, 11]])
 
 
@@ -299,19 +300,29 @@ SHAPE = ModelShape(10, 100, 400, 2, 10 * 400 * 3 * 100 * 2, 5 * MIB, 1000, 500)
 
 
 def test_the_plan_is_a_sum():
-    plan = plan_budget(0, SHAPE, Use(0.4, 10, 20), base=100 * MIB)
+    plan = plan_budget(0, SHAPE, Use([160] * 10, 10, 20), base=100 * MIB)
     assert plan.parts["libraries, index and encoder"] == 100 * MIB
     assert plan.parts["kept neurons"] == 10 * 160 * 3 * 100 * 2 + 10 * 100 * 2
     assert plan.parts["cache of 30 positions"] == 30_000
     assert plan.needed == sum(plan.parts.values())
-    assert plan_budget(0, SHAPE, Use(0.4, 10, 20), 100 * MIB, 10**9).needed == 10**9
-    larger = plan_budget(0, SHAPE, Use(0.4, 10, 20, n_whole_layers=4), base=100 * MIB)
+    assert plan_budget(0, SHAPE, Use([160] * 10, 10, 20), 100 * MIB, 10**9).needed == 10**9
+    larger = plan_budget(0, SHAPE, Use([160] * 6 + [400] * 4, 10, 20), base=100 * MIB)
     assert larger.parts["kept neurons"] == (6 * 160 + 4 * 400) * 3 * 100 * 2 + 10 * 100 * 2
-    assert plan_budget(0, SHAPE, Use(0.4, 10, 20, streams=False), base=100 * MIB).needed < plan.needed
+    assert plan_budget(0, SHAPE, Use([160] * 10, 10, 20, streams=False), base=100 * MIB).needed < plan.needed
+
+
+def test_the_most_that_decode_may_hold():
+    def held(*modes: Mode, **options) -> list[int]:
+        return most_kept(3, 100, modes, 0.4, **options)
+
+    assert held(Mode.SIMILARITY) == held(Mode.STABILITY) == [40, 40, 40]
+    assert held(Mode.SIMILARITY, sparse_layers="1:") == [100, 40, 40]
+    assert held(Mode.SIMILARITY, fitted=[30, 45, 60]) == [40, 45, 60]
+    assert held(Mode.SIMILARITY, Mode.DENSE) == held(Mode.SIMILARITY, fallback=Fallback.DENSE) == [100] * 3
 
 
 def test_an_impossible_budget_names_the_smallest_that_works():
-    use = Use(0.4, 10, 20)
+    use = Use([160] * 10, 10, 20)
     with pytest.raises(BudgetError, match="needs") as refused:
         plan_budget(50 * MIB, SHAPE, use, base=100 * MIB).check()
     plan = plan_budget(50 * MIB, SHAPE, use, base=100 * MIB)
@@ -364,7 +375,7 @@ from coreinfer_sim.budget import Use, load_within
 from coreinfer_sim.memory import peak_bytes
 from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.runtime import SparseModel
-use = Use(keep_ratio=0.25, n_prompt=20, n_new=8)
+use = Use(n_kept=[6144] * 4, n_prompt=20, n_new=8)
 lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
 sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
 sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
