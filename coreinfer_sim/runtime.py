@@ -238,8 +238,9 @@ class SparseModel:
                 self._reread(text, prompts)
                 install(self.layers, self._compact_batch())
 
-        if self.prefill == "sparse" and known is not None:
-            dense = install(self.layers, self._compact_batch())
+        if known is not None and (self.prefill == "sparse" or self.layers[0].store is not None):
+            compact = self._compact_batch()  # from the disk before prefill, which is then followed by decode at once
+            dense = install(self.layers, compact) if self.prefill == "sparse" else None
         with reader.reading(self.layers) if reader is not None else nullcontext():
             hook = self.model.register_forward_pre_hook(before_forward, with_kwargs=True)
             try:
