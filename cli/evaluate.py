@@ -74,14 +74,16 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw quality over bytes a token into this .png or .svg file.",
 )
+@options.prefill
 @options.encoder
 @options.model_options
 @options.as_json
 def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) -> None:
     """Score ways of choosing neurons on SETS: JSONL files with id, prompt and completion.
 
-    Prefill is dense and decode forced sparse; the completion's tokens from the second on are scored. With --generate,
-    texts are generated in place of the completions and compared with them: exact match, F1, ROUGE-L, BLEU and chrF.
+    Prefill is dense unless --prefill says otherwise, decode forced sparse; the completion's tokens from the second on
+    are scored. With --generate, texts are generated in place of the completions and compared with them: exact match, F1,
+    ROUGE-L, BLEU and chrF.
 
     \b
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
@@ -90,7 +92,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     from coreinfer_sim.architectures import weights_checksum
     from coreinfer_sim.drawing import check_plot
     from coreinfer_sim.embeddings import SentenceEncoder
-    from coreinfer_sim.evaluation.contenders import NEED_INDEX, parse_contenders
+    from coreinfer_sim.evaluation.contenders import NEED_INDEX, READS_PROMPT, check_known_before, parse_contenders
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import open_log, read_results, summarise
     from coreinfer_sim.evaluation.plot import plot
@@ -110,10 +112,14 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     index = None
     if given["index"] is not None:
         index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
-    names = given["contenders"] or [name for name in _NAMES if index is not None or name not in NEED_INDEX]
+    sparse_prefill = given["prefill"] == "sparse"
+    excluded = (*(NEED_INDEX if index is None else ()), *(READS_PROMPT if sparse_prefill else ()))
+    names = given["contenders"] or [name for name in _NAMES if name not in excluded]
     contenders = parse_contenders(
         names, given["keep_ratios"], given["scores"], given["weights"], given["nearest"], given["fallbacks"]
     )
+    if sparse_prefill:
+        check_known_before(contenders)
     with status("Loading the model"):
         language_model = load_model(model, given["dtype"], given["device"])
     log: Path | None = given["log"]
@@ -124,6 +130,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         "index": index.manifest.checksum() if index is not None else None,
         "max_tokens": given["max_tokens"],
         "seed": given["seed"],
+        "prefill": "sparse" if sparse_prefill else None,
     }
     with open_log(log, setup) if log else nullcontext() as file:
         known = [r for r in (read_results(log) if log else []) if (r.contender, r.set_name, r.row_id) in wanted]
@@ -135,6 +142,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
             max_tokens=given["max_tokens"],
             max_new_tokens=given["max_new_tokens"] if given["generate"] else None,
             seed=given["seed"],
+            sparse_prefill=sparse_prefill,
             finished=known,
             log=file,
             progress=ConsoleProgress(),

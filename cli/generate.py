@@ -11,7 +11,7 @@ import click
 
 from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
 
-from . import llamacpp, options
+from . import budgeted, llamacpp, options
 from .console import print_json, quiet_libraries, size_text, status
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.option(
     "--fallback",
     type=click.Choice(["hybrid", "dense", "global", "none"]),
-    help="What similarity does for a prompt that is unfamiliar to its cluster.  [default: hybrid; global if compensated]",
+    help="What similarity does for an unfamiliar prompt.  [default: hybrid; global if compensated or with sparse prefill]",
 )
 @click.option(
     "--compensation/--no-compensation",
@@ -84,6 +84,14 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     **_D,
     help="What runs the model.",
 )
+@options.prefill
+@options.engine
+@click.option(
+    "--memory-budget",
+    callback=options.size,
+    metavar="SIZE",
+    help="Keep to this much memory, such as 2GiB: dense MLP weights stay on disk.  [default: no limit]",
+)
 @llamacpp.only_options
 @options.encoder
 @options.model_options
@@ -94,7 +102,7 @@ def generate(
 ) -> None:
     """Generate from PROMPT, from the lines of --file, or from the lines of stdin.
 
-    Prefill is dense; decode reads only the kept neurons.
+    Prefill is dense, unless --prefill says otherwise; decode reads only the kept neurons.
 
     \b
     coreinfer-sim generate --index my-index --model ./my-model "How do stars form?"
@@ -111,10 +119,15 @@ def generate(
     else:
         llamacpp.refuse_only_options(ctx)
         with status("Loading the model"):
-            contenders = _contenders(given, compare)
+            contenders = _contenders(given, compare, first)
 
         def run_one(text: str, shown: bool, number: int) -> list[Any]:
-            return [_run(each, text, given, compare if shown else None, number) for each in contenders]
+            runs = []
+            for each in contenders:
+                runs.append(_run(each, text, given, compare if shown else None, number))
+                if compare and given["memory_budget"] is not None:  # there is room for the weights of one
+                    each.sparse.close()
+            return runs
 
     results = []
     n_failed = 0
@@ -153,7 +166,7 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
+def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGenerator]:
     """Load index and model, and return the sparse generator, after it the dense one if both are wanted."""
     from coreinfer_sim.embeddings import SentenceEncoder
     from coreinfer_sim.generation import TextGenerator
@@ -167,10 +180,17 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
         index = SemanticIndex.load(given["index"], encoder)
     if given["model"] is None and index is None:
         raise ConfigError("neither a model nor an index was given, expected --model, or --index to take it from.")
-    language_model = load_model(given["model"] or index.manifest.model.name, given["dtype"], given["device"])
+    name = given["model"] or index.manifest.model.name
+    modes = [given["mode"]] + (["dense"] if compare and given["mode"] != "dense" else [])
+    if given["prefill"] == "sparse" and given["fallback"] is None:
+        given["fallback"] = "global"
+    if given["memory_budget"] is None:
+        lean = given["engine"] != "transformers" and given["refresh"] is None
+        language_model = load_model(name, given["dtype"], given["device"], lean)
+    else:
+        language_model = budgeted.load(name, given, modes, index, first)
     if index is not None:
         index.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
-    modes = [given["mode"]] + (["dense"] if compare and given["mode"] != "dense" else [])
     predictors = [
         make_predictor(
             mode,
@@ -187,7 +207,18 @@ def _contenders(given: dict[str, Any], compare: bool) -> list[TextGenerator]:
         for mode in modes
     ]
     refreshes = [given["refresh"], None]  # not where --compare decodes densely
-    return [TextGenerator(language_model, *pair) for pair in zip(predictors, refreshes, strict=False)]
+    return [
+        TextGenerator(
+            language_model,
+            predictor,
+            refresh,
+            prefill=given["prefill"],
+            engine=given["engine"],
+            weights=given["weights"],
+            cache_bytes=given["cluster_cache"],
+        )
+        for predictor, refresh in zip(predictors, refreshes, strict=False)
+    ]
 
 
 def _options(given: dict[str, Any], generator: TextGenerator) -> dict[str, Any]:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _D = {"show_default": True}
-_ONLY = ("exported", "prefill", "memory_limit", "context")
+_ONLY = ("exported", "memory_limit", "context")
 _SHARED = {
     *("prompt", "file", "index", "mode", "fallback", "chat", "system", "compare", "max_new_tokens", "stop", "seed"),
-    *("encoder", "as_json", "backend", *_ONLY),
+    *("encoder", "as_json", "backend", "prefill", *_ONLY),
 }
 _SAMPLING = {
     "temperature": "temperature",
@@ -44,13 +44,6 @@ def only_options(function: F) -> F:
                 type=click.Path(exists=True, file_okay=False, path_type=Path),
                 metavar="FOLDER",
                 help="For llamacpp: what 'export --format gguf --manifest' wrote.",
-            ),
-            click.option(
-                "--prefill",
-                type=click.Choice(["dense", "sparse"]),
-                default="dense",
-                **_D,
-                help="For llamacpp: read prompts with the dense model, or with the one that decodes.",
             ),
             click.option(
                 "--memory-limit",

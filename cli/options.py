@@ -25,6 +25,14 @@ encoder = click.option(
     "--encoder", default=None, metavar="NAME", help="Sentence encoder: hub id or folder.  [default: all-MiniLM-L6-v2]"
 )
 
+prefill = click.option(
+    "--prefill",
+    type=click.Choice(["dense", "sparse"]),
+    default="dense",
+    show_default=True,
+    help="Read prompts with the dense MLPs, or with the ones that decode, which must be known before.",
+)
+
 
 def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
     try:
@@ -80,3 +88,34 @@ def size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int
 def template_text(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
     r"""Let ``\n`` and ``\t`` in a template typed into a shell mean a newline and a tab."""
     return value if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def engine(function: F) -> F:
+    """Add --engine, --weights and --cluster-cache."""
+    added = (
+        click.option(
+            "--engine",
+            type=click.Choice(["auto", "lean", "transformers"]),
+            default="auto",
+            show_default=True,
+            help="What decodes: our loops for Llama-like models on a CPU, or the model's own code; auto: ours if they can.",
+        ),
+        click.option(
+            "--weights",
+            type=click.Choice(["stored", "int8"]),
+            default="stored",
+            show_default=True,
+            help="Type in which decode reads weights; int8 needs the lean engine.",
+        ),
+        click.option(
+            "--cluster-cache",
+            callback=size,
+            default="2GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="Compact weights of recent clusters to keep.",
+        ),
+    )
+    for option in reversed(added):
+        function = option(function)
+    return function

@@ -19,6 +19,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.errors import IndexMismatchError, UnsupportedModelError
+from coreinfer_sim.store import LayerStore
+from coreinfer_sim.streaming import StreamedLinear
 
 GATED = ("gate_proj", "up_proj")
 SKETCH_SIZE = 32
@@ -82,6 +84,8 @@ class MLPLayer:
     """Number of neurons of the dense MLP, also while a compact one is in its place."""
     n_bytes: int
     """Bytes of weights and biases that one token reads in the dense MLP."""
+    store: LayerStore | None = None
+    """Where the weights are if they are not in memory."""
 
     @property
     def output(self) -> Any:
@@ -98,14 +102,16 @@ def _mlp_layer(number: int, owner: Any) -> MLPLayer:
     family = _BY_OWNER[type(owner).__name__]
     for name in (*family.inputs, family.output):
         kind = type(getattr(owner, name))
-        if kind not in (nn.Linear, Conv1D, FalconLinear):
+        if kind not in (nn.Linear, Conv1D, FalconLinear, StreamedLinear):
             raise UnsupportedModelError(
                 f"{name} of layer {number} is a {kind.__module__}.{kind.__name__}, expected a plain linear layer; merge "
                 "adapters, and load the model without quantisation."
             )
-    d_model, d_ff = weight_shape(getattr(owner, family.output))
+    output = getattr(owner, family.output)
+    d_model, d_ff = weight_shape(output)
     n_bytes = sum(module_bytes(getattr(owner, name)) for name in (*family.inputs, family.output))
-    return MLPLayer(number, family, owner, d_model, d_ff, n_bytes)
+    store = output.store if isinstance(output, StreamedLinear) else None
+    return MLPLayer(number, family, owner, d_model, d_ff, n_bytes, store)
 
 
 def activation(layer: MLPLayer) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -185,13 +191,16 @@ def weight_sketch(layers: Sequence[MLPLayer]) -> list[list[float]]:
     generator = torch.Generator().manual_seed(0)
     sketch = []
     for layer in layers:
-        weight = layer.output.weight.detach()
         rows, columns = (
             torch.randint(size, (SKETCH_SIZE,), generator=generator) for size in (layer.d_model, layer.d_ff)
         )
-        if isinstance(layer.output, Conv1D):
-            weight = weight.T
-        values = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
+        if layer.store is not None:
+            values = layer.store.read_neurons(columns)[torch.arange(SKETCH_SIZE), -1, rows].float()
+        else:
+            weight = layer.output.weight.detach()
+            if isinstance(layer.output, Conv1D):
+                weight = weight.T
+            values = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
         sketch.append([float(f"{value:.6g}") for value in values.tolist()])
     return sketch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,10 +32,46 @@ def save_compensated(path: Path, selection: NeuronSelection) -> None:
     write_atomic(path, lambda part: part.write_bytes(save(tensors)))
 
 
-def load_compensated(
-    path: Path, d_model: int, n_layers: int
-) -> tuple[dict[int, torch.Tensor], dict[int, LayerCompensation]]:
-    """Read the ids and the compensation by layer; see `NeuronSelection.check` for what is checked of the ids.
+class StoredCompensation(Mapping[int, LayerCompensation]):
+    """Compensation by layer, mapped from its file when it is asked for: a set on disk takes no memory."""
+
+    def __init__(self, path: Path, numbers: Sequence[int]) -> None:
+        """Stand for the layers ``numbers`` of a file that has been checked."""
+        self._path, self._numbers = path, tuple(numbers)
+
+    def __getitem__(self, number: int) -> LayerCompensation:
+        """Return one layer's; its values are read from the disk when they are used."""
+        if number not in self._numbers:
+            raise KeyError(number)
+        try:
+            return _compensation(load_file(self._path), number)
+        except (SafetensorError, OSError, KeyError) as error:
+            raise _unreadable(self._path, error) from error
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw the layers' numbers."""
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._numbers)
+
+    def only(self, numbers: Mapping[int, int]) -> StoredCompensation:
+        """Return that of fewer layers."""
+        return StoredCompensation(self._path, [number for number in self._numbers if number in numbers])
+
+
+def _compensation(tensors: Mapping[str, torch.Tensor], number: int) -> LayerCompensation:
+    optional = (tensors.get(f"{number}.{name}") for name in _OPTIONAL)
+    return LayerCompensation(tensors[f"{number}.bias"], tensors[f"{number}.left"], *optional)
+
+
+def _unreadable(path: Path, error: Exception) -> IndexFormatError:
+    return IndexFormatError(f"{path} cannot be read ({error}); copy it again or build the index anew.")
+
+
+def load_compensated(path: Path, d_model: int, n_layers: int) -> tuple[dict[int, torch.Tensor], StoredCompensation]:
+    """Read the ids and find the compensation by layer; see `NeuronSelection.check` for what is checked of the ids.
 
     Raises:
         IndexFormatError: the file cannot be read, or its shapes do not fit together.
@@ -42,21 +79,16 @@ def load_compensated(
     try:
         tensors = load_file(path)
         ids = {n: tensors[f"{n}.ids"].long() for n in range(n_layers) if f"{n}.ids" in tensors}
-        found = {
-            number: LayerCompensation(
-                tensors[f"{number}.bias"], tensors[f"{number}.left"], *(tensors.get(f"{number}.{n}") for n in _OPTIONAL)
-            )
-            for number in ids
-        }
+        found = {number: _compensation(tensors, number) for number in ids}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise IndexFormatError(f"{path} cannot be read ({error}); copy it again or build the index anew.") from error
+        raise _unreadable(path, error) from error
     for number, repair in found.items():
         if not _fits(repair, d_model, len(ids[number])):
             raise IndexFormatError(
                 f"{path}: the compensation of layer {number} has shapes that do not fit {len(ids[number])} neurons and "
                 f"d_model {d_model}; copy it again or build the index anew."
             )
-    return ids, found
+    return ids, StoredCompensation(path, list(ids))
 
 
 def _fits(repair: LayerCompensation, d_model: int, n_kept: int) -> bool:

@@ -20,6 +20,7 @@ _LINE = 32  # features that a gathering task takes at a time; 64 bytes of a 16-b
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
+_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 SILU, RELU = 0, 1
 
 
@@ -411,7 +412,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def set_threads() -> int:
     """Let the loops use as many threads as torch does, and return how many."""
     n = torch.get_num_threads()
-    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined])
+    numba.set_num_threads(min(n, _MOST_THREADS))
     if torch.get_num_threads() != n:  # numba starts its threads with OpenMP's number, which is torch's too
         torch.set_num_threads(n)
     return n

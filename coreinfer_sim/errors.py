@@ -56,3 +56,11 @@ class ExportError(CoreInferSimError):
 
 class BenchmarkError(CoreInferSimError):
     """No contender of a benchmark could be measured."""
+
+
+class StoreError(CoreInferSimError):
+    """A neuron-major store cannot be made, or is damaged."""
+
+
+class BudgetError(CoreInferSimError):
+    """A memory budget is too small for what was asked."""

@@ -33,6 +33,22 @@ def last_user_message(messages: list[Message]) -> str:
     return found
 
 
+def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: bool) -> torch.Tensor:
+    """Return the ids [1, n_positions] that a model reads for a text, or for messages or a chat in its template.
+
+    Raises:
+        PromptError: the model, called ``name``, has no chat template.
+    """
+    if not chat and isinstance(prompt, str):
+        return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise PromptError(f"{name} has no chat template; leave out --chat.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
 @dataclass(frozen=True)
 class Generation:
     """What one prompt gave and cost."""
@@ -196,23 +212,16 @@ class TextGenerator:
 
     def _encode(self, prompt: str | list[Message], chat: bool) -> tuple[str, torch.Tensor]:
         """Return the text to route by, and the prompt's ids [1, n_positions]."""
-        tokenizer = self.language_model.tokenizer
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        routed = last_user_message(messages)
-        if chat or not isinstance(prompt, str):
-            if tokenizer.chat_template is None:
-                raise PromptError(f"{self.language_model.name} has no chat template; leave out --chat.")
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            encoded = tokenizer(prompt, return_tensors="pt", verbose=False)
-        return routed, encoded["input_ids"].to(self.language_model.model.device)
+        lm = self.language_model
+        routed = last_user_message([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        return routed, prompt_ids(lm.tokenizer, lm.name, prompt, chat).to(lm.model.device)
 
     def _check_length(self, n_prompt: int, max_new_tokens: int) -> None:
         limit = self.language_model.context_length
         if limit is not None and n_prompt + max_new_tokens > limit:
+            budgeted = limit == self.language_model.position_limit
+            what = "the memory budget has room for" if budgeted else "the model's context is"
             raise PromptError(
-                f"the prompt has {n_prompt} tokens and {max_new_tokens} new ones were asked for, but the model's context is "
+                f"the prompt has {n_prompt} tokens and {max_new_tokens} new ones were asked for, but {what} "
                 f"{limit}; shorten the prompt or ask for at most {max(0, limit - n_prompt)}."
             )

@@ -14,13 +14,13 @@ from typing import overload
 import faiss
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
-from coreinfer_sim.compensated import load_compensated
-from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.compensated import StoredCompensation, load_compensated
 from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, parse_layers
 from coreinfer_sim.core_neurons import n_kept, top_ids
 from coreinfer_sim.embeddings import SentenceEncoder
@@ -326,7 +326,7 @@ class SemanticIndex:
             return NeuronSelection(
                 "compensated",
                 {layer: ids[layer] for layer in ids if layer in wanted},
-                compensation={layer: repairs[layer] for layer in repairs if layer in wanted},
+                compensation=repairs.only(wanted),
             )
         return NeuronSelection("statistics", self.core_neurons(cluster, keep_ratio, score, layers))
 
@@ -346,11 +346,22 @@ class SemanticIndex:
 
     def has_compensation(self, keep_ratio: float) -> bool:
         """Return whether the index holds compensated sets of this keep ratio."""
-        return any(math.isclose(info.keep_ratio, keep_ratio) for info in self.manifest.compensation)
+        return self.fitted_neurons(keep_ratio) is not None
+
+    def fitted_neurons(self, keep_ratio: float) -> list[int] | None:
+        """Return how many neurons of each layer the compensated sets of this keep ratio hold; None if there are none."""
+        found = (info for info in self.manifest.compensation if math.isclose(info.keep_ratio, keep_ratio))
+        return next((info.n_kept for info in found), None)
+
+    def warm_up(self, routed: bool = True) -> None:
+        """Do once, for nothing, what the first prompt would, so that memory is measured with what that takes."""
+        if routed:
+            self.lookup("Hello.")
+        self.core_neurons(0)
 
     def _compensated(
         self, keep_ratio: float, cluster: int | None
-    ) -> tuple[dict[int, torch.Tensor], dict[int, LayerCompensation]]:
+    ) -> tuple[dict[int, torch.Tensor], StoredCompensation]:
         """Read a compensated set, whose checksum is verified first."""
         assert self._folder is not None
         model = self.manifest.model
@@ -455,9 +466,9 @@ def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
 
 def _read_statistics(path: Path, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            statistics = {name: file.get_tensor(name) for name in STATISTICS}
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path)  # mapped: of the clusters that are never asked for, nothing is read
+        statistics = {name: tensors[name].numpy() for name in STATISTICS}
+    except (SafetensorError, OSError, KeyError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     for name, values in statistics.items():
         if values.shape != shape:

@@ -19,11 +19,10 @@ from transformers.cache_utils import DynamicLayer
 from coreinfer_sim import decode_kernels as kernels
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.models import LEAN_FAMILIES
 from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import bypass_inputs, linear_parameters
+from coreinfer_sim.sparse_mlp import Projections, bypass_inputs, held_ids, linear_module, linear_parameters
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose decode step is written here."""
 _ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPARE = 256  # positions by which a cache grows beyond what it holds
@@ -36,8 +35,8 @@ Product = tuple[Array, Array, Array]
 def unsupported(model: Any) -> str | None:
     """Return why a model cannot be decoded here, or None if it can."""
     config = model.config
-    if config.model_type not in FAMILIES:
-        return f"{config.model_type} is not among {', '.join(FAMILIES)}"
+    if config.model_type not in LEAN_FAMILIES:
+        return f"{config.model_type} is not among {', '.join(LEAN_FAMILIES)}"
     if model.device.type != "cpu":
         return f"the model is on {model.device}, not on the CPU"
     if model.dtype not in _TYPES:
@@ -77,18 +76,21 @@ def neuron_mlp(
     layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None, int8: bool = False
 ) -> NeuronMLP:
     """Cut a gated MLP down to the neurons ``ids`` [n_kept]; see `sparse_mlp.compact_projections` for the bypass."""
-    (gate, gate_bias), (up, up_bias), (down, out_bias) = (
-        linear_parameters(getattr(layer.owner, name)) for name in layer.projections
-    )
     n, n_bypass = len(ids), compensation.bypass_rank if compensation is not None else 0
-    weight = torch.empty(n + n_bypass, 3, layer.d_model, dtype=down.dtype)
-    kernels.set_threads()
-    kernels.gather_neurons(*(kernels.bits(part) for part in (gate, up, down)), ids.numpy(), kernels.bits(weight[:n]))
+    gate_bias, up_bias, out_bias = (getattr(layer.owner, name).bias for name in layer.projections)
+    if layer.store is not None:
+        weight = torch.empty(n + n_bypass, 3, layer.d_model, dtype=layer.store.dtype)
+        layer.store.read_neurons(ids, weight[:n])
+    else:
+        parts = [linear_parameters(getattr(layer.owner, name))[0] for name in layer.projections]
+        weight = torch.empty(n + n_bypass, 3, layer.d_model, dtype=parts[0].dtype)
+        kernels.set_threads()
+        kernels.gather_neurons(*(kernels.bits(part) for part in parts), ids.numpy(), kernels.bits(weight[:n]))
     bias = torch.zeros(n + n_bypass, 2)
     for part, own in enumerate((gate_bias, up_bias)):
         if own is not None:
-            bias[:n, part] = own[ids].float()
-    added = torch.zeros(layer.d_model) if out_bias is None else out_bias.float()
+            bias[:n, part] = own.detach()[ids].float()
+    added = torch.zeros(layer.d_model) if out_bias is None else out_bias.detach().float()
     if compensation is not None:
         added = added + compensation.bias.float()
         weight[:n, 2] = (weight[:n, 2].float() + compensation.delta.T).to(weight)
@@ -103,6 +105,19 @@ def neuron_mlp(
     if int8:
         weight, scale = quantized(weight)
     return NeuronMLP(weight, scale.numpy(), bias.numpy(), added.numpy())
+
+
+def modules(layers: Sequence[MLPLayer], compact: dict[int, NeuronMLP]) -> dict[int, Projections]:
+    """Return compact MLPs as linear modules over the same memory, for sparse prefill."""
+    made: dict[int, Projections] = {}
+    for number, mlp in compact.items():
+        weights = mlp.weight[:, 0], mlp.weight[:, 1], mlp.weight[:, 2].T
+        biases = mlp.bias[:, 0], mlp.bias[:, 1], mlp.out_bias
+        made[number] = {
+            name: linear_module(weight, torch.from_numpy(bias).to(weight) if bias.any() else None)
+            for name, weight, bias in zip(layers[number].projections, weights, biases, strict=True)
+        }
+    return made
 
 
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,11 +203,11 @@ class LeanDecoder:
         return kernels.bits(weight), scale.numpy(), np.zeros(len(weight), np.float32) if bias is None else _vector(bias)
 
     def compact(self, selection: NeuronSelection) -> dict[int, NeuronMLP]:
-        """Return the compact MLPs of a selection by layer."""
+        """Return the compact MLPs of a selection by layer; of layers on disk it does not name, all neurons are read."""
         repairs = selection.compensation or {}
         return {
             number: neuron_mlp(self._layers[number], ids, repairs.get(number), self._int8)
-            for number, ids in selection.ids.items()
+            for number, ids in held_ids(self._layers, selection).items()
         }
 
     def mlp_bytes(self, selection: NeuronSelection) -> int:
@@ -229,7 +244,7 @@ class LeanDecoder:
         parts = [(np.array([place_of[row] for row in group], np.int64), mlps) for group, mlps in groups]
         n_past = self._adopt(cache)
         picked = torch.from_numpy(rows)
-        hidden = self._model.model.embed_tokens.weight.detach()[input_ids[picked, 0]].float().numpy()
+        hidden = self._model.model.embed_tokens(input_ids[picked, 0]).detach().float().numpy().copy()
         cos, sin = (part.numpy() for part in self._angles_of(positions[picked]))
         for number, block in enumerate(self._blocks):
             keys, values = (kernels.bits(part) for part in self._buffers[number])

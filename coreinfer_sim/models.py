@@ -15,6 +15,8 @@ from transformers.utils import logging as transformers_logging
 from coreinfer_sim.architectures import MLPLayer, find_mlps
 from coreinfer_sim.errors import ModelError
 
+LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types that the lean engine can decode."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,11 +29,14 @@ class LanguageModel:
     name: str
     """What the user called it: hub id, folder or GGUF file."""
     layers: list[MLPLayer]
+    position_limit: int | None = None
+    """Positions that a memory budget has room for."""
 
     @property
     def context_length(self) -> int | None:
-        """Largest number of positions, or None where the model states none (ALiBi)."""
-        return context_length(self.model)
+        """Largest number of positions, or None where neither the model (ALiBi) nor a memory budget sets one."""
+        limits = [n for n in (context_length(self.model), self.position_limit) if n is not None]
+        return min(limits, default=None)
 
     @property
     def dtype_name(self) -> str:
@@ -54,7 +59,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LanguageModel:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool = False) -> LanguageModel:
     """Load a model for inference.
 
     Args:
@@ -62,6 +67,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
         dtype: float32, bfloat16, float16, stored (bfloat16 for GGUF), or auto: as stored, but float32 on a CPU that has
             no instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
+        lean: only decode matters, by the lean engine where it knows the family: its loops read 16 bits on any CPU.
 
     Raises:
         ModelError: nothing there, or nothing that transformers can load.
@@ -74,11 +80,11 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Language
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()
     try:
-        of_gguf = torch.bfloat16 if dtype == "stored" else usable(torch.bfloat16, device)
+        of_gguf = torch.bfloat16 if dtype == "stored" or lean else usable(torch.bfloat16, device)
         wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
-        if dtype == "auto":
+        if dtype == "auto" and not (lean and model.config.model_type in LEAN_FAMILIES):
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
     except MemoryError:

@@ -19,6 +19,7 @@ from coreinfer_sim import lean
 from coreinfer_sim.architectures import find_mlps, module_bytes
 from coreinfer_sim.config import Engine, Weights
 from coreinfer_sim.errors import ConfigError, GenerationError
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import usable
 from coreinfer_sim.predictors import Predictor, PromptStatistics
 from coreinfer_sim.prompt_reader import PromptReader
@@ -59,6 +60,7 @@ class SparseModel:
         predictor: Predictor,
         tokenizer: Any = None,
         refresh: str | None = None,
+        prefill: str = "dense",
         *,
         engine: Engine | str = Engine.AUTO,
         weights: Weights | str = Weights.STORED,
@@ -72,16 +74,27 @@ class SparseModel:
             tokenizer: turns prompt ids back into text for predictors that route by meaning.
             refresh: derive the selection anew from the text so far: ``every:N`` tokens, or on ``drift``. For stability
                 and hybrid mode, one row at a time. It holds a second, dense copy of the cache.
+            prefill: ``dense``, or ``sparse``: read the prompt with the kept neurons too, so that dense MLPs are never
+                needed. For predictors that know the set before prefill.
             engine: ``lean`` decodes by `LeanDecoder` and raises where it cannot, ``transformers`` by the model's own
                 forward code, ``auto`` by the first that can; `engine_used` says which it was.
             weights: ``int8`` rounds what decode reads to 8 bits, one scale a row; it needs the lean engine.
-            cache_bytes: compact weights of recent selections that are kept for later prompts.
+            cache_bytes: compact weights of recent selections that are kept for later prompts. A model whose MLPs stay on
+                disk keeps one.
 
         Raises:
-            ConfigError: ``refresh`` cannot be read, or does not go with the predictor; the lean engine was asked for and
-                cannot run the model.
+            ConfigError: ``refresh`` or ``prefill`` cannot be read, or does not go with the predictor; the lean engine was
+                asked for and cannot run the model.
             UnsupportedModelError: the family has no adapter.
         """
+        if prefill not in ("dense", "sparse"):
+            raise ConfigError(f"prefill is {prefill!r}, expected dense or sparse.")
+        if prefill == "sparse" and predictor.alpha is not None:
+            raise ConfigError(
+                f"sparse prefill needs the set before the prompt is read, but {predictor.mode} mode may take it from the "
+                "prompt's own activations; choose similarity with another fallback than hybrid, global or random."
+            )
+        self.prefill = prefill
         self.model, self.predictor, self.tokenizer = model, predictor, tokenizer
         self.refresh = None if refresh is None else parse_refresh(refresh, predictor)
         self.layers = find_mlps(model)
@@ -106,6 +119,8 @@ class SparseModel:
         reason = lean.unsupported(self.model)
         if reason is None and self.refresh is not None:
             reason = "refresh changes the neurons within a text"
+        if reason is None and self._weights is Weights.INT8 and self.prefill == "sparse":
+            reason = "sparse prefill multiplies weights as they are stored"
         if self.must_be_lean and (reason is not None or self._engine is Engine.TRANSFORMERS):
             raise ConfigError(
                 f"engine {self._engine.value} with {self._weights.value} weights was asked for, but "
@@ -245,9 +260,11 @@ class SparseModel:
 
     @contextmanager
     def _phases(self, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> Iterator[None]:
-        """Decode sparsely what comes after the prompt, whichever engine does it; prefill is dense."""
+        """Decode sparsely what comes after the prompt, whichever engine does it."""
         call = _Call(self, n_prompt, mask, prompts)
         with ExitStack() as prefill:
+            prefill.callback(call.restore)
+            call.begin_prefill()
             if call.reader is not None:
                 prefill.enter_context(call.reader.reading(self.layers))
             if usable(self.model.dtype, str(self.model.device)) is not self.model.dtype:
@@ -260,7 +277,6 @@ class SparseModel:
                 call.finish()
             finally:
                 hook.remove()
-                call.restore()
 
     def _reread(self, text: TextReader, prompts: Sequence[str] | None) -> None:
         """Read the newest tokens densely, and take the selection that follows from all of them if it is time."""
@@ -298,6 +314,9 @@ class SparseModel:
 
         def make() -> dict[int, Any]:
             selection.check(self.layers)
+            if self.layers[0].store is not None and len(self.selections) == 1:  # a budget has room for one
+                self._compacts.clear()
+                give_back_memory()
             if engine is Engine.LEAN:
                 assert self._lean is not None
                 return self._lean.compact(selection)
@@ -335,6 +354,19 @@ class _Call:
         self._lean_rows: list[tuple[list[int], dict[int, lean.NeuronMLP]]] | None = None
         self._finished = np.zeros(0, bool)
         self._starts = np.zeros(0, np.int64)
+
+    def begin_prefill(self) -> None:
+        """Read weights that lie on disk, so that decode follows prefill at once; put them in place if prefill is sparse."""
+        sparse = self._sparse
+        if self.reader is not None or (sparse.prefill == "dense" and sparse.layers[0].store is None):
+            return
+        begin = time.perf_counter()
+        engine = Engine.TRANSFORMERS if sparse._lean is None else Engine.LEAN
+        groups = [(sparse._compact(each, engine), rows) for each, rows in sparse._groups()]
+        if sparse.prefill == "sparse":
+            modules = [lean.modules(sparse.layers, c) if engine is Engine.LEAN else c for c, _ in groups]
+            self._dense = install(sparse.layers, grouped_model(sparse.layers, modules, [rows for _, rows in groups]))
+        sparse.swap_seconds = time.perf_counter() - begin
 
     def before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass: read the prompt's activations in prefill, put the compact MLPs in place for decode."""
@@ -378,8 +410,9 @@ class _Call:
         else:
             if sparse.must_be_lean:
                 raise GenerationError(f"the lean engine was asked for, but {reason}; leave the engine at auto.")
-            self._dense = install(sparse.layers, sparse._compact_batch())
-        sparse.swap_seconds = time.perf_counter() - begin
+            if not self._dense:  # else sparse prefill has put them there
+                self._dense = install(sparse.layers, sparse._compact_batch())
+        sparse.swap_seconds += time.perf_counter() - begin
 
     def _not_lean(self, cache: Any, kwargs: dict[str, Any]) -> str | None:
         """Return why the lean engine cannot decode in this call, or None if it can."""

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from coreinfer_sim.architectures import MLPLayer, activation, weight_shape
 from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.store import LayerStore
 
 Projections = dict[str, Any]
 _OPEN_GATE = 4.0
@@ -33,19 +34,10 @@ def compact_projections(
     Returns:
         Linear modules by name: inputs [n_kept, d_model] (twice that if fused), output [d_model, n_kept].
     """
-    ids = ids.to(layer.output.weight.device)
-    halves = [ids, ids + layer.d_ff] if layer.family.fused else [ids]
-    parts = [linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs]
-    inputs = [
-        (weight.index_select(0, rows), None if bias is None else bias[rows])
-        for weight, bias in parts
-        for rows in halves
-    ]
-    weight, bias = linear_parameters(layer.output)
-    output = weight.index_select(1, ids)
+    inputs, output, bias = _kept(layer, ids) if layer.store is None else _read(layer, layer.store, ids)
     if compensation is not None:
         output = merged_output(output, compensation, layer.family.gated)
-        added = compensation.bias.to(layer.output.weight)
+        added = compensation.bias.to(output, copy=True)  # a view would hold on to its file
         bias = added if bias is None else bias + added
         if compensation.bypass_rank:
             inputs = [
@@ -53,8 +45,11 @@ def compact_projections(
             ]
     if layer.family.fused:
         inputs = [_stacked(*inputs)]
-    compact = {name: _linear(*part) for name, part in zip(layer.family.inputs, inputs, strict=True)}
-    compact[layer.family.output] = _linear(output, bias)
+    compact = {
+        name: linear_module(part[0].contiguous(), part[1])
+        for name, part in zip(layer.family.inputs, inputs, strict=True)
+    }
+    compact[layer.family.output] = linear_module(output.contiguous(), bias)
     return compact
 
 
@@ -66,7 +61,7 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
         compensation: of just these neurons.
         gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
     """
-    merged = (kept.float() + compensation.delta.to(kept.device)).to(kept)
+    merged = (kept + compensation.delta.to(kept.device)).to(kept)  # the sum is float32, as delta is
     if compensation.bypass_out is None:
         return merged
     bypass = compensation.bypass_out.to(kept)
@@ -74,6 +69,36 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
 
 
 _Parameters = tuple[torch.Tensor, torch.Tensor | None]
+_Cut = tuple[list[_Parameters], torch.Tensor, torch.Tensor | None]
+
+
+def _kept(layer: MLPLayer, ids: torch.Tensor) -> _Cut:
+    """Cut the inputs (gate and up apart), the output's columns [d_model, n_kept] and its bias from weights in memory."""
+    ids = ids.to(layer.output.weight.device)
+    weight, bias = linear_parameters(layer.output)
+    inputs = [
+        (part.index_select(0, rows), None if offset is None else offset[rows])
+        for part, offset in (linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs)
+        for rows in _halves(layer, ids)
+    ]
+    return inputs, weight.index_select(1, ids), bias
+
+
+def _read(layer: MLPLayer, store: LayerStore, ids: torch.Tensor) -> _Cut:
+    """Do the same with weights on disk; biases are in memory."""
+    neurons = store.read_neurons(ids)
+    offsets = [
+        None if bias is None else bias.detach()[rows]
+        for bias in (getattr(layer.owner, name).bias for name in layer.family.inputs)
+        for rows in _halves(layer, ids)
+    ]
+    bias = layer.output.bias
+    inputs = [(neurons[:, place].contiguous(), offset) for place, offset in enumerate(offsets)]
+    return inputs, neurons[:, -1].T.contiguous(), None if bias is None else bias.detach()
+
+
+def _halves(layer: MLPLayer, ids: torch.Tensor) -> list[torch.Tensor]:
+    return [ids, ids + layer.d_ff] if layer.family.fused else [ids]
 
 
 def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
@@ -103,9 +128,10 @@ def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | Non
     return (weight.T if isinstance(projection, Conv1D) else weight), bias
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def linear_module(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Return a linear layer over these very tensors."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear.eval()
@@ -141,11 +167,22 @@ class GroupedLinear(nn.Module):
 
 
 def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, Projections]:
-    """Cut every layer that the selection names."""
+    """Cut every layer that the selection names; of those on disk it does not name, all neurons are read."""
     repairs = selection.compensation or {}
     return {
-        number: compact_projections(layers[number], ids, repairs.get(number)) for number, ids in selection.ids.items()
+        number: compact_projections(layers[number], ids, repairs.get(number))
+        for number, ids in held_ids(layers, selection).items()
     }
+
+
+def held_ids(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, torch.Tensor]:
+    """Return the neurons that decode holds beside the model: a selection's, and all of dense layers on disk."""
+    whole = {
+        layer.number: torch.arange(layer.d_ff)
+        for layer in layers
+        if layer.store is not None and layer.number not in selection.ids
+    }
+    return {**selection.ids, **whole}
 
 
 def grouped_model(

@@ -701,6 +701,86 @@ def test_a_prompt_longer_than_the_models_context(index):
     refused(call("generate", "stars", "--index", index, "--max-new-tokens", 1024), r"at most 10\d\d\.$")
 
 
+@pytest.fixture
+def stores(tmp_path, monkeypatch) -> Path:
+    """Where this test's neuron-major stores go."""
+    monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "stores"
+
+
+MORE_OR_LESS = ("prefill_seconds", "decode_seconds", "tokens_per_second")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mode", "similarity"],
+        ["--mode", "similarity", "--prefill", "sparse"],
+        ["--mode", "hybrid", "--refresh", "every:4"],
+        ["--mode", "global", "--layers", "1:"],
+        ["--mode", "random", "--prefill", "sparse", "--chat", "--num-beams", "2"],
+        ["--mode", "dense", "--prefill", "sparse"],
+    ],
+    ids=" ".join,
+)
+def test_generate_gives_the_same_under_a_memory_budget(index, stores, options):
+    plain = generated(index, *options)
+    budgeted = generated(index, *options, "--memory-budget", "64GiB")
+    (store,) = stores.iterdir()
+    assert store.suffix == ".neurons"
+    for name in MORE_OR_LESS:
+        del plain[name], budgeted[name]
+    assert budgeted == plain
+
+
+def test_a_memory_budget_says_what_it_plans(index, stores):
+    done = succeeded(
+        *("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--compare"),
+        *("--memory-budget", "64GiB"),
+    )
+    assert re.search(r"^Memory budget 64.0 GiB, planned .*kept neurons [\d.]+ KiB", done.stderr, re.MULTILINE)
+    assert re.search(r"^Writing the model's MLPs neuron by neuron to .*: [\d.]+ KiB, once", done.stderr, re.MULTILINE)
+    assert len(done.stdout.splitlines()) == 7 or "[dense]" in done.stdout
+
+
+def test_an_impossible_memory_budget_is_refused_before_loading(index, stores):
+    line = refused(
+        call("generate", "stars", "--index", index, "--memory-budget", "10MiB"), r"budget is 10\.0 MiB, but this needs"
+    )
+    assert not stores.exists()
+    assert int(re.search(r"give at least --memory-budget (\d+)MiB", line)[1]) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--memory-budget", "64GiB", "--dtype", "bfloat16"], "leave --dtype out"),
+        (["--memory-budget", "64GiB", "--device", "cuda"], "the CPU's memory"),
+        (["--memory-budget", "much"], "is no size"),
+        (["--prefill", "sparse", "--mode", "stability"], "sparse prefill needs the set before"),
+        (["--prefill", "sparse", "--fallback", "hybrid"], "sparse prefill needs the set before"),
+    ],
+    ids=str,
+)
+def test_budgets_and_prefills_that_cannot_be_met(index, stores, options, says):
+    refused(call("generate", "stars", "--index", index, *options), says)
+
+
+def test_a_budget_for_llama_cpp(index):
+    result = call("generate", "stars", "--index", index, "--backend", "llamacpp", "--memory-budget", "2GiB")
+    assert result.exit_code == 2 and "--memory-budget does not apply to --backend llamacpp" in result.stderr
+
+
+def test_a_damaged_store_is_one_line(index, stores):
+    command = ["generate", "stars", "--index", index, "--max-new-tokens", 2, "--memory-budget", "64GiB"]
+    succeeded(*command)
+    (store,) = stores.iterdir()
+    store.write_bytes(store.read_bytes()[:-9])
+    refused(call(*command), r"bytes, expected .*; delete it")
+    store.unlink()
+    succeeded(*command)
+
+
 def test_no_prompt(index, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n  \n")
     refused(call("generate", "--index", index, stdin=""), "no prompt was given", "--file")

@@ -78,6 +78,37 @@ def test_scores_are_those_of_decoding_token_by_token(language_model, keep_ratio)
         assert score.kl > 1e-3
 
 
+def test_sparse_prefill_scores_a_model_that_is_sparse_throughout(language_model):
+    selection = random_selection(language_model.layers, range(len(language_model.layers)), 0.5, seed=1)
+    case = Case(language_model, ROWS[0], 256, 0.4)
+    with installed(language_model.layers, selection):
+        before = case.score()
+        with case.read_sparsely():
+            sparse = case.score()
+        assert case.score() == before != sparse
+        prompt, completion = joined(ROWS[0].prompt, ROWS[0].completion)
+        ids, new = (language_model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, completion))
+        with torch.no_grad():
+            logits = language_model.model(torch.tensor([ids + new])).logits[0, len(ids) : -1]
+    assert sparse.loss == pytest.approx(
+        F.cross_entropy(logits, torch.tensor(new[1:]), reduction="sum").item(), abs=1e-3
+    )
+
+
+def test_sparse_prefill_goes_through_the_command(tiny_checkpoint, tmp_path):
+    row = {"id": "1", "prompt": ROWS[0].prompt, "completion": ROWS[0].completion}
+    (tmp_path / "things.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    log = tmp_path / "log.jsonl"
+    command = ["evaluate", str(tmp_path / "things.jsonl"), "--model", tiny_checkpoint, "--log", str(log), "--json"]
+    done = CliRunner().invoke(main, [*command, "--prefill", "sparse"])
+    assert done.exit_code == 0, done.output
+    assert [row["contender"] for row in json.loads(done.stdout)] == ["dense 16bit", "random 0.4"]
+    dense = CliRunner().invoke(main, [*command, "--contender", "random"])
+    assert dense.exit_code == 1 and "another prefill" in dense.stderr
+    refused = CliRunner().invoke(main, [*command, "--prefill", "sparse", "--contender", "griffin"])
+    assert refused.exit_code == 1 and "griffin 0.4 chooses by the prompt's own activations" in refused.stderr
+
+
 def test_the_first_token_of_a_completion_is_dense_and_not_scored(language_model):
     with pytest.raises(CorpusError, match="expected at least 1 and 2"):
         Case(language_model, Row("things", "1", "What do cats do?", "a"), 256, 0.4)

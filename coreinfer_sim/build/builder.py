@@ -18,7 +18,6 @@ from coreinfer_sim.build.compensating import fitted_path, neurons_by_ratio, set_
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
-    give_back_memory,
     n_cores,
     run_shards,
     torch_threads,
@@ -56,6 +55,7 @@ from coreinfer_sim.manifest import (
     SettingsInfo,
     compensation_file,
 )
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 from coreinfer_sim.progress import Progress, readable_size
 

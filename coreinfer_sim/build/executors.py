@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import queue
@@ -136,10 +135,3 @@ def torch_threads(n: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         faiss.omp_set_num_threads(before[1])
-
-
-def give_back_memory() -> None:
-    """Return free heap to the system where the C library can: batches of many shapes would else pile up holes in it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

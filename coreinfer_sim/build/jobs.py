@@ -12,13 +12,14 @@ import torch
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.compensating import make_distiller, make_fitter
-from coreinfer_sim.build.executors import RunShard, give_back_memory
+from coreinfer_sim.build.executors import RunShard
 from coreinfer_sim.build.folder import read_sentences
 from coreinfer_sim.build.shards import cut_into_shards, run_shard
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.config import BuildConfig, parse_layers
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model
 
 

@@ -35,6 +35,7 @@ NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", 
 """stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
 NEED_INDEX = ("random-cluster", "global", "similarity", "hybrid")
 ROUTED = ("similarity", "hybrid")
+READS_PROMPT = ("hybrid", "stability", "griffin", "oracle")
 FITTED = ("random-cluster", "global", "similarity")
 COMPENSATED = "compensated"
 """Stands where a score does for sets that were fitted with their compensation."""
@@ -169,6 +170,16 @@ class Chooser:
             cluster, contender.keep_ratio, contender.score, ":", contender.compensated
         )
         return replace(chosen, mode=contender.name)
+
+
+def check_known_before(contenders: Sequence[Contender]) -> None:
+    """Raise ConfigError if a contender chooses by what a dense prefill reads, so that prefill cannot be sparse."""
+    for contender in contenders:
+        if contender.name in READS_PROMPT or contender.fallback is Fallback.HYBRID:
+            raise ConfigError(
+                f"{contender} chooses by the prompt's own activations, but sparse prefill needs the set before; leave it "
+                "out, or let prefill be dense."
+            )
 
 
 def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:

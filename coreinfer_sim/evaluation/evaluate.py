@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +14,14 @@ import numpy as np
 
 from coreinfer_sim.build.folder import differing
 from coreinfer_sim.errors import ConfigError, CorpusError
-from coreinfer_sim.evaluation.contenders import Chooser, Compactor, Contender, bytes_per_token, rounded_model
+from coreinfer_sim.evaluation.contenders import (
+    Chooser,
+    Compactor,
+    Contender,
+    bytes_per_token,
+    check_known_before,
+    rounded_model,
+)
 from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import text_scores
@@ -58,6 +66,7 @@ def evaluate(
     max_tokens: int = 1024,
     max_new_tokens: int | None = None,
     seed: int = 0,
+    sparse_prefill: bool = False,
     finished: Iterable[Result] = (),
     log: TextIO | None = None,
     progress: Progress | None = None,
@@ -72,14 +81,19 @@ def evaluate(
         max_tokens: prompt and completion are cut to half of this each.
         max_new_tokens: also generate a text of at most this many tokens in place of each completion; None: no text.
         seed: of random choices.
+        sparse_prefill: read each prompt with the kept neurons too. Not for contenders that choose by the prompt's
+            activations.
         finished: results of an earlier run, which are not computed again unless they lack the text that is asked for; of
             several for one row and contender, the last counts.
         log: takes every result as a line of JSON, as it comes.
         progress: takes progress.
 
     Raises:
-        ConfigError: prompt and generated text do not fit into the model's context.
+        ConfigError: prompt and generated text do not fit into the model's context, or a contender knows its neurons only
+            after a dense prefill.
     """
+    if sparse_prefill:
+        check_known_before(contenders)
     _check_length(language_model, max_tokens, max_new_tokens)
     progress = progress or Progress()
     if index is not None:
@@ -108,7 +122,9 @@ def evaluate(
             variant = variants[kind]
             case = base if variant is language_model else Case(variant, row, max_tokens, _ALPHA, base)
             for contender in (c for c in wanted if c.weights == kind):
-                results.append(_score(variant, choosers[kind], compactor, contender, case, max_new_tokens))
+                results.append(
+                    _score(variant, choosers[kind], compactor, contender, case, max_new_tokens, sparse_prefill)
+                )
                 if log is not None:
                     log.write(json.dumps(asdict(results[-1])) + "\n")
                     log.flush()
@@ -135,14 +151,16 @@ def _score(
     contender: Contender,
     case: Case,
     max_new_tokens: int | None,
+    sparse_prefill: bool,
 ) -> Result:
     selection = chooser.choose(contender, case)
     text = None
     dense = install(language_model.layers, compactor.compact(selection, contender.weights))
     try:
-        score = case.score()
-        if max_new_tokens is not None:
-            text = case.generate(max_new_tokens)
+        with case.read_sparsely() if sparse_prefill else nullcontext():
+            score = case.score()
+            if max_new_tokens is not None:
+                text = case.generate(max_new_tokens)
     finally:
         install(language_model.layers, dense)
     mlp, total = bytes_per_token(language_model, selection, contender.weights)

@@ -1,13 +1,15 @@
 """Scores under forced sparse decode: dense prefill, then every completion token under the decode-phase model.
 
-As in `generate`, the prompt is read densely, and its last position predicts the completion's first token. That token is
-therefore not scored: every token that is comes from the compact MLPs. All of them go through in one pass, which gives the
-same logits as decoding them one by one.
+As in `generate`, the prompt is read densely (or, if wanted, sparsely too), and its last position predicts the completion's
+first token. That token is therefore not scored: every token that is comes from the compact MLPs. All of them go through in
+one pass, which gives the same logits as decoding them one by one.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +110,11 @@ class Case:
                 f"row {row.id} of {row.set_name} has {len(ids)} prompt tokens and {len(new)} completion tokens, expected at "
                 "least 1 and 2; leave it out."
             )
+        self._language_model = language_model
+        self._ids = torch.tensor([ids], device=device)
         self._decoded = torch.tensor([new[:-1]], device=device)
         self._targets = torch.tensor(new[1:], device=device)
-        self._prompt = prefill(language_model, torch.tensor([ids], device=device), alpha)
+        self._prompt = self._dense = prefill(language_model, self._ids, alpha)
         self.statistics = self._prompt.statistics
         self._reference: torch.Tensor = self._logits() if reference is None else reference._reference
         self.reference_loss = self._score(self._reference).loss
@@ -128,6 +132,15 @@ class Case:
             self._logits()
         return found
 
+    @contextmanager
+    def read_sparsely(self) -> Iterator[None]:
+        """In the block, decode after the prompt as whatever MLPs are in the model now have read it."""
+        self._prompt = prefill(self._language_model, self._ids, None)
+        try:
+            yield
+        finally:
+            self._prompt = self._dense
+
     def score(self) -> Score:
         """Score the completion under whatever MLPs are in the model now."""
         return self._score(self._logits())
@@ -135,7 +148,7 @@ class Case:
     def generate(self, max_new_tokens: int) -> str:
         """Continue the prompt greedily under whatever MLPs are in the model now, to an end token or the limit.
 
-        The first token is the dense prefill's choice, as in the command `generate`; all later ones are decoded. A plain
+        The first token is the prefill's choice, as in the command `generate`; all later ones are decoded. A plain
         loop, because transformers' own would run the checkpoint's sampling defaults and prefill again.
         """
         cache = copy.deepcopy(self._prompt.cache)

@@ -1,0 +1,62 @@
+"""`coreinfer-sim generate --memory-budget`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coreinfer_sim.errors import ConfigError
+
+from . import options
+from .console import ConsoleProgress
+
+if TYPE_CHECKING:
+    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.models import LanguageModel
+
+
+def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticIndex | None, first: str) -> LanguageModel:
+    """Load a model under the command's budget; the longest text that is planned for begins with the prompt ``first``."""
+    from coreinfer_sim.budget import Use, load_within, most_kept
+    from coreinfer_sim.config import Fallback, Mode
+    from coreinfer_sim.generation import prompt_ids
+
+    keep_ratio = _keep_ratio(given, modes, index)
+    fitted = None
+    if index is not None and given["compensation"] and given["score"] == "energy":
+        fitted = index.fitted_neurons(keep_ratio)
+    if index is not None:
+        index.warm_up(routed=given["mode"] in ("similarity", "hybrid"))
+
+    def use(tokenizer: Any, layers: list[Any]) -> Use:
+        prompt = options.messages(first, given["chat"], given["system"])
+        fallback = given["fallback"]
+        return Use(
+            n_kept=most_kept(
+                len(layers),
+                layers[0].d_ff,
+                [Mode(mode) for mode in modes],
+                keep_ratio,
+                given["layers"],
+                None if fallback is None else Fallback(fallback),
+                fitted,
+            ),
+            n_prompt=prompt_ids(tokenizer, name, prompt, given["chat"]).shape[1],
+            n_new=given["max_new_tokens"],
+            compensated=fitted is not None,
+            n_sequences=given["num_beams"],
+            n_caches=1 if given["refresh"] is None else 2,
+            streams=given["prefill"] == "dense",
+        )
+
+    progress = ConsoleProgress()
+    return load_within(name, given["memory_budget"], use, given["dtype"], given["device"], progress)[0]
+
+
+def _keep_ratio(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> float:
+    if given["keep_ratio"] is not None:
+        return float(given["keep_ratio"])
+    if index is not None:
+        return index.default_keep_ratio
+    if modes == ["dense"]:
+        return 1.0
+    raise ConfigError(f"mode {modes[0]} was given no keep ratio and no index to take it from; give one.")

@@ -1,0 +1,50 @@
+"""What this process holds in memory, as the operating system counts it, and giving back what it does not need."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE = 1 << 20
+
+
+def give_back_memory() -> None:
+    """Return free heap to the system where the C library can: batches of many shapes would else pile up holes in it."""
+    trim = _of_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def keep_heap_small() -> None:
+    """Let glibc place blocks of 1 MiB and more outside the heap, so that freeing them returns them at once.
+
+    By itself it raises that limit to 32 MiB as such blocks come and go, and then keeps them.
+    """
+    option = _of_c_library("mallopt")
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, _LARGE)
+        option(_M_TRIM_THRESHOLD, _LARGE)
+
+
+def resident_bytes() -> int:
+    """Return the bytes that this process holds in memory now, mapped files included."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """Return the most bytes that this process has held so far; where the system does not say, those it holds now."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resident_bytes()
+
+
+def _of_c_library(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform != "win32" else None

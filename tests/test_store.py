@@ -1,0 +1,397 @@
+"""The neuron-major store, and models whose dense MLPs stay in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+from coreinfer_sim.architectures import find_mlps, weight_sketch
+from coreinfer_sim.budget import MIB, ModelShape, Use, load_within, most_kept, plan_budget
+from coreinfer_sim.checkpoint import Checkpoint
+from coreinfer_sim.config import Fallback, Mode
+from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, StoreError
+from coreinfer_sim.models import load_model
+from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.runtime import SparseModel
+from coreinfer_sim.sparse_mlp import compact_projections
+from coreinfer_sim.store import NeuronStore, PartSource, StoreShape, make_store
+from coreinfer_sim.streaming import Scratch
+
+AMPLE = 64 << 30
+USE = Use(n_kept=[24] * 3, n_prompt=8, n_new=16)
+IDS = torch.tensor([[5, 9, 30, 31, 32, 7, 11]])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "stores"
+
+
+def saved(folder: Path, key: str, **options) -> str:
+    """Save a tiny model of a family with a tokenizer."""
+    tiny_model(key).save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def streamed(folder: str):
+    return load_within(folder, AMPLE, lambda _tokenizer, _layers: USE)[0]
+
+
+def random_store(path: Path, n_layers: int = 2, d_ff: int = 50, d_model: int = 8):
+    """Write a gated store of random weights and return it with what it should hold, [n_layers, d_ff, 3, d_model]."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.randn(n_layers, d_ff, 3, d_model, generator=generator)
+    tensors = {}
+    for layer in range(n_layers):
+        tensors[f"{layer}.gate"] = expected[layer, :, 0].contiguous()
+        tensors[f"{layer}.up"] = expected[layer, :, 1].contiguous()
+        tensors[f"{layer}.down"] = expected[layer, :, 2].T.contiguous()
+    folder = path.parent / "source"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    sources = [[PartSource(f"{n}.gate"), PartSource(f"{n}.up"), PartSource(f"{n}.down", True)] for n in range(n_layers)]
+    shape = StoreShape(n_layers, d_ff, 3, d_model, "float32")
+    return Checkpoint(folder), sources, shape, expected
+
+
+@pytest.fixture
+def written(tmp_path):
+    from coreinfer_sim.progress import Progress
+
+    checkpoint, sources, shape, expected = random_store(tmp_path / "x.neurons")
+    make_store(tmp_path / "x.neurons", checkpoint, sources, shape, Progress())
+    return tmp_path / "x.neurons", expected
+
+
+@pytest.mark.parametrize("ids", [[], [7], [0, 1, 2, 9, 10, 49], [49, 3, 3, 4, 0], list(range(50))])
+def test_neurons_come_in_the_order_of_their_ids(written, ids):
+    path, expected = written
+    store = NeuronStore(path)
+    wanted = torch.tensor(ids, dtype=torch.int64)
+    for layer in store.layers:
+        out = torch.empty(len(ids), 3, 8)
+        assert layer.read_neurons(wanted, out) is out
+        assert torch.equal(out, expected[layer.number, wanted])
+        assert torch.equal(layer.read_range(3, 20), expected[layer.number, 3:20])
+    store.verify()
+    store.close()
+
+
+def test_many_small_tasks_read_the_same(written, monkeypatch):
+    path, expected = written
+    monkeypatch.setattr("coreinfer_sim.store._TASK", 200)  # two neurons
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 8, 10, 11, 12, 40, 49, 48])
+    assert torch.equal(NeuronStore(path).layers[1].read_neurons(ids), expected[1, ids])
+
+
+@pytest.mark.parametrize("ids", [[-1], [50], [0, 99]])
+def test_neurons_that_are_not_there(written, ids):
+    with pytest.raises(StoreError, match="expected 0 to 49"):
+        NeuronStore(written[0]).layers[0].read_neurons(torch.tensor(ids))
+
+
+def test_an_out_of_another_shape_is_refused(written):
+    layer = NeuronStore(written[0]).layers[0]
+    for out in (torch.empty(2, 3, 8), torch.empty(1, 3, 8, dtype=torch.bfloat16), torch.empty(1, 8, 3).mT):
+        with pytest.raises(StoreError, match="expected torch.float32"):
+            layer.read_neurons(torch.tensor([1]), out)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def scribble(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(120)
+        file.write(b"\0\0")
+
+
+def other_version(path: Path) -> None:
+    with path.open("r+b") as file:
+        header = file.read(1 << 16).replace(b'"format_version": 1', b'"format_version": 9')
+        file.seek(0)
+        file.write(header)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(cut, "bytes, expected"), (scribble, "no readable header"), (other_version, "format version 9, expected 1")],
+)
+def test_a_damaged_store_is_refused_with_what_mends_it(written, damage, message):
+    damage(written[0])
+    with pytest.raises(StoreError, match=f"{message}.*(?s:.*)made anew"):
+        NeuronStore(written[0])
+
+
+def test_a_changed_weight_shows_in_the_checksums(written):
+    path, _ = written
+    with path.open("r+b") as file:
+        file.seek((1 << 16) + 4096 * 2 + 40)
+        file.write(b"\1")
+    with pytest.raises(StoreError, match="layer 1 .*checksum"):
+        NeuronStore(path).verify()
+
+
+def test_a_store_that_shrinks_while_open(written):
+    store = NeuronStore(written[0])
+    os.truncate(written[0], 1 << 16)
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.layers[0].read_neurons(torch.tensor([3]))
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.layers[0].read_range(0, 2)
+
+
+def test_an_interrupted_creation_leaves_nothing_that_loads(tmp_path, monkeypatch):
+    import coreinfer_sim.store as module
+    from coreinfer_sim.progress import Progress
+
+    path = tmp_path / "x.neurons"
+    checkpoint, sources, shape, expected = random_store(path)
+    write_layer = module._write_layer
+
+    def stop(file, *rest):
+        if file.tell() > 1 << 16:
+            raise KeyboardInterrupt
+        return write_layer(file, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make_store(path, checkpoint, sources, shape, Progress())
+    assert not path.exists()
+    assert not list(tmp_path.glob(".*.part"))
+    killed = tmp_path / ".x.neurons.999999999.part"
+    killed.touch()
+    make_store(path, checkpoint, sources, shape, Progress())
+    assert not killed.exists()
+    assert torch.equal(NeuronStore(path).layers[0].read_range(0, 50), expected[0])
+
+
+def test_a_full_disk_is_said_before_writing(tmp_path, monkeypatch):
+    import shutil
+
+    from coreinfer_sim.progress import Progress
+
+    checkpoint, sources, shape, _ = random_store(tmp_path / "x.neurons")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(StoreError, match="1000 B free, expected .*COREINFER_SIM_CACHE"):
+        make_store(tmp_path / "x.neurons", checkpoint, sources, shape, Progress())
+
+
+def test_every_family_streams_what_its_dense_model_computes(tiny, model, tmp_path):
+    folder = saved(tmp_path / "model", tiny.key)
+    found = streamed(folder)
+    dense, layers = find_mlps(model), found.layers
+    assert all(layer.store is not None for layer in layers)
+    assert [(a.d_model, a.d_ff, a.n_bytes) for a in layers] == [(a.d_model, a.d_ff, a.n_bytes) for a in dense]
+    assert weight_sketch(layers) == weight_sketch(dense)
+    ids = torch.tensor([0, 1, 2, 11, 30, tiny.d_ff - 1])
+    for ours, theirs in zip(layers, dense, strict=True):
+        a, b = compact_projections(ours, ids), compact_projections(theirs, ids)
+        assert list(a) == list(b)
+        for name in a:
+            assert torch.equal(a[name].weight, b[name].weight)
+            assert (a[name].bias is None) == (b[name].bias is None)
+            assert a[name].bias is None or torch.equal(a[name].bias, b[name].bias)
+    with torch.no_grad():
+        assert torch.allclose(found.model(IDS).logits, model(IDS).logits, atol=2e-4)
+
+
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("key", ["llama-relu-bias", "gemma2", "phi3", "opt", "gpt2"])
+def test_tokens_under_a_budget_are_those_without_one(tmp_path, key, prefill):
+    folder = saved(tmp_path / "model", key)
+    tokens = []
+    for lm in (load_model(folder), streamed(folder)):
+        lm.model.generation_config.eos_token_id = None
+        predictor = make_predictor("random", lm.layers, keep_ratio=0.5, sparse_layers="1:")
+        sparse = SparseModel(lm.model, predictor, lm.tokenizer, prefill=prefill)
+        for _ in range(2):
+            tokens.append(sparse.generate(IDS, max_new_tokens=12, do_sample=False))
+    assert all(torch.equal(each, tokens[0]) for each in tokens)
+
+
+def test_stability_reads_the_prompts_activations_from_layers_on_disk(tmp_path):
+    folder = saved(tmp_path / "model", "qwen2")
+    chosen = []
+    for lm in (load_model(folder), streamed(folder)):
+        sparse = SparseModel(lm.model, make_predictor("stability", lm.layers, keep_ratio=0.3), lm.tokenizer)
+        sparse.generate(IDS, max_new_tokens=3, do_sample=False)
+        chosen.append(sparse.selections[0].ids)
+    assert all(torch.equal(chosen[0][n], chosen[1][n]) for n in chosen[0])
+
+
+def test_sparse_prefill_uses_the_compact_mlps_only(tmp_path, monkeypatch):
+    lm = streamed(saved(tmp_path / "model", "llama"))
+    monkeypatch.setattr(Scratch, "blocks", lambda *_: pytest.fail("a dense layer was read"))
+    predictor = make_predictor("random", lm.layers, keep_ratio=0.5)
+    SparseModel(lm.model, predictor, lm.tokenizer, prefill="sparse").generate(IDS, max_new_tokens=3, do_sample=False)
+
+
+def test_sparse_prefill_needs_the_set_before_the_prompt(models):
+    layers = find_mlps(models["llama"])
+    with pytest.raises(ConfigError, match="stability mode may take it"):
+        SparseModel(models["llama"], make_predictor("stability", layers, keep_ratio=0.5), prefill="sparse")
+    with pytest.raises(ConfigError, match="expected dense or sparse"):
+        SparseModel(models["llama"], make_predictor("dense", layers), prefill="none")
+
+
+def test_blocks_of_few_neurons_and_bfloat16_compute_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("coreinfer_sim.streaming._RAW", 2000)
+    folder = tmp_path / "model"
+    tiny_model("llama").bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    lm = streamed(str(folder))
+    assert lm.model.dtype is torch.bfloat16
+    with torch.no_grad():
+        expected = load_model(str(folder), "stored").model(IDS).logits
+        assert torch.allclose(lm.model(IDS).logits.float(), expected.float(), atol=0.1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_checkpoints_and_tied_tables(tmp_path, tied):
+    tokenizer = tiny_tokenizer()
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    lm = streamed(str(tmp_path / "model"))
+    with torch.no_grad():
+        assert torch.allclose(lm.model(IDS).logits, model(IDS).logits, atol=1e-5)
+    resident = sum(p.numel() for p in lm.model.parameters() if p.device.type != "meta")
+    table = len(tokenizer) * 32
+    assert resident == sum(p.numel() for p in model.parameters()) - 3 * 3 * 32 * 48 - (0 if tied else table)
+
+
+def test_a_store_is_made_once_and_anew_for_a_changed_checkpoint(tmp_path, cache):
+    folder = saved(tmp_path / "model", "llama")
+    streamed(folder)
+    (store,) = cache.iterdir()
+    before = store.stat().st_mtime_ns
+    streamed(folder)
+    assert [p.stat().st_mtime_ns for p in cache.iterdir()] == [before]
+    os.utime(tmp_path / "model" / "model.safetensors")
+    streamed(folder)
+    assert len(list(cache.iterdir())) == 2
+
+
+SHAPE = ModelShape(10, 100, 400, 2, 10 * 400 * 3 * 100 * 2, 5 * MIB, 1000, 500)
+
+
+def test_the_plan_is_a_sum():
+    plan = plan_budget(0, SHAPE, Use([160] * 10, 10, 20), base=100 * MIB)
+    assert plan.parts["libraries, index and encoder"] == 100 * MIB
+    assert plan.parts["kept neurons"] == 10 * 160 * 3 * 100 * 2 + 10 * 100 * 2
+    assert plan.parts["cache of 30 positions"] == 30_000
+    assert plan.needed == sum(plan.parts.values())
+    assert plan_budget(0, SHAPE, Use([160] * 10, 10, 20), 100 * MIB, 10**9).needed == 10**9
+    larger = plan_budget(0, SHAPE, Use([160] * 6 + [400] * 4, 10, 20), base=100 * MIB)
+    assert larger.parts["kept neurons"] == (6 * 160 + 4 * 400) * 3 * 100 * 2 + 10 * 100 * 2
+    assert plan_budget(0, SHAPE, Use([160] * 10, 10, 20, streams=False), base=100 * MIB).needed < plan.needed
+
+
+def test_the_most_that_decode_may_hold():
+    def held(*modes: Mode, **options) -> list[int]:
+        return most_kept(3, 100, modes, 0.4, **options)
+
+    assert held(Mode.SIMILARITY) == held(Mode.STABILITY) == [40, 40, 40]
+    assert held(Mode.SIMILARITY, sparse_layers="1:") == [100, 40, 40]
+    assert held(Mode.SIMILARITY, fitted=[30, 45, 60]) == [40, 45, 60]
+    assert held(Mode.SIMILARITY, Mode.DENSE) == held(Mode.SIMILARITY, fallback=Fallback.DENSE) == [100] * 3
+
+
+def test_an_impossible_budget_names_the_smallest_that_works():
+    use = Use([160] * 10, 10, 20)
+    with pytest.raises(BudgetError, match="needs") as refused:
+        plan_budget(50 * MIB, SHAPE, use, base=100 * MIB).check()
+    plan = plan_budget(50 * MIB, SHAPE, use, base=100 * MIB)
+    assert f"--memory-budget {plan.smallest // MIB}MiB" in str(refused.value)
+    works = plan_budget(plan.smallest, SHAPE, use, base=101 * MIB)
+    works.check()
+    assert works.position_limit > 30
+
+
+def test_a_refused_budget_loads_and_writes_nothing(tmp_path, cache):
+    folder = saved(tmp_path / "model", "llama")
+    with pytest.raises(BudgetError):
+        load_within(folder, 10 * MIB, lambda *_: USE)
+    assert not cache.exists()
+
+
+def test_what_a_budget_cannot_load(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    for options, message in (({"dtype": "bfloat16"}, "stay as"), ({"device": "cuda"}, "give cpu")):
+        with pytest.raises(ConfigError, match=message):
+            load_within(folder, AMPLE, lambda *_: USE, **options)
+    with pytest.raises(ModelError, match="no local checkpoint folder"):
+        load_within("some/hub-id", AMPLE, lambda *_: USE)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no model.safetensors"):
+        load_within(str(tmp_path / "empty"), AMPLE, lambda *_: USE)
+    cut(Path(folder, "model.safetensors"))
+    with pytest.raises(ModelError, match="bytes, expected at least"):
+        load_within(folder, AMPLE, lambda *_: USE)
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
+        streamed(folder)
+
+
+_PROCESS = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from coreinfer_sim.budget import Use, load_within
+from coreinfer_sim.memory import peak_bytes
+from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.runtime import SparseModel
+use = Use(n_kept=[6144] * 4, n_prompt=20, n_new=8)
+lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
+sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
+sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+print(json.dumps({"peak": peak_bytes(), "needed": plan.needed, "mlps": sum(l.n_bytes for l in lm.layers)}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the peak that Linux counts")
+def test_a_process_keeps_to_its_plan(tmp_path):
+    folder = save_tiny_checkpoint(
+        tmp_path / "model", hidden_size=256, intermediate_size=24576, num_attention_heads=8, head_dim=32,
+        num_hidden_layers=4,
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", _PROCESS, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mlps"] > 300e6
+    assert found["peak"] <= found["needed"]
+    assert found["peak"] < found["mlps"] + 350e6  # it would not fit beside the libraries
