@@ -53,7 +53,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 @click.option(
     "--weights",
     multiple=True,
-    type=click.Choice(["16bit", "q8_0", "q4_0"]),
+    type=click.Choice(["16bit", "int8", "q8_0", "q4_0"]),
     default=("16bit",),
     **_D,
     help="Precision of all weights; may be repeated.",

@@ -19,6 +19,7 @@ from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.index import SemanticIndex
+from coreinfer_sim.lean import quantized
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import (
     HybridPredictor,
@@ -39,9 +40,11 @@ READS_PROMPT = ("hybrid", "stability", "griffin", "oracle")
 FITTED = ("random-cluster", "global", "similarity")
 COMPENSATED = "compensated"
 """Stands where a score does for sets that were fitted with their compensation."""
-WEIGHTS = {"16bit": None, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
-"""Precision of the weights; the quantised ones are llama.cpp's formats, with 8.5 and 4.5 bits a weight."""
-BITS = {"16bit": 16.0, "q8_0": 8.5, "q4_0": 4.5}
+WEIGHTS = ("16bit", "int8", "q8_0", "q4_0")
+"""Precision of the weights: int8 as the lean engine holds it, one scale a row; q8_0 and q4_0 are llama.cpp's formats."""
+BITS = {"16bit": 16.0, "int8": 8.05, "q8_0": 8.5, "q4_0": 4.5}
+"""Bits a weight, scales included: of int8 for rows of 640 weights, more than which the longer rows of larger models share."""
+_FORMATS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 _BLOCK = 32
 _N_LATEST = 12
 
@@ -184,9 +187,12 @@ def check_known_before(contenders: Sequence[Contender]) -> None:
 
 def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
     """Return a weight matrix [out, in] as it comes back from a quantised format, in its own dtype."""
-    kind = WEIGHTS[weights]
-    if kind is None:
+    if weights == "16bit":
         return weight
+    if weights == "int8":
+        whole, scale = quantized(weight)
+        return (whole.float() * scale[:, None]).to(weight)
+    kind = _FORMATS[weights]
     n_in = weight.shape[1]
     padded = torch.nn.functional.pad(weight.float(), (0, -n_in % _BLOCK)).cpu().numpy()
     restored = gguf.quants.dequantize(gguf.quants.quantize(padded, kind), kind)[:, :n_in]
@@ -195,7 +201,7 @@ def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
 
 def rounded_model(language_model: LanguageModel, weights: str) -> LanguageModel:
     """Return a model whose matrices, output head included, are rounded to a format; the same one for 16 bits."""
-    if WEIGHTS[weights] is None:
+    if weights == "16bit":
         return language_model
     model = copy.deepcopy(language_model.model)
     for module in model.modules():
@@ -218,9 +224,13 @@ class Compactor:
         if key not in self._latest:
             selection.check(self._layers)
             projections = compact_model(self._layers, selection)
-            for modules in projections.values() if WEIGHTS[weights] is not None else ():
-                for module in modules.values():
-                    module.weight = torch.nn.Parameter(rounded(module.weight.data, weights), requires_grad=False)
+            for number, modules in projections.items() if weights != "16bit" else ():
+                output = self._layers[number].family.output
+                for name, module in modules.items():
+                    weight = module.weight.data
+                    by_neuron = weights == "int8" and name == output  # the lean engine keeps a neuron's weights together
+                    made = rounded(weight.T, weights).T if by_neuron else rounded(weight, weights)
+                    module.weight = torch.nn.Parameter(made.contiguous(), requires_grad=False)
             self._latest[key] = selection, projections
         self._latest.move_to_end(key)
         if len(self._latest) > _N_LATEST:
