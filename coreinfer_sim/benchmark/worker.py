@@ -123,8 +123,6 @@ def _begin(pipe: Any, n_threads: int, target: Callable[..., None], arguments: tu
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with contextlib.suppress(EOFError, OSError, BrokenPipeError):
         target(pipe, *arguments)
-    sys.stdout.flush()
-    os._exit(0)  # libraries' threads could keep the interpreter from ending
 
 
 def _quiet(n_threads: int) -> None:
