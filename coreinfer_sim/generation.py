@@ -65,7 +65,7 @@ class Generation:
     prefill_seconds: float
     """From the call to the first new token; routing by meaning included."""
     decode_seconds: float
-    """From the first new token to the last; putting the compact weights in place included."""
+    """From the first new token to the last, without `swap_seconds`."""
     mlp_bytes_per_token: int
     """MLP bytes that one decoded token reads."""
     dense_mlp_bytes_per_token: int
@@ -73,7 +73,8 @@ class Generation:
     lookup_seconds: float = 0.0
     """To choose the neurons before prefill: the prompt's embedding and the nearest cluster."""
     swap_seconds: float = 0.0
-    """To put the compact weights in place; they are cut only if they are not at hand from an earlier prompt."""
+    """To put the compact weights in place, after the first token or, if prefill is sparse or the weights lie on disk, before
+    it; they are cut only if they are not at hand from an earlier prompt."""
     engine: str = Engine.TRANSFORMERS.value
     """What decoded: lean or transformers."""
     n_refreshes: int = 0
@@ -201,7 +202,7 @@ class TextGenerator:
             n_prompt_tokens=ids.shape[1],
             keep_ratio=selection.keep_ratio(layers),
             prefill_seconds=first - begin,
-            decode_seconds=end - first,
+            decode_seconds=end - first - (self.sparse.swap_seconds if self.sparse.swapped_in_decode else 0.0),
             mlp_bytes_per_token=self.sparse.mlp_bytes(selection),
             dense_mlp_bytes_per_token=dense_bytes(layers),
             lookup_seconds=self.sparse.lookup_seconds,

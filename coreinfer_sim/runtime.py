@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coreinfer_sim import lean
-from coreinfer_sim.architectures import find_mlps, module_bytes
+from coreinfer_sim.architectures import find_mlps, module_bytes, other_bytes
 from coreinfer_sim.config import Engine, Weights
 from coreinfer_sim.errors import ConfigError, GenerationError
 from coreinfer_sim.memory import give_back_memory
@@ -104,6 +104,8 @@ class SparseModel:
         """How often the last call took a new selection after prefill's."""
         self.lookup_seconds = self.swap_seconds = 0.0
         """Of the last call: to choose the neurons before prefill, and to put the compact weights in place."""
+        self.swapped_in_decode = False
+        """Whether that was after prefill, as it is unless prefill is sparse or the weights lie on disk."""
         self.engine_used = Engine.TRANSFORMERS
         """What decoded in the last call."""
         self._engine, self._weights = Engine(engine), Weights(weights)
@@ -147,6 +149,13 @@ class SparseModel:
         if self._weights is Weights.INT8 and self._lean is not None:
             return self._lean.mlp_bytes(selection)
         return selection.mlp_bytes(self.layers)
+
+    @property
+    def other_bytes(self) -> int:
+        """Weight bytes that a decoded token reads outside the MLPs."""
+        if self._weights is Weights.INT8 and self._lean is not None:
+            return self._lean.n_bytes
+        return other_bytes(self.model, self.layers)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Cut the compact weights of the clusters that prompts route to, ahead of their call; another thread may do so.
@@ -336,6 +345,7 @@ class _Call:
     def __init__(self, sparse: SparseModel, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> None:
         self._sparse, self._n_prompt, self._mask, self._prompts = sparse, n_prompt, mask, prompts
         sparse.n_refreshes, sparse.swap_seconds, sparse.engine_used = 0, 0.0, Engine.TRANSFORMERS
+        sparse.swapped_in_decode = True
         begin = time.perf_counter()
         known = sparse.predictor.select(prompts, None, len(mask))
         sparse.lookup_seconds = time.perf_counter() - begin
@@ -360,7 +370,7 @@ class _Call:
         sparse = self._sparse
         if self.reader is not None or (sparse.prefill == "dense" and sparse.layers[0].store is None):
             return
-        begin = time.perf_counter()
+        begin, sparse.swapped_in_decode = time.perf_counter(), False
         engine = Engine.TRANSFORMERS if sparse._lean is None else Engine.LEAN
         groups = [(sparse._compact(each, engine), rows) for each, rows in sparse._groups()]
         if sparse.prefill == "sparse":

@@ -18,6 +18,7 @@ from coreinfer_sim.generation import TextGenerator
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import DTYPES, load_model
 from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.runtime import SparseModel
 
 
 class _Clock:
@@ -115,7 +116,6 @@ class Ours:
         """Take the job of a worker."""
         self._job = job
         self._generator: TextGenerator | None = None
-        self._other_bytes = 0
 
     def start(self) -> dict[str, Any]:
         """Load index and model and make the predictor."""
@@ -129,7 +129,6 @@ class Ours:
         choice = {"seed": self._job.seed, **given["make_predictor"]}
         predictor = make_predictor(spec.mode, loaded.layers, index, keep_ratio=ratio, **choice)
         self._generator = TextGenerator(loaded, predictor, **given["TextGenerator"])
-        self._other_bytes = other_bytes(loaded.model, loaded.layers)
         return {"dtype": loaded.dtype_name}
 
     def run(self, prompt: Prompt, n_new: int) -> Timing:
@@ -141,18 +140,22 @@ class Ours:
             raise GenerationError(
                 f"the prompt became {found.n_prompt_tokens} tokens, expected {len(prompt.ids)}, as for the others."
             )
-        lookup = getattr(found, "lookup_seconds", 0.0)
         selection = found.selection
         return Timing(
-            lookup_seconds=lookup,
-            swap_seconds=getattr(found, "swap_seconds", 0.0),
-            prefill_seconds=found.prefill_seconds - lookup,
+            lookup_seconds=found.lookup_seconds,
+            swap_seconds=found.swap_seconds,
+            prefill_seconds=found.prefill_seconds - found.lookup_seconds,
             first_token_seconds=found.prefill_seconds,
             decode_seconds=found.decode_seconds,
             n_new=n_new,
             tokens_per_second=found.tokens_per_second or 0.0,
-            bytes_per_token=getattr(found, "bytes_per_token", found.mlp_bytes_per_token + self._other_bytes),
-            facts={"mode": selection.mode, "cluster": selection.cluster, "keep_ratio": round(found.keep_ratio, 4)},
+            bytes_per_token=found.mlp_bytes_per_token + self._generator.sparse.other_bytes,
+            facts={
+                "mode": selection.mode,
+                "cluster": selection.cluster,
+                "keep_ratio": round(found.keep_ratio, 4),
+                "engine": found.engine,
+            },
         )
 
     def stop(self) -> None:
@@ -176,8 +179,8 @@ def _check_length(found: int, n_new: int) -> None:
 
 def _shared_out(contender: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Give each option of a spec to the part of our runtime that takes it."""
-    parts: dict[str, Any] = {"TextGenerator": TextGenerator, "load_model": load_model, "make_predictor": make_predictor}
-    taken: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    parts: dict[str, Any] = {"TextGenerator": SparseModel, "load_model": load_model, "make_predictor": make_predictor}
+    taken: dict[str, dict[str, Any]] = {name: {} for name in parts}  # the generator hands its options to the wrapper
     for name, value in options.items():
         takes = next((part for part, call in parts.items() if name in inspect.signature(call).parameters), None)
         if takes is None:

@@ -228,7 +228,9 @@ class Compactor:
                 output = self._layers[number].family.output
                 for name, module in modules.items():
                     weight = module.weight.data
-                    by_neuron = weights == "int8" and name == output  # the lean engine keeps a neuron's weights together
+                    by_neuron = (
+                        weights == "int8" and name == output
+                    )  # the lean engine keeps a neuron's weights together
                     made = rounded(weight.T, weights).T if by_neuron else rounded(weight, weights)
                     module.weight = torch.nn.Parameter(made.contiguous(), requires_grad=False)
             self._latest[key] = selection, projections
