@@ -21,9 +21,10 @@ from coreinfer_sim.architectures import MLPLayer, activation, dense_bytes, find_
 from coreinfer_sim.checkpoint import Checkpoint
 from coreinfer_sim.config import Fallback, Mode, parse_layers
 from coreinfer_sim.core_neurons import n_kept
+from coreinfer_sim.decode_kernels import warm_up
 from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, UnsupportedModelError
 from coreinfer_sim.memory import give_back_memory, keep_heap_small, peak_bytes, resident_bytes
-from coreinfer_sim.models import DTYPES, LanguageModel, usable
+from coreinfer_sim.models import DTYPES, LEAN_FAMILIES, LanguageModel, usable
 from coreinfer_sim.progress import Progress, readable_size
 from coreinfer_sim.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.streaming import SCRATCH, Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
@@ -211,6 +212,8 @@ def load_within(
     names = _Names(model, checkpoint)
     streamed_table = names.streams_table()
     shape = model_shape(model, layers, without_table=streamed_table)
+    if model.config.model_type in LEAN_FAMILIES:
+        warm_up(stored)  # now, so that what the compiled loops take is counted before the model is loaded
     give_back_memory()
     plan = plan_budget(budget, shape, use(tokenizer, layers), resident_bytes(), peak_bytes())
     plan.check()

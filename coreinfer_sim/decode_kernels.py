@@ -416,3 +416,20 @@ def set_threads() -> int:
     if torch.get_num_threads() != n:  # numba starts its threads with OpenMP's number, which is torch's too
         torch.set_num_threads(n)
     return n
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile the loops for a type of weights and cache, or load them where that was done before: some 20 seconds or one."""
+    one, rows, eps = np.ones(8, np.float32), np.zeros(1, np.int64), np.float32(1e-6)
+    hidden, product = np.ones((1, 8), np.float32), (bits(torch.zeros(8, 8, dtype=dtype)), one, one)
+    keys, values = (bits(torch.zeros(1, 1, 1, 8, dtype=dtype)) for _ in range(2))
+    nothing = np.zeros((0, 8), np.float32)
+    set_threads()
+    attention(
+        *(hidden, one, nothing, eps, product, product, product, product, hidden.copy(), hidden.copy()),
+        *(keys, values, rows, rows, 0, np.float32(1)),
+    )
+    neurons = bits(torch.zeros(4, 3, 8, dtype=dtype)), np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32)
+    neuron_mlp(hidden, rows, one, eps, *neurons, one, SILU, 1)
+    dense_mlp(hidden, rows, one, eps, product, product, product, SILU)
+    output(hidden, one, eps, *product, hidden.copy())

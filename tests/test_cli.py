@@ -306,7 +306,16 @@ def generated(index: Path, *more: Any, prompt: str = "How do stars form?") -> An
 
 FIELDS = {
     *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
-    *("prefill_seconds", "decode_seconds", "tokens_per_second", "mlp_bytes_per_token", "dense_mlp_bytes_per_token"),
+    *(
+        "engine",
+        "lookup_seconds",
+        "swap_seconds",
+        "prefill_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "mlp_bytes_per_token",
+        "dense_mlp_bytes_per_token",
+    ),
     *("confidence", "confident", "n_refreshes"),
 }
 
@@ -708,7 +717,7 @@ def stores(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "stores"
 
 
-MORE_OR_LESS = ("prefill_seconds", "decode_seconds", "tokens_per_second")
+MORE_OR_LESS = ("lookup_seconds", "swap_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second")
 
 
 @pytest.mark.parametrize(
