@@ -5,29 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.benchmark.contenders import Job, Prompt, Timing, make_contender
 from coreinfer_sim.errors import CoreInferSimError, GenerationError
+from coreinfer_sim.memory import peak_bytes
 
 _STOP_SECONDS = 5.0
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held since it began."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def one_sentence(error: BaseException) -> str:
