@@ -40,7 +40,7 @@ demo: $(VENV)/.demo $(DEMO_INDEX)/manifest.json
 		--chat --compare --max-new-tokens 64 --file demo/prompts.txt
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/.dev $(MODEL)
 	$(BIN)/python -m pytest -m slow

@@ -53,8 +53,15 @@ def main() -> None:
     """Measure decode speed."""
 
 
-def _command(name: str) -> str:
-    return f"python benchmarks/figures_speed.py {name} --model MODEL --index INDEX --name NAME"
+def _command() -> str:
+    """Return the command that is running, with every setting that is not the default."""
+    running = click.get_current_context()
+    parts = [f"python benchmarks/figures_speed.py {running.info_name} --model MODEL --index INDEX --name NAME"]
+    for option in running.command.params:
+        value = running.params[str(option.name)]
+        if option.name not in ("model", "index", "name") and value != option.get_default(running):
+            parts.append(f"{option.opts[0]} {value}")
+    return " ".join(parts)
 
 
 def _slug(name: str) -> str:
@@ -98,14 +105,14 @@ def _spread(*rows: dict[str, Any]) -> dict[str, list[float]]:
     return {row["contender"]: [row[f"tokens_per_second{what}"] for what in ("", "_lowest", "_highest")] for row in rows}
 
 
-def _at_least(name: str, value: float, unit: str, bar: float, command: str, **details: Any) -> None:
+def _at_least(name: str, value: float, unit: str, bar: float, **details: Any) -> None:
     value = float(f"{value:.3g}")
-    record(FILE, name, value, unit, f"at least {bar:g}", value >= bar, _command(command), **details)
+    record(FILE, name, value, unit, f"at least {bar:g}", value >= bar, _command(), **details)
 
 
-def _at_most(name: str, value: float, unit: str, bar: float, command: str, **details: Any) -> None:
+def _at_most(name: str, value: float, unit: str, bar: float, **details: Any) -> None:
     value = float(f"{value:.3g}")
-    record(FILE, name, value, unit, f"at most {bar:g}", value <= bar, _command(command), **details)
+    record(FILE, name, value, unit, f"at most {bar:g}", value <= bar, _command(), **details)
 
 
 @main.command()
@@ -136,7 +143,6 @@ def decode(
         speed / best["tokens_per_second"],
         "×, of medians",
         2.4,
-        "decode",
         tokens_per_second=_spread(mine, best),
     )
     _at_least(
@@ -144,7 +150,6 @@ def decode(
         mine["share_of_bandwidth"],
         "share",
         0.85,
-        "decode",
         bytes_per_token=mine["bytes_per_token"],
     )
     whole = _row(rows, ours_dense)
@@ -153,7 +158,6 @@ def decode(
         whole["tokens_per_second"] / best["tokens_per_second"],
         "×, of medians",
         1.0,
-        "decode",
         tokens_per_second=_spread(whole, best),
     )
     if mine["lookup_seconds"] > 0:
@@ -162,7 +166,6 @@ def decode(
             mine["lookup_seconds"] / best["prefill_seconds"],
             "share",
             0.05,
-            "decode",
         )
     else:  # no figure, rather than a perfect one
         click.echo("the lookup took no time, so it was not reported; no figure of it is recorded.", err=True)
@@ -172,7 +175,6 @@ def decode(
         speed / theirs["tokens_per_second"],
         "×, of medians",
         2.1,
-        "decode",
         tokens_per_second=_spread(mine, theirs),
     )
 
@@ -194,7 +196,6 @@ def int8(
         mine["tokens_per_second"] / theirs["tokens_per_second"],
         "×, of medians",
         1.5,
-        "int8",
         tokens_per_second=_spread(mine, theirs),
     )
 
@@ -291,7 +292,6 @@ def swap(
             statistics.median(seconds) / reference,
             "share, of medians",
             bar,
-            "swap",
             milliseconds=round(1000 * statistics.median(seconds), 3),
         )
 
@@ -345,7 +345,6 @@ def batch(
         found["alone"] / found["together"],
         "×, of medians, prefill included",
         2.5,
-        "batch",
         clusters=used,
         seconds={what: round(seconds, 3) for what, seconds in found.items()},
     )
@@ -460,7 +459,6 @@ def prefill(
         found["dense"] / found["sparse"],
         "×, of medians",
         1.5,
-        "prefill",
         milliseconds={what: round(1000 * seconds, 1) for what, seconds in found.items()},
     )
 

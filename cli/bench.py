@@ -116,7 +116,7 @@ def bench(model: str | None, shape: str | None, contenders: tuple[str, ...], as_
 def print_table(result: dict[str, Any]) -> None:
     """Print a line a contender, and what went wrong below."""
     width = max(18, *(len(row["contender"]) for row in result["contenders"]))
-    bandwidth = result["bandwidth_gb_per_s"]["median"]
+    bandwidth = result["bandwidth_gb_per_s"]["highest"]
     click.echo(
         f"{result['model']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} new ones, median of "
         f"{result['rounds']} rounds on {result['threads']} threads; memory is read at {bandwidth:.1f} GB/s"

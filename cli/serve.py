@@ -16,7 +16,7 @@ from . import llamacpp, options
 from .console import quiet_libraries, status
 
 _D = {"show_default": True}
-_TRANSFORMERS_ONLY = ("keep_ratio", "model", "dtype", "device")
+_TRANSFORMERS_ONLY = ("keep_ratio", "model", "dtype", "device", "engine", "weights", "cluster_cache")
 
 
 @click.command()
@@ -53,6 +53,7 @@ _TRANSFORMERS_ONLY = ("keep_ratio", "model", "dtype", "device")
     help="What runs the model.",
 )
 @llamacpp.only_options
+@options.engine
 @options.encoder
 @options.model_options
 @click.pass_context
@@ -113,10 +114,11 @@ def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
     llamacpp.refuse_only_options(ctx)
     loaded = SemanticIndex.load(index, SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     name = given["model"] or loaded.manifest.model.name
-    language_model = load_model(name, given["dtype"], given["device"])
+    language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "transformers")
     loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
+    runtime = {"engine": given["engine"], "weights": given["weights"], "cache_bytes": given["cluster_cache"]}
     backend = TransformersBackend(
-        language_model, loaded, given["mode"], keep_ratio=given["keep_ratio"], fallback=given["fallback"]
+        language_model, loaded, given["mode"], runtime, keep_ratio=given["keep_ratio"], fallback=given["fallback"]
     )
     return backend, Path(name).name
 

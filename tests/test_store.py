@@ -379,7 +379,9 @@ use = Use(n_kept=[6144] * 4, n_prompt=20, n_new=8)
 lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
 sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
 sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
-print(json.dumps({"peak": peak_bytes(), "needed": plan.needed, "mlps": sum(l.n_bytes for l in lm.layers)}))
+mlps = sum(layer.n_bytes for layer in lm.layers)
+held = plan.parts["libraries, index and encoder"]
+print(json.dumps({"peak": peak_bytes(), "before": plan.peak_so_far, "held": held, "needed": plan.needed, "mlps": mlps}))
 """
 
 
@@ -394,4 +396,5 @@ def test_a_process_keeps_to_its_plan(tmp_path):
     found = json.loads(done.stdout)
     assert found["mlps"] > 300e6
     assert found["peak"] <= found["needed"]
-    assert found["peak"] < found["mlps"] + 350e6  # it would not fit beside the libraries
+    # the model would not fit beside the libraries; compiling the loops, where that was not done before, may take more for a while
+    assert found["peak"] < max(found["held"] + found["mlps"], found["before"] + 1)

@@ -117,7 +117,7 @@ def bench(
         finally:
             for entry in entries:
                 _stop(entry)
-    rows = [_summary(entry, bandwidth.median) for entry in entries]
+    rows = [_summary(entry, bandwidth.highest) for entry in entries]
     if all("error" in row for row in rows):
         reasons = "; ".join(f"{row['contender']}: {row['error']}" for row in rows)
         raise BenchmarkError(f"no contender could be measured ({reasons})")

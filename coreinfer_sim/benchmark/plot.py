@@ -21,7 +21,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         [row["tokens_per_second"] - row["tokens_per_second_lowest"] for row in rows],
         [row["tokens_per_second_highest"] - row["tokens_per_second"] for row in rows],
     ]
-    limits = [1e9 * result["bandwidth_gb_per_s"]["median"] / row["bytes_per_token"] for row in rows]
+    limits = [1e9 * result["bandwidth_gb_per_s"]["highest"] / row["bytes_per_token"] for row in rows]
     places = list(range(len(rows)))
     with drawing(path, width=9, height=1.6 + 0.5 * len(rows)) as (figure, axes):
         axes.barh(places, speeds, xerr=spread, capsize=3)

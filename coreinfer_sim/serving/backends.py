@@ -80,12 +80,17 @@ class TransformersBackend:
     """Our own runtime."""
 
     def __init__(
-        self, language_model: LanguageModel, index: SemanticIndex, mode: str = "similarity", **predictor: Any
+        self,
+        language_model: LanguageModel,
+        index: SemanticIndex,
+        mode: str = "similarity",
+        runtime: dict[str, Any] | None = None,
+        **predictor: Any,
     ) -> None:
-        """Serve a model; ``predictor`` are the further arguments of `make_predictor`."""
+        """Serve a model; ``runtime`` goes to `SparseModel`, ``predictor`` are the further arguments of `make_predictor`."""
         self.index = index
         self._model = language_model
-        self._settings = predictor
+        self._runtime, self._settings = runtime or {}, predictor
         self.modes = tuple(dict.fromkeys([mode, *(each.value for each in Mode)]))
         self._generators: dict[str, TextGenerator] = {}
         self._generator(mode)  # what is wrong with the settings is known before anything is served
@@ -93,7 +98,7 @@ class TransformersBackend:
     def _generator(self, mode: str) -> TextGenerator:
         if mode not in self._generators:
             predictor = make_predictor(mode, self._model.layers, self.index, **self._settings)
-            self._generators[mode] = TextGenerator(self._model, predictor)
+            self._generators[mode] = TextGenerator(self._model, predictor, **self._runtime)
         return self._generators[mode]
 
     def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
