@@ -95,10 +95,11 @@ def engine(function: F) -> F:
     added = (
         click.option(
             "--engine",
-            type=click.Choice(["auto", "lean", "transformers"]),
+            type=click.Choice(["auto", "lean", "transformers", "compiled"]),
             default="auto",
             show_default=True,
-            help="What decodes: our loops for Llama-like models on a CPU, or the model's own code; auto: ours if they can.",
+            help="What decodes: our loops for Llama-like models on a CPU, or the model's own code, as it is or through "
+            "torch.compile (for GPUs); auto: ours if they can.",
         ),
         click.option(
             "--weights",

@@ -65,6 +65,8 @@ class Engine(str, Enum):
     AUTO = "auto"
     LEAN = "lean"
     """Compiled loops, for Llama-like models on a CPU."""
+    COMPILED = "compiled"
+    """The model's own forward code through `torch.compile`, with a static cache: CUDA graphs on a GPU."""
     TRANSFORMERS = "transformers"
     """The model's own forward code."""
 

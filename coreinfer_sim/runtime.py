@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coreinfer_sim import lean
 from coreinfer_sim.architectures import find_mlps, module_bytes, other_bytes
+from coreinfer_sim.compiled import FixedShapes
 from coreinfer_sim.config import Engine, Weights
 from coreinfer_sim.errors import ConfigError, GenerationError
 from coreinfer_sim.memory import give_back_memory
@@ -77,7 +78,8 @@ class SparseModel:
             prefill: ``dense``, or ``sparse``: read the prompt with the kept neurons too, so that dense MLPs are never
                 needed. For predictors that know the set before prefill.
             engine: ``lean`` decodes by `LeanDecoder` and raises where it cannot, ``transformers`` by the model's own
-                forward code, ``auto`` by the first that can; `engine_used` says which it was.
+                forward code, ``auto`` by the first that can; ``compiled`` by the model's own code through
+                `torch.compile` with a static cache, which pays on a GPU. `engine_used` says which it was.
             weights: ``int8`` rounds what decode reads to 8 bits, one scale a row; it needs the lean engine.
             cache_bytes: compact weights of recent selections that are kept for later prompts. A model whose MLPs stay on
                 disk keeps one.
@@ -113,22 +115,26 @@ class SparseModel:
         """Whether a call that the lean engine cannot serve is an error."""
         self._ends = torch.zeros(0, dtype=torch.int64)
         self._compacts = CompactCache(cache_bytes)
+        self._fixed = FixedShapes(model)
         self._lean = self._make_lean()
         self._lock = _LOCKS.setdefault(model, threading.Lock())
 
     def _make_lean(self) -> lean.LeanDecoder | None:
         """Return the lean decoder if it can run the model and is wanted."""
         reason = lean.unsupported(self.model)
-        if reason is None and self.refresh is not None:
-            reason = "refresh changes the neurons within a text"
+        if self.refresh is not None:
+            reason = reason or "refresh changes the neurons within a text"
+            if self._engine is Engine.COMPILED:
+                raise ConfigError(f"the compiled engine was asked for, but {reason}; leave the engine at auto.")
         if reason is None and self._weights is Weights.INT8 and self.prefill == "sparse":
             reason = "sparse prefill multiplies weights as they are stored"
-        if self.must_be_lean and (reason is not None or self._engine is Engine.TRANSFORMERS):
+        wanted = self._engine in (Engine.AUTO, Engine.LEAN)
+        if self.must_be_lean and (reason is not None or not wanted):
             raise ConfigError(
                 f"engine {self._engine.value} with {self._weights.value} weights was asked for, but "
                 f"{reason or 'int8 weights need the engine lean'}; leave the engine at auto and the weights as stored."
             )
-        if reason is not None or self._engine is Engine.TRANSFORMERS:
+        if reason is not None or not wanted:
             return None
         return lean.LeanDecoder(self.model, self.layers, self._weights is Weights.INT8)
 
@@ -143,6 +149,7 @@ class SparseModel:
     def close(self) -> None:
         """Let go of the compact weights."""
         self._compacts.clear()
+        self._fixed.release()
 
     def mlp_bytes(self, selection: NeuronSelection) -> int:
         """Return the MLP bytes that a decoded token reads."""
@@ -225,8 +232,25 @@ class SparseModel:
             raise GenerationError(f"{len(prompts)} prompts were given for {n_rows} rows of ids, expected one a row.")
         ends = self._setting("eos_token_id", kwargs)
         self._ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
+        if self._engine is Engine.COMPILED:
+            kwargs = {**kwargs, **self._fixed_shapes(input_ids, kwargs)}
         with self._phases(input_ids.shape[1], mask, prompts):
             return self.model.generate(input_ids, **{**kwargs, "attention_mask": mask})
+
+    def _fixed_shapes(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by which transformers' generate decodes compiled."""
+        for name in ("past_key_values", "cache_implementation"):
+            if kwargs.get(name) is not None:
+                raise GenerationError(f"{name} was given, but the compiled engine brings its own cache; leave it out.")
+        n_new = self._setting("max_new_tokens", kwargs)
+        n_positions = input_ids.shape[1] + n_new if n_new is not None else self._setting("max_length", kwargs)
+        n_copies = max(self._setting(name, kwargs) or 1 for name in ("num_beams", "num_return_sequences"))
+        reuse = not self._setting("return_dict_in_generate", kwargs)
+        cache = self._fixed.cache(n_copies * len(input_ids), n_positions or input_ids.shape[1] + 20, reuse)
+        return {
+            "past_key_values": cache,
+            "compile_config": self._setting("compile_config", kwargs) or self._fixed.compile_config(),
+        }
 
     def _refuse_refresh(self, mask: torch.Tensor, kwargs: dict[str, Any]) -> None:
         for name, found in (
@@ -281,7 +305,7 @@ class SparseModel:
                 call.prefill_only.enter_context(upcast_products(self.model))
             hook = self.model.register_forward_pre_hook(call.before_forward, with_kwargs=True)
             try:
-                with _forward_of(self.model, call.forward):
+                with _forward_of(self.model, call.forward, call.compiled):
                     yield
                 call.finish()
             finally:
@@ -359,6 +383,7 @@ class _Call:
         self.prefill_only = ExitStack()
         """What decode closes when it begins."""
         self._decoding = False
+        self._is_compiled = sparse._engine is Engine.COMPILED
         self._dense: dict[int, Projections] = {}
         self._text: TextReader | None = None
         self._lean_rows: list[tuple[list[int], dict[int, lean.NeuronMLP]]] | None = None
@@ -375,12 +400,15 @@ class _Call:
         groups = [(sparse._compact(each, engine), rows) for each, rows in sparse._groups()]
         if sparse.prefill == "sparse":
             modules = [lean.modules(sparse.layers, c) if engine is Engine.LEAN else c for c, _ in groups]
-            self._dense = install(sparse.layers, grouped_model(sparse.layers, modules, [rows for _, rows in groups]))
+            compacts = grouped_model(sparse.layers, modules, [rows for _, rows in groups])
+            self._dense = install(sparse.layers, self._in_place(compacts))
         sparse.swap_seconds = time.perf_counter() - begin
 
     def before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass: read the prompt's activations in prefill, put the compact MLPs in place for decode."""
         sparse, text = self._sparse, self._text
+        if self._decoding and text is None:
+            return  # nothing is asked of the cache, as the answer of one on a GPU would have to be waited for
         if text is not None and text.reading:
             return
         cache = kwargs.get("past_key_values")
@@ -421,7 +449,7 @@ class _Call:
             if sparse.must_be_lean:
                 raise GenerationError(f"the lean engine was asked for, but {reason}; leave the engine at auto.")
             if not self._dense:  # else sparse prefill has put them there
-                self._dense = install(sparse.layers, sparse._compact_batch())
+                self._dense = install(sparse.layers, self._in_place(sparse._compact_batch()))
         sparse.swap_seconds += time.perf_counter() - begin
 
     def _not_lean(self, cache: Any, kwargs: dict[str, Any]) -> str | None:
@@ -452,6 +480,20 @@ class _Call:
         logits = decoder.step(input_ids, cache, positions, self._starts, [group for group in groups if group[0]])
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
+    def compiled(self, original: Callable[..., Any], config: Any) -> Callable[..., Any]:
+        """Return what transformers decodes with where it would compile: the bare forward code, without our hooks."""
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._is_compiled = True
+            self.before_forward(self._sparse.model, args, kwargs)
+            self._sparse.engine_used = Engine.COMPILED
+            return self._sparse._fixed.call(original, config)(*args, **kwargs)
+
+        return step
+
+    def _in_place(self, compacts: dict[int, Projections]) -> dict[int, Projections]:
+        return self._sparse._fixed.placed(compacts) if self._is_compiled else compacts
+
     def finish(self) -> None:
         """At the end: where nothing was decoded, the choice is still of interest."""
         if self.reader is not None and not self._decoding:
@@ -465,8 +507,10 @@ class _Call:
 
 
 @contextmanager
-def _forward_of(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let calls of the model go through ``forward(original, …)`` within the block."""
+def _forward_of(
+    model: Any, forward: Callable[..., Any], compiled: Callable[[Callable[..., Any], Any], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the block let calls of the model go through ``forward(original, …)``, and compiled ones through ``compiled``."""
     original, own = model.forward, vars(model).get("forward")
 
     @functools.wraps(original)
@@ -474,9 +518,11 @@ def _forward_of(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
         return forward(original, *args, **kwargs)
 
     model.forward = through
+    model.get_compiled_call = functools.partial(compiled, original)
     try:
         yield
     finally:
+        del model.get_compiled_call
         if own is None:
             del model.forward
         else:

@@ -41,6 +41,7 @@ ORDER = (
     "upcast",
     "decode_kernels",
     "lean",
+    "compiled",
     "compensated",
     "embeddings",
     "clustering",
