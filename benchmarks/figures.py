@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import click
+from click.core import ParameterSource
 
 from coreinfer_sim.benchmark.machine import header
 
 RESULTS = Path(__file__).parent / "results"
+_PLACES = ("model", "index", "data", "out", "name")
+"""Options that name something of whoever repeats the command."""
 
 
-def record(
-    file: str, name: str, value: Any, unit: str, bar: str, holds: bool, command: str, **details: Any
-) -> dict[str, Any]:
-    """Put one figure into a file, in place of an earlier one of that name, and print it.
+def running_command() -> str:
+    """Return the command that is running as another machine would repeat it, with all that it was given."""
+    running = click.get_current_context()
+    words, arguments = ["python", f"benchmarks/{Path(sys.argv[0]).name}", str(running.info_name)], []
+    for parameter in running.command.params:
+        name = str(parameter.name)
+        if running.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = running.params[name]
+        values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
+        if isinstance(parameter, click.Argument):
+            arguments += values
+        elif name in _PLACES:
+            words += [parameter.opts[0], name.upper()]
+        else:
+            words += [word for each in values for word in (parameter.opts[0], each)]
+    return " ".join([*words, *arguments])
+
+
+def record(file: str, name: str, value: Any, unit: str, bar: str, holds: bool, **details: Any) -> dict[str, Any]:
+    """Put one figure of the running command into a file, in place of an earlier one of that name, and print it.
 
     Args:
         file: file name under ``benchmarks/results``.
@@ -23,12 +46,19 @@ def record(
         unit: of the value.
         bar: what it is held against.
         holds: whether it passes.
-        command: what repeats it.
         **details: further facts.
     """
     path = RESULTS / file
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": []}
-    figure = {"name": name, "value": value, "unit": unit, "bar": bar, "holds": holds, "command": command, **details}
+    figure = {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "bar": bar,
+        "holds": holds,
+        "command": running_command(),
+        **details,
+    }
     top = header()
     others = [known for known in content.pop("figures") if known["name"] != name]
     if content and content != top:  # a figure keeps where and when it was measured

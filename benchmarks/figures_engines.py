@@ -42,10 +42,6 @@ def main() -> None:
     """Measure exports, llama.cpp and the server."""
 
 
-def _command(name: str) -> str:
-    return f"python benchmarks/figures_engines.py {name} --index INDEX"
-
-
 @main.command()
 @model_option
 @name_option
@@ -80,7 +76,6 @@ def equality(model: str, name: str, index: Path, keep_ratio: float) -> None:
         "largest difference over largest logit",
         "at most 0.001",
         worst <= 1e-3,
-        _command("equality"),
     )
 
 
@@ -126,7 +121,6 @@ def speed(
                 "×, of medians",
                 f"at least {bar}",
                 ratio >= bar,
-                _command("speed"),
                 tokens_per_second={mode: round(value, 1) for mode, value in medians.items()},
                 spread={mode: [round(min(found), 1), round(max(found), 1)] for mode, found in speeds.items()},
             )
@@ -219,7 +213,6 @@ def load(model: str, name: str, index: Path, clients: int, seconds: int, new_tok
         f"of {counts['answers'] + wrong} answers; {counts['hung up']} clients hung up midway",
         "0",
         wrong == 0 and counts["answers"] > 0,
-        _command("load"),
     )
     record(
         FILE,
@@ -228,7 +221,6 @@ def load(model: str, name: str, index: Path, clients: int, seconds: int, new_tok
         "relative growth",
         "at most 0.02",
         growth <= 0.02,
-        _command("load"),
     )
 
 
@@ -271,7 +263,6 @@ def bad_input(model: str, name: str, index: Path, requests: int) -> None:
         f"over {drawn[1] if drawn else requests} requests",
         "yes",
         done.returncode == 0 and alive,
-        _command("bad-input"),
         generated_by="Schemathesis",
         answers=outcomes,
     )

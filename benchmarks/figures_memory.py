@@ -155,7 +155,6 @@ def _record(
     peak = max(run["peak"] for run in runs["ours"])
     n_same = sum(a["text"] == b["text"] for a, b in zip(runs["ours"], runs["unlimited"], strict=True))
     what = f"{model.name}, keep ratio {keep_ratio:g}, {prefill} prefill, limit {n_bytes / 1e6:,.0f} MB"
-    command = "python benchmarks/figures_memory.py limit --model MODEL --index INDEX"
     ratio = round(medians["ours"] / medians["offload"], 2)
     record(
         FILE,
@@ -164,7 +163,6 @@ def _record(
         "×, of medians",
         "at least 15",
         ratio >= 15,
-        command,
         tokens_per_second=speeds,
         mode=runs["ours"][0]["mode"],
         offload_peak_bytes=max(run["peak"] for run in runs["offload"]),
@@ -177,7 +175,6 @@ def _record(
         "MB",
         f"at most {n_bytes / 1e6:,.0f}",
         peak <= n_bytes,
-        command,
         readable=readable_size(peak),
         peak_bytes=[run["peak"] for run in runs["ours"]],
     )
@@ -188,7 +185,6 @@ def _record(
         f"of {len(runs['ours'])} runs × {tokens} tokens",
         str(len(runs["ours"])),
         n_same == len(runs["ours"]),
-        command,
     )
 
 

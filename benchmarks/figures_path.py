@@ -34,10 +34,6 @@ model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_
 data_option = click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 
 
-def _command(name: str, data: bool = False) -> str:
-    return f"python benchmarks/figures_path.py {name}" + (" --data DATA" if data else "")
-
-
 def _mixed_corpus(data: Path, n: int, target: Path) -> Path:
     """Write ``n`` rows, drawn from every set of the folder in turn."""
     files = [path.open(encoding="utf-8") for path in sorted(data.glob("*.jsonl"))]
@@ -82,7 +78,6 @@ def fresh(targets: tuple[str, ...]) -> None:
                 "s",
                 "exit 0",
                 done.returncode == 0,
-                _command("fresh"),
                 exit_code=done.returncode,
             )
 
@@ -112,7 +107,6 @@ def dense_equality(model: str) -> None:
         "of 20 prompts × 64 tokens",
         "20",
         n_same == 20,
-        _command("dense-equality"),
     )
 
 
@@ -168,7 +162,6 @@ def lm_pass(model: str, data: Path, rows: int, rounds: int) -> None:
                 "of its tokens/s, median",
                 "at least 0.8",
                 share >= 0.8,
-                _command("lm-pass", True) + f" --rows {rows} --rounds {rounds}",
                 spread=[round(float(min(shares)), 3), round(float(max(shares)), 3)],
                 tokens_per_second={
                     "recording": round(float(np.median(own[1:]))),
@@ -238,7 +231,6 @@ def build(model: str, data: Path, only: str | None) -> None:
                 "of 4 files",
                 "4",
                 same == 4,
-                _command("build", True),
             )
         if only in ("memory", "files"):
             return
@@ -255,7 +247,6 @@ def build(model: str, data: Path, only: str | None) -> None:
             "share, the smaller of both scores",
             "at least 0.999",
             worst >= 0.999,
-            _command("build", True),
             by_score={score: round(value, 6) for score, value in agreement.items()},
         )
 
@@ -269,7 +260,6 @@ def _record_memory(peak_small: int, peak_large: int) -> None:
         "relative growth",
         "at most 0.05",
         growth <= 0.05,
-        _command("build", True),
         peak_mib={"500": round(peak_small / 2**20), "2000": round(peak_large / 2**20)},
     )
 
@@ -309,7 +299,6 @@ def lookup(index: str, rounds: int) -> None:
         "ms, median",
         "at most 20",
         median <= 20,
-        _command("lookup"),
         p95=round(float(np.quantile(times, 0.95)), 2),
     )
     dimension = loaded.manifest.encoder.dimension
@@ -329,7 +318,6 @@ def lookup(index: str, rounds: int) -> None:
         "ms, median",
         "at most 0.2",
         median <= 0.2,
-        _command("lookup"),
     )
     command = shutil.which("coreinfer-sim", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert command is not None
@@ -338,7 +326,7 @@ def lookup(index: str, rounds: int) -> None:
         subprocess.run([command, "--help"], check=True, capture_output=True)
 
     median = round(statistics.median([_seconds(show_help) for _ in range(10)]), 3)
-    record(FILE, "coreinfer-sim --help", median, "s, median", "at most 0.5", median <= 0.5, _command("lookup"))
+    record(FILE, "coreinfer-sim --help", median, "s, median", "at most 0.5", median <= 0.5)
 
 
 @main.command()
@@ -382,7 +370,6 @@ def texts(model: str, index: str) -> None:
         "perplexity, greedy 64 tokens",
         "reads as sensible English (results/demo-texts.json)",
         surprise["0.8"] < 10,
-        _command("texts"),
         of_dense_texts=surprise["dense"],
         at_keep_ratio_0_4=surprise["0.4"],
     )

@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import RESULTS, header, record
+from figures import RESULTS, header, record, running_command
 
 FILE = "figures-quality.json"
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
@@ -77,7 +77,6 @@ def build(model: str, data: Path, name: str, out: Path, rows: int, options: tupl
         "minutes",
         f"at most {bar}",
         minutes <= bar,
-        f"python benchmarks/figures_quality.py build --data DATA --rows {rows} {' '.join(options)}",
     )
 
 
@@ -110,14 +109,9 @@ def evaluate(
         check=True,
     )
     content = json.loads(out.read_text(encoding="utf-8"))
-    command = f"{_command(keep_ratio, rows)} --dtype {dtype} --max-tokens {max_tokens}"
-    content = {**header(), "command": command, "rows_per_set": rows, "contenders": content["contenders"]}
+    content = {**header(), "command": running_command(), "rows_per_set": rows, "contenders": content["contenders"]}
     out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _record_all({row["contender"]: row for row in content["contenders"]}, name, keep_ratio, rows)
-
-
-def _command(keep_ratio: float, rows: int) -> str:
-    return f"python benchmarks/figures_quality.py evaluate --data DATA --index INDEX --keep-ratio {keep_ratio:g} --rows {rows}"
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -187,7 +181,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
             **header(),
             "tokens": tokens,
             "rows_per_set": rows,
-            "command": " ".join(sys.argv[:2]),
+            "command": running_command(),
             "ratios": known,
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -212,20 +206,17 @@ def _cases(language_model: Any, path: Path, n: int) -> list[Any]:
 
 def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int) -> None:
     """Record the figures that a summary of `evaluate` gives."""
-    command = _command(keep_ratio, rows)
     seen = [each for each in next(iter(summary.values()))["sets"] if each not in UNSEEN]
 
     def mean(contender: str, sets: Sequence[str]) -> float:
         found = summary[f"{contender} {keep_ratio:g}"]["sets"]
         return math.exp(sum(math.log(found[each]["ratio"]) for each in sets) / len(sets))
 
-    def put(title: str, value: float, bar: float | None, **details: Any) -> None:
+    def put(title: str, value: float, bar: float | None, unit: str = "× dense", **details: Any) -> None:
         value = round(value, 3)
         wanted = "for comparison" if bar is None else f"at most {bar}"
         title = f"{name}, keep ratio {keep_ratio:g}: {title}"
-        record(
-            FILE, title, value, "× dense", wanted, bar is None or value <= bar, command, rows_per_set=rows, **details
-        )
+        record(FILE, title, value, unit, wanted, bar is None or value <= bar, rows_per_set=rows, **details)
 
     own, everywhere = "similarity/compensated", "global/compensated"
     bars = {"SmolLM2-135M": {0.4: 2.0, 0.6: 1.4}, "Qwen2.5-Coder-1.5B": {0.4: 1.3, 0.6: 1.08}}
@@ -239,11 +230,12 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
     ):
         put(contender, mean(contender, seen), None)
     gap = math.log(mean(own, seen))
-    put("log gap of similarity, compensated, over GRIFFIN's", gap / math.log(mean("griffin", seen)), 0.45)
+    put("log gap of similarity, compensated, over GRIFFIN's", gap / math.log(mean("griffin", seen)), 0.45, "share")
     put(
         "log gap of similarity, compensated, over the compensated global set's",
         gap / math.log(mean(everywhere, seen)),
         0.85,
+        "share",
     )
     routed = mean(f"{own} else global", UNSEEN)
     put("unseen sets, compensated with routing by confidence", routed, round(mean(everywhere, UNSEEN), 3))

@@ -53,17 +53,6 @@ def main() -> None:
     """Measure decode speed."""
 
 
-def _command() -> str:
-    """Return the command that is running, with every setting that is not the default."""
-    running = click.get_current_context()
-    parts = [f"python benchmarks/figures_speed.py {running.info_name} --model MODEL --index INDEX --name NAME"]
-    for option in running.command.params:
-        value = running.params[str(option.name)]
-        if option.name not in ("model", "index", "name") and value != option.get_default(running):
-            parts.append(f"{option.opts[0]} {value}")
-    return " ".join(parts)
-
-
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
@@ -107,12 +96,12 @@ def _spread(*rows: dict[str, Any]) -> dict[str, list[float]]:
 
 def _at_least(name: str, value: float, unit: str, bar: float, **details: Any) -> None:
     value = float(f"{value:.3g}")
-    record(FILE, name, value, unit, f"at least {bar:g}", value >= bar, _command(), **details)
+    record(FILE, name, value, unit, f"at least {bar:g}", value >= bar, **details)
 
 
 def _at_most(name: str, value: float, unit: str, bar: float, **details: Any) -> None:
     value = float(f"{value:.3g}")
-    record(FILE, name, value, unit, f"at most {bar:g}", value <= bar, _command(), **details)
+    record(FILE, name, value, unit, f"at most {bar:g}", value <= bar, **details)
 
 
 @main.command()
