@@ -109,6 +109,12 @@ def generate(
     coreinfer-sim generate --index my-index --chat --compare --keep-ratio 0.6 "How do stars form?"
     coreinfer-sim generate --index my-index --backend llamacpp --exported my-ggufs "How do stars form?"
     """
+    if "" in given["stop"]:
+        raise click.UsageError("a --stop text is empty, which every text contains; leave it out.")
+    if (given["min_new_tokens"] or 0) > given["max_new_tokens"]:
+        raise click.UsageError(
+            f"--min-new-tokens is {given['min_new_tokens']}, expected at most --max-new-tokens, {given['max_new_tokens']}."
+        )
     prompts = _prompts(prompt, file)
     first = next(prompts, None)
     if first is None:
@@ -118,7 +124,7 @@ def generate(
         run_one = llamacpp.runner(ctx, compare)
     else:
         llamacpp.refuse_only_options(ctx)
-        with status("Loading the model"):
+        with status("Loading the model; the first time this compiles the decode loops"):
             contenders = _contenders(given, compare, first)
 
         def run_one(text: str, shown: bool, number: int) -> list[Any]:

@@ -160,6 +160,7 @@ class LeanDecoder:
             layers: its MLPs, dense.
             int8: hold rounded copies (`quantized`) of all products instead; dense MLPs among them when one is first used.
         """
+        kernels.warm_up(model.dtype, int8)  # now, rather than within the first text
         self._model, self._layers, self._int8 = model, layers, int8
         kind = _activation_kind(model)
         assert kind is not None

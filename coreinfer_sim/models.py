@@ -70,14 +70,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
         lean: only decode matters, by the lean engine where it knows the family: its loops read 16 bits on any CPU.
 
     Raises:
-        ModelError: nothing there, or nothing that transformers can load.
+        ModelError: nothing there, or nothing that transformers can load; no such device.
         UnsupportedModelError: the family has no adapter.
     """
     source, options = _source(name)
     if dtype not in ("auto", "stored") and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _usable_device(device)
     transformers_logging.disable_progress_bar()
     try:
         of_gguf = torch.bfloat16 if dtype == "stored" or lean else usable(torch.bfloat16, device)
@@ -97,6 +96,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return LanguageModel(model, tokenizer, name, find_mlps(model))
+
+
+def _usable_device(name: str) -> str:
+    """Return the device that ``name`` asks for, if tensors can lie on it."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        found = "cpu and cuda" if torch.cuda.is_available() else "cpu, and no GPU that this torch can use"
+        raise ModelError(
+            f"the device {name!r} cannot be used, as this machine has {found}; give one of those."
+        ) from error
+    return name
 
 
 def load_tokenizer(name: str) -> Any:

@@ -811,6 +811,8 @@ BAD_GENERATE = [
     ["--device", "no-such-device"],
     ["--encoder", "/nowhere/encoder"],
     ["--temperature", "nan"],
+    ["--stop", ""],
+    ["--min-new-tokens", "9", "--max-new-tokens", "8"],
     ["--seed", str(2**70), "--mode", "random"],
     pytest.param(["--device", "cuda"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ]

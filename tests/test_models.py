@@ -7,6 +7,7 @@ import torch
 from tiny_models import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
+from coreinfer_sim.errors import ModelError
 from coreinfer_sim.models import load_model, usable
 
 SUPPORTED = {
@@ -25,3 +26,12 @@ def test_what_auto_computes_in(dtype, tmp_path):
     assert usable(dtype, "cuda") is dtype
     named = str(dtype).removeprefix("torch.")
     assert load_model(folder, dtype=named, device="cpu").model.dtype is dtype  # who names a type gets it
+
+
+@pytest.mark.parametrize("device", ["cuda", "no-such-device"])
+def test_a_device_that_is_not_there(device, tmp_path):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    folder = save_tiny_checkpoint(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"the device '{device}' cannot be used, as this machine has cpu"):
+        load_model(folder, device=device)
