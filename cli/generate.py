@@ -139,7 +139,7 @@ def generate(
     n_failed = 0
     for number, text in enumerate(_chain(first, prompts)):
         try:
-            runs = run_one(text, not as_json, number)
+            runs = run_one(options.readable(text), not as_json, number)
         except PromptError as error:  # the other lines are still worth an answer
             if prompt is not None:
                 raise
@@ -161,10 +161,10 @@ def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
         yield options.readable(prompt)
     elif file is not None:
         with file.open(encoding="utf-8", errors="surrogateescape") as lines:
-            yield from (options.readable(line.strip()) for line in lines if line.strip())
+            yield from (line.strip() for line in lines if line.strip())
     elif not sys.stdin.isatty():
         lines = click.get_text_stream("stdin", encoding="utf-8", errors="surrogateescape")
-        yield from (options.readable(line.strip()) for line in lines if line.strip())
+        yield from (line.strip() for line in lines if line.strip())
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -194,7 +194,7 @@ def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGe
         lean = given["engine"] != "transformers" and given["refresh"] is None
         language_model = load_model(name, given["dtype"], given["device"], lean)
     else:
-        language_model = budgeted.load(name, given, modes, index, first)
+        language_model = budgeted.load(name, given, modes, index, options.readable(first))
     if index is not None:
         index.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
     predictors = [
