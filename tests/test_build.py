@@ -34,7 +34,7 @@ from safetensors.numpy import load_file
 from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.build import Progress, build_index
-from coreinfer_sim.build.executors import run_shards
+from coreinfer_sim.build.executors import interrupts_held, run_shards
 from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import read_corpus
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError, CorpusError, IndexFormatError
@@ -761,3 +761,11 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(build, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(BuildError, match=r"1000 B are free beside .*index, expected \d+\.\d KiB; free some space"):
         build(tmp_path / "index")
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks here")
+def test_a_process_that_is_only_starting_leaves_ctrl_c_to_its_parent():
+    asks = [sys.executable, "-c", "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"]
+    with interrupts_held():
+        assert subprocess.run(asks, capture_output=True, text=True, check=True).stdout.strip() == "True"
+    assert subprocess.run(asks, capture_output=True, text=True, check=True).stdout.strip() == "False"

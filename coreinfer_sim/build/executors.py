@@ -71,8 +71,9 @@ def run_shards(
         for _ in range(min(n_workers, len(shards)) - 1)
     ]
     try:
-        for helper in helpers:
-            helper.start()
+        with interrupts_held():
+            for helper in helpers:
+                helper.start()
         while (shard := _take(taken, shards)) is not None:
             report(run(shard))
             _drain(results, report)
@@ -122,6 +123,22 @@ def _help(
             results.put(run(shard))
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back within the block, and for good in processes that start in it: the parent decides what it means.
+
+    A process that only ignored it once it runs could still be interrupted while it imports, with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.config import BuildConfig, parse_layers
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError
-from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model
 
 
@@ -65,7 +64,6 @@ def runner(job: Job, language_model: LanguageModel, sentences: list[Sentence], c
             language_model, layers, sentences, clustering.assignment, shards[number], job.config, job.max_tokens
         )
         sums.save(shard_path(job.folder, number))
-        give_back_memory()
         return sum(sentences[i].n_tokens for i in shards[number])
 
     return run

@@ -20,6 +20,7 @@ from coreinfer_sim.config import BuildConfig
 from coreinfer_sim.core_neurons import sentence_statistics
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.files import write_atomic
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel
 
 ENERGY_UNIT = 2.0**-30
@@ -167,4 +168,5 @@ def run_shard(
             places = np.searchsorted(sums.clusters, assignment[batch.numbers])
             tap.set_mask(batch.attention_mask)
             forward(language_model, batch)
+            give_back_memory()  # batches of many shapes would leave holes, more with every one
     return sums
