@@ -49,9 +49,10 @@ def _contenders(content: dict[str, Any]) -> str:
 
 def _speeds(content: dict[str, Any]) -> str:
     """Return what `bench` wrote: a row a contender."""
+    highest = content["bandwidth_gb_per_s"]["highest"]
     lines = [
         f"{content['model']}, {content['prompt_tokens']} prompt tokens, {content['new_tokens']} new ones, median of "
-        f"{content['rounds']} rounds; memory is read at {content['bandwidth_gb_per_s']['highest']:.1f} GB/s. {_where(content)}.",
+        f"{content['rounds']} rounds; memory is read at {highest:.1f} GB/s at best. {_where(content)}.",
         "",
         "| contender | tokens/s (lowest–highest) | first token | peak memory | MB a token | share of bandwidth |",
         "|---|--:|--:|--:|--:|--:|",
@@ -60,11 +61,12 @@ def _speeds(content: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"| {row['contender']} | not measured: {row['error']} | | | | |")
             continue
-        lowest, highest = row["tokens_per_second_lowest"], row["tokens_per_second_highest"]
+        slowest, fastest = row["tokens_per_second_lowest"], row["tokens_per_second_highest"]
+        share = row["tokens_per_second"] * row["bytes_per_token"] / (highest * 1e9)
         lines.append(
-            f"| {row['contender']} | {row['tokens_per_second']:.1f} ({lowest:.1f}–{highest:.1f}) | "
+            f"| {row['contender']} | {row['tokens_per_second']:.1f} ({slowest:.1f}–{fastest:.1f}) | "
             f"{1000 * row['first_token_seconds']:,.0f} ms | {row['peak_bytes'] / 1e6:,.0f} MB | "
-            f"{row['bytes_per_token'] / 1e6:,.0f} | {row['share_of_bandwidth']:.0%} |"
+            f"{row['bytes_per_token'] / 1e6:,.0f} | {share:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
