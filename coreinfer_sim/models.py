@@ -104,7 +104,7 @@ def _usable_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch asserts that it was built with CUDA
         found = "cpu and cuda" if torch.cuda.is_available() else "cpu, and no GPU that this torch can use"
         raise ModelError(
             f"the device {name!r} cannot be used, as this machine has {found}; give one of those."

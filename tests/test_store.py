@@ -381,7 +381,7 @@ sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.
 sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
 mlps = sum(layer.n_bytes for layer in lm.layers)
 held = plan.parts["libraries, index and encoder"]
-print(json.dumps({"peak": peak_bytes(), "before": plan.peak_so_far, "held": held, "needed": plan.needed, "mlps": mlps}))
+print(json.dumps({"peak": peak_bytes(), "held": held, "needed": plan.needed, "mlps": mlps}))
 """
 
 
@@ -396,5 +396,4 @@ def test_a_process_keeps_to_its_plan(tmp_path):
     found = json.loads(done.stdout)
     assert found["mlps"] > 300e6
     assert found["peak"] <= found["needed"]
-    # the model would not fit beside the libraries; compiling the loops, where that was not done before, may take more for a while
-    assert found["peak"] < max(found["held"] + found["mlps"], found["before"] + 1)
+    assert found["peak"] - found["held"] < 0.5 * found["mlps"]  # the dense MLPs are never all in memory
