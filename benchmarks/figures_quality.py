@@ -13,7 +13,6 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,16 +58,19 @@ def _seen_rows(data: Path, rows: int, target: Path) -> Path:
 @click.option("--rows", default=200, show_default=True, help="Of each indexed set.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def build(model: str, data: Path, name: str, out: Path, rows: int, options: tuple[str, ...]) -> None:
-    """Build the compensated index; OPTIONS go to build-index."""
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = _seen_rows(data, rows, Path(folder, "seen.jsonl"))
-        command = [
-            *(*_COMMAND, "build-index", str(corpus), "--model", model),
-            *("--out", str(out), "--prompt-column", "prompt", "--template", "{asked}{completion}", *options),
-        ]
-        begin = time.monotonic()
-        subprocess.run(command, check=True)
-        minutes = round((time.monotonic() - begin) / 60, 1)
+    """Build the compensated index; OPTIONS go to build-index. Run again after an interruption, it goes on where it was."""
+    resumed = out.with_name(f"{out.name}.build").exists()
+    corpus = _seen_rows(data, rows, out.with_name(f"{out.name}.jsonl"))  # a place that a second run finds again
+    command = [
+        *(*_COMMAND, "build-index", str(corpus), "--model", model),
+        *("--out", str(out), "--prompt-column", "prompt", "--template", "{asked}{completion}", *options),
+    ]
+    begin = time.monotonic()
+    subprocess.run(command, check=True)
+    minutes = round((time.monotonic() - begin) / 60, 1)
+    if resumed:
+        click.echo("this build went on from an earlier one, so its time is not recorded.", err=True)
+        return
     bar = 75
     record(
         FILE,

@@ -21,7 +21,7 @@ from coreinfer_sim.architectures import MLPLayer, activation, dense_bytes, find_
 from coreinfer_sim.checkpoint import Checkpoint
 from coreinfer_sim.config import Fallback, Mode, parse_layers
 from coreinfer_sim.core_neurons import n_kept
-from coreinfer_sim.decode_kernels import warm_up
+from coreinfer_sim.decode_kernels import warm_up, warm_up_linear
 from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, UnsupportedModelError
 from coreinfer_sim.memory import give_back_memory, keep_heap_small, peak_bytes, resident_bytes
 from coreinfer_sim.models import DTYPES, LEAN_FAMILIES, LanguageModel, usable
@@ -212,8 +212,8 @@ def load_within(
     names = _Names(model, checkpoint)
     streamed_table = names.streams_table()
     shape = model_shape(model, layers, without_table=streamed_table)
-    if model.config.model_type in LEAN_FAMILIES:
-        warm_up(stored)  # now, so that what the compiled loops take is counted before the model is loaded
+    compile_loops = warm_up if model.config.model_type in LEAN_FAMILIES else warm_up_linear
+    compile_loops(stored)  # now, so that what they take is counted before the model is loaded
     give_back_memory()
     plan = plan_budget(budget, shape, use(tokenizer, layers), resident_bytes(), peak_bytes())
     plan.check()

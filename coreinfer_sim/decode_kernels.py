@@ -420,6 +420,14 @@ def set_threads() -> int:
 
 
 @functools.cache
+def warm_up_linear(dtype: torch.dtype) -> None:
+    """Compile `linear` alone for weights of a type, or load it where that was done before."""
+    one = np.ones(8, np.float32)
+    set_threads()
+    linear(bits(torch.zeros(8, 8, dtype=dtype)), one, one, np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
+
+
+@functools.cache
 def warm_up(dtype: torch.dtype, int8: bool = False) -> None:
     """Compile the loops for a model's type, or load them where that was done before: some 20 seconds or one.
 

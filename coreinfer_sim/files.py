@@ -51,3 +51,9 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as readable JSON, in one step."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def cache_folder(part: str) -> Path:
+    """Return where what can be made anew is kept: ``$COREINFER_SIM_CACHE`` or ``~/.cache/coreinfer_sim``, in it ``part``."""
+    base = os.environ.get("COREINFER_SIM_CACHE")
+    return (Path(base) if base else Path.home() / ".cache" / "coreinfer_sim") / part

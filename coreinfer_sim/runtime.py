@@ -19,16 +19,17 @@ from coreinfer_sim import lean
 from coreinfer_sim.architectures import find_mlps, module_bytes, other_bytes
 from coreinfer_sim.compiled import FixedShapes
 from coreinfer_sim.config import Engine, Weights
+from coreinfer_sim.decode_kernels import warm_up_linear
 from coreinfer_sim.errors import ConfigError, GenerationError
 from coreinfer_sim.memory import give_back_memory
-from coreinfer_sim.models import usable
+from coreinfer_sim.models import DTYPES
 from coreinfer_sim.predictors import Predictor, PromptStatistics
+from coreinfer_sim.products import Products
 from coreinfer_sim.prompt_reader import PromptReader
 from coreinfer_sim.refresh import TextReader, drifted, parse_refresh
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_model, grouped_model, install
 from coreinfer_sim.swapping import DEFAULT_BYTES, CompactCache
-from coreinfer_sim.upcast import upcast_products
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 _REFUSED = {
@@ -117,6 +118,11 @@ class SparseModel:
         self._compacts = CompactCache(cache_bytes)
         self._fixed = FixedShapes(model)
         self._lean = self._make_lean()
+        on_cpu = model.device.type == "cpu"
+        self._products = Products() if on_cpu and self._engine is not Engine.COMPILED else None
+        """Multiplies where the model's own code runs; on a GPU, and when compiled, torch does by itself."""
+        if self._products is not None and self._lean is None and model.dtype in DTYPES.values():
+            warm_up_linear(model.dtype)  # now, rather than within the first text
         self._lock = _LOCKS.setdefault(model, threading.Lock())
 
     def _make_lean(self) -> lean.LeanDecoder | None:
@@ -295,14 +301,13 @@ class SparseModel:
     def _phases(self, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> Iterator[None]:
         """Decode sparsely what comes after the prompt, whichever engine does it."""
         call = _Call(self, n_prompt, mask, prompts)
-        with ExitStack() as prefill:
-            prefill.callback(call.restore)
+        with ExitStack() as stack:
+            stack.callback(call.restore)
             call.begin_prefill()
             if call.reader is not None:
-                prefill.enter_context(call.reader.reading(self.layers))
-            if usable(self.model.dtype, str(self.model.device)) is not self.model.dtype:
-                call.prefill_only = prefill.enter_context(ExitStack())
-                call.prefill_only.enter_context(upcast_products(self.model))
+                stack.enter_context(call.reader.reading(self.layers))
+            if self._products is not None:
+                stack.enter_context(self._products.used_by(self.model))
             hook = self.model.register_forward_pre_hook(call.before_forward, with_kwargs=True)
             try:
                 with _forward_of(self.model, call.forward, call.compiled):
@@ -353,7 +358,10 @@ class SparseModel:
             if engine is Engine.LEAN:
                 assert self._lean is not None
                 return self._lean.compact(selection)
-            return compact_model(self.layers, selection)
+            made = compact_model(self.layers, selection)
+            if self._products is not None:
+                self._products.use(module for parts in made.values() for module in parts.values())
+            return made
 
         def size(made: dict[int, Any]) -> int:
             if engine is Engine.LEAN:
@@ -380,8 +388,6 @@ class _Call:
             self.reader = PromptReader(mask, sparse.predictor.alpha)
         else:
             sparse.selections = known
-        self.prefill_only = ExitStack()
-        """What decode closes when it begins."""
         self._decoding = False
         self._is_compiled = sparse._engine is Engine.COMPILED
         self._dense: dict[int, Projections] = {}
@@ -433,7 +439,6 @@ class _Call:
             if sparse.refresh is not None:
                 alpha = self.reader.alpha
                 self._text = TextReader(sparse.model, sparse.layers, cache, alpha, self.reader.statistics)
-        self.prefill_only.close()
         reason = self._not_lean(cache, kwargs)
         begin = time.perf_counter()
         if reason is None:
@@ -450,6 +455,8 @@ class _Call:
                 raise GenerationError(f"the lean engine was asked for, but {reason}; leave the engine at auto.")
             if not self._dense:  # else sparse prefill has put them there
                 self._dense = install(sparse.layers, self._in_place(sparse._compact_batch()))
+            if sparse._products is not None:
+                sparse._products.choose(sparse.model.modules(), len(kwargs["input_ids"]))
         sparse.swap_seconds += time.perf_counter() - begin
 
     def _not_lean(self, cache: Any, kwargs: dict[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ import torch
 
 from coreinfer_sim.checkpoint import Checkpoint, bytes_of, drop_cached, raw, read_exactly, read_into
 from coreinfer_sim.errors import ModelError, StoreError
-from coreinfer_sim.files import atomic_path
+from coreinfer_sim.files import atomic_path, cache_folder
 from coreinfer_sim.progress import Progress, readable_size
 
 FORMAT_VERSION = 1
@@ -192,15 +192,9 @@ class LayerStore:
         return StoreError(f"layer {self.number} of the store {path} cannot be read ({error}); {_again(path)}")
 
 
-def cache_folder() -> Path:
-    """Return where stores go: ``$COREINFER_SIM_CACHE`` or ``~/.cache/coreinfer_sim``, in it the folder ``stores``."""
-    base = os.environ.get("COREINFER_SIM_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "coreinfer_sim") / "stores"
-
-
 def store_path(checkpoint: Checkpoint) -> Path:
     """Return where a checkpoint's store is, or will be."""
-    return cache_folder() / f"{checkpoint.fingerprint()}.neurons"
+    return cache_folder("stores") / f"{checkpoint.fingerprint()}.neurons"
 
 
 def open_or_make(

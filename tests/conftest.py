@@ -17,6 +17,14 @@ from coreinfer_sim.embeddings import SentenceEncoder
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing that tests measure or make lands in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COREINFER_SIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> str:
     """Folder of a tiny Llama with a real tokenizer and a chat template; read-only."""

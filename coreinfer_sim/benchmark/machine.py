@@ -7,10 +7,11 @@ import platform
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
+
+from coreinfer_sim.products import processor
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy", "numba", "datasets")
 _WIDTH = 4096
@@ -18,13 +19,8 @@ _WIDTH = 4096
 
 def machine() -> dict[str, Any]:
     """Describe the machine: processor, cores, memory."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
