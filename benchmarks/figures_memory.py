@@ -1,8 +1,10 @@
 """Measure decode under a memory limit that the system enforces, page cache included; needs root and Linux.
 
 python benchmarks/figures_memory.py limit --model MODEL --index INDEX --limit 2600MB
+python benchmarks/figures_memory.py limit --shape opt-6.7b --limit 10GB --at-least 5 --rounds 2
 
-MODEL is a checkpoint folder in safetensors format, INDEX an index of it. Contenders, alternating in one run: ours with
+MODEL is a checkpoint folder in safetensors format, INDEX an index of it; a shape is a real architecture that gets random
+weights and neurons, and takes twice its size on disk. Contenders, alternating in one run: ours with
 --memory-budget and transformers with accelerate's disk offload, each in a control group with this limit, and ours without
 any limit. Before each run the system is told to forget the model's files, so that all of them read from the disk.
 """
@@ -95,7 +97,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--shape", help="In place of a model, for speed and memory only.")
 @click.option("--index", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Without: random neurons.")
 @click.option("--limit", "limit_text", default="2600MB", show_default=True)
 @click.option("--keep-ratio", default=0.4, show_default=True)
@@ -103,8 +106,10 @@ def main() -> None:
 @click.option("--tokens", default=64, show_default=True, help="New tokens of ours.")
 @click.option("--offload-tokens", default=8, show_default=True, help="New tokens of disk offload, which is slow.")
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--at-least", default=15.0, show_default=True, help="The bar for decode over disk offload's.")
 def limit(
-    model: Path,
+    model: Path | None,
+    shape: str | None,
     index: Path | None,
     limit_text: str,
     keep_ratio: float,
@@ -112,11 +117,17 @@ def limit(
     tokens: int,
     offload_tokens: int,
     rounds: int,
+    at_least: float,
 ) -> None:
     """Decode speed under the limit beside disk offload's, the peak, and whether the output is the unlimited run's."""
+    if (model is None) is (shape is None):
+        raise click.UsageError("give either --model or --shape.")
     n_bytes = parse_size(limit_text)
     with tempfile.TemporaryDirectory(prefix="coreinfer-sim-") as folder:
         os.environ["COREINFER_SIM_CACHE"] = folder
+        if model is None:
+            model = Path(folder, str(shape))
+            subprocess.run([sys.executable, __file__, "save-shape", str(shape), str(model)], check=True)
         ours = [
             *(
                 str(Path(sys.executable).with_name("coreinfer-sim")),
@@ -139,7 +150,15 @@ def limit(
             runs["ours"].append(run_in_group(budgeted, n_bytes, model, Path(folder)))
             runs["offload"].append(run_in_group(offload, n_bytes, model, Path(folder)))
             runs["unlimited"].append(run_in_group([*ours, "--dtype", _stored(model)], None, model))
-    _record(runs, model, n_bytes, keep_ratio, prefill, tokens)
+        _record(
+            runs,
+            model.name if shape is None else f"{shape} (random weights)",
+            n_bytes,
+            keep_ratio,
+            prefill,
+            tokens,
+            at_least,
+        )
 
 
 def _stored(model: Path) -> str:
@@ -148,21 +167,27 @@ def _stored(model: Path) -> str:
 
 
 def _record(
-    runs: dict[str, list[dict[str, Any]]], model: Path, n_bytes: int, keep_ratio: float, prefill: str, tokens: int
+    runs: dict[str, list[dict[str, Any]]],
+    title: str,
+    n_bytes: int,
+    keep_ratio: float,
+    prefill: str,
+    tokens: int,
+    at_least: float,
 ) -> None:
     speeds = {name: [run["tokens_per_second"] for run in group] for name, group in runs.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     peak = max(run["peak"] for run in runs["ours"])
     n_same = sum(a["text"] == b["text"] for a, b in zip(runs["ours"], runs["unlimited"], strict=True))
-    what = f"{model.name}, keep ratio {keep_ratio:g}, {prefill} prefill, limit {n_bytes / 1e6:,.0f} MB"
+    what = f"{title}, keep ratio {keep_ratio:g}, {prefill} prefill, limit {n_bytes / 1e6:,.0f} MB"
     ratio = round(medians["ours"] / medians["offload"], 2)
     record(
         FILE,
         f"{what}: decode over that of accelerate's disk offload",
         ratio,
         "×, of medians",
-        "at least 15",
-        ratio >= 15,
+        f"at least {at_least:g}",
+        ratio >= at_least,
         tokens_per_second=speeds,
         mode=runs["ours"][0]["mode"],
         offload_peak_bytes=max(run["peak"] for run in runs["offload"]),
@@ -186,6 +211,18 @@ def _record(
         str(len(runs["ours"])),
         n_same == len(runs["ours"]),
     )
+
+
+@main.command(hidden=True)
+@click.argument("shape")
+@click.argument("target")
+def save_shape(shape: str, target: str) -> None:
+    """Save a checkpoint of an architecture with random weights, in bfloat16."""
+    from coreinfer_sim.benchmark.shapes import parse_shape, random_model
+
+    made = random_model(parse_shape(shape), "bfloat16", "cpu")
+    made.model.save_pretrained(target, max_shard_size="2GB")
+    made.tokenizer.save_pretrained(target)
 
 
 @main.command(hidden=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticIndex | None, first: str) -> LanguageModel:
     """Load a model under the command's budget; the longest text that is planned for begins with the prompt ``first``."""
-    from coreinfer_sim.budget import Use, load_within, most_kept
+    from coreinfer_sim.budget import Use, load_on_device, load_within, most_kept
     from coreinfer_sim.config import Fallback, Mode
     from coreinfer_sim.generation import prompt_ids
 
@@ -46,10 +46,12 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
             n_sequences=given["num_beams"],
             n_caches=1 if given["refresh"] is None else 2,
             streams=given["prefill"] == "dense",
+            held_twice=given["engine"] == "compiled",
         )
 
     progress = ConsoleProgress()
-    return load_within(name, given["memory_budget"], use, given["dtype"], given["device"], progress)[0]
+    load_model = load_within if given["device"] in ("auto", "cpu") else load_on_device
+    return load_model(name, given["memory_budget"], use, given["dtype"], given["device"], progress)[0]
 
 
 def _keep_ratio(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> float:

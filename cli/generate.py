@@ -90,7 +90,8 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     "--memory-budget",
     callback=options.size,
     metavar="SIZE",
-    help="Keep to this much memory, such as 2GiB: dense MLP weights stay on disk.  [default: no limit]",
+    help="Keep to this much memory, such as 2GiB: dense MLP weights stay on disk, or with --device cuda, whose memory is "
+    "then counted, in host memory.  [default: no limit]",
 )
 @llamacpp.only_options
 @options.encoder

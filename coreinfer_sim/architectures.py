@@ -19,6 +19,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.errors import IndexMismatchError, UnsupportedModelError
+from coreinfer_sim.offload import HostLinear
 from coreinfer_sim.store import LayerStore
 from coreinfer_sim.streaming import StreamedLinear
 
@@ -93,6 +94,11 @@ class MLPLayer:
         return getattr(self.owner, self.family.output)
 
     @property
+    def away(self) -> bool:
+        """Whether the dense weights are not where the model computes, but on disk or in host memory."""
+        return self.store is not None or isinstance(self.output, HostLinear)
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """Names of all projections in the owner."""
         return (*self.family.inputs, self.family.output)
@@ -102,7 +108,7 @@ def _mlp_layer(number: int, owner: Any) -> MLPLayer:
     family = _BY_OWNER[type(owner).__name__]
     for name in (*family.inputs, family.output):
         kind = type(getattr(owner, name))
-        if kind not in (nn.Linear, Conv1D, FalconLinear, StreamedLinear):
+        if kind not in (nn.Linear, Conv1D, FalconLinear, StreamedLinear, HostLinear):
             raise UnsupportedModelError(
                 f"{name} of layer {number} is a {kind.__module__}.{kind.__name__}, expected a plain linear layer; merge "
                 "adapters, and load the model without quantisation."

@@ -1,13 +1,14 @@
 """Models under a memory budget: what a run will hold, refused before anything is loaded if it is too much, and loading.
 
-Dense MLP weights stay on disk, in a neuron-major store; all other weights are read into memory as they are stored.
+On a CPU dense MLP weights stay on disk, in a neuron-major store; all other weights are read into memory as they are stored.
+On a GPU, whose memory the budget then counts, dense MLP weights stay in host memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ from coreinfer_sim.core_neurons import n_kept
 from coreinfer_sim.decode_kernels import warm_up, warm_up_linear
 from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, UnsupportedModelError
 from coreinfer_sim.memory import give_back_memory, keep_heap_small, peak_bytes, resident_bytes
-from coreinfer_sim.models import DTYPES, LEAN_FAMILIES, LanguageModel, usable
+from coreinfer_sim.models import DTYPES, LEAN_FAMILIES, LanguageModel, load_model, usable, usable_device
+from coreinfer_sim.offload import HostLinear, Staging, in_host_memory
 from coreinfer_sim.progress import Progress, readable_size
+from coreinfer_sim.sparse_mlp import linear_parameters
 from coreinfer_sim.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.streaming import SCRATCH, Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
 
 MIB = 1 << 20
 _RESERVE = 32 * MIB
 """What a run holds besides: generate's own objects, holes in the heap, the libraries' work buffers."""
+_DEVICE_RESERVE = 128 * MIB
+"""The same on a GPU: the libraries' work buffers, holes in the allocator's blocks."""
 _MARGIN = 16 * MIB
 """By which two runs differ in what they hold before the model is loaded."""
 
@@ -54,6 +59,8 @@ class Use:
     """2 if the selection is refreshed, which holds a second cache."""
     streams: bool = True
     """Whether dense layers are read during prefill."""
+    held_twice: bool = False
+    """Whether compact weights are also copied to a fixed place, as the compiled engine does."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,9 @@ class MemoryPlan:
         return ", ".join(f"{name} {readable_size(n_bytes)}" for name, n_bytes in self.parts.items() if n_bytes)
 
 
-def plan_budget(budget: int, shape: ModelShape, use: Use, base: int, peak_so_far: int = 0) -> MemoryPlan:
+def plan_budget(
+    budget: int, shape: ModelShape, use: Use, base: int, peak_so_far: int = 0, on_device: bool = False
+) -> MemoryPlan:
     """Add up what a run will hold.
 
     Args:
@@ -124,6 +133,7 @@ def plan_budget(budget: int, shape: ModelShape, use: Use, base: int, peak_so_far
         use: what will be done with it.
         base: bytes that the process holds before the model is loaded: libraries, index and encoder.
         peak_so_far: the most that it has held until now.
+        on_device: the budget is of a device that dense layers pass through two at a time, and neurons are cut outside.
     """
     neuron_bytes = shape.mlp_bytes / (shape.n_layers * shape.d_ff)
     most = max(use.n_kept)
@@ -133,15 +143,16 @@ def plan_budget(budget: int, shape: ModelShape, use: Use, base: int, peak_so_far
     n_positions = use.n_prompt + use.n_new
     reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)
     cache = use.n_sequences * use.n_caches * shape.cache_bytes
+    passing = 2 * shape.mlp_bytes // shape.n_layers if on_device else SCRATCH
     parts = {
         "libraries, index and encoder": base,
         "weights outside MLPs": shape.other_bytes,
-        "kept neurons": held,
+        "kept neurons": held * (2 if use.held_twice else 1),
         f"cache of {n_positions} positions": cache * n_positions,
-        "reading the prompt": reading * use.n_prompt + (SCRATCH if use.streams else 0),
-        "cutting neurons": math.ceil(most * neuron_bytes) + merging,
+        "reading the prompt": reading * use.n_prompt + (passing if use.streams else 0),
+        "cutting neurons": 0 if on_device else math.ceil(most * neuron_bytes) + merging,
         "logits": use.n_sequences * 12 * shape.vocabulary,
-        "reserve": _RESERVE,
+        "reserve": _DEVICE_RESERVE if on_device else _RESERVE,
     }
     return MemoryPlan(budget, parts, peak_so_far, n_positions, cache + reading)
 
@@ -199,7 +210,7 @@ def load_within(
     """
     progress = progress or Progress()
     if device not in ("auto", "cpu"):
-        raise ConfigError(f"the device is {device}, but a memory budget counts what the CPU's memory holds; give cpu.")
+        raise ConfigError(f"the device is {device}, expected cpu; load_on_device serves others.")
     checkpoint = Checkpoint(_folder(name))
     model, tokenizer = _empty_model(name, checkpoint)
     stored = model.dtype
@@ -224,6 +235,59 @@ def load_within(
     give_back_memory()
     limit = plan.position_limit
     return LanguageModel(model.eval(), tokenizer, name, find_mlps(model), position_limit=limit), plan
+
+
+def load_on_device(
+    name: str,
+    budget: int,
+    use: Callable[[Any, list[MLPLayer]], Use],
+    dtype: str = "auto",
+    device: str = "cuda",
+    progress: Progress | None = None,
+) -> tuple[LanguageModel, MemoryPlan]:
+    """Load a model onto a device with a budget smaller than the model: dense MLPs wait in host memory (`offload`).
+
+    Args:
+        name: as `load_model` takes it; the whole model must fit into host memory.
+        budget: bytes of the device's memory that this process may hold, as PyTorch's allocator counts them.
+        use: as in `load_within`.
+        dtype: as in `load_model`; auto: as stored.
+        device: of torch.
+        progress: takes the plan.
+
+    Raises:
+        BudgetError: the budget is too small; nothing has been put on the device then.
+        ModelError: as `load_model`.
+    """
+    place = torch.device(usable_device(device))
+    loaded = load_model(name, "stored" if dtype == "auto" else dtype, "cpu")
+    model, layers = loaded.model, loaded.layers
+    plan = plan_budget(budget, model_shape(model, layers), use(loaded.tokenizer, layers), 0, on_device=True)
+    plan.check()
+    (progress or Progress()).say(
+        f"Memory budget {readable_size(budget)} of {place}, planned {readable_size(plan.needed)}: {plan.text()}."
+    )
+    if place.type == "cuda":
+        total = torch.cuda.get_device_properties(place).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)
+    _keep_on_host(model, layers, place)
+    return replace(loaded, layers=find_mlps(model), position_limit=plan.position_limit), plan
+
+
+def _keep_on_host(model: Any, layers: Sequence[MLPLayer], device: torch.device) -> None:
+    """Move a model to a device, all but its dense MLPs, which pass through it when they are called."""
+    parts: list[list[tuple[torch.Tensor, torch.Tensor | None]]] = []
+    for layer in layers:
+        parts.append([])
+        for name in layer.projections:
+            weight, bias = linear_parameters(getattr(layer.owner, name))
+            parts[-1].append((in_host_memory(weight, device), bias))
+            setattr(layer.owner, name, None)  # so that it is neither moved nor held twice
+    model.to(device)
+    staging = Staging([[weight for weight, _ in layer] for layer in parts], device)
+    for layer, kept in zip(layers, parts, strict=True):
+        for place, (name, (weight, bias)) in enumerate(zip(layer.projections, kept, strict=True)):
+            setattr(layer.owner, name, HostLinear(staging, layer.number, place, weight, bias))
 
 
 def model_shape(model: Any, layers: list[MLPLayer], without_table: bool = False) -> ModelShape:

@@ -76,7 +76,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
     source, options = _source(name)
     if dtype not in ("auto", "stored") and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
-    device = _usable_device(device)
+    device = usable_device(device)
     transformers_logging.disable_progress_bar()
     try:
         of_gguf = torch.bfloat16 if dtype == "stored" or lean else usable(torch.bfloat16, device)
@@ -98,7 +98,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
     return LanguageModel(model, tokenizer, name, find_mlps(model))
 
 
-def _usable_device(name: str) -> str:
+def usable_device(name: str) -> str:
     """Return the device that ``name`` asks for, if tensors can lie on it."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

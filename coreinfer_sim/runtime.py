@@ -352,7 +352,7 @@ class SparseModel:
 
         def make() -> dict[int, Any]:
             selection.check(self.layers)
-            if self.layers[0].store is not None and len(self.selections) == 1:  # a budget has room for one
+            if self.layers[0].away and len(self.selections) == 1:  # a budget has room for one
                 self._compacts.clear()
                 give_back_memory()
             if engine is Engine.LEAN:
@@ -397,9 +397,9 @@ class _Call:
         self._starts = np.zeros(0, np.int64)
 
     def begin_prefill(self) -> None:
-        """Read weights that lie on disk, so that decode follows prefill at once; put them in place if prefill is sparse."""
+        """Fetch weights that are away, so that decode follows prefill at once; put them in place if prefill is sparse."""
         sparse = self._sparse
-        if self.reader is not None or (sparse.prefill == "dense" and sparse.layers[0].store is None):
+        if self.reader is not None or (sparse.prefill == "dense" and not sparse.layers[0].away):
             return
         begin, sparse.swapped_in_decode = time.perf_counter(), False
         engine = Engine.TRANSFORMERS if sparse._lean is None else Engine.LEAN

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.architectures import MLPLayer, activation, weight_shape
 from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.offload import HostLinear
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.store import LayerStore
 
@@ -45,12 +46,12 @@ def compact_projections(
             ]
     if layer.family.fused:
         inputs = [_stacked(*inputs)]
-    compact = {
-        name: linear_module(part[0].contiguous(), part[1])
-        for name, part in zip(layer.family.inputs, inputs, strict=True)
+    parts = dict(zip(layer.family.inputs, inputs, strict=True)) | {layer.family.output: (output, bias)}
+    device = layer.output.device if isinstance(layer.output, HostLinear) else output.device
+    return {
+        name: linear_module(weight.contiguous().to(device), None if offset is None else offset.to(device))
+        for name, (weight, offset) in parts.items()
     }
-    compact[layer.family.output] = linear_module(output.contiguous(), bias)
-    return compact
 
 
 def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bool) -> torch.Tensor:
@@ -167,7 +168,7 @@ class GroupedLinear(nn.Module):
 
 
 def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, Projections]:
-    """Cut every layer that the selection names; of those on disk it does not name, all neurons are read."""
+    """Cut every layer that the selection names; of those away that it does not name, all neurons are fetched."""
     repairs = selection.compensation or {}
     return {
         number: compact_projections(layers[number], ids, repairs.get(number))
@@ -176,11 +177,9 @@ def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dic
 
 
 def held_ids(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, torch.Tensor]:
-    """Return the neurons that decode holds beside the model: a selection's, and all of dense layers on disk."""
+    """Return the neurons that decode holds beside the model: a selection's, and all of dense layers that are away."""
     whole = {
-        layer.number: torch.arange(layer.d_ff)
-        for layer in layers
-        if layer.store is not None and layer.number not in selection.ids
+        layer.number: torch.arange(layer.d_ff) for layer in layers if layer.away and layer.number not in selection.ids
     }
     return {**selection.ids, **whole}
 

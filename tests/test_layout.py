@@ -29,6 +29,7 @@ ORDER = (
     "checkpoint",
     "store",
     "streaming",
+    "offload",
     "architectures",
     "models",
     "activations",

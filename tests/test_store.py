@@ -341,7 +341,7 @@ def test_a_refused_budget_loads_and_writes_nothing(tmp_path, cache):
 
 def test_what_a_budget_cannot_load(tmp_path):
     folder = saved(tmp_path / "model", "llama")
-    for options, message in (({"dtype": "bfloat16"}, "stay as"), ({"device": "cuda"}, "give cpu")):
+    for options, message in (({"dtype": "bfloat16"}, "stay as"), ({"device": "cuda"}, "load_on_device")):
         with pytest.raises(ConfigError, match=message):
             load_within(folder, AMPLE, lambda *_: USE, **options)
     with pytest.raises(ModelError, match="no local checkpoint folder"):
