@@ -33,24 +33,32 @@ def _llama_like(
     )
 
 
+def _opt(d_model: int, n_layers: int, n_heads: int) -> Mapping[str, Any]:
+    return MappingProxyType(
+        {
+            "hidden_size": d_model,
+            "word_embed_proj_dim": d_model,
+            "ffn_dim": 4 * d_model,
+            "num_hidden_layers": n_layers,
+            "num_attention_heads": n_heads,
+            "vocab_size": 50272,
+            "max_position_embeddings": 2048,
+        }
+    )
+
+
 _SHAPES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "gpt2": (
+        "GPT2Config",
+        MappingProxyType(
+            {"n_embd": 768, "num_hidden_layers": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+        ),
+    ),
     "llama-3.1-8b": ("LlamaConfig", _llama_like(4096, 14336, 32, 32, 8, 128256)),
     "llama-3.2-1b": ("LlamaConfig", _llama_like(2048, 8192, 16, 32, 8, 128256, tied=True)),
     "mistral-7b": ("MistralConfig", _llama_like(4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
-    "opt-6.7b": (
-        "OPTConfig",
-        MappingProxyType(
-            {
-                "hidden_size": 4096,
-                "word_embed_proj_dim": 4096,
-                "ffn_dim": 16384,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "vocab_size": 50272,
-                "max_position_embeddings": 2048,
-            }
-        ),
-    ),
+    "opt-125m": ("OPTConfig", _opt(768, 12, 12)),
+    "opt-6.7b": ("OPTConfig", _opt(4096, 32, 32)),
     "qwen2.5-1.5b": ("Qwen2Config", _llama_like(1536, 8960, 28, 12, 2, 151936, tied=True)),
     "qwen2.5-7b": ("Qwen2Config", _llama_like(3584, 18944, 28, 28, 4, 152064)),
     "smollm2-135m": ("LlamaConfig", _llama_like(576, 1536, 30, 9, 3, 49152, tied=True)),
