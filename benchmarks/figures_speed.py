@@ -12,6 +12,7 @@ The index must be the model's; where it holds compensated sets of the keep ratio
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 import sys
@@ -339,6 +340,45 @@ def batch(
     )
 
 
+def _decode_speeds(contenders: dict[str, Any], ids: Any, new_tokens: int, rounds: int) -> dict[str, float]:
+    """Return median decode tokens/s by contender, alternating, each after a copy of the first one's prefill.
+
+    Args:
+        contenders: a `SparseModel`, then models of transformers, which may be of another type.
+        ids: prompts, [n_rows, n_positions].
+        new_tokens: that each decodes.
+        rounds: after one to warm up.
+    """
+    import torch
+    from transformers import LogitsProcessor
+
+    class Clock(LogitsProcessor):
+        """Notes when each token's logits came."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, _ids: Any, scores: Any) -> Any:
+            self.times.append(time.perf_counter())
+            return scores
+
+    reader = next(iter(contenders.values()))
+    read = reader.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **_exactly(1))
+    texts, mask = read.sequences, torch.ones_like(read.sequences)  # with one token that is not in the cache yet
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, each in contenders.items():
+            cache, clock = copy.deepcopy(read.past_key_values), Clock()
+            dtype = getattr(each, "model", each).dtype
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+            more = {"past_key_values": cache, "logits_processor": [clock]}
+            each.generate(texts, attention_mask=mask, **more, **_exactly(new_tokens))
+            if number:  # the first token is prefill's
+                found[name].append(len(ids) * (new_tokens - 1) / (clock.times[-1] - clock.times[0]))
+    return {name: round(statistics.median(values), 2) for name, values in found.items()}
+
+
 @main.command()
 @_common
 @_options
@@ -359,42 +399,36 @@ def growth(
     lengths: str,
     rows: str,
 ) -> None:
-    """Decode speed over the length of the prompt and over the size of the batch, ours beside dense, alternating."""
+    """Decode speed over the length of the prompt and over the size of the batch, ours beside dense, alternating.
+
+    A prompt is read once; every contender decodes from a copy of its cache.
+    """
     import torch
 
-    from coreinfer_sim import SparseModel, make_predictor
+    from coreinfer_sim import SparseModel, load_model, make_predictor
     from coreinfer_sim.benchmark.machine import header
     from coreinfer_sim.benchmark.plot import plot_growth
     from coreinfer_sim.files import write_json
+    from coreinfer_sim.models import usable
 
     loaded, semantic = _load(model, index, dtype)
     predictor = make_predictor("global", loaded.layers, semantic, keep_ratio=keep_ratio)
     sparse = SparseModel(loaded.model, predictor, loaded.tokenizer, **_given(options))
-    # transformers' own decode after our prefill, which alone would take minutes on CPUs without 16-bit instructions
-    dense = SparseModel(loaded.model, make_predictor("dense", loaded.layers), loaded.tokenizer, engine="transformers")
-
-    def speeds(ids: Any) -> dict[str, float]:
-        """Return tokens/s by contender: the time of many new tokens less that of one, so that prefill drops out."""
-        mask = torch.ones_like(ids)
-        calls: dict[str, Callable[[], Any]] = {}
-        for contender, generate in (("ours", sparse.generate), ("dense", dense.generate)):
-            for n in (1, new_tokens):
-                calls[f"{contender} {n}"] = lambda g=generate, n=n: g(ids, attention_mask=mask, **_exactly(n))
-        taken = _medians(_alternating(calls, rounds))
-        n_decoded = len(ids) * (new_tokens - 1)
-        return {
-            each: round(n_decoded / max(1e-9, taken[f"{each} {new_tokens}"] - taken[f"{each} 1"]), 2)
-            for each in ("ours", "dense")
-        }
+    contenders = {"ours": sparse, f"dense transformers, {loaded.dtype_name}": loaded.model}
+    if usable(loaded.model.dtype, "cpu") is not loaded.model.dtype:  # then float32 may be what is faster
+        contenders["dense transformers, float32"] = load_model(model, "float32").model
 
     of_length, of_rows = [int(n) for n in lengths.split(",")], [int(n) for n in rows.split(",")]
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    points = [("prompt tokens", n, n, 1) for n in of_length] + [
+    measured: dict[tuple[int, int], dict[str, float]] = {}
+    points = [("tokens of the prompt", n, n, 1) for n in of_length] + [
         ("rows of a batch", n, of_length[0], n) for n in of_rows
     ]
     for what, at, n_tokens, n_rows in points:
         ids = torch.tensor([prompt.ids for prompt in _prompts(loaded, n_tokens, n_rows)])
-        for contender, speed in speeds(ids).items():
+        if (n_tokens, n_rows) not in measured:
+            measured[n_tokens, n_rows] = _decode_speeds(contenders, ids, new_tokens, rounds)
+        for contender, speed in measured[n_tokens, n_rows].items():
             series.setdefault(what, {}).setdefault(contender, []).append((at, speed))
             print(f"{what} {at}: {contender} {speed} tokens/s")
     title = f"{name}, keep ratio {keep_ratio:g}, {loaded.dtype_name}"
