@@ -192,8 +192,7 @@ def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGe
     if given["prefill"] == "sparse" and given["fallback"] is None:
         given["fallback"] = "global"
     if given["memory_budget"] is None:
-        lean = given["engine"] in ("auto", "lean") and given["refresh"] is None
-        language_model = load_model(name, given["dtype"], given["device"], lean)
+        language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "compiled")
     else:
         language_model = budgeted.load(name, given, modes, index, options.readable(first))
     if index is not None:

@@ -114,7 +114,7 @@ def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
     llamacpp.refuse_only_options(ctx)
     loaded = SemanticIndex.load(index, SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     name = given["model"] or loaded.manifest.model.name
-    language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] in ("auto", "lean"))
+    language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "compiled")
     loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
     runtime = {"engine": given["engine"], "weights": given["weights"], "cache_bytes": given["cluster_cache"]}
     backend = TransformersBackend(

@@ -144,13 +144,14 @@ def plan_budget(
     reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)
     cache = use.n_sequences * use.n_caches * shape.cache_bytes
     passing = 2 * shape.mlp_bytes // shape.n_layers if on_device else SCRATCH
+    read = reading * use.n_prompt + (passing if use.streams else 0)
+    cut = 0 if on_device else math.ceil(most * neuron_bytes) + merging
     parts = {
         "libraries, index and encoder": base,
         "weights outside MLPs": shape.other_bytes,
         "kept neurons": held * (2 if use.held_twice else 1),
         f"cache of {n_positions} positions": cache * n_positions,
-        "reading the prompt": reading * use.n_prompt + (passing if use.streams else 0),
-        "cutting neurons": 0 if on_device else math.ceil(most * neuron_bytes) + merging,
+        **({"reading the prompt": read} if read >= cut else {"cutting neurons": cut}),  # one after the other
         "logits": use.n_sequences * 12 * shape.vocabulary,
         "reserve": _DEVICE_RESERVE if on_device else _RESERVE,
     }

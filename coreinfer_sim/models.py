@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.architectures import MLPLayer, find_mlps
@@ -67,7 +68,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
         dtype: float32, bfloat16, float16, stored (bfloat16 for GGUF), or auto: as stored, but float32 on a CPU that has
             no instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
-        lean: only decode matters, by the lean engine where it knows the family: its loops read 16 bits on any CPU.
+        lean: the model only generates: weights stay as stored on any CPU, as decode's products read 16 bits everywhere
+            (`lean`, `products`); GPT-2's transposed matrices are not among them.
 
     Raises:
         ModelError: nothing there, or nothing that transformers can load; no such device.
@@ -83,7 +85,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
         wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
-        if dtype == "auto" and not (lean and model.config.model_type in LEAN_FAMILIES):
+        if dtype == "auto" and not (lean and not any(isinstance(module, Conv1D) for module in model.modules())):
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
     except MemoryError:
