@@ -6,6 +6,7 @@ python benchmarks/figures_speed.py swap --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py batch --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py growth --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py prefill --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py quality --model MODEL --index INDEX --data DATA --name NAME
 
 The index must be the model's; where it holds compensated sets of the keep ratio, those decode. Run them on a quiet machine.
 """
@@ -496,6 +497,39 @@ def prefill(
         1.5,
         milliseconds={what: round(1000 * seconds, 1) for what, seconds in found.items()},
     )
+
+
+@main.command()
+@click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
+@click.option("--index", required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--name", required=True, help="Of the model, in figures.")
+@click.option("--keep-ratio", default=0.8, show_default=True)
+@click.option("--rows", default=4, show_default=True, help="Of each set.")
+def quality(model: str, index: str, data: Path, name: str, keep_ratio: float, rows: int) -> None:
+    """What int8 weights and sparse prefill cost in quality: perplexity ratios to dense, each with forced sparse decode."""
+    from coreinfer_sim.evaluation.contenders import parse_contenders
+    from coreinfer_sim.evaluation.evaluate import evaluate, summarise
+    from coreinfer_sim.evaluation.rows import read_rows
+
+    loaded, semantic = _load(model, index, "auto")
+    cases = [row for path in sorted(data.glob("*.jsonl")) for row in read_rows(path, range(85, 100), rows)]
+    for prefill, weights in (("dense", ["16bit", "int8"]), ("sparse", ["16bit"])):
+        contenders = parse_contenders(["dense", "similarity"], [keep_ratio], ["energy"], weights, [1], ["none"])
+        found = evaluate(loaded, contenders, cases, semantic, max_tokens=512, sparse_prefill=prefill == "sparse")
+        for row in summarise(found, 0):
+            if row["contender"] != "dense":
+                record(
+                    FILE,
+                    f"{name}, {prefill} prefill: {row['contender']}",
+                    round(row["ratio"], 3),
+                    "× the dense model's perplexity, mean over sets",
+                    "for comparison",
+                    True,
+                    interval=row["ratio_interval"],
+                    rows_per_set=rows,
+                    total_bytes_per_token=row["total_bytes_per_token"],
+                )
 
 
 if __name__ == "__main__":

@@ -115,22 +115,34 @@ def _dot(row, x):  # noqa: ANN001, ANN202
 
 
 @_inline
-def _dot_4(row, x, b):  # noqa: ANN001, ANN202
-    """Multiply one widened row with four rows of ``x`` from ``b`` on."""
-    t0, t1, t2, t3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for j in range(row.shape[0]):
-        weight = row[j]
-        t0 += weight * x[b, j]
-        t1 += weight * x[b + 1, j]
-        t2 += weight * x[b + 2, j]
-        t3 += weight * x[b + 3, j]
-    return t0, t1, t2, t3
+def _two_dots_of_two(first, second, x, b):  # noqa: ANN001, ANN202
+    """Multiply two stored rows with two rows of ``x`` from ``b`` on; each weight is widened once, in a register."""
+    f0, f1, s0, s1 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for j in range(first.shape[0]):
+        w, v = _widened(first[j]), _widened(second[j])
+        f0 += w * x[b, j]
+        f1 += w * x[b + 1, j]
+        s0 += v * x[b, j]
+        s1 += v * x[b + 1, j]
+    return f0, f1, s0, s1
 
 
 @_inline
-def _widen(row, out):  # noqa: ANN001, ANN202
-    for j in range(row.shape[0]):
-        out[j] = _widened(row[j])
+def _two_dots_of_four(first, second, x, b):  # noqa: ANN001, ANN202
+    """Do the same with four rows of ``x``: eight sums are what registers hold."""
+    f0, f1, f2, f3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    s0, s1, s2, s3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for j in range(first.shape[0]):
+        w, v = _widened(first[j]), _widened(second[j])
+        f0 += w * x[b, j]
+        f1 += w * x[b + 1, j]
+        f2 += w * x[b + 2, j]
+        f3 += w * x[b + 3, j]
+        s0 += v * x[b, j]
+        s1 += v * x[b + 1, j]
+        s2 += v * x[b + 2, j]
+        s3 += v * x[b + 3, j]
+    return f0, f1, f2, f3, s0, s1, s2, s3
 
 
 @_inline
@@ -140,19 +152,27 @@ def _add_scaled(factor, row, out):  # noqa: ANN001, ANN202
 
 
 @_inline
-def _dots(row, x, scale, bias, out, i):  # noqa: ANN001, ANN202
-    """Set ``out[b, i]`` for every row b of ``x`` to its product with one widened row."""
+def _two_dots(first, second, x, scales, biases, out, i):  # noqa: ANN001, ANN202
+    """Set ``out[b, i]`` and ``out[b, i + 1]`` for every row b of ``x`` to its products with two stored rows.
+
+    ``scales`` and ``biases`` [2] are theirs.
+    """
     n, b = x.shape[0], 0
     while b + 4 <= n:
-        t0, t1, t2, t3 = _dot_4(row, x, b)
-        out[b, i] = t0 * scale + bias
-        out[b + 1, i] = t1 * scale + bias
-        out[b + 2, i] = t2 * scale + bias
-        out[b + 3, i] = t3 * scale + bias
+        f0, f1, f2, f3, s0, s1, s2, s3 = _two_dots_of_four(first, second, x, b)
+        out[b, i], out[b, i + 1] = f0 * scales[0] + biases[0], s0 * scales[1] + biases[1]
+        out[b + 1, i], out[b + 1, i + 1] = f1 * scales[0] + biases[0], s1 * scales[1] + biases[1]
+        out[b + 2, i], out[b + 2, i + 1] = f2 * scales[0] + biases[0], s2 * scales[1] + biases[1]
+        out[b + 3, i], out[b + 3, i + 1] = f3 * scales[0] + biases[0], s3 * scales[1] + biases[1]
         b += 4
-    while b < n:
-        out[b, i] = _dot(row, x[b]) * scale + bias
-        b += 1
+    while b + 2 <= n:
+        f0, f1, s0, s1 = _two_dots_of_two(first, second, x, b)
+        out[b, i], out[b, i + 1] = f0 * scales[0] + biases[0], s0 * scales[1] + biases[1]
+        out[b + 1, i], out[b + 1, i + 1] = f1 * scales[0] + biases[0], s1 * scales[1] + biases[1]
+        b += 2
+    if b < n:
+        out[b, i] = _dot(first, x[b]) * scales[0] + biases[0]
+        out[b, i + 1] = _dot(second, x[b]) * scales[1] + biases[1]
 
 
 @_inline
@@ -172,14 +192,14 @@ def linear(weight, scale, bias, x, out):  # noqa: ANN001, ANN201
     n_out, n_in = weight.shape
     for task in prange((n_out + _ROWS - 1) // _ROWS):
         first, last = task * _ROWS, min(n_out, (task + 1) * _ROWS)
-        if x.shape[0] == 1:
-            for i in range(first, last):
-                out[0, i] = _dot(weight[i], x[0]) * scale[i] + bias[i]
-        else:
-            row = np.empty(n_in, np.float32)
-            for i in range(first, last):
-                _widen(weight[i], row)
-                _dots(row, x, scale[i], bias[i], out, i)
+        i = first
+        while x.shape[0] > 1 and i + 2 <= last:
+            _two_dots(weight[i], weight[i + 1], x, scale[i : i + 2], bias[i : i + 2], out, i)
+            i += 2
+        while i < last:
+            for b in range(x.shape[0]):
+                out[b, i] = _dot(weight[i], x[b]) * scale[i] + bias[i]
+            i += 1
 
 
 @_inline
@@ -288,11 +308,31 @@ def attention(  # noqa: ANN201, PLR0913
 
 
 @_inline
-def _add_four(f0, f1, f2, f3, four, out):  # noqa: ANN001, ANN202
-    """Add four scaled rows of ``four`` [4, n] at once, so that ``out`` is read and written once for them."""
-    for j in range(out.shape[0]):
-        first = f0 * _widened(four[0, j]) + f1 * _widened(four[1, j])
-        out[j] += first + (f2 * _widened(four[2, j]) + f3 * _widened(four[3, j]))
+def _add_four(weight, begin, last, factors, out, r):  # noqa: ANN001, ANN202
+    """Add the columns of four neurons from ``begin`` on, scaled by ``factors[r]``, to row r of ``out``.
+
+    Those past ``last`` have the factor zero. ``out`` is read and written once for all four.
+    """
+    w0, w1 = weight[begin, 2], weight[min(begin + 1, last - 1), 2]
+    w2, w3 = weight[min(begin + 2, last - 1), 2], weight[min(begin + 3, last - 1), 2]
+    a0, a1, a2, a3 = factors[r, 0], factors[r, 1], factors[r, 2], factors[r, 3]
+    row = out[r]
+    for j in range(row.shape[0]):
+        row[j] = row[j] + a0 * _widened(w0[j]) + a1 * _widened(w1[j]) + a2 * _widened(w2[j]) + a3 * _widened(w3[j])
+
+
+@_inline
+def _add_four_to_two(weight, begin, last, factors, out, r):  # noqa: ANN001, ANN202
+    """Do the same for the rows r and r + 1, so that the columns are widened once for both."""
+    w0, w1 = weight[begin, 2], weight[min(begin + 1, last - 1), 2]
+    w2, w3 = weight[min(begin + 2, last - 1), 2], weight[min(begin + 3, last - 1), 2]
+    a0, a1, a2, a3 = factors[r, 0], factors[r, 1], factors[r, 2], factors[r, 3]
+    b0, b1, b2, b3 = factors[r + 1, 0], factors[r + 1, 1], factors[r + 1, 2], factors[r + 1, 3]
+    first, second = out[r], out[r + 1]
+    for j in range(first.shape[0]):
+        v0, v1, v2, v3 = _widened(w0[j]), _widened(w1[j]), _widened(w2[j]), _widened(w3[j])
+        first[j] = first[j] + a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+        second[j] = second[j] + b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
 
 
 @_inline
@@ -306,22 +346,24 @@ def _neurons_of_one(weight, scale, bias, kind, x, first, last, out):  # noqa: AN
 
 @_inline
 def _neurons_of_many(weight, scale, bias, kind, x, first, last, out):  # noqa: ANN001, ANN202
-    """Add what the neurons first … last give for several rows; each weight is widened once."""
-    n_rows, d_model = x.shape
-    row, four = np.empty(d_model, np.float32), np.empty((4, d_model), np.float32)
+    """Add what the neurons first … last give for several rows, four neurons at a time."""
+    n_rows = x.shape[0]
     parts, factors = np.empty((n_rows, 2), np.float32), np.zeros((n_rows, 4), np.float32)
     for begin in range(first, last, 4):
-        n = min(4, last - begin)
         for i in range(4):
-            of = min(begin + i, last - 1)
-            for part in range(2):
-                _widen(weight[of, part], row)
-                _dots(row, x, scale[of, part], bias[of, part], parts, part)
-            _widen(weight[of, 2], four[i])
+            of = begin + i
+            if of >= last:
+                factors[:, i] = np.float32(0)
+                continue
+            _two_dots(weight[of, 0], weight[of, 1], x, scale[of], bias[of], parts, 0)
             for r in range(n_rows):
-                factors[r, i] = _activated(parts[r, 0], kind) * parts[r, 1] * scale[of, 2] if i < n else np.float32(0)
-        for r in range(n_rows):
-            _add_four(factors[r, 0], factors[r, 1], factors[r, 2], factors[r, 3], four, out[r])
+                factors[r, i] = _activated(parts[r, 0], kind) * parts[r, 1] * scale[of, 2]
+        r = 0
+        while r + 2 <= n_rows:
+            _add_four_to_two(weight, begin, last, factors, out, r)
+            r += 2
+        if r < n_rows:
+            _add_four(weight, begin, last, factors, out, r)
 
 
 @_parallel
