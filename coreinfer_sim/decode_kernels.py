@@ -17,6 +17,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 _ROWS = 8  # output features that one task of a product computes
+_FEW = 3  # rows up to which a product is bound by reading its weights
 _LINE = 32  # features that a gathering task takes at a time; 64 bytes of a 16-bit type
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -115,8 +116,19 @@ def _dot(row, x):  # noqa: ANN001, ANN202
 
 
 @_inline
+def _dot_of_two(row, x, b):  # noqa: ANN001, ANN202
+    """Multiply one stored row with two rows of ``x`` from ``b`` on; each weight is widened once, in a register."""
+    t0, t1 = np.float32(0.0), np.float32(0.0)
+    for j in range(row.shape[0]):
+        weight = _widened(row[j])
+        t0 += weight * x[b, j]
+        t1 += weight * x[b + 1, j]
+    return t0, t1
+
+
+@_inline
 def _two_dots_of_two(first, second, x, b):  # noqa: ANN001, ANN202
-    """Multiply two stored rows with two rows of ``x`` from ``b`` on; each weight is widened once, in a register."""
+    """Multiply two stored rows with two rows of ``x`` from ``b`` on."""
     f0, f1, s0, s1 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for j in range(first.shape[0]):
         w, v = _widened(first[j]), _widened(second[j])
@@ -149,6 +161,18 @@ def _two_dots_of_four(first, second, x, b):  # noqa: ANN001, ANN202
 def _add_scaled(factor, row, out):  # noqa: ANN001, ANN202
     for j in range(out.shape[0]):
         out[j] += factor * _widened(row[j])
+
+
+@_inline
+def _dots_in_order(row, x, scale, bias, out, i):  # noqa: ANN001, ANN202
+    """Set ``out[b, i]`` for every row b of ``x``, few of them, to its product with one stored row."""
+    n, b = x.shape[0], 0
+    while b + 2 <= n:
+        t0, t1 = _dot_of_two(row, x, b)
+        out[b, i], out[b + 1, i] = t0 * scale + bias, t1 * scale + bias
+        b += 2
+    if b < n:
+        out[b, i] = _dot(row, x[b]) * scale + bias
 
 
 @_inline
@@ -193,12 +217,15 @@ def linear(weight, scale, bias, x, out):  # noqa: ANN001, ANN201
     for task in prange((n_out + _ROWS - 1) // _ROWS):
         first, last = task * _ROWS, min(n_out, (task + 1) * _ROWS)
         i = first
-        while x.shape[0] > 1 and i + 2 <= last:
+        if x.shape[0] == 1:
+            while i < last:
+                out[0, i] = _dot(weight[i], x[0]) * scale[i] + bias[i]
+                i += 1
+        while x.shape[0] > _FEW and i + 2 <= last:
             _two_dots(weight[i], weight[i + 1], x, scale[i : i + 2], bias[i : i + 2], out, i)
             i += 2
         while i < last:
-            for b in range(x.shape[0]):
-                out[b, i] = _dot(weight[i], x[b]) * scale[i] + bias[i]
+            _dots_in_order(weight[i], x, scale[i], bias[i], out, i)
             i += 1
 
 
@@ -336,12 +363,41 @@ def _add_four_to_two(weight, begin, last, factors, out, r):  # noqa: ANN001, ANN
 
 
 @_inline
+def _add_scaled_to_two(f0, f1, row, first, second):  # noqa: ANN001, ANN202
+    for j in range(first.shape[0]):
+        weight = _widened(row[j])
+        first[j] += f0 * weight
+        second[j] += f1 * weight
+
+
+@_inline
 def _neurons_of_one(weight, scale, bias, kind, x, first, last, out):  # noqa: ANN001, ANN202
     """Add what the neurons first … last give for one row, reading their weights in the order in which they lie."""
     for i in range(first, last):
         gate = _dot(weight[i, 0], x) * scale[i, 0] + bias[i, 0]
         up = _dot(weight[i, 1], x) * scale[i, 1] + bias[i, 1]
         _add_scaled(_activated(gate, kind) * up * scale[i, 2], weight[i, 2], out)
+
+
+@_inline
+def _neurons_in_order(weight, scale, bias, kind, x, first, last, out):  # noqa: ANN001, ANN202
+    """Do the same for few rows: that order is what memory is read fastest in.
+
+    Many rows are bound by arithmetic, and take several neurons at a time.
+    """
+    n_rows = x.shape[0]
+    parts = np.empty((n_rows, 2), np.float32)
+    for i in range(first, last):
+        _dots_in_order(weight[i, 0], x, scale[i, 0], bias[i, 0], parts, 0)
+        _dots_in_order(weight[i, 1], x, scale[i, 1], bias[i, 1], parts, 1)
+        for r in range(n_rows):
+            parts[r, 0] = _activated(parts[r, 0], kind) * parts[r, 1] * scale[i, 2]
+        r = 0
+        while r + 2 <= n_rows:
+            _add_scaled_to_two(parts[r, 0], parts[r + 1, 0], weight[i, 2], out[r], out[r + 1])
+            r += 2
+        if r < n_rows:
+            _add_scaled(parts[r, 0], weight[i, 2], out[r])
 
 
 @_inline
@@ -391,6 +447,8 @@ def neuron_mlp(hidden, rows, norm, eps, weight, scale, bias, out_bias, kind, n_t
         first, last = task * n_kept // n_tasks, (task + 1) * n_kept // n_tasks
         if n == 1:
             _neurons_of_one(weight, scale, bias, kind, x[0], first, last, sums[task, 0])
+        elif n <= _FEW:
+            _neurons_in_order(weight, scale, bias, kind, x, first, last, sums[task])
         else:
             _neurons_of_many(weight, scale, bias, kind, x, first, last, sums[task])
     for r in range(n):
