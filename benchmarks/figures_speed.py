@@ -518,7 +518,7 @@ def quality(model: str, index: str, data: Path, name: str, keep_ratio: float, ro
         contenders = parse_contenders(["dense", "similarity"], [keep_ratio], ["energy"], weights, [1], ["none"])
         found = evaluate(loaded, contenders, cases, semantic, max_tokens=512, sparse_prefill=prefill == "sparse")
         for row in summarise(found, 0):
-            if row["contender"] != "dense":
+            if row["contender"] != "dense 16bit":
                 record(
                     FILE,
                     f"{name}, {prefill} prefill: {row['contender']}",
