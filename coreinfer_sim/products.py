@@ -49,7 +49,8 @@ class _Product:
         self.weight, self.bias = linear.weight, linear.bias
         n_out, n_in = self.weight.shape
         self.shape: Shape = _name_of(self.weight.dtype), n_out.bit_length() - 1, n_in.bit_length() - 1
-        self._fastest = fastest
+        # A transposed view is left to torch: the loops would be compiled anew for it, and its shape's measurement is another's.
+        self._fastest = fastest if self.weight.is_contiguous() else {}
         widen = usable(self.weight.dtype, str(self.weight.device)) is not self.weight.dtype
         self._many = _widened if widen else _torch_linear
 
@@ -69,7 +70,7 @@ class _Product:
         found = ["torch linear"]
         if n_rows == 1:
             found.append("torch mv")
-        if self.weight.is_contiguous() and self.weight.dtype in DTYPES.values():
+        if self.weight.dtype in DTYPES.values():
             found.append("compiled loops")
         if n_rows > 1 and self.weight.dtype is not torch.float32:
             found.append("torch linear, widened")
@@ -148,7 +149,7 @@ class Products:
             return
         groups: dict[Key, list[_Product]] = {}
         for module in modules:
-            if _is_linear(module):
+            if _is_linear(module) and module.weight.is_contiguous():
                 product = _Product(module, self._fastest)
                 groups.setdefault(product.key(n_rows), []).append(product)
         unknown = [key for key in groups if key not in self.microseconds]

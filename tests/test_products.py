@@ -44,10 +44,26 @@ def test_every_kernel_gives_the_product(dtype, n_rows, bias):
         assert torch.allclose(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_a_transposed_view_is_left_to_torch():
-    linear = _linear()
-    linear.weight = nn.Parameter(torch.randn(40, 24).T, requires_grad=False)
-    assert "compiled loops" not in _Product(linear, {}).candidates(1)
+def test_a_transposed_view_is_left_to_torch(monkeypatch):
+    plain, view, products = _linear(40, 40), _linear(40, 40), Products()
+    view.weight = nn.Parameter(torch.randn(40, 40).T, requires_grad=False)
+    products.choose([view], 1)
+    assert not products.microseconds
+    products.choose([plain, view], 1)
+    ((key, found),) = products.microseconds.items()
+    products.microseconds[key] = {name: 1.0 if name == "compiled loops" else 2.0 for name in found}
+    used = []
+    loops = KERNELS["compiled loops"]
+    monkeypatch.setitem(
+        KERNELS, "compiled loops", lambda product, x: (used.append(product.weight), loops(product, x))[1]
+    )
+    products._take()
+    x = torch.randn(1, 40)
+    expected = F.linear(x, view.weight, view.bias)
+    with products.used_by(nn.Sequential(plain, view)):
+        plain(x)
+        assert torch.equal(view(x), expected)
+    assert [weight is plain.weight for weight in used] == [True]
 
 
 def test_layers_use_the_kernel_that_was_measured_to_be_the_fastest(monkeypatch):
