@@ -19,13 +19,18 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
     from coreinfer_sim.budget import Use, load_on_device, load_within, most_kept
     from coreinfer_sim.config import Fallback, Mode
     from coreinfer_sim.generation import prompt_ids
+    from coreinfer_sim.memory import peak_bytes, resident_bytes
 
     keep_ratio = _keep_ratio(given, modes, index)
     fitted = None
     if index is not None and given["compensation"] and given["score"] == "energy":
         fitted = index.fitted_neurons(keep_ratio)
-    if index is not None:
+    on_cpu = given["device"] in ("auto", "cpu")
+    lookup_bytes = 0
+    if index is not None and on_cpu:
+        index.keeps_encoder = False
         index.warm_up(routed=given["mode"] in ("similarity", "hybrid"))
+        lookup_bytes = peak_bytes() - resident_bytes()
 
     def use(tokenizer: Any, layers: list[Any]) -> Use:
         prompt = options.messages(first, given["chat"], given["system"])
@@ -47,10 +52,11 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
             n_caches=1 if given["refresh"] is None else 2,
             streams=given["prefill"] == "dense",
             held_twice=given["engine"] == "compiled",
+            lookup_bytes=lookup_bytes,
         )
 
     progress = ConsoleProgress()
-    load_model = load_within if given["device"] in ("auto", "cpu") else load_on_device
+    load_model = load_within if on_cpu else load_on_device
     return load_model(name, given["memory_budget"], use, given["dtype"], given["device"], progress)[0]
 
 

@@ -61,6 +61,8 @@ class Use:
     """Whether dense layers are read during prefill."""
     held_twice: bool = False
     """Whether compact weights are also copied to a fixed place, as the compiled engine does."""
+    lookup_bytes: int = 0
+    """What embedding a prompt takes and gives back before the prompt is read."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def plan_budget(
         budget: bytes that it may hold.
         shape: of the model.
         use: what will be done with it.
-        base: bytes that the process holds before the model is loaded: libraries, index and encoder.
+        base: bytes that the process holds before the model is loaded: libraries and index.
         peak_so_far: the most that it has held until now.
         on_device: the budget is of a device that dense layers pass through two at a time, and neurons are cut outside.
     """
@@ -146,13 +148,17 @@ def plan_budget(
     passing = 2 * shape.mlp_bytes // shape.n_layers if on_device else SCRATCH
     read = reading * use.n_prompt + (passing if use.streams else 0)
     cut = 0 if on_device else math.ceil(most * neuron_bytes) + merging
-    parts = {
-        "libraries, index and encoder": base,
-        "weights outside MLPs": shape.other_bytes,
-        "kept neurons": held * (2 if use.held_twice else 1),
+    passing_by = {
         f"cache of {n_positions} positions": cache * n_positions,
         **({"reading the prompt": read} if read >= cut else {"cutting neurons": cut}),  # one after the other
         "logits": use.n_sequences * 12 * shape.vocabulary,
+    }
+    parts = {
+        "libraries and index": base,
+        "weights outside MLPs": shape.other_bytes,
+        "kept neurons": held * (2 if use.held_twice else 1),
+        **passing_by,
+        "embedding prompts": max(0, use.lookup_bytes - sum(passing_by.values())),  # before the rest of a prompt's work
         "reserve": _DEVICE_RESERVE if on_device else _RESERVE,
     }
     return MemoryPlan(budget, parts, peak_so_far, n_positions, cache + reading)

@@ -41,6 +41,7 @@ from coreinfer_sim.manifest import (
     compensation_file,
     read_manifest,
 )
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.selection import NeuronSelection
 
 STATISTICS = ("counts", "energy", "activation")
@@ -140,6 +141,8 @@ class SemanticIndex:
         self.centroids = centroids
         self._searcher = faiss_index(centroids)
         self._encoder = encoder
+        self.keeps_encoder = True
+        """Whether the encoder stays in memory after a lookup; one that was not given is loaded again when it is needed."""
 
     @classmethod
     def load(cls, path: str | Path, encoder: SentenceEncoder | None = None) -> SemanticIndex:
@@ -192,7 +195,11 @@ class SemanticIndex:
         """Return the ``k`` semantic clusters nearest to a prompt, or to each of several, best first."""
         if isinstance(text, str):
             return self.lookup([text], k)[0]
-        return self.lookup_embeddings(self.encoder.encode(text), k)
+        embeddings = self.encoder.encode(text)
+        if not self.keeps_encoder:
+            del self.encoder
+            give_back_memory()
+        return self.lookup_embeddings(embeddings, k)
 
     def lookup_embeddings(self, embeddings: np.ndarray, k: int = 1) -> list[list[Match]]:
         """Return the nearest clusters of unit vectors [n, dim]."""

@@ -226,6 +226,17 @@ def test_the_encoder_of_the_manifest_is_loaded_when_needed(tmp_path, encoder):
     assert index.lookup(PROMPTS[2])[0].cluster == 2
 
 
+def test_an_index_may_let_go_of_its_encoder_after_each_lookup(tmp_path, encoder):
+    info = EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe())
+    index = SemanticIndex.load(save(tmp_path / "index", centroids=encoder.encode(PROMPTS), encoder=info))
+    kept = index.lookup(PROMPTS)
+    assert "encoder" in vars(index)
+    index.keeps_encoder = False
+    for _ in range(2):
+        assert index.lookup(PROMPTS) == kept
+        assert "encoder" not in vars(index)
+
+
 def test_an_encoder_of_other_dimensions_is_refused(index_folder, encoder):
     with pytest.raises(
         IndexMismatchError, match=r"gives 384 dimensions, .* was built with 4; use sentence-transformers/"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,7 +302,7 @@ SHAPE = ModelShape(10, 100, 400, 2, 10 * 400 * 3 * 100 * 2, 5 * MIB, 1000, 500)
 
 def test_the_plan_is_a_sum():
     plan = plan_budget(0, SHAPE, Use([160] * 10, 10, 20), base=100 * MIB)
-    assert plan.parts["libraries, index and encoder"] == 100 * MIB
+    assert plan.parts["libraries and index"] == 100 * MIB
     assert plan.parts["kept neurons"] == 10 * 160 * 3 * 100 * 2 + 10 * 100 * 2
     assert plan.parts["cache of 30 positions"] == 30_000
     assert plan.needed == sum(plan.parts.values())
@@ -309,6 +310,15 @@ def test_the_plan_is_a_sum():
     larger = plan_budget(0, SHAPE, Use([160] * 6 + [400] * 4, 10, 20), base=100 * MIB)
     assert larger.parts["kept neurons"] == (6 * 160 + 4 * 400) * 3 * 100 * 2 + 10 * 100 * 2
     assert plan_budget(0, SHAPE, Use([160] * 10, 10, 20, streams=False), base=100 * MIB).needed < plan.needed
+
+
+def test_embedding_a_prompt_is_planned_for_as_far_as_it_takes_more_than_reading_it():
+    plan = plan_budget(0, SHAPE, Use([160] * 10, 10, 20), base=100 * MIB)
+    passing = sum(n for name, n in plan.parts.items() if re.match("cache|reading|cutting|logits", name))
+    for more in (-1, 0, 1000):
+        looking_up = plan_budget(0, SHAPE, Use([160] * 10, 10, 20, lookup_bytes=passing + more), base=100 * MIB)
+        assert looking_up.parts["embedding prompts"] == max(0, more)
+        assert looking_up.needed == plan.needed + max(0, more)
 
 
 def test_the_most_that_decode_may_hold():
@@ -380,7 +390,7 @@ lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
 sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
 sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
 mlps = sum(layer.n_bytes for layer in lm.layers)
-held = plan.parts["libraries, index and encoder"]
+held = plan.parts["libraries and index"]
 print(json.dumps({"peak": peak_bytes(), "held": held, "needed": plan.needed, "mlps": mlps}))
 """
 
