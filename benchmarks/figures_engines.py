@@ -3,12 +3,14 @@
 python benchmarks/figures_engines.py equality --index INDEX
 python benchmarks/figures_engines.py equality --shape opt-125m
 python benchmarks/figures_engines.py speed --index INDEX
+python benchmarks/figures_engines.py perplexity --index INDEX --data DATA
 python benchmarks/figures_engines.py load --index INDEX
 python benchmarks/figures_engines.py bad-input --index INDEX
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import shutil
@@ -31,6 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from figures import record
 
 FILE = "figures-engines.json"
+_SCORED = 96
+"""Tokens of a row that `perplexity` reads, half of them prompt."""
+_LIKELIEST = 1000, 1 << 20
+"""Log-probabilities that llama.cpp is asked for, as an answer with all takes long; the second is more than there are."""
 ROOT = Path(__file__).parent.parent
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
 model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_1.gguf", show_default=True)
@@ -154,6 +160,95 @@ def speed(
                 tokens_per_second={mode: round(value, 1) for mode, value in medians.items()},
                 spread={mode: [round(min(found), 1), round(max(found), 1)] for mode, found in speeds.items()},
             )
+
+
+@main.command()
+@model_option
+@name_option
+@index_option
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--keep-ratio", default=0.4, show_default=True)
+@click.option("--type", "kinds", multiple=True, default=("bf16", "q8_0"), show_default=True)
+@click.option("--sets", default=6, show_default=True, help="JSONL files in DATA to read, with id, prompt and completion.")
+@click.option("--rows", default=2, show_default=True, help="Of each set, from those that no index has seen.")
+def perplexity(
+    model: str, name: str, index: Path, data: Path, keep_ratio: float, kinds: tuple[str, ...], sets: int, rows: int
+) -> None:
+    """Perplexity of clusters' GGUFs after a dense prefill over the dense GGUF's, beside our runtime's ratio."""
+    from coreinfer_sim import SemanticIndex, load_model
+    from coreinfer_sim.evaluation.rows import read_rows
+    from coreinfer_sim.evaluation.scoring import Case
+    from coreinfer_sim.export.compact import DENSE, exported_selection
+    from coreinfer_sim.export.exporting import export
+    from coreinfer_sim.llamacpp import LlamaCppGenerator
+    from coreinfer_sim.sparse_mlp import installed
+
+    loaded = SemanticIndex.load(index)
+    paths = sorted(data.glob("*.jsonl"))
+    found = [row for path in paths[:: max(1, len(paths) // sets)][:sets] for row in read_rows(path, range(85, 100), rows)]
+    clusters = [match[0].cluster for match in loaded.lookup([row.prompt for row in found])]
+    language_model = load_model(model, "stored")
+    losses, n_tokens = 0.0, 0
+    for row, cluster in zip(found, clusters, strict=True):
+        case = Case(language_model, row, _SCORED, 0.4)
+        with installed(language_model.layers, exported_selection(loaded, cluster, keep_ratio)):
+            score = case.score()
+        losses, n_tokens = losses + score.loss - case.reference_loss, n_tokens + score.n_tokens
+    ours = math.exp(losses / n_tokens)
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = [*sorted(set(clusters)), DENSE]
+            export(
+                language_model, loaded, exported, folder, keep_ratio=keep_ratio, kind="gguf", weights=kind, router=True
+            )
+            with LlamaCppGenerator(loaded, folder, fallback="none", context=2 * _SCORED) as generator:
+                losses = sum(
+                    _loss_in_llamacpp(generator, row, cluster) - _loss_in_llamacpp(generator, row, None)
+                    for row, cluster in zip(found, clusters, strict=True)
+                )
+        theirs = math.exp(losses / n_tokens)
+        apart = round(abs(theirs / ours - 1), 4)
+        record(
+            FILE,
+            f"{name}, keep ratio {keep_ratio:g}, {kind}: perplexity over the dense GGUF's in llama.cpp, beside our runtime's",
+            apart,
+            "relative difference",
+            "at most 0.05",
+            apart <= 0.05,
+            in_llamacpp=round(theirs, 3),
+            in_our_runtime=round(ours, 3),
+            n_rows=len(found),
+            n_tokens=n_tokens,
+        )
+
+
+def _loss_in_llamacpp(generator: Any, row: Any, cluster: int | None) -> float:
+    """Return the completion's loss in nats after a dense prefill, its first token left out; cluster None decodes densely."""
+    from coreinfer_sim.evaluation.rows import joined
+    from coreinfer_sim.export.compact import DENSE
+
+    dense = generator.pool.get(generator._file(DENSE))
+    prompt, completion = (
+        dense.post("/tokenize", {"content": text, "add_special": special, "parse_special": False})["tokens"]
+        for text, special in zip(joined(row.prompt, row.completion), (True, False), strict=True)
+    )
+    prompt, completion = prompt[-_SCORED // 2 :], completion[: _SCORED // 2]
+    request = {"temperature": 0.0, "cache_prompt": True, "id_slot": 0, "n_predict": 1}
+    dense.complete({**request, "prompt": prompt}, None)
+    model = dense
+    if cluster is not None:
+        model = generator.pool.get(generator._file(cluster))
+        generator._hand_over(dense, model)
+    loss = 0.0
+    for place in range(1, len(completion)):
+        for n_probs in _LIKELIEST:
+            read = {**request, "prompt": [*prompt, *completion[:place]], "n_probs": n_probs}
+            (step,) = model.complete(read, None)["completion_probabilities"]
+            found = [each["logprob"] for each in step["top_logprobs"] if each["id"] == completion[place]]
+            if found:
+                break
+        loss -= found[0]
+    return loss
 
 
 @contextmanager
