@@ -169,7 +169,9 @@ def speed(
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--keep-ratio", default=0.4, show_default=True)
 @click.option("--type", "kinds", multiple=True, default=("bf16", "q8_0"), show_default=True)
-@click.option("--sets", default=6, show_default=True, help="JSONL files in DATA to read, with id, prompt and completion.")
+@click.option(
+    "--sets", default=6, show_default=True, help="JSONL files in DATA to read, with id, prompt and completion."
+)
 @click.option("--rows", default=2, show_default=True, help="Of each set, from those that no index has seen.")
 def perplexity(
     model: str, name: str, index: Path, data: Path, keep_ratio: float, kinds: tuple[str, ...], sets: int, rows: int
@@ -185,7 +187,9 @@ def perplexity(
 
     loaded = SemanticIndex.load(index)
     paths = sorted(data.glob("*.jsonl"))
-    found = [row for path in paths[:: max(1, len(paths) // sets)][:sets] for row in read_rows(path, range(85, 100), rows)]
+    found = [
+        row for path in paths[:: max(1, len(paths) // sets)][:sets] for row in read_rows(path, range(85, 100), rows)
+    ]
     clusters = [match[0].cluster for match in loaded.lookup([row.prompt for row in found])]
     language_model = load_model(model, "stored")
     losses, n_tokens = 0.0, 0

@@ -98,6 +98,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--name", help="Of the model, in the figures.  [default: its folder's]")
 @click.option("--shape", help="In place of a model, for speed and memory only.")
 @click.option("--index", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Without: random neurons.")
 @click.option("--limit", "limit_text", default="2600MB", show_default=True)
@@ -109,6 +110,7 @@ def main() -> None:
 @click.option("--at-least", default=15.0, show_default=True, help="The bar for decode over disk offload's.")
 def limit(
     model: Path | None,
+    name: str | None,
     shape: str | None,
     index: Path | None,
     limit_text: str,
@@ -152,7 +154,7 @@ def limit(
             runs["unlimited"].append(run_in_group([*ours, "--dtype", _stored(model)], None, model))
         _record(
             runs,
-            model.name if shape is None else f"{shape} (random weights)",
+            name or model.name if shape is None else f"{shape} (random weights)",
             n_bytes,
             keep_ratio,
             prefill,

@@ -2,6 +2,8 @@
 
 python benchmarks/figures_quality.py build --model MODEL --data DATA --out INDEX
 python benchmarks/figures_quality.py evaluate --model MODEL --data DATA --index INDEX
+python benchmarks/figures_quality.py frontier --model MODEL --data DATA --index INDEX
+python benchmarks/figures_quality.py tuned --model MODEL --data DATA --index INDEX
 
 DATA is a folder of JSONL files with "id", "prompt" and "completion". An index is built over rows whose id hashes under 70,
 without the sets in UNSEEN; figures come from rows at 85 and above, which nothing has seen.
@@ -95,25 +97,138 @@ def evaluate(
     model: str, data: Path, name: str, index: Path, rows: int, keep_ratio: float, max_tokens: int, dtype: str
 ) -> None:
     """Compare all selections at one keep ratio on rows that nothing has seen."""
-    stem = f"quality-{name.lower()}-{keep_ratio:g}"
-    out, log = RESULTS / f"{stem}.json", RESULTS / f"{stem}.log.jsonl"
-    sets = [str(path) for path in sorted(data.glob("*.jsonl"))]
     arguments = [
-        *("--part", "85:100", "--limit", str(rows), "--keep-ratio", str(keep_ratio), "--max-tokens", str(max_tokens)),
+        *("--keep-ratio", str(keep_ratio), "--max-tokens", str(max_tokens)),
         *(part for score in ("energy", "paper", "compensated") for part in ("--score", score)),
         *(part for fallback in ("none", "global") for part in ("--fallback", fallback)),
     ]
-    subprocess.run(
-        [
-            *(*_COMMAND, "evaluate", *sets, "--model", model),
-            *("--index", str(index), "--log", str(log), "--out", str(out), "--dtype", dtype, *arguments),
-        ],
-        check=True,
-    )
+    contenders = _evaluated(f"quality-{name.lower()}-{keep_ratio:g}", model, data, index, rows, dtype, arguments)
+    _record_all({row["contender"]: row for row in contenders}, name, keep_ratio, rows)
+
+
+def _evaluated(
+    stem: str, model: str, data: Path, index: Path, rows: int, dtype: str, arguments: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Run `evaluate` on rows that nothing has seen, leave its summary in ``results/STEM.json``, and return that."""
+    out, log = RESULTS / f"{stem}.json", RESULTS / f"{stem}.log.jsonl"
+    command = [
+        *(*_COMMAND, "evaluate", *map(str, sorted(data.glob("*.jsonl"))), "--model", model, "--index", str(index)),
+        *("--part", "85:100", "--limit", str(rows), "--dtype", dtype, "--log", str(log), "--out", str(out), *arguments),
+    ]
+    subprocess.run(command, check=True)
     content = json.loads(out.read_text(encoding="utf-8"))
     content = {**header(), "command": running_command(), "rows_per_set": rows, "contenders": content["contenders"]}
     out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _record_all({row["contender"]: row for row in content["contenders"]}, name, keep_ratio, rows)
+    found: list[dict[str, Any]] = content["contenders"]
+    return found
+
+
+@main.command()
+@model_option
+@data_option
+@name_option
+@click.option("--index", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--rows", default=2, show_default=True, help="Of each set.")
+@click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
+@click.option("--max-tokens", default=512, show_default=True)
+@click.option("--dtype", default="auto", show_default=True)
+def frontier(
+    model: str,
+    data: Path,
+    name: str,
+    index: Path,
+    rows: int,
+    keep_ratios: tuple[float, ...],
+    max_tokens: int,
+    dtype: str,
+) -> None:
+    """Plot quality over bytes a token: similarity mode at several keep ratios beside dense, each on 16 bits, int8, 4 bits.
+
+    Sets are compensated where the index has them so, and ranked by plain energy otherwise.
+    """
+    from coreinfer_sim import SemanticIndex
+    from coreinfer_sim.evaluation.contenders import parse_contenders
+    from coreinfer_sim.evaluation.plot import plot
+
+    loaded = SemanticIndex.load(index)
+    stem, weights = f"frontier-{name.lower()}", ("16bit", "int8", "q4_0")
+    shared = ["--contender", "similarity", "--contender", "dense", "--max-tokens", str(max_tokens)]
+    shared += [part for each in weights for part in ("--weights", each)]
+    summary: dict[str, dict[str, Any]] = {}
+    drawn = {}
+    for score in ("compensated", "energy"):
+        wanted = [ratio for ratio in keep_ratios if loaded.has_compensation(ratio) is (score == "compensated")]
+        if not wanted:
+            continue
+        ratios = [part for ratio in wanted for part in ("--keep-ratio", str(ratio))]
+        found = _evaluated(f"{stem}-{score}", model, data, index, rows, dtype, [*shared, *ratios, "--score", score])
+        summary.update({row["contender"]: row for row in found})
+        for each in parse_contenders(("similarity", "dense"), wanted, (score,), weights, (1,), ("none",)):
+            drawn[str(each)] = each
+    plot([summary[title] for title in drawn], list(drawn.values()), RESULTS / f"{stem}.svg")
+    best = [
+        title
+        for title, row in summary.items()
+        if not any(
+            other["total_bytes_per_token"] < row["total_bytes_per_token"] and other["ratio"] <= row["ratio"]
+            for other in summary.values()
+        )
+    ]
+    sparse = [title for title in best if not title.startswith("dense")]
+    n_sparse = sum(not title.startswith("dense") for title in summary)
+    record(
+        FILE,
+        f"{name}: sparse contenders that no other one beats in both bytes a token and perplexity",
+        len(sparse),
+        f"of {n_sparse}",
+        "at least 1",
+        bool(sparse),
+        frontier={
+            title: [summary[title]["total_bytes_per_token"], round(summary[title]["ratio"], 3)] for title in best
+        },
+        rows_per_set=rows,
+    )
+
+
+@main.command()
+@model_option
+@data_option
+@name_option
+@click.option("--index", required=True, type=click.Path(exists=True, path_type=Path), help="Gets the profile.")
+@click.option("--increase", default=0.05, show_default=True, help="Of perplexity: the promise.")
+@click.option("--rows", default=8, show_default=True, help="Of each set, to tune on and to check on.")
+@click.option("--max-tokens", default=512, show_default=True)
+@click.option("--dtype", default="auto", show_default=True)
+def tuned(
+    model: str, data: Path, name: str, index: Path, increase: float, rows: int, max_tokens: int, dtype: str
+) -> None:
+    """Tune an index on rows at 70 to 84, and check the promise on rows that nothing has seen."""
+    from coreinfer_sim import SemanticIndex
+
+    sets = [str(path) for path in sorted(data.glob("*.jsonl"))]
+    command = [
+        *(*_COMMAND, "tune", *sets, "--index", str(index), "--model", model, "--json", "--limit", str(rows)),
+        *("--max-tokens", str(max_tokens), "--dtype", dtype, "--max-perplexity-increase", str(increase)),
+    ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = profile = json.loads(done.stdout)["profile"]
+    ratio = profile["keep_ratio"]
+    if ratio < 1:
+        compensated = SemanticIndex.load(index).has_compensation(ratio)
+        score, fallback = ("compensated", "global") if compensated else ("energy", "hybrid")
+        arguments = ["--contender", "similarity", "--keep-ratio", str(ratio), "--score", score, "--fallback", fallback]
+        (found,) = _evaluated(
+            f"tuned-{name.lower()}", model, data, index, rows, dtype, [*arguments, "--max-tokens", str(max_tokens)]
+        )
+    title = f"{name}, tuned for at most {increase:.0%} more perplexity"
+    record(
+        FILE, f"{title}: keep ratio", ratio, f"at {profile['mlp_bytes'] / 1e6:.1f} MB of MLP weights a token", "below 1",
+        ratio < 1, rows_per_set=rows, profile=profile,
+    )  # fmt: skip
+    record(
+        FILE, f"{title}: perplexity on rows that tuning has not seen", round(found["ratio"], 3), "× dense",
+        f"at most {1 + increase:g}", found["ratio"] <= 1 + increase, rows_per_set=rows,
+    )  # fmt: skip
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
