@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from coreinfer_sim.progress import counted
+
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries
 
@@ -175,5 +177,5 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
         return
     from .inspect import print_clusters
 
-    click.echo(f"{out}: {len(index)} clusters over {index.manifest.corpus.n_sentences:,} prompts")
+    click.echo(f"{out}: {counted(len(index), 'cluster')} over {counted(index.manifest.corpus.n_sentences, 'prompt')}")
     print_clusters(index)

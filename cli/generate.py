@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
 
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from coreinfer_sim.generation import Generation, TextGenerator
 
 _D = {"show_default": True}
+_EFFECTIVE = {
+    "nearest": ("similarity", "hybrid"),
+    "score": ("similarity", "hybrid", "stability", "global"),
+    "fallback": ("similarity",),
+    "keep_ratio": ("similarity", "hybrid", "stability", "global", "random"),
+}
+"""Modes in which an option does something."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
@@ -125,6 +133,7 @@ def generate(
         run_one = llamacpp.runner(ctx, compare)
     else:
         llamacpp.refuse_only_options(ctx)
+        _note_ineffective(ctx, given["mode"])
         with status("Loading the model; the first time this compiles the decode loops"):
             contenders = _contenders(given, compare, first)
 
@@ -153,6 +162,13 @@ def generate(
         print_json(flat[0] if prompt is not None else flat)
     if n_failed:
         raise PromptError(f"{n_failed} of {n_failed + len(results)} prompts failed; the messages above say why.")
+
+
+def _note_ineffective(ctx: click.Context, mode: str) -> None:
+    """Say which options were given that this mode does not look at."""
+    for name, modes in _EFFECTIVE.items():
+        if mode not in modes and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            click.echo(f"Note: --{name.replace('_', '-')} has no effect in mode {mode}.", err=True)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coreinfer_sim.progress import counted
+
 from . import options
 from .console import print_json, quiet_libraries, status
 
@@ -49,7 +51,9 @@ def info(index: str, as_json: bool) -> None:
         f"d_ff {m.model.d_ff}, {m.model.dtype})"
     )
     click.echo(f"  encoder   {m.encoder.name} ({m.encoder.dimension} dimensions, {m.encoder.metric})")
-    click.echo(f"  corpus    {m.corpus.source}: {m.corpus.n_sentences:,} prompts, {m.corpus.n_tokens:,} tokens")
+    click.echo(
+        f"  corpus    {m.corpus.source}: {counted(m.corpus.n_sentences, 'prompt')}, {counted(m.corpus.n_tokens, 'token')}"
+    )
     s = m.settings
     click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(s.layers)}")
     for each in m.compensation:

@@ -12,6 +12,7 @@ from typing import Any
 
 from coreinfer_sim.config import CorpusConfig, template_fields
 from coreinfer_sim.errors import CorpusError
+from coreinfer_sim.progress import counted
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _USUAL_COLUMNS = ("prompt", "text")
@@ -55,13 +56,15 @@ class CorpusReport:
 
     def __str__(self) -> str:
         """Say in one line what was kept, dropped and cut."""
-        parts = [f"{self.n_kept:,} prompts with {self.n_tokens:,} tokens kept of {self.n_rows:,} rows"]
+        parts = [
+            f"{counted(self.n_kept, 'prompt')} with {counted(self.n_tokens, 'token')} kept of {counted(self.n_rows, 'row')}"
+        ]
         if self.n_empty:
-            parts.append(f"{self.n_empty:,} empty rows dropped")
+            parts.append(f"{counted(self.n_empty, 'empty row')} dropped")
         if self.n_duplicate:
-            parts.append(f"{self.n_duplicate:,} duplicates dropped")
+            parts.append(f"{counted(self.n_duplicate, 'duplicate')} dropped")
         if self.n_cut:
-            parts.append(f"{self.n_cut:,} texts cut, {self.n_tokens_cut:,} tokens lost")
+            parts.append(f"{counted(self.n_cut, 'text')} cut, {counted(self.n_tokens_cut, 'token')} lost")
         return "; ".join(parts)
 
 

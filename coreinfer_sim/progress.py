@@ -19,6 +19,11 @@ class Progress:
         """End the stage."""
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 prompt`` or ``1,466 prompts``."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
 def readable_size(n_bytes: float) -> str:
     """Return a size for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -170,7 +170,7 @@ def test_a_build_says_what_it_read_and_what_it_will_take(built, tiny_checkpoint)
     out, run = built
     assert re.search(r"^Corpus: 45 prompts with [\d,]+ tokens kept of 45 rows\.$", run.stderr, re.MULTILINE)
     assert re.search(
-        r"^Plan: 45 prompts, .* 3 clusters, 1 shards; disk .*; memory about .*\.$", run.stderr, re.MULTILINE
+        r"^Plan: 45 prompts, .* 3 clusters, 1 shard; disk .*; memory about .*\.$", run.stderr, re.MULTILINE
     )
     assert len(run.stderr.splitlines()) == 2  # no bars where there is no terminal
     assert run.stdout.startswith(f"{out}: 3 clusters over 45 prompts\n")
@@ -219,7 +219,7 @@ def test_duplicates_are_kept_where_asked_for(build, tmp_path):
     kept = build("--clusters", 2, "--keep-duplicates", "--json", source=source)
     assert json.loads(kept.stdout)["corpus"]["n_sentences"] == 3
     dropped = build("--clusters", 2, "--json", "--force", source=source)
-    assert json.loads(dropped.stdout)["corpus"]["n_sentences"] == 2 and "1 duplicates dropped" in dropped.stderr
+    assert json.loads(dropped.stdout)["corpus"]["n_sentences"] == 2 and "1 duplicate dropped" in dropped.stderr
 
 
 # info, verify, lookup
@@ -330,6 +330,14 @@ def dense_text(tiny_checkpoint) -> str:
     return loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_options_that_a_mode_does_not_look_at_are_named(index):
+    options = ("generate", "stars", "--index", index, "--max-new-tokens", 2)
+    done = succeeded(*options, "--mode", "dense", "--nearest", 2, "--score", "paper", "--keep-ratio", 0.4)
+    for name in ("--nearest", "--score", "--keep-ratio"):
+        assert f"Note: {name} has no effect in mode dense.\n" in done.stderr
+    assert "Note" not in succeeded(*options, "--nearest", 2, "--fallback", "none").stderr
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_in_every_mode(index, mode):
     found = generated(index, "--mode", mode, "--fallback", "none")
@@ -345,7 +353,7 @@ def test_generate_in_every_mode(index, mode):
 
     text = succeeded(
         *("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--mode", mode),
-        *("--fallback", "none"),
+        *(("--fallback", "none") if mode == "similarity" else ()),
     )
     assert text.stdout == f"> How do stars form?\n{found['text']}\n"
     assert re.match(rf"  {mode} · .*keeps {found['keep_ratio']:.2f} · 8 tokens at [\d.]+ tokens/s · reads", text.stderr)

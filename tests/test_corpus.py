@@ -256,7 +256,7 @@ def test_long_texts_are_cut_and_every_lost_token_is_counted(jsonl):
 def test_the_report_says_what_happened():
     assert str(CorpusReport(n_rows=3, n_kept=3, n_tokens=1234)) == "3 prompts with 1,234 tokens kept of 3 rows"
     full = str(CorpusReport(9, 3, 30, n_empty=4, n_duplicate=2, n_cut=1, n_tokens_cut=5))
-    assert "4 empty rows dropped" in full and "2 duplicates dropped" in full and "1 texts cut, 5 tokens lost" in full
+    assert "4 empty rows dropped" in full and "2 duplicates dropped" in full and "1 text cut, 5 tokens lost" in full
 
 
 # The hash

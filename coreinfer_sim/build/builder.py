@@ -57,7 +57,7 @@ from coreinfer_sim.manifest import (
 )
 from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
-from coreinfer_sim.progress import Progress, readable_size
+from coreinfer_sim.progress import Progress, counted, readable_size
 
 _EMBEDDED_AT_ONCE = 128
 _LIBRARY_BYTES = 900 << 20
@@ -233,8 +233,8 @@ class _Build:
             n_clusters = min(_MOST_AUTO_CLUSTERS, max(2, n_sentences // 8))
         if n_clusters > n_sentences:
             raise ClusteringError(
-                f"{n_clusters} clusters were asked for, but the corpus holds {n_sentences} prompts; give a smaller "
-                "--clusters or a larger corpus."
+                f"{counted(n_clusters, 'cluster')} were asked for, but the corpus holds "
+                f"{counted(n_sentences, 'prompt')}; give a smaller --clusters or a larger corpus."
             )
         n_values = len(self.layers) * self.layers[0].d_ff
         n_shards = -(-n_sentences // config.shard_size)
@@ -247,9 +247,10 @@ class _Build:
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
-            f"Plan: {n_sentences:,} prompts, {self.report.n_tokens:,} tokens, {at_most}{n_clusters} clusters, "
-            f"{n_shards} shards; disk {at_most}{readable_size(index_bytes)} for the index and {readable_size(build_bytes)} while "
-            f"building; memory about {readable_size(memory)} and {readable_size(worker_bytes)} for every further worker."
+            f"Plan: {counted(n_sentences, 'prompt')}, {counted(self.report.n_tokens, 'token')}, "
+            f"{at_most}{counted(n_clusters, 'cluster')}, {counted(n_shards, 'shard')}; "
+            f"disk {at_most}{readable_size(index_bytes)} for the index and {readable_size(build_bytes)} while building; "
+            f"memory about {readable_size(memory)} and {readable_size(worker_bytes)} for every further worker."
         )
         free = shutil.disk_usage(self.folder).free
         if free < index_bytes + build_bytes and config.clusters != "auto":
