@@ -274,9 +274,11 @@ class SparseModel:
             )
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
-        """Return what transformers will use: the argument, else the given config, else the model's own."""
+        """Return what transformers will use: the argument, be it None, else the given config, else the model's own."""
+        if name in kwargs:
+            return kwargs[name]
         given = kwargs.get("generation_config"), self.model.generation_config
-        values = (kwargs.get(name), *(getattr(config, name, None) for config in given))
+        values = (getattr(config, name, None) for config in given)
         return next((value for value in values if value is not None), None)
 
     def _mask_of(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
