@@ -242,6 +242,17 @@ def test_finished_rows_cost_nothing(models, monkeypatch):
     assert 1 not in seen[-1] or bool((others == end).any())
 
 
+def test_no_row_finishes_where_no_end_token_is_asked_for(models, monkeypatch):
+    model = models["llama"]
+    ids = token_ids(3, 6)
+    sparse = SparseModel(model, random_predictor(model), engine="lean")
+    free = generate(sparse, ids).sequences
+    monkeypatch.setattr(model.generation_config, "eos_token_id", int(free[1, 6 + 2]))
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 0)
+    assert not torch.equal(generate(sparse, ids).sequences, free)
+    assert torch.equal(generate(sparse, ids, eos_token_id=None).sequences, free)
+
+
 def test_the_model_is_untouched(model):
     before = Snapshot(model)
     generate(SparseModel(model, random_predictor(model), engine="lean"), token_ids(2, 6))

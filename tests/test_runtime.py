@@ -389,17 +389,6 @@ def test_end_token(models):
     assert len(alone) < N_NEW
 
 
-def test_no_end_token_where_none_is_asked_for(models, monkeypatch):
-    model = models["gpt-neox"]
-    rows = torch.cat([token_ids(1, 6, seed=1), token_ids(1, 6, seed=4)])
-    sparse = SparseModel(model, random_predictor(model))
-    free = generate(sparse, rows).sequences
-    monkeypatch.setattr(model.generation_config, "eos_token_id", free[0, 8].item())
-    monkeypatch.setattr(model.generation_config, "pad_token_id", 0)
-    assert generate(sparse, rows).sequences.tolist() != free.tolist()
-    assert generate(sparse, rows, eos_token_id=None).sequences.tolist() == free.tolist()
-
-
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
