@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.architectures import MLPLayer, activation, dense_bytes, find_mlps, weight_shape
+from coreinfer_sim.architectures import MLPLayer, dense_bytes, find_mlps, weight_shape
 from coreinfer_sim.checkpoint import Checkpoint
 from coreinfer_sim.config import Fallback, Mode, parse_layers
 from coreinfer_sim.core_neurons import n_kept
@@ -145,7 +145,8 @@ def plan_budget(
     n_positions = use.n_prompt + use.n_new
     reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)
     cache = use.n_sequences * use.n_caches * shape.cache_bytes
-    passing = 2 * shape.mlp_bytes // shape.n_layers if on_device else SCRATCH
+    output_bytes = shape.d_ff * shape.d_model * shape.itemsize
+    passing = 2 * shape.mlp_bytes // shape.n_layers if on_device else SCRATCH + output_bytes
     read = reading * use.n_prompt + (passing if use.streams else 0)
     cut = 0 if on_device else math.ceil(most * neuron_bytes) + merging
     passing_by = {
@@ -418,7 +419,7 @@ def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progres
     store = open_or_make(store_path(checkpoint), checkpoint, sources, shape, progress)
     scratch = Scratch(store.layers[0], usable(model.dtype, "cpu"))
     for layer, own in zip(layers, store.layers, strict=True):
-        mlp = StreamedMLP(own, scratch, activation(layer), layer.family.gated)
+        mlp = StreamedMLP(own, scratch)
         streamed = {}
         for name in layer.projections:
             dense = getattr(layer.owner, name)

@@ -1,12 +1,12 @@
 """Dense layers whose weights stay on disk: read block by block while the layer computes, in one pass over its store.
 
-The owner's own forward code runs unchanged. The first input projection it calls reads the layer's neurons once and
-computes everything; the other projections hand out what is theirs.
+The owner's own forward code runs unchanged. The first input projection it calls reads the layer's neurons once, computes what
+all input projections give, and leaves the output weights in memory; the others hand out what is theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,22 +17,29 @@ from coreinfer_sim.checkpoint import Checkpoint
 from coreinfer_sim.errors import GenerationError
 from coreinfer_sim.store import LayerStore
 
-SCRATCH = 24 << 20
-"""Bytes of the buffers that all layers share."""
+SCRATCH = 25 << 20
+"""Bytes of the buffers that all layers share, the output weights of one layer left out."""
 _RAW = 8 << 20
+_WIDE = 1 << 21  # weights that are widened at a time
 
 
 class Scratch:
-    """Buffers that all layers of a model share: two blocks as stored, of which one is read while the other is used."""
+    """Buffers that all layers of a model share.
+
+    Two blocks as stored, of which one is read while the other is used, and the output weights of the layer at work.
+    """
 
     def __init__(self, store: LayerStore, compute: torch.dtype) -> None:
         """Make buffers for blocks of ``store``'s shape; products are computed in the dtype ``compute``."""
-        self.compute = compute
+        self.widens = compute is not store.dtype
         self.block_bytes = _RAW
         (_, n), *_ = store.ranges(_RAW)
         shape = n, store.n_parts, store.d_model
         self._raw = [torch.empty(shape, dtype=store.dtype) for _ in range(2)]
-        self._wide = None if compute is store.dtype else torch.empty(n, store.d_model, dtype=compute)
+        largest = max(n * store.d_model, _WIDE, store.d_ff)
+        self._wide = torch.empty(largest, dtype=compute) if self.widens else None
+        self.output = torch.empty(store.d_ff, store.d_model, dtype=store.dtype)
+        """Weights of the output projection, neuron by neuron."""
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layers")
 
     def blocks(self, store: LayerStore) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -51,25 +58,23 @@ class Scratch:
             yield begin, end, block
 
     def widened(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return one part of a block, [n, d_model], in the dtype that computes; it lasts until the next call."""
-        if self._wide is None:
-            return weight
-        return self._wide[: len(weight)].copy_(weight)
+        """Return some weights [n_out, n_in] in the dtype that computes, in the order in which they lie; until the next call."""
+        assert self._wide is not None
+        if weight.stride(0) < weight.stride(1):
+            return self.widened(weight.T).T
+        return self._wide[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 class StreamedMLP:
-    """One layer's dense MLP, computed from its store."""
+    """One layer's dense MLP, whose products are computed from its store."""
 
-    def __init__(
-        self, store: LayerStore, scratch: Scratch, act: Callable[[torch.Tensor], torch.Tensor], gated: bool
-    ) -> None:
-        """Compute with the activation function ``act``; ``bind`` adds the projections."""
+    def __init__(self, store: LayerStore, scratch: Scratch) -> None:
+        """Read through the buffers ``scratch``; ``bind`` adds the projections."""
         self.store = store
-        self._scratch, self._act, self._gated = scratch, act, gated
+        self._scratch = scratch
         self._inputs: list[StreamedLinear] = []
         self._x: torch.Tensor | None = None
         self._pre: list[torch.Tensor] = []
-        self._sum: torch.Tensor | None = None
 
     def bind(self, inputs: list[StreamedLinear]) -> None:
         """Say which projections go from d_model to d_ff."""
@@ -82,44 +87,49 @@ class StreamedMLP:
         pre, self._pre[place] = self._pre[place], self._pre[place].new_empty(0)
         return pre
 
-    def output(self) -> torch.Tensor:
-        """Return what the output projection gives for the latest ``x``, without its bias."""
-        if self._sum is None:
+    @torch.no_grad()
+    def output(self, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return what the output projection gives for ``z`` [..., d_ff], with the weights that the inputs' pass has left.
+
+        Each sum is over all neurons at once, as in a model that is held in memory: bfloat16 shows another order of adding.
+        """
+        if self._x is None:
             raise GenerationError(
                 "an MLP on disk was asked for its output before its input, expected the model's own forward."
             )
-        y, self._sum, self._x, self._pre = self._sum, None, None, []
-        return y
+        self._x, self._pre = None, []
+        rows, weight = z.reshape(-1, z.shape[-1]), self._scratch.output
+        out = rows.new_empty(len(rows), self.store.d_model)
+        step = max(1, _WIDE // self.store.d_ff)
+        for begin in range(0, self.store.d_model, step):
+            end = min(begin + step, self.store.d_model)
+            out[:, begin:end] = self._product(rows, weight[:, begin:end].T, None if bias is None else bias[begin:end])
+        return out.reshape(*z.shape[:-1], -1)
 
     @torch.no_grad()
     def _run(self, x: torch.Tensor) -> None:
         store, scratch = self.store, self._scratch
-        flat = x.reshape(-1, x.shape[-1])
-        used = flat.to(scratch.compute)
-        pre = [flat.new_empty(len(flat), projection.weight.shape[0]) for projection in self._inputs]
-        total = torch.zeros(len(flat), store.d_model, dtype=torch.float32)
+        rows = x.reshape(-1, x.shape[-1])
+        pre = [rows.new_empty(len(rows), projection.weight.shape[0]) for projection in self._inputs]
         for begin, end, block in scratch.blocks(store):
-            parts = []
             for part in range(store.n_parts - 1):
                 place = min(part, len(pre) - 1)
                 at = begin + (part - place) * store.d_ff  # the second half, if gate and up are fused
                 bias = self._inputs[place].bias
-                h = F.linear(
-                    used,
-                    scratch.widened(block[:, part]),
-                    None if bias is None else bias[at : at + end - begin].to(used),
-                )
-                parts.append(h.to(x.dtype))
-                pre[place][:, at : at + end - begin] = parts[-1]
-            z = self._act(parts[0]) * parts[1] if self._gated else self._act(parts[0])
-            weight = scratch.widened(block[:, -1])
-            if scratch.compute is torch.float32:
-                total.addmm_(z.float(), weight)
-            else:
-                total += (z @ weight).float()
+                of = slice(at, at + end - begin)
+                pre[place][:, of] = self._product(rows, block[:, part], None if bias is None else bias[of])
+            scratch.output[begin:end] = block[:, -1]
         self._x = x
         self._pre = [p.reshape(*x.shape[:-1], -1) for p in pre]
-        self._sum = total.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply ``x`` [n, n_in] with ``weight`` [n_out, n_in] as `products` does, rounding once."""
+        if not self._scratch.widens:
+            return F.linear(x, weight, bias)
+        y = torch.mm(x.float(), self._scratch.widened(weight).T)
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype)
 
 
 class StreamedLinear(nn.Module):
@@ -145,11 +155,10 @@ class StreamedLinear(nn.Module):
         return self.mlp.store
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., in features] to [..., out features]; the output projection's sums were made with the inputs'."""
+        """Map [..., in features] to [..., out features]; the output projection comes after the inputs' pass."""
         if self.place is not None:
             return self.mlp.pre_activation(self.place, x)
-        y = self.mlp.output()
-        return y if self.bias is None else y + self.bias
+        return self.mlp.output(x, self.bias)
 
 
 class StreamedEmbedding(nn.Module):
