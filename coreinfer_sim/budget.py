@@ -140,7 +140,9 @@ def plan_budget(
     neuron_bytes = shape.mlp_bytes / (shape.n_layers * shape.d_ff)
     most = max(use.n_kept)
     held = math.ceil(sum(use.n_kept) * neuron_bytes) + shape.n_layers * shape.d_model * shape.itemsize
-    merging = most * shape.d_model * 8 if use.compensated else 0  # the output weights in float32, twice
+    merging = (
+        2 * MIB + most * shape.d_model * 2 if use.compensated else 0
+    )  # the change of the output weights, in 16 bits
     width = 5 * (shape.d_ff if use.streams else most) + 16 * shape.d_model
     n_positions = use.n_prompt + use.n_new
     reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)

@@ -39,7 +39,11 @@ class LayerCompensation:
     @property
     def delta(self) -> torch.Tensor:
         """The change of the kept neurons' output weights, float32 [d_model, n_kept]."""
-        left = self.left.float()
+        return self.delta_of(slice(None))
+
+    def delta_of(self, rows: slice) -> torch.Tensor:
+        """Return some rows of `delta`, so that not all of them need be in float32 at a time."""
+        left = self.left[rows].float()
         return left if self.right is None else left @ self.right.float()
 
     def to(self, device: str | torch.device) -> LayerCompensation:

@@ -22,6 +22,7 @@ from coreinfer_sim.store import LayerStore
 
 Projections = dict[str, Any]
 _OPEN_GATE = 4.0
+_ROWS = 128  # of the output weights that are merged at a time
 
 
 def compact_projections(
@@ -62,7 +63,13 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
         compensation: of just these neurons.
         gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
     """
-    merged = (kept + compensation.delta.to(kept.device)).to(kept)  # the sum is float32, as delta is
+    if compensation.left.requires_grad:
+        merged = (kept + compensation.delta.to(kept.device)).to(kept)  # the sum is float32, as delta is
+    else:
+        merged = torch.empty_like(kept)
+        for begin in range(0, len(kept), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            merged[rows] = kept[rows] + compensation.delta_of(rows).to(kept.device)
     if compensation.bypass_out is None:
         return merged
     bypass = compensation.bypass_out.to(kept)

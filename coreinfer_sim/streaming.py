@@ -17,10 +17,10 @@ from coreinfer_sim.checkpoint import Checkpoint
 from coreinfer_sim.errors import GenerationError
 from coreinfer_sim.store import LayerStore
 
-SCRATCH = 25 << 20
+SCRATCH = 13 << 20
 """Bytes of the buffers that all layers share, the output weights of one layer left out."""
-_RAW = 8 << 20
-_WIDE = 1 << 21  # weights that are widened at a time
+_RAW = 4 << 20
+_WIDE = 1 << 20  # weights that are widened at a time
 
 
 class Scratch:
