@@ -21,7 +21,14 @@ from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.models import LEAN_FAMILIES
 from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import Projections, bypass_inputs, held_ids, linear_module, linear_parameters
+from coreinfer_sim.sparse_mlp import (
+    Projections,
+    bypass_inputs,
+    held_ids,
+    linear_module,
+    linear_parameters,
+    merge_delta,
+)
 
 _ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +100,7 @@ def neuron_mlp(
     added = torch.zeros(layer.d_model) if out_bias is None else out_bias.detach().float()
     if compensation is not None:
         added = added + compensation.bias.float()
-        weight[:n, 2] = (weight[:n, 2].float() + compensation.delta.T).to(weight)
+        merge_delta(weight[:n, 2].T, compensation)
         if n_bypass:
             assert compensation.bypass_out is not None
             for part, (rows, extra) in enumerate(bypass_inputs(layer, compensation)):

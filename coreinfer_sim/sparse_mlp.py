@@ -22,7 +22,7 @@ from coreinfer_sim.store import LayerStore
 
 Projections = dict[str, Any]
 _OPEN_GATE = 4.0
-_ROWS = 128  # of the output weights that are merged at a time
+_ROWS = 64  # of the output weights that are merged at a time
 
 
 def compact_projections(
@@ -66,14 +66,19 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
     if compensation.left.requires_grad:
         merged = (kept + compensation.delta.to(kept.device)).to(kept)  # the sum is float32, as delta is
     else:
-        merged = torch.empty_like(kept)
-        for begin in range(0, len(kept), _ROWS):
-            rows = slice(begin, begin + _ROWS)
-            merged[rows] = kept[rows] + compensation.delta_of(rows).to(kept.device)
+        merged = kept.clone()
+        merge_delta(merged, compensation)
     if compensation.bypass_out is None:
         return merged
     bypass = compensation.bypass_out.to(kept)
     return torch.cat([merged, bypass] if gated else [merged, bypass, -bypass], 1)
+
+
+def merge_delta(output: torch.Tensor, compensation: LayerCompensation) -> None:
+    """Add the compensation to output weights [d_model, n_kept] in place, some rows at a time to need little memory."""
+    for begin in range(0, len(output), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        output[rows] = output[rows] + compensation.delta_of(rows).to(output.device)  # the sum is float32, as delta is
 
 
 _Parameters = tuple[torch.Tensor, torch.Tensor | None]
