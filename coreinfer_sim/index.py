@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -198,6 +199,7 @@ class SemanticIndex:
         embeddings = self.encoder.encode(text)
         if not self.keeps_encoder:
             del self.encoder
+            gc.collect()  # modules refer to one another
             give_back_memory()
         return self.lookup_embeddings(embeddings, k)
 
