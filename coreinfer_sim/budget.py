@@ -28,7 +28,7 @@ from coreinfer_sim.memory import give_back_memory, keep_heap_small, peak_bytes, 
 from coreinfer_sim.models import DTYPES, LEAN_FAMILIES, LanguageModel, load_model, usable, usable_device
 from coreinfer_sim.offload import HostLinear, Staging, in_host_memory
 from coreinfer_sim.progress import Progress, readable_size
-from coreinfer_sim.sparse_mlp import linear_parameters
+from coreinfer_sim.sparse_mlp import MERGED_ROWS, linear_parameters
 from coreinfer_sim.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.streaming import SCRATCH, Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
 
@@ -140,9 +140,8 @@ def plan_budget(
     neuron_bytes = shape.mlp_bytes / (shape.n_layers * shape.d_ff)
     most = max(use.n_kept)
     held = math.ceil(sum(use.n_kept) * neuron_bytes) + shape.n_layers * shape.d_model * shape.itemsize
-    merging = (
-        2 * MIB + most * shape.d_model * 2 if use.compensated else 0
-    )  # the change of the output weights, in 16 bits
+    # The change of the output weights in 16 bits, and some rows of it, of the weights and of their sum in float32.
+    merging = most * (2 * shape.d_model + 12 * MERGED_ROWS) if use.compensated else 0
     width = 5 * (shape.d_ff if use.streams else most) + 16 * shape.d_model
     n_positions = use.n_prompt + use.n_new
     reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)

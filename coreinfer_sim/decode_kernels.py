@@ -217,9 +217,7 @@ def linear(weight, scale, bias, x, out):  # noqa: ANN001, ANN201
     for task in prange((n_out + _ROWS - 1) // _ROWS):
         first, last = task * _ROWS, min(n_out, (task + 1) * _ROWS)
         i = first
-        if (
-            x.shape[0] == 1
-        ):  # what every token goes through; the general function is a call more for each row of weights
+        if x.shape[0] == 1:  # what every token goes through, without a call more for each row of weights
             while i < last:
                 out[0, i] = _dot(weight[i], x[0]) * scale[i] + bias[i]
                 i += 1

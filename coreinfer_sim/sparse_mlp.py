@@ -22,7 +22,8 @@ from coreinfer_sim.store import LayerStore
 
 Projections = dict[str, Any]
 _OPEN_GATE = 4.0
-_ROWS = 64  # of the output weights that are merged at a time
+MERGED_ROWS = 64
+"""Rows of the output weights that are merged with compensation at a time."""
 
 
 def compact_projections(
@@ -76,8 +77,8 @@ def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bo
 
 def merge_delta(output: torch.Tensor, compensation: LayerCompensation) -> None:
     """Add the compensation to output weights [d_model, n_kept] in place, some rows at a time to need little memory."""
-    for begin in range(0, len(output), _ROWS):
-        rows = slice(begin, begin + _ROWS)
+    for begin in range(0, len(output), MERGED_ROWS):
+        rows = slice(begin, begin + MERGED_ROWS)
         output[rows] = output[rows] + compensation.delta_of(rows).to(output.device)  # the sum is float32, as delta is
 
 

@@ -279,3 +279,25 @@ def test_bytes_and_keep_ratio_are_those_of_the_installed_modules(tiny, model):
     assert selection.keep_ratio(layers) == pytest.approx((7 + tiny.d_ff + tiny.d_ff - 5) / (3 * tiny.d_ff))
     assert NeuronSelection("dense").mlp_bytes(layers) == dense_bytes(layers)
     assert NeuronSelection("dense").keep_ratio(layers) == 1.0
+
+
+def test_merging_compensation_makes_no_copy_of_the_output_weights():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from coreinfer_sim.compensation import LayerCompensation
+    from coreinfer_sim.sparse_mlp import MERGED_ROWS, merge_delta
+
+    sizes = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            sizes.append(made.numel())
+            return made
+
+    output, left = torch.randn(200, 32).bfloat16(), torch.randn(200, 32).bfloat16()
+    expected = (output.float() + left.float()).bfloat16()
+    with Noted():
+        merge_delta(output, LayerCompensation(torch.zeros(200), left))
+    assert torch.equal(output, expected)
+    assert max(sizes) == MERGED_ROWS * 32

@@ -383,36 +383,27 @@ import torch
 torch.set_num_threads(1)
 from coreinfer_sim.budget import Use, load_within
 from coreinfer_sim.memory import peak_bytes
-from coreinfer_sim.compensation import LayerCompensation
-from coreinfer_sim.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.selection import NeuronSelection
-compensated = sys.argv[2] == "compensated"
-use = Use(n_kept=[6144] * 4, n_prompt=20, n_new=8, compensated=compensated)
+use = Use(n_kept=[6144] * 4, n_prompt=20, n_new=8)
 lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
-predictor = make_predictor("random", lm.layers, keep_ratio=0.25)
-if compensated:
-    ids = predictor.select(None, None, 1)[0].ids
-    repair = LayerCompensation(torch.zeros(256, dtype=torch.bfloat16), torch.zeros(256, 6144, dtype=torch.bfloat16))
-    predictor = FixedPredictor(NeuronSelection("fixed", ids, compensation=dict.fromkeys(ids, repair)))
-sparse = SparseModel(lm.model, predictor, lm.tokenizer)
+sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
 sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
 mlps = sum(layer.n_bytes for layer in lm.layers)
 held = plan.parts["libraries and index"]
-print(json.dumps({"peak": peak_bytes(), "held": held, "needed": plan.smallest, "mlps": mlps}))
+print(json.dumps({"peak": peak_bytes(), "held": held, "needed": plan.needed, "mlps": mlps}))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the peak that Linux counts")
-@pytest.mark.parametrize("how", ["plain", "compensated"])
-def test_a_process_keeps_to_its_plan(tmp_path, how):
+def test_a_process_keeps_to_its_plan(tmp_path):
     folder = save_tiny_checkpoint(
         tmp_path / "model", hidden_size=256, intermediate_size=24576, num_attention_heads=8, head_dim=32,
         num_hidden_layers=4,
     )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", _PROCESS, folder, how], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", _PROCESS, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["mlps"] > 300e6
     assert found["peak"] <= found["needed"]
-    assert found["peak"] - found["held"] < 0.75 * found["mlps"]  # the dense MLPs are never all in memory
+    assert found["peak"] - found["held"] < 0.5 * found["mlps"]  # the dense MLPs are never all in memory
