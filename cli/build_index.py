@@ -105,6 +105,12 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     help="For --compensate: tokens to fit each cluster's set on.",
 )
 @click.option(
+    "--rank-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="For --compensate: tokens among those that rank the neurons, which is the dear part in a wide model.  [default: all]",
+)
+@click.option(
     "--distil-tokens",
     type=click.IntRange(0),
     default=0,
@@ -154,6 +160,7 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
             ranking=Ranking(given["ranking"]),
             budget=Budget(given["budget"]),
             tokens=given["compensate_tokens"],
+            ranking_tokens=given["rank_tokens"],
             distil_tokens=given["distil_tokens"],
             distil_from=Start(given["distil_from"]),
         )

@@ -63,6 +63,10 @@ def info(index: str, as_json: bool) -> None:
             f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(each.n_kept)} to "
             f"{max(each.n_kept)} neurons a layer), {each.tokens:,} tokens a cluster"
         )
+        if served := m.served_by_corpus(each.keep_ratio):
+            click.echo(
+                f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
+            )
     if m.profile is not None:
         click.echo(
             f"  profile   keep ratio {m.profile.keep_ratio:g}: perplexity {m.profile.ratio - 1:+.1%} ({m.profile.low - 1:+.1%} "

@@ -93,6 +93,14 @@ class Moments:
         for name in ("gram", "cross", "features", "targets"):
             getattr(self, name).add_(getattr(other, name).to(self.gram.device), alpha=share)
 
+    def of(self, features: torch.Tensor) -> Moments:
+        """Return the moments of some features [n] alone."""
+        chosen = Moments(0, 0)
+        chosen.n_tokens, chosen.targets = self.n_tokens, self.targets
+        chosen.gram = self.gram[features][:, features]
+        chosen.cross, chosen.features = self.cross[features], self.features[features]
+        return chosen
+
     def centred(self) -> CentredMoments:
         """Return means and covariances.
 

@@ -172,6 +172,8 @@ class CompensationConfig:
     """How neurons are shared out among the layers."""
     tokens: int = 20_000
     """Tokens that each cluster's set is fitted on; the whole corpus's set takes three times as many."""
+    ranking_tokens: int | None = None
+    """Tokens among those that rank a set's neurons; None: all."""
     distil_tokens: int = 0
     """Tokens of the texts that each cluster's set is trained on from there, the whole corpus's again on three times as
     many; 0: the closed form stays as it is."""
@@ -194,6 +196,7 @@ class CompensationConfig:
         _check_at_least("rank", self.rank, 1)
         _check_at_least("bypass rank", self.bypass_rank, 0)
         _check_at_least("tokens", self.tokens, 1)
+        _check_at_least("ranking tokens", self.ranking_tokens, 1)
         _check_at_least("distil tokens", self.distil_tokens, 0)
 
 

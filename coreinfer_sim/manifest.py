@@ -155,6 +155,15 @@ class Manifest:
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
+    def served_by_corpus(self, keep_ratio: float) -> list[int]:
+        """Return the clusters whose compensated set is the whole corpus's: the same file under two names."""
+        of_corpus = self.files[compensation_file(keep_ratio, None)].sha256
+        return [
+            cluster
+            for cluster in range(self.settings.n_clusters)
+            if self.files[compensation_file(keep_ratio, cluster)].sha256 == of_corpus
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""
         return {**dataclasses.asdict(self), "sha256": self.checksum()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,20 @@ from tiny_models import N_LAYERS, VOCABULARY
 
 from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.build import build_index
-from coreinfer_sim.build.calibration import CalibrationText, Fit, _advance, _batches, decoder_blocks, fit_layers
-from coreinfer_sim.build.compensating import calibration_text
+from coreinfer_sim.build.calibration import (
+    CalibrationText,
+    Fit,
+    _advance,
+    _batches,
+    _moments,
+    _with_inputs,
+    decoder_blocks,
+    fit_layers,
+)
+from coreinfer_sim.build.compensating import calibration_text, calibration_texts, compare_with_corpus, held_out
 from coreinfer_sim.build.distillation import Distillation, distil, n_decoded
 from coreinfer_sim.build.sensitivity import check_bypass, layer_costs, neurons_of, share_out
+from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
 from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking
@@ -257,7 +268,9 @@ def test_distillation_learns_in_every_family(model, fit):
     blank = {n: replace(c, left=0 * c.left, bias=0 * c.bias) for n, c in fitted.compensation.items()}
     fitted = replace(fitted, compensation=blank)  # a tiny model's closed form leaves little to learn
     reported = []
-    settings = Distillation(learning_rate=3e-3, tokens_per_step=200)
+    weight = linear_parameters(language_model.layers[0].output)[0]
+    rate = 3e-3 / float(weight.square().mean().sqrt())  # tiny models' weights are smaller than what there is to learn
+    settings = Distillation(learning_rate=rate, tokens_per_step=200)
     distilled = distil(language_model, fitted, texts * 3, settings, reported.append)
     bar = 0.9 if fit.rank is None else 0.99  # three directions can learn little
     assert divergence(model, texts, distilled) < bar * divergence(model, texts, fitted)
@@ -278,6 +291,36 @@ def test_short_completions_leave_the_prompts_end_to_be_read_sparsely():
     assert n_decoded(CalibrationText(list(range(100)), 97)) == 32
     assert n_decoded(CalibrationText(list(range(20)), 18)) == 19
     assert n_decoded(CalibrationText([1], 0)) == 0
+
+
+@pytest.mark.parametrize("bypass_rank", [0, 2])
+def test_narrow_passes_give_the_moments_of_wide_ones(model, bypass_rank):
+    language_model = language_model_of(model)
+    layers, blocks, fit = language_model.layers, decoder_blocks(language_model), Fit(bypass_rank=bypass_rank)
+    first, second = layers[:2]
+    kept = torch.arange(1, second.d_ff, 3)
+    with torch.inference_mode():
+        batches = list(_batches(language_model, blocks, some_texts(40), fit))
+        for batch in batches:
+            batch.dense_out = batch.calls[first.number](blocks[0], batch.dense)
+        with installed(layers, NeuronSelection("test", {first.number: torch.arange(0, first.d_ff, 2)})):
+            _advance(first, blocks[0], batches)
+        wide, _ = _moments(second, blocks[1], batches, fit)
+        narrow, _ = _moments(second, blocks[1], batches, fit, kept)
+    expected = wide.of(_with_inputs(second, kept, fit))
+    assert narrow.n_tokens == expected.n_tokens
+    for name in ("gram", "cross", "features", "targets"):
+        torch.testing.assert_close(getattr(narrow, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
+
+
+def test_neurons_may_be_ranked_on_some_of_the_tokens(models):
+    language_model, texts = language_model_of(models["llama"]), some_texts(200)
+    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
+    sets = {tokens: fit_layers(language_model, texts, n, Fit(ranking_tokens=tokens)) for tokens in (None, 1, 10**6)}
+    assert all((sets[None].ids[i] == sets[10**6].ids[i]).all() for i in range(N_LAYERS))
+    assert any((sets[None].ids[i] != sets[1].ids[i]).any() for i in range(N_LAYERS))
+    gaps = {tokens: divergence(models["llama"], texts, selection) for tokens, selection in sets.items()}
+    assert gaps[1] < 1.2 * gaps[None]
 
 
 def test_dense_layers_stay_dense(models):
@@ -412,6 +455,65 @@ def test_strange_shapes_are_refused(tmp_path):
     (tmp_path / "none").write_bytes(b"no safetensors")
     with pytest.raises(IndexFormatError, match="cannot be read"):
         load_compensated(tmp_path / "none", 6, 2)
+
+
+def test_some_texts_are_held_out_of_every_fit():
+    assignment = np.array([0] * 40 + [1] * 7 + [2] * 900)
+    clustering = Clustering(centroids=np.zeros((3, 2), np.float32), assignment=assignment, similarity=np.ones(947))
+    held = held_out(clustering, 0)
+    assert [int(held[assignment == cluster].sum()) for cluster in range(3)] == [5, 0, 48]
+    assert not held_out(replace(clustering, centroids=np.zeros((1, 2), np.float32), assignment=0 * assignment), 0).any()
+    sentences = [Sentence(str(i), "p", f"p{i:04d}", 5) for i in range(947)]
+    language_model = SimpleNamespace(tokenizer=Letters())
+    for cluster in (None, 0, 1, 2):
+        texts = calibration_texts(language_model, sentences, clustering, cluster, 10**9, 0, 100)
+        read = {int("".join(map(chr, text.ids[1:]))) for text in texts}
+        assert read == set(np.flatnonzero(~held & (True if cluster is None else assignment == cluster)))
+
+
+def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
+    language_model = load_model(tiny_checkpoint)
+    sentences = [Sentence(str(i), f"Tell me of {i}.", f"Tell me of {i}. It is {i} and more.", 9) for i in range(48)]
+    clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(48) % 2, np.ones(48))
+    config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
+    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
+    texts = calibration_texts(language_model, sentences, clustering, None, 10**6, 0, 64)
+    good = fit_layers(language_model, texts, n, Fit())
+    bad = replace(good, compensation={k: replace(c, left=5 + 0 * c.left) for k, c in good.compensation.items()})
+    for cluster, selection in ((None, good), (0, bad), (1, good)):
+        save_compensated(tmp_path / compensation_file(0.5, cluster), selection)
+    reported = []
+    found = compare_with_corpus(language_model, sentences, clustering, config, 64, tmp_path, reported.append)["0.5"]
+    assert found["0"]["corpus"] < found["0"]["own"] and found["1"]["corpus"] == found["1"]["own"] > 0
+    assert sum(reported) == held_out(clustering, 0).sum() == 6
+    members = np.flatnonzero(held_out(clustering, 0) & (clustering.assignment == 0))
+    held = [calibration_text(language_model, sentences[i], 64) for i in members]
+    assert found["0"]["corpus"] == pytest.approx(by_text(language_model.model, held, good), rel=1e-2)
+
+
+def by_text(model, texts, selection):
+    """The mean over texts of each one's divergence a token."""
+    return sum(divergence(model, [text], selection) for text in texts) / len(texts)
+
+
+def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, encoder, tmp_path, monkeypatch):
+    rows = [{"prompt": f"Tell me of {'stars' if i % 2 else 'bread'}, {i}.", "answer": f"It is {i}."} for i in range(48)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{prompt} {answer}")
+    config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
+
+    def found(*arguments):
+        measured = compare_with_corpus(*arguments)
+        assert set(measured["0.5"]) == {"0", "1"}
+        return {"0.5": {"0": {"own": 2.0, "corpus": 1.0}, "1": {"own": 1.0, "corpus": 1.0}}}
+
+    monkeypatch.setattr("coreinfer_sim.build.builder.compare_with_corpus", found)
+    index = build_index(tiny_checkpoint, corpus, tmp_path / "index", config, encoder=encoder)
+    assert index.manifest.served_by_corpus(0.5) == [0]
+    files = [(tmp_path / "index" / compensation_file(0.5, each)).read_bytes() for each in (None, 0, 1)]
+    assert files[0] == files[1] != files[2]
+    described = CliRunner().invoke(main, ["info", str(tmp_path / "index")])
+    assert "the whole corpus's set in clusters 0," in described.stdout
 
 
 def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):

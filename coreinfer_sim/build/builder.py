@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_sim.architectures import weight_sketch, weights_checksum
-from coreinfer_sim.build.compensating import fitted_path, neurons_by_ratio, set_tokens, sets_to_fit
+from coreinfer_sim.build.compensating import (
+    compare_with_corpus,
+    fitted_path,
+    held_out,
+    neurons_by_ratio,
+    set_tokens,
+    sets_to_fit,
+)
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
@@ -141,6 +148,8 @@ def build_index(
             with torch_threads(n_threads):
                 build.compensate_clusters(workers)
                 build.distil_clusters(workers)
+            with torch_threads(n_cores()):
+                build.choose_sets()
         build.write(out)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
@@ -381,6 +390,41 @@ class _Build:
         """Stage 9: train each cluster's set on."""
         self._distil(lambda cluster: cluster is not None, "Distilling clusters", self._fitting_workers(workers))
 
+    def choose_sets(self) -> None:
+        """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
+        assert self.clustering is not None and self.config.compensation is not None
+        path = self.folder / "chosen.json"
+        if not path.exists():
+            n_ratios = len(self.config.compensation.keep_ratios)
+            n_held = int(held_out(self.clustering, self.config.seed).sum())
+            self.progress.start("Comparing sets", n_held * n_ratios, "texts")
+            try:
+                found = compare_with_corpus(
+                    self.language_model,
+                    self.sentences,
+                    self.clustering,
+                    self.config,
+                    self.job.max_tokens,
+                    self.folder,
+                    self.progress.advance,
+                )
+            finally:
+                self.progress.finish()
+            write_json(path, found)
+        for ratio, clusters in self._served_by_corpus().items():
+            if clusters:
+                served = ", ".join(map(str, clusters))
+                self.progress.say(f"Keep ratio {ratio:g}: the whole corpus's set serves better in clusters {served}.")
+
+    def _served_by_corpus(self) -> dict[float, list[int]]:
+        """Return by keep ratio the clusters that take the whole corpus's set."""
+        assert self.config.compensation is not None
+        found = json.loads((self.folder / "chosen.json").read_text(encoding="utf-8"))
+        return {
+            ratio: [int(c) for c, mean in found[f"{ratio:g}"].items() if mean["corpus"] < mean["own"]]
+            for ratio in self.config.compensation.keep_ratios
+        }
+
     def _distil(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None
         settings = self.config.compensation
@@ -418,7 +462,9 @@ class _Build:
     def _tokens_of(self, cluster: int | None) -> int:
         """Return how many tokens a set will be trained on, about."""
         assert self.clustering is not None and self.config.compensation is not None
-        members = self.clustering.assignment == cluster if cluster is not None else slice(None)
+        members = ~held_out(self.clustering, self.config.seed)
+        if cluster is not None:
+            members &= self.clustering.assignment == cluster
         there = np.array([min(s.n_tokens, self.job.max_tokens) for s in self.sentences])[members].sum()
         return min(int(there), set_tokens(self.config.compensation.distil_tokens, cluster))
 
@@ -440,6 +486,11 @@ class _Build:
             }
             if self.config.compensation is not None:
                 shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=link)
+                for ratio, clusters in self._served_by_corpus().items():
+                    for cluster in clusters:
+                        own = part / compensation_file(ratio, cluster)
+                        own.unlink()
+                        link(str(part / compensation_file(ratio, None)), str(own))
             save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
             if out.exists():
                 remove_index(out)

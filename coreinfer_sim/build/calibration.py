@@ -49,6 +49,9 @@ class Fit:
     """Share of the earlier layers' error that a layer tries to take back."""
     prior_tokens: float = 5000.0
     """Tokens that the prior counts as."""
+    ranking_tokens: int | None = None
+    """About how many of the tokens rank the neurons, which takes products of all of them; None: every one. The others are
+    read for the neurons that stay."""
 
 
 class _Batch:
@@ -108,15 +111,23 @@ def fit_layers(
     compensation: dict[int, LayerCompensation] = {}
     with torch.inference_mode():
         batches = list(_batches(language_model, blocks, texts, fit))
+        ranking, others = _spread(batches, fit.ranking_tokens)
         for layer, block, n in zip(layers, blocks, n_kept, strict=True):
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
-                moments, energy = _moments(layer, block, batches, fit)
+                moments, energy = _moments(layer, block, ranking, fit)
                 if keep is not None:
                     keep(layer.number, moments)
                 if prior is not None:
                     moments.add_prior(prior(layer.number), fit.prior_tokens)
-                chosen, repair = fit_layer(layer, moments.centred(), energy, n, fit)
+                weight, bias = linear_parameters(layer.output)
+                chosen = _rank(layer, moments.centred(), energy, n, fit)
+                moments = moments.of(_with_inputs(layer, chosen, fit))
+                if others:
+                    moments.add_prior(further := _moments(layer, block, others, fit, chosen)[0], further.n_tokens)
+                places = torch.arange(len(chosen), device=chosen.device)
+                kept = weight.index_select(1, chosen)
+                repair = compensate(moments.centred(), places, kept, bias, fit.rank, fit.bypass_rank)
                 dense = install(layers, {layer.number: compact_projections(layer, chosen, repair)})
                 ids[layer.number], compensation[layer.number] = chosen.cpu(), repair.to("cpu")
             try:
@@ -153,17 +164,31 @@ def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
     )
 
 
-def _moments(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], fit: Fit) -> tuple[Moments, torch.Tensor]:
-    """Return a layer's moments on the sparse stream towards the dense one, and its neurons' energy [d_ff]."""
-    n_features = layer.d_ff + (layer.d_model if fit.bypass_rank else 0)
+def _spread(batches: Sequence[_Batch], n_tokens: int | None) -> tuple[list[_Batch], list[_Batch]]:
+    """Divide batches evenly into some that hold about ``n_tokens`` tokens, but for a rest, and the others."""
+    total = sum(len(batch.counted) for batch in batches)
+    every = 1 if n_tokens is None else max(1, total // n_tokens)
+    return [*batches[::every]], [batch for place, batch in enumerate(batches) if place % every]
+
+
+def _moments(
+    layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], fit: Fit, kept: torch.Tensor | None = None
+) -> tuple[Moments, torch.Tensor]:
+    """Return moments of a layer's neurons on the sparse stream towards the dense one, and the neurons' energy.
+
+    ``kept`` names the neurons, [n_kept]; None: all.
+    """
+    n = layer.d_ff if kept is None else len(kept)
     device = layer.output.weight.device
-    moments = Moments(n_features, layer.d_model, device)
-    energy = torch.zeros(layer.d_ff, device=device)
+    moments = Moments(n + (layer.d_model if fit.bypass_rank else 0), layer.d_model, device)
+    energy = torch.zeros(n, device=device)
+    narrow = {} if kept is None else compact_projections(layer, kept)
     for batch in batches:
         call, tokens = batch.calls[layer.number], batch.counted
         with _taped(layer) as tape:
             batch.dense_out = call(block, batch.dense)
             target = tape.y[tokens]
+        with _replaced(layer, narrow), _taped(layer) as tape:
             after_sparse = call(block, batch.sparse)
         z = tape.z[tokens]
         if not layer.family.post_norm:  # the residual stream takes the MLP's output as it is
@@ -176,16 +201,40 @@ def _moments(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], fit: 
     return moments, energy
 
 
+@contextmanager
+def _replaced(layer: MLPLayer, projections: Projections) -> Iterator[None]:
+    """Put projections into one layer for the block."""
+    whole = {name: getattr(layer.owner, name) for name in projections}
+    for name, module in projections.items():
+        setattr(layer.owner, name, module)
+    try:
+        yield
+    finally:
+        for name, module in whole.items():
+            setattr(layer.owner, name, module)
+
+
+def _with_inputs(layer: MLPLayer, ids: torch.Tensor, fit: Fit) -> torch.Tensor:
+    """Return the places of neurons among the features and, for a bypass, of the inputs that follow the neurons."""
+    inputs = torch.arange(layer.d_ff, layer.d_ff + (layer.d_model if fit.bypass_rank else 0), device=ids.device)
+    return torch.cat([ids, inputs])
+
+
 def fit_layer(
     layer: MLPLayer, moments: CentredMoments, energy: torch.Tensor, n: int, fit: Fit
 ) -> tuple[torch.Tensor, LayerCompensation]:
     """Choose ``n`` neurons of a layer, a bypass included, and fit what makes up for the others."""
     weight, bias = linear_parameters(layer.output)
+    ids = _rank(layer, moments, energy, n, fit)
+    return ids, compensate(moments, ids, weight, bias, fit.rank, fit.bypass_rank)
+
+
+def _rank(layer: MLPLayer, moments: CentredMoments, energy: torch.Tensor, n: int, fit: Fit) -> torch.Tensor:
+    """Choose ``n`` neurons of a layer, a bypass included, and return those that are the layer's own, ascending."""
     score = energy
     if fit.ranking is Ranking.SURGEON:
-        score = surgeon_score(moments.gram[: layer.d_ff, : layer.d_ff], weight)
-    ids = score.topk(n - bypass_neurons(layer, fit.bypass_rank)).indices.sort().values
-    return ids, compensate(moments, ids, weight, bias, fit.rank, fit.bypass_rank)
+        score = surgeon_score(moments.gram[: layer.d_ff, : layer.d_ff], linear_parameters(layer.output)[0])
+    return score.topk(n - bypass_neurons(layer, fit.bypass_rank)).indices.sort().values
 
 
 def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch]) -> None:
@@ -220,7 +269,7 @@ def _taped(layer: MLPLayer) -> Iterator[_Tape]:
 
     hooks = [
         getattr(layer.owner, layer.family.inputs[0]).register_forward_pre_hook(entered),
-        layer.output.register_forward_hook(left),
+        getattr(layer.owner, layer.family.output).register_forward_hook(left),
     ]
     try:
         yield tape
