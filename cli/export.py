@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, size_text, status
@@ -47,10 +48,15 @@ def _sets(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
     help="Type of a checkpoint's weights; stored: the model's own, bfloat16 for GGUF.",
 )
 @options.device
-@click.option("--force", is_flag=True, help="Replace models that are there.")
+@click.option(
+    "--force", is_flag=True, help="Replace models that are there; without, those that are what was asked for are kept."
+)
 @click.option("--quiet", is_flag=True, help="No plan and no progress.")
 @options.as_json
-def export(index: str, out: Path, wanted: list[int | str], model: str | None, as_json: bool, **given: Any) -> None:
+@click.pass_context
+def export(
+    ctx: click.Context, index: str, out: Path, wanted: list[int | str], model: str | None, as_json: bool, **given: Any
+) -> None:
     """Write clusters of INDEX as ordinary, smaller models.
 
     \b
@@ -61,6 +67,8 @@ def export(index: str, out: Path, wanted: list[int | str], model: str | None, as
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
 
+    if given["kind"] == "hf" and ctx.get_parameter_source("weights") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--type is of GGUF files; give --format gguf, or --dtype for a checkpoint.")
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     sets: list[int | str] = []

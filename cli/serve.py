@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -53,6 +54,13 @@ _TRANSFORMERS_ONLY = ("keep_ratio", "model", "dtype", "device", "engine", "weigh
     help="What runs the model.",
 )
 @llamacpp.only_options
+@click.option(
+    "--prefill",
+    type=click.Choice(["dense", "sparse"]),
+    default="dense",
+    **_D,
+    help="For llamacpp: who reads the prompt, the dense model or the one that decodes.",
+)
 @options.engine
 @options.encoder
 @options.model_options
@@ -85,7 +93,15 @@ def serve(ctx: click.Context, index: str, host: str, port: int, api_key: str | N
         timeout=given["timeout"],
         body_limit=given["body_limit"],
     )
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+
+    class Server(uvicorn.Server):
+        """Tells answers that are under way to come to their end before uvicorn cuts them off."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.stop()
+            super().handle_exit(sig, frame)
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
     with _listening(host, port) as listener:
         place = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         click.echo(f"Serving {given['name'] or title} at http://{place} – Ctrl-C ends it.", err=True)
@@ -112,6 +128,8 @@ def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
 
     given = ctx.params
     llamacpp.refuse_only_options(ctx)
+    if ctx.get_parameter_source("prefill") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--prefill needs --backend llamacpp.")
     loaded = SemanticIndex.load(index, SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     name = given["model"] or loaded.manifest.model.name
     language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "compiled")

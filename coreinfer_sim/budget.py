@@ -102,7 +102,7 @@ class MemoryPlan:
 
     @property
     def smallest(self) -> int:
-        """The smallest budget that surely works, in whole MiB."""
+        """The smallest budget that surely works, in whole MiB: what is held varies a little between runs."""
         return math.ceil((self.needed + _MARGIN) / MIB) * MIB
 
     @property
@@ -113,10 +113,11 @@ class MemoryPlan:
     def check(self) -> None:
         """Raise BudgetError if the budget is too small, with the smallest one that works."""
         if self.needed > self.budget:
+            least = f"{self.smallest // MIB}MiB"
             raise BudgetError(
-                f"the memory budget is {readable_size(self.budget)}, but this needs {self.smallest // MIB}MiB "
-                f"({self.text()}); give at least --memory-budget {self.smallest // MIB}MiB, keep fewer neurons, or ask for "
-                "a shorter text."
+                f"the memory budget is {readable_size(self.budget)}, but this needs {least} ({self.text()}, and "
+                f"{_MARGIN // MIB} MiB to be sure); give at least --memory-budget {least}, keep fewer neurons, or ask for a "
+                "shorter text."
             )
 
     def text(self) -> str:

@@ -27,7 +27,9 @@ def last_user_message(messages: list[Message]) -> str:
     Raises:
         PromptError: nothing.
     """
-    found = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    found = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
+    if found is None:
+        raise PromptError("the conversation has no message of the user, expected one.")
     if not found.strip():
         raise PromptError("the prompt is empty, expected some text.")
     return found
@@ -224,5 +226,6 @@ class TextGenerator:
             what = "the memory budget has room for" if budgeted else "the model's context is"
             raise PromptError(
                 f"the prompt has {n_prompt} tokens and {max_new_tokens} new ones were asked for, but {what} "
-                f"{limit}; shorten the prompt or ask for at most {max(0, limit - n_prompt)}."
+                f"{limit}; shorten the prompt"
+                + (f" or ask for at most {limit - n_prompt}." if limit > n_prompt else ".")
             )

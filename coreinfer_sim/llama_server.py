@@ -43,7 +43,10 @@ class LlamaServer:
         try:
             self._server = xllamacpp.Server(parameters)
         except Exception as error:  # whatever llama.cpp throws
-            raise ModelError(f"llama.cpp cannot load {path} ({' '.join(str(error).split())[:200]}).") from error
+            raise ModelError(
+                f"llama.cpp cannot load {path} ({' '.join(str(error).split())[:200]}), expected a sound GGUF file that fits into "
+                "memory; export it anew."
+            ) from error
         self.path = path
 
     def post(self, where: str, content: dict[str, Any]) -> Any:

@@ -334,6 +334,7 @@ def _read_router(folder: Path, index: SemanticIndex) -> dict[str, Any]:
             for name in (*(c["file"] for c in router["clusters"]), router["fallback"], router["dense"])
             if name is not None
         ]
+        router["bytes"] = dict(router["bytes"])
     except OSError as error:
         raise ConfigError(
             f"{folder} has no {ROUTER_FILE}, expected an export; run coreinfer-sim export --cluster all --format gguf "
@@ -345,4 +346,7 @@ def _read_router(folder: Path, index: SemanticIndex) -> dict[str, Any]:
         raise ConfigError(f"{path} belongs to another index than {index.name}; export this one.")
     if any(Path(name).name != name or not name.endswith(".gguf") for name in names):
         raise ConfigError(f"{path} names {names[0]}, expected GGUF files beside it; export with --format gguf.")
+    for name, n_bytes in router["bytes"].items():
+        if name in names and (file := folder / name).is_file() and file.stat().st_size != n_bytes:
+            raise ConfigError(f"{file} has {file.stat().st_size} bytes, export wrote {n_bytes}; export it anew.")
     return router

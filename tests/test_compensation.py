@@ -316,11 +316,11 @@ def test_narrow_passes_give_the_moments_of_wide_ones(model, bypass_rank):
 def test_neurons_may_be_ranked_on_some_of_the_tokens(models):
     language_model, texts = language_model_of(models["llama"]), some_texts(200)
     n = [language_model.layers[0].d_ff // 2] * N_LAYERS
-    sets = {tokens: fit_layers(language_model, texts, n, Fit(ranking_tokens=tokens)) for tokens in (None, 1, 10**6)}
+    sets = {tokens: fit_layers(language_model, texts, n, Fit(ranking_tokens=tokens)) for tokens in (None, 1500, 10**6)}
     assert all((sets[None].ids[i] == sets[10**6].ids[i]).all() for i in range(N_LAYERS))
-    assert any((sets[None].ids[i] != sets[1].ids[i]).any() for i in range(N_LAYERS))
+    assert any((sets[None].ids[i] != sets[1500].ids[i]).any() for i in range(N_LAYERS))
     gaps = {tokens: divergence(models["llama"], texts, selection) for tokens, selection in sets.items()}
-    assert gaps[1] < 1.2 * gaps[None]
+    assert gaps[1500] < 1.1 * gaps[None]
 
 
 def test_dense_layers_stay_dense(models):

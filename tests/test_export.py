@@ -29,7 +29,7 @@ from coreinfer_sim.models import load_model
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import installed
 
-SOURCE = Source("some-model", "some-index", 3, 0.5, True)
+SOURCE = Source("some-model", "some-index", "abc", 3, 0.5, True, "f32")
 WITHOUT_BIASES = ("Mistral", "Qwen3", "Gemma", "Gemma 2", "Gemma 3", "Phi-3", "OLMo-2")
 """Mistral because the tiny one attends to a window."""
 
@@ -183,10 +183,45 @@ def test_the_command_writes_models_and_their_router(index, checkpoint, tmp_path)
     assert torch.allclose(
         logits, logits_of(lm, loaded.cluster_selection(1, 128 / 192), ids), atol=1e-3
     )  # 96, rounded up
-    again = run("export", *given, "--cluster", 0)
-    assert again.exit_code == 1 and "exists already" in again.output
+    written = (out / "cluster-0000/model.safetensors").stat().st_mtime_ns
+    again = run("export", *given, "--cluster", "all")
+    assert again.exit_code == 0 and f"{n_clusters} models of {n_clusters} are there already" in again.output
+    assert (out / "cluster-0000/model.safetensors").stat().st_mtime_ns == written
+    other = run("export", *given[:3], "--keep-ratio", 0.4, "--out", out, "--cluster", 0)
+    assert other.exit_code == 1 and "holds something else than was asked for" in other.output
+    (out / "cluster-0000/coreinfer_sim.json").unlink()
+    other = run("export", *given, "--cluster", 0)
+    assert other.exit_code == 1 and "holds something else than was asked for" in other.output
     assert run("export", *given, "--cluster", 0, "--force").exit_code == 0
+    assert (out / "cluster-0000/model.safetensors").stat().st_mtime_ns > written
     assert not list(out.glob(".*"))
+
+
+def test_a_broken_off_export_goes_on(index, checkpoint, tmp_path, monkeypatch):
+    given = ("export", index, "--model", checkpoint, "--keep-ratio", 0.5, "--format", "gguf", "--type", "f16")
+    given = (*given, "--cluster", "all", "--manifest", "--out", tmp_path)
+    real, written = export_gguf, []
+
+    def broken_off(*arguments):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(arguments[3])
+        real(*arguments)
+
+    monkeypatch.setattr("coreinfer_sim.export.gguf.export_gguf", broken_off)
+    result = run(*given)
+    assert result.exit_code == 130 and "run the same command again to go on" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster-0000.gguf"]
+    monkeypatch.undo()
+    first = (tmp_path / "cluster-0000.gguf").stat()
+    result = run(*given)
+    assert result.exit_code == 0 and "1 model of 3 are there already" in result.output
+    assert (tmp_path / "cluster-0000.gguf").stat().st_mtime_ns == first.st_mtime_ns
+    router = json.loads((tmp_path / "router.json").read_text())
+    assert router["bytes"] == {path.name: path.stat().st_size for path in tmp_path.glob("*.gguf")}
+    (tmp_path / "cluster-0001.gguf").write_bytes(b"something else")
+    result = run(*given)
+    assert result.exit_code == 1 and "cluster-0001.gguf exists already and holds something else" in result.output
 
 
 def test_what_cannot_be_exported(index, checkpoint, tmp_path, monkeypatch):
@@ -194,6 +229,10 @@ def test_what_cannot_be_exported(index, checkpoint, tmp_path, monkeypatch):
     result = run(*given, "--cluster", 99)
     assert result.exit_code == 1 and "expected 0 to" in result.output
     assert run(*given, "--cluster", "x").exit_code == 2
+    assert run(*given, "--cluster", 0, "--type", "q8_0").exit_code == 2
+    for ratio in ("1.7", "0", "-1", "nan"):
+        result = run(*given, "--cluster", 0, "--keep-ratio", ratio)
+        assert result.exit_code == 1 and "expected a number above 0 and at most 1" in result.output
     monkeypatch.setenv("PATH", str(tmp_path))
     result = run(*given, "--cluster", 0, "--format", "gguf", "--type", "q4_k_m")
     assert result.exit_code == 1 and "llama-quantize, which is not on the PATH" in result.output

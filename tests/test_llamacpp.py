@@ -137,6 +137,8 @@ def test_bad_prompts_and_bad_files(index, exported, tmp_path):
             (tmp_path / path.name).write_bytes(b"no model")
         with pytest.raises(ModelError, match="llama.cpp cannot load"):
             generator.generate(PROMPTS[0], max_new_tokens=4)
+    with pytest.raises(ConfigError, match="has 8 bytes, export wrote"):
+        LlamaCppGenerator(index, tmp_path, fallback="none", context=64)
 
 
 def test_a_cache_of_another_shape_is_refused(index, exported, tmp_path):
@@ -148,8 +150,11 @@ def test_a_cache_of_another_shape_is_refused(index, exported, tmp_path):
     for path in exported.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "dense.gguf").unlink()
+    router = json.loads((tmp_path / "router.json").read_text())
+    (tmp_path / "router.json").unlink()
+    (tmp_path / "router.json").write_text(json.dumps({**router, "bytes": {}}))
     weights = compact_weights(other, NeuronSelection("dense"), one_width=False)
-    export_gguf(other, weights, Source("m", "i", "dense", 1.0, False), tmp_path / "dense.gguf", "f32")
+    export_gguf(other, weights, Source("m", "i", "s", "dense", 1.0, False, "f32"), tmp_path / "dense.gguf", "f32")
     with (
         LlamaCppGenerator(index, tmp_path, fallback="none", context=64) as generator,
         pytest.raises(GenerationError, match="does not fit cluster-000"),

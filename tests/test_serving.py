@@ -30,6 +30,7 @@ from coreinfer_sim.serving.app import _overlap, _without_stops, make_app
 from coreinfer_sim.serving.backends import Answered, LlamaCppBackend, TransformersBackend, routing_text
 
 NAME = "tiny"
+AS_JSON = {"Content-Type": "application/json"}
 
 
 class Served:
@@ -165,16 +166,40 @@ def test_bad_requests_are_told_in_the_clients_words(client, served):
     for wrong in ({"n": 2}, {"logprobs": True}, {"frequency_penalty": 1.0}, {"temperature": -1}, {"stop": [""]}):
         with pytest.raises(openai.BadRequestError):
             chat(client, **wrong)
+    undone = ({"response_format": {"type": "json_object"}}, {"tools": [1]}, {"logit_bias": {"5": 1}}, {"fooo": 1})
+    for wrong in (*undone, {"top_k": 5}, {"functions": [1]}, {"suffix": "x"}, {"best_of": 3}):
+        with pytest.raises(openai.BadRequestError, match="does not do that") as error:
+            chat(client, extra_body=wrong)
+        assert error.value.param == next(iter(wrong))
+    neutral = {"n": 1, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "user": "me", "top_p": 1}
+    assert chat(client, extra_body=neutral).usage == chat(client).usage
+    for wrong in ({"max_tokens": "5"}, {"max_tokens": True}, {"seed": 1.5}, {"temperature": "0"}):
+        with pytest.raises(openai.BadRequestError):
+            chat(client, extra_body=wrong)
+    with pytest.raises(openai.BadRequestError, match="no message of the user"):
+        chat(client, [{"role": "assistant", "content": "Hello."}])
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.APIStatusError) as error:
         chat(client, "word " * 10_000)
     assert error.value.status_code == 413
+    half = {
+        "v1/chat/completions": '{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}',
+        "v1/completions": '{"prompt": "\\ud800", "max_tokens": 2}',
+        "api/lookup": '{"text": "\\ud800"}',
+    }
+    for where, content in half.items():
+        answer = httpx.post(f"{served.url}/{where}", content=content, headers=AS_JSON)
+        assert answer.status_code == 400 and re.search("surrogate|unicode", answer.json()["error"]["message"])
     answer = httpx.post(
-        f"{served.url}/v1/chat/completions", content=b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+        f"{served.url}/v1/chat/completions",
+        content='{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stop": "\\udc00"}',
+        headers=AS_JSON,
     )
-    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
-    assert httpx.post(f"{served.url}/v1/chat/completions", content=b"[" * 9000).status_code == 400
+    assert answer.status_code == 400 and "half of a surrogate pair" in answer.json()["error"]["message"]
+    answer = httpx.post(f"{served.url}/v1/completions", content=b'{"prompt": ', headers=AS_JSON)
+    assert answer.json()["error"]["message"].startswith("the body is no JSON (Expecting value at character 11")
+    assert httpx.post(f"{served.url}/v1/chat/completions", content=b"[" * 9000, headers=AS_JSON).status_code == 400
     assert httpx.get(f"{served.url}/nothing").json()["error"]["message"] == "Not Found."
 
 
@@ -230,6 +255,45 @@ def test_llama_cpp_serves_the_same_answers(client, index, exported):  # noqa: F8
             assert theirs.model_extra["coreinfer"]["cluster"] == ours.model_extra["coreinfer"]["cluster"]
         with pytest.raises(openai.BadRequestError, match="expected one of similarity, global, dense"):
             chat(server.client(), extra_body={"coreinfer": {"mode": "hybrid"}})
+
+
+def test_the_command_serves_exported_clusters(index, exported):  # noqa: F811
+    command = [sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", "serve"]
+    given = ["--index", index.name, "--backend", "llamacpp", "--exported", str(exported), "--port", "0", "--name", NAME]
+    with subprocess.Popen([*command, *given, "--prefill", "sparse"], stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "Serving" in line)
+        url = re.search(r"http://[\d.:]+", line)[0]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            answer = chat(client)
+        assert answer.usage.completion_tokens == 8 and answer.model_extra["coreinfer"]["prefill"] == "sparse"
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert "Traceback" not in rest, rest
+
+
+def test_a_stream_is_told_that_the_server_shuts_down(language_model, index, caplog):  # noqa: F811
+    app = make_app(backend_of(language_model, index), NAME, max_new_tokens=500)
+    with Served(app) as server:
+        stream = iter(chat(server.client(), max_tokens=500, stream=True))
+        next(stream)
+        app.state.stop(grace=0.0)
+        with pytest.raises(openai.APIError, match="is shutting down"):
+            for _ in stream:
+                pass
+        with pytest.raises(openai.InternalServerError, match="is shutting down") as error:
+            chat(server.client())
+        assert error.value.status_code == 503
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_client_that_leaves_within_its_request_is_no_failure(served, caplog):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        time.sleep(0.2)
+    time.sleep(0.5)
+    assert httpx.get(f"{served.url}/health").json()["open_requests"] == 0
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_conversation_moves_with_its_topic(index):  # noqa: F811
@@ -289,7 +353,7 @@ FIELDS = (
 def test_no_content_makes_the_server_fail(served, where, content, sound):
     if sound and isinstance(content, dict):
         content = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "max_tokens": 1, **content}
-    answer = httpx.post(served.url + where, content=json.dumps(content), timeout=60)
+    answer = httpx.post(served.url + where, content=json.dumps(content), headers=AS_JSON, timeout=60)
     assert answer.status_code < 500
     if answer.status_code != 200:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -298,6 +362,8 @@ def test_no_content_makes_the_server_fail(served, where, content, sound):
 def test_the_command_asks_for_a_key_where_others_can_reach_it(index):  # noqa: F811
     result = CliRunner().invoke(main, ["serve", "--index", index.name, "--host", "0.0.0.0"])
     assert result.exit_code == 1 and "give --api-key" in result.output
+    result = CliRunner().invoke(main, ["serve", "--index", index.name, "--prefill", "sparse"])
+    assert result.exit_code == 2 and "--prefill needs --backend llamacpp" in result.output
 
 
 def test_the_command_serves_until_it_is_interrupted(index, checkpoint):  # noqa: F811

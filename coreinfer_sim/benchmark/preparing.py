@@ -94,7 +94,7 @@ def _gguf(language_model: LanguageModel, spec: Spec, folder: Path) -> Written:
     if not path.exists():
         check_exportable(language_model, spec.dtype)
         weights = compact_weights(language_model, NeuronSelection(DENSE), one_width=False)
-        source = Source(language_model.name, "none", DENSE, 1.0, False)
+        source = Source(language_model.name, "none", "none", DENSE, 1.0, False, spec.dtype)
         part = path.with_suffix(".part")
         export_gguf(language_model, weights, source, part, spec.dtype)
         part.rename(path)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,8 +51,8 @@ class Fit:
     prior_tokens: float = 5000.0
     """Tokens that the prior counts as."""
     ranking_tokens: int | None = None
-    """About how many of the tokens rank the neurons, which takes products of all of them; None: every one. The others are
-    read for the neurons that stay."""
+    """Tokens of the first texts that rank the neurons, which takes products of all of them; None: every text does. The
+    others are read for the neurons that stay."""
 
 
 class _Batch:
@@ -95,7 +96,7 @@ def fit_layers(
 
     Args:
         language_model: the dense model.
-        texts: what to fit on.
+        texts: what to fit on; the first of them rank the neurons, so their order should be random.
         n_kept: neurons of each layer that stay, [n_layers]; d_ff leaves the layer dense.
         fit: how.
         prior: gives moments of a layer towards which these texts' are shrunk.
@@ -110,8 +111,10 @@ def fit_layers(
     ids: dict[int, torch.Tensor] = {}
     compensation: dict[int, LayerCompensation] = {}
     with torch.inference_mode():
-        batches = list(_batches(language_model, blocks, texts, fit))
-        ranking, others = _spread(batches, fit.ranking_tokens)
+        n_ranking = _n_texts(texts, fit.ranking_tokens)
+        ranking = list(_batches(language_model, blocks, texts[:n_ranking], fit))
+        others = list(_batches(language_model, blocks, texts[n_ranking:], fit))
+        batches = [*ranking, *others]
         for layer, block, n in zip(layers, blocks, n_kept, strict=True):
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
@@ -164,11 +167,12 @@ def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
     )
 
 
-def _spread(batches: Sequence[_Batch], n_tokens: int | None) -> tuple[list[_Batch], list[_Batch]]:
-    """Divide batches evenly into some that hold about ``n_tokens`` tokens, but for a rest, and the others."""
-    total = sum(len(batch.counted) for batch in batches)
-    every = 1 if n_tokens is None else max(1, total // n_tokens)
-    return [*batches[::every]], [batch for place, batch in enumerate(batches) if place % every]
+def _n_texts(texts: Sequence[CalibrationText], n_tokens: int | None) -> int:
+    """Return how many of the first texts hold ``n_tokens`` tokens; None: all of them."""
+    if n_tokens is None:
+        return len(texts)
+    sums = np.cumsum([len(text.ids) for text in texts])
+    return min(len(texts), int(np.searchsorted(sums, n_tokens)) + 1)
 
 
 def _moments(

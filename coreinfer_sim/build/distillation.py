@@ -28,18 +28,18 @@ from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, 
 
 _LEARNT = ("bias", "left", "right", "bypass_out")
 _LEAST_READ = 32
-SPECIALISING_RATE = 1.6e-3
-"""5e-3 undoes about as much as it gains on a cluster's few steps."""
+SPECIALISING_RATE = 1e-3
+"""More undoes about as much as it gains on a cluster's few steps."""
 
 
 @dataclass(frozen=True)
 class Distillation:
     """How the compensation is trained."""
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     """Of Adam at its highest, as a share of the root mean square of a layer's output weights, which differs among models
     by more than ten times. A set that has been trained already is specialised at SPECIALISING_RATE."""
-    tokens_per_step: int = 500
+    tokens_per_step: int = 125
     """Decoded tokens whose gradients make one step."""
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises; from there it falls as a cosine to zero."""

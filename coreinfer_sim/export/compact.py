@@ -21,14 +21,18 @@ GLOBAL, DENSE = "global", "dense"
 
 @dataclass(frozen=True)
 class Source:
-    """Which set of neurons of which index is exported; every exported model says so."""
+    """Which set of neurons of which index is exported, and how; every exported model says so."""
 
     model: str
     index: str
+    index_sha256: str
+    """Of the index's manifest."""
     which: int | str
     """A cluster's number, GLOBAL or DENSE."""
     keep_ratio: float
     compensated: bool
+    weights: str
+    """Type of the weights."""
 
     @property
     def title(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-from coreinfer_sim.config import UNFAMILIAR
+from coreinfer_sim.config import UNFAMILIAR, check_ratio
 from coreinfer_sim.errors import ExportError
 from coreinfer_sim.export import gguf, hf
 from coreinfer_sim.export.compact import (
@@ -23,7 +24,7 @@ from coreinfer_sim.export.compact import (
 from coreinfer_sim.files import write_json
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.progress import Progress, readable_size
+from coreinfer_sim.progress import Progress, counted, readable_size
 
 ROUTER_FILE = "router.json"
 FORMATS = ("hf", "gguf")
@@ -45,7 +46,8 @@ def export(
 ) -> list[Path]:
     """Write sets of an index as ordinary models.
 
-    Models that are finished stay if a later one fails; a broken one is never left under its name.
+    Models that are finished stay if a later one fails, and the same call again passes over them; a broken one is never left
+    under its name.
 
     Args:
         language_model: the dense model, checked to be the index's.
@@ -70,18 +72,47 @@ def export(
     progress, out = progress or Progress(), Path(out)
     index.check_model(language_model.layers)
     keep_ratio = index.default_keep_ratio if keep_ratio is None else keep_ratio
+    check_ratio("keep ratio", keep_ratio)
     compensated = compensated and index.has_compensation(keep_ratio)
-    sources = [Source(index.manifest.model.name, index.name, each, keep_ratio, compensated) for each in sets]
+    written_as = weights if kind == "gguf" else language_model.dtype_name
+    name, sha256 = index.manifest.model.name, index.manifest.checksum()
+    sources = [Source(name, index.name, sha256, each, keep_ratio, compensated, written_as) for each in sets]
     paths = [out / (source.title + (".gguf" if kind == "gguf" else "")) for source in sources]
-    for path in paths:
-        if path.exists() and not force:
-            raise ExportError(f"{path} exists already, expected a new one; name another folder or give --force.")
+    missing = [place for place, path in enumerate(paths) if force or not path.exists()]
+    for place in sorted({*range(len(paths))} - {*missing}):
+        if not _holds(paths[place], sources[place], kind):
+            raise ExportError(
+                f"{paths[place]} exists already and holds something else than was asked for; name another folder or give "
+                "--force."
+            )
+    if len(missing) < len(paths):
+        progress.say(f"{counted(len(paths) - len(missing), 'model')} of {len(paths)} are there already.")
 
     def cut(source: Source) -> CompactWeights:
         selection = exported_selection(index, source.which, keep_ratio, compensated)
         return compact_weights(language_model, selection, one_width=kind == "hf")
 
-    first = cut(sources[0])
+    if missing:
+        _write(language_model, index, [(sources[i], paths[i]) for i in missing], cut, kind, weights, progress)
+    if router:
+        router_content = router_of(index, dict(zip(sets, paths, strict=True)), keep_ratio, compensated)
+        write_json(out / ROUTER_FILE, router_content)
+        paths.append(out / ROUTER_FILE)
+    return paths
+
+
+def _write(
+    language_model: LanguageModel,
+    index: SemanticIndex,
+    wanted: Sequence[tuple[Source, Path]],
+    cut: Callable[[Source], CompactWeights],
+    kind: str,
+    weights: str,
+    progress: Progress,
+) -> None:
+    """Write models one after the other, once it is clear that there is room for all."""
+    out = wanted[0][1].parent
+    first = cut(wanted[0][0])
     if kind == "gguf":
         gguf.check_exportable(language_model, weights)
         each = needed_bytes(first, gguf.bits_per_value(weights) / 8)
@@ -89,19 +120,19 @@ def export(
         hf.check_exportable(language_model, first.has_bias)
         each = needed_bytes(first, language_model.model.dtype.itemsize)
     progress.say(
-        f"Plan: {len(paths)} models of about {readable_size(each)}, {readable_size(each * len(paths))} on disk, with "
-        f"{_span(first.widths)} of {index.manifest.model.d_ff} neurons a layer" + _padding_text(first)
+        f"Plan: {counted(len(wanted), 'model')} of about {readable_size(each)}, {readable_size(each * len(wanted))} on disk, "
+        f"with {_span(first.widths)} of {index.manifest.model.d_ff} neurons a layer" + _padding_text(first)
     )
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
-    if free < each * len(paths):
+    if free < each * len(wanted):
         raise ExportError(
-            f"{readable_size(free)} are free in {out}, expected {readable_size(each * len(paths))}; free some space or "
+            f"{readable_size(free)} are free in {out}, expected {readable_size(each * len(wanted))}; free some space or "
             "export fewer clusters."
         )
-    progress.start("Exporting", len(paths), "models")
+    progress.start("Exporting", len(wanted), "models")
     try:
-        for number, (source, path) in enumerate(zip(sources, paths, strict=True)):
+        for number, (source, path) in enumerate(wanted):
             cut_down = first if number == 0 else cut(source)
             with _replacing(path) as part:
                 if kind == "gguf":
@@ -111,10 +142,11 @@ def export(
             progress.advance(1)
     finally:
         progress.finish()
-    if router:
-        paths.append(out / ROUTER_FILE)
-        write_json(paths[-1], router_of(index, dict(zip(sets, paths, strict=False)), keep_ratio, compensated))
-    return paths
+
+
+def _holds(path: Path, source: Source, kind: str) -> bool:
+    """Return whether a model is the one that would be written."""
+    return gguf.source_of(path) == gguf.facts_of(source) if kind == "gguf" else hf.source_of(path) == asdict(source)
 
 
 def router_of(
@@ -143,6 +175,7 @@ def router_of(
         "unfamiliar_below_quantile": UNFAMILIAR,
         "fallback": names.get(GLOBAL),
         "dense": names.get(DENSE),
+        "bytes": {path.name: path.stat().st_size for path in paths.values() if path.is_file()},
         "clusters": [
             {
                 "id": cluster.id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ TYPES = {
 K_QUANTS = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 """What llama.cpp's own quantiser makes of a BF16 file."""
 QUANTISER = "llama-quantize"
+_PREFIX = "coreinfer_sim."
+_KINDS = {
+    str: gguf.GGUFValueType.STRING,
+    float: gguf.GGUFValueType.FLOAT64,
+    bool: gguf.GGUFValueType.BOOL,
+}
 _LLAMA_LIKE = ("Llama", "Mistral", "Qwen2")
 _PRE_TOKENIZERS = {
     "llama-bpe": r"\p{N}{1,3}",
@@ -42,6 +49,20 @@ def bits_per_value(kind: str) -> float:
     """Return the bits that a matrix's value takes."""
     values, n_bytes = gguf.GGML_QUANT_SIZES[_written_as(kind)]
     return 8 * n_bytes / values
+
+
+def source_of(path: Path) -> dict[str, Any]:
+    """Return what a file says it was exported from; nothing if it does not."""
+    try:
+        fields = gguf.GGUFReader(path).fields
+    except (OSError, ValueError, IndexError, KeyError):
+        return {}
+    return {name.removeprefix(_PREFIX): each.contents() for name, each in fields.items() if name.startswith(_PREFIX)}
+
+
+def facts_of(source: Source) -> dict[str, Any]:
+    """Return a source as the metadata hold it."""
+    return {"set": source.title, **{name: value for name, value in asdict(source).items() if name != "which"}}
 
 
 def check_exportable(language_model: LanguageModel, kind: str) -> None:
@@ -123,10 +144,8 @@ def _write(language_model: LanguageModel, weights: CompactWeights, source: Sourc
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, text in (("model", source.model), ("index", source.index), ("set", source.title)):
-        writer.add_string(f"coreinfer_sim.{key}", text)
-    writer.add_float32("coreinfer_sim.keep_ratio", source.keep_ratio)
-    writer.add_bool("coreinfer_sim.compensated", source.compensated)
+    for key, value in facts_of(source).items():
+        writer.add_key_value(f"{_PREFIX}{key}", value, _KINDS[type(value)])
     _add_tokenizer(writer, language_model)
     names = gguf.get_tensor_name_map(arch, len(weights.widths))
     tied = config.tie_word_embeddings

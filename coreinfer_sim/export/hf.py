@@ -19,6 +19,15 @@ from coreinfer_sim.models import LanguageModel
 SOURCE_FILE = "coreinfer_sim.json"
 
 
+def source_of(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint says it was exported from; nothing if it does not."""
+    try:
+        found: dict[str, Any] = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def check_exportable(language_model: LanguageModel, with_bias: bool) -> None:
     """Raise ExportError unless a checkpoint of stock transformers can hold the compact MLPs.
 

@@ -18,10 +18,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
 from coreinfer_sim.serving.backends import Answered, Asked, Backend
-from coreinfer_sim.serving.engine import Busy, Engine, TimedOut
+from coreinfer_sim.serving.engine import Busy, Engine, Stopping, TimedOut
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest
 
 PAGE = Path(__file__).parent / "page.html"
@@ -58,6 +59,7 @@ def make_app(
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="coreinfer_sim", description="Sparse decode behind OpenAI's API.", lifespan=lifespan)
+    app.state.stop = engine.stop
     begun = int(time.time())
 
     @app.middleware("http")
@@ -69,19 +71,25 @@ def make_app(
                 return _error(401, "the API key is missing or wrong.", "invalid_api_key")
         size = 0
         body = bytearray()
-        async for piece in request.stream():
-            size += len(piece)
-            if size > body_limit:
-                return _error(413, f"the request has more than {body_limit} bytes; send less.")
-            body += piece
+        try:
+            async for piece in request.stream():
+                size += len(piece)
+                if size > body_limit:
+                    return _error(413, f"the request has more than {body_limit} bytes; send less.")
+                body += piece
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
         request._body = bytes(body)  # what Starlette itself keeps once a body has been read
         return await call_next(request)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return _error(400, f"{where}: {first['msg']}", param=where)
+        if first["type"] == "json_invalid":
+            return _error(400, f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]}).")
+        where = ".".join(str(part) for part in first["loc"][1:]) or first.get("ctx", {}).get("field")
+        said = first["msg"].removeprefix("Value error, ")
+        return _error(400, f"{where or 'the body'}: {said}", param=where)
 
     @app.exception_handler(HTTPException)
     async def http_error(_request: Request, error: HTTPException) -> Response:
@@ -129,7 +137,7 @@ def make_app(
                 if isinstance(event, Answered):
                     return JSONResponse(frame.whole(text, event))
                 text += event
-        except (_Refused, Busy, TimedOut, CoreInferSimError) as error:
+        except (_Refused, Busy, Stopping, TimedOut, CoreInferSimError) as error:
             return _refusal(error)
         raise AssertionError("an answer ended without its end")
 
@@ -251,7 +259,7 @@ async def _stream(
         if usage:
             yield line(frame.usage(event))
     except Exception as error:
-        if not isinstance(error, (Busy, TimedOut, CoreInferSimError)):
+        if not isinstance(error, (Busy, Stopping, TimedOut, CoreInferSimError)):
             _log.error("a streamed request failed", exc_info=error)
         yield line(json.loads(bytes(_refusal(error).body)))
     yield "data: [DONE]\n\n"
@@ -310,6 +318,8 @@ def _refusal(error: Exception) -> JSONResponse:
         return _error(error.status, str(error), error.code)
     if isinstance(error, Busy):
         return _error(429, "too many requests wait; try again later.", "rate_limit_exceeded")
+    if isinstance(error, Stopping):
+        return _error(503, "the server is shutting down; ask again when it is back.")
     if isinstance(error, TimedOut):
         return _error(504, "the request took too long, waiting included; ask for fewer tokens or try again later.")
     if isinstance(error, PromptError):

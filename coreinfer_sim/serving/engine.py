@@ -14,9 +14,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from coreinfer_sim.serving.backends import Answered, Asked, Backend
 
+GRACE = 8.0
+"""Seconds that answers under way have left when the server is told to stop."""
+
 
 class Busy(Exception):
-    """The queue is full, or the server is shutting down."""
+    """The queue is full."""
+
+
+class Stopping(Exception):
+    """The server is shutting down."""
 
 
 class TimedOut(Exception):
@@ -27,7 +34,7 @@ class _BrokenOff(Exception):
     """Nobody waits for this answer any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     asked: Asked
     loop: asyncio.AbstractEventLoop
@@ -79,7 +86,7 @@ class Engine:
             timeout: seconds that a request may take, waiting included.
         """
         self.backend, self._limit, self._timeout = backend, queue_limit, timeout
-        self.n_open = 0
+        self._open: set[_Task] = set()
         self.metrics = Metrics(self)
         self._tasks: queue.Queue[_Task | None] = queue.Queue()
         self._closing = False
@@ -91,15 +98,16 @@ class Engine:
         """Yield the text as it comes, then what it cost.
 
         Raises:
-            Busy: too many wait, or the server is shutting down.
+            Busy: too many wait.
+            Stopping: the server is shutting down.
             TimedOut: the time is up.
             CoreInferSimError: what the backend says.
         """
         if self._closing or self.n_open >= self._limit:
             self.metrics.requests.labels("refused").inc()
-            raise Busy
+            raise Stopping if self._closing else Busy
         task = _Task(asked, asyncio.get_running_loop(), time.monotonic() + self._timeout)
-        self.n_open += 1
+        self._open.add(task)
         outcome = "hung up"
         self._tasks.put(task)
         try:
@@ -119,8 +127,25 @@ class Engine:
                     return
         finally:
             task.broken_off.set()
-            self.n_open -= 1
+            self._open.remove(task)
             self.metrics.requests.labels(outcome).inc()
+
+    @property
+    def n_open(self) -> int:
+        """Requests that wait or are being answered."""
+        return len(self._open)
+
+    def stop(self, grace: float = GRACE) -> None:
+        """Answer no further requests, and tell those that are still open after ``grace`` seconds that it is over."""
+        self._closing = True
+
+        def tell_all() -> None:
+            for task in list(self._open):
+                task.tell(Stopping())
+
+        timer = threading.Timer(grace, tell_all)
+        timer.daemon = True
+        timer.start()
 
     def close(self, grace: float = 10.0) -> None:
         """Answer no further requests; what is being answered may take ``grace`` seconds more."""
@@ -135,7 +160,7 @@ class Engine:
             if task.broken_off.is_set():
                 continue
             if self._closing:
-                task.tell(Busy())
+                task.tell(Stopping())
                 continue
             begin = time.perf_counter()
 

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 _MOST_TEXT = 1_000_000
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "suffix": ("",),
+}
+"""What is not done here, and the values that ask for nothing."""
+_WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
+}
+"""What says nothing about the answer."""
+
+
+def _sound(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no text, expected whole characters") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_sound)]
+Whole = Annotated[int, Field(strict=True)]
 
 
 class Override(BaseModel):
@@ -29,17 +67,23 @@ class _Common(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = Field(None, max_length=512)
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    stop: str | list[str] | None = None
+    max_tokens: Whole | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, strict=True)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, strict=True)
+    seed: Whole | None = Field(None, ge=0, lt=2**31)
+    stop: Text | list[Text] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=1)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
     coreinfer: Override | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_else(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            known = name in cls.model_fields or name in _WITHOUT_EFFECT
+            if not known and value is not None and value not in _NEUTRAL.get(name, ()):
+                raise PydanticCustomError("unsupported", "this server does not do that; leave it out", {"field": name})
+        return data
 
     @field_validator("stop")
     @classmethod
@@ -59,14 +103,14 @@ class TextPart(BaseModel):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str = Field(max_length=_MOST_TEXT)
+    text: Text = Field(max_length=_MOST_TEXT)
 
 
 class ChatMessage(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
@@ -78,19 +122,13 @@ class ChatRequest(_Common):
     """Of /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
 
 
 class CompletionRequest(_Common):
     """Of /v1/completions."""
 
-    prompt: str | list[str] = Field(max_length=_MOST_TEXT)
-    echo: Literal[False] | None = None
-    logprobs: Literal[0] | None = None
-    best_of: int | None = Field(None, ge=1, le=1)
-    suffix: Literal[""] | None = None
+    prompt: Text | list[Text] = Field(max_length=_MOST_TEXT)
 
     @field_validator("prompt")
     @classmethod
@@ -108,5 +146,5 @@ class CompletionRequest(_Common):
 class LookupRequest(BaseModel):
     """Of the page."""
 
-    text: str = Field(min_length=1, max_length=_MOST_TEXT)
+    text: Text = Field(min_length=1, max_length=_MOST_TEXT)
     k: int = Field(5, ge=1, le=100)
