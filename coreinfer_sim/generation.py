@@ -28,9 +28,9 @@ def last_user_message(messages: list[Message]) -> str:
         PromptError: nothing.
     """
     found = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
-    if found is None:
+    if messages and found is None:
         raise PromptError("the conversation has no message of the user, expected one.")
-    if not found.strip():
+    if found is None or not found.strip():
         raise PromptError("the prompt is empty, expected some text.")
     return found
 
