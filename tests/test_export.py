@@ -185,7 +185,7 @@ def test_the_command_writes_models_and_their_router(index, checkpoint, tmp_path)
     )  # 96, rounded up
     written = (out / "cluster-0000/model.safetensors").stat().st_mtime_ns
     again = run("export", *given, "--cluster", "all")
-    assert again.exit_code == 0 and f"{n_clusters} models of {n_clusters} are there already" in again.output
+    assert again.exit_code == 0 and f"{n_clusters} of {n_clusters} models there already" in again.output
     assert (out / "cluster-0000/model.safetensors").stat().st_mtime_ns == written
     other = run("export", *given[:3], "--keep-ratio", 0.4, "--out", out, "--cluster", 0)
     assert other.exit_code == 1 and "holds something else than was asked for" in other.output
@@ -215,7 +215,7 @@ def test_a_broken_off_export_goes_on(index, checkpoint, tmp_path, monkeypatch):
     monkeypatch.undo()
     first = (tmp_path / "cluster-0000.gguf").stat()
     result = run(*given)
-    assert result.exit_code == 0 and "1 model of 3 are there already" in result.output
+    assert result.exit_code == 0 and "1 of 3 models there already" in result.output
     assert (tmp_path / "cluster-0000.gguf").stat().st_mtime_ns == first.st_mtime_ns
     router = json.loads((tmp_path / "router.json").read_text())
     assert router["bytes"] == {path.name: path.stat().st_size for path in tmp_path.glob("*.gguf")}

@@ -86,7 +86,7 @@ def export(
                 "--force."
             )
     if len(missing) < len(paths):
-        progress.say(f"{counted(len(paths) - len(missing), 'model')} of {len(paths)} are there already.")
+        progress.say(f"{len(paths) - len(missing)} of {counted(len(paths), 'model')} there already.")
 
     def cut(source: Source) -> CompactWeights:
         selection = exported_selection(index, source.which, keep_ratio, compensated)
