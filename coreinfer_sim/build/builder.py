@@ -249,7 +249,9 @@ class _Build:
         n_shards = -(-n_sentences // config.shard_size)
         fitted_bytes, moment_bytes = self._compensation_bytes(n_clusters)
         index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC + fitted_bytes
-        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM + moment_bytes
+        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM
+        if config.compensation is not None and config.compensation.own_fits:
+            build_bytes += moment_bytes
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + (4 * moment_bytes // len(self.layers) if moment_bytes else 0)
         worker_bytes += _LIBRARY_BYTES
@@ -269,7 +271,7 @@ class _Build:
             )
 
     def _compensation_bytes(self, n_clusters: int) -> tuple[int, int]:
-        """Return the disk that compensated sets need in the index, and their moments while building."""
+        """Return the disk that compensated sets need in the index, and the bytes of the moments of all layers."""
         settings = self.config.compensation
         if settings is None:
             return 0, 0

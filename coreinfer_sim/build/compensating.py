@@ -72,13 +72,14 @@ def make_fitter(
         n_tokens = set_tokens(settings.tokens, cluster)
         texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         moments = folder / "moments" / f"{ratio:g}"
+        leant_on = cluster is None and settings.own_fits
         selection = fit_layers(
             language_model,
             texts,
             n_kept[f"{ratio:g}"],
             fit_of(settings),
             prior=None if cluster is None else lambda layer: _load_moments(moments / f"{layer}.safetensors"),
-            keep=None if cluster is not None else lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m),
+            keep=(lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m)) if leant_on else None,
             report=report,
         )
         save_compensated(fitted_path(folder, settings, ratio, cluster), selection)
