@@ -486,6 +486,9 @@ def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
     found = compare_with_corpus(language_model, sentences, clustering, config, 64, tmp_path, reported.append)["0.5"]
     assert found["0"]["corpus"] < found["0"]["own"] and found["1"]["corpus"] == found["1"]["own"] > 0
     assert sum(reported) == held_out(clustering, 0).sum() == 6
+    short = [replace(each, text="a") if i % 2 else each for i, each in enumerate(sentences)]
+    again = compare_with_corpus(language_model, short, clustering, config, 64, tmp_path, reported.append)["0.5"]
+    assert again == {"0": found["0"]}  # one token leaves nothing to decode
     members = np.flatnonzero(held_out(clustering, 0) & (clustering.assignment == 0))
     held = [calibration_text(language_model, sentences[i], 64) for i in members]
     assert found["0"]["corpus"] == pytest.approx(by_text(language_model.model, held, good), rel=1e-2)

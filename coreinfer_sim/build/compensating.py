@@ -161,9 +161,10 @@ def compare_with_corpus(
         found[f"{ratio:g}"] = by_cluster = {}
         for cluster in range(len(clustering.centroids)):
             members = np.flatnonzero(held & (clustering.assignment == cluster))
-            if not len(members):
-                continue
             texts = [calibration_text(language_model, sentences[i], max_tokens) for i in members.tolist()]
+            texts = [text for text in texts if len(text.ids) > 1]
+            if not texts:
+                continue
             own, corpus = mean_divergences(language_model, texts, [compact(cluster), of_corpus], report)
             by_cluster[str(cluster)] = {"own": own, "corpus": corpus}
     return found

@@ -155,14 +155,14 @@ def mean_divergences(
 
     Args:
         language_model: the dense model.
-        texts: whose prompts are read densely.
+        texts: of two tokens or more, whose prompts are read densely.
         contenders: compact MLPs by layer.
         report: takes 1 after each text.
     """
     model, layers = language_model.model, language_model.layers
     sums = [0.0] * len(contenders)
     for text in texts:
-        n_last = max(1, min(len(text.ids) - text.n_prompt, len(text.ids) - 1))
+        n_last = min(len(text.ids) - text.n_prompt, len(text.ids) - 1)
         ids = torch.tensor([list(text.ids)], device=model.device)
         with torch.inference_mode():
             cache, dense = _read_densely(model, ids, n_last)
