@@ -178,9 +178,9 @@ def _n_texts(texts: Sequence[CalibrationText], n_tokens: int | None) -> int:
 def _moments(
     layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], fit: Fit, kept: torch.Tensor | None = None
 ) -> tuple[Moments, torch.Tensor]:
-    """Return moments of a layer's neurons on the sparse stream towards the dense one, and the neurons' energy.
+    """Return moments of a layer's neurons on the sparse stream towards the dense one, and their energy [n_kept].
 
-    ``kept`` names the neurons, [n_kept]; None: all.
+    ``kept`` names the neurons, [n_kept]; None: all d_ff.
     """
     n = layer.d_ff if kept is None else len(kept)
     device = layer.output.weight.device

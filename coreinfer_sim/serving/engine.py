@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from coreinfer_sim.serving.backends import Answered, Asked, Backend
 
 GRACE = 8.0
-"""Seconds that answers under way have left when the server is told to stop."""
+"""Seconds that answers under way have left when the server is told to stop; less than uvicorn waits for connections."""
 
 
 class Busy(Exception):
