@@ -6,7 +6,7 @@ those of the model family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -223,7 +223,9 @@ def grouped_model(
     return grouped
 
 
-def install(layers: Sequence[MLPLayer], projections: dict[int, Projections]) -> dict[int, Projections]:
+def install(
+    layers: Sequence[MLPLayer] | Mapping[int, MLPLayer], projections: dict[int, Projections]
+) -> dict[int, Projections]:
     """Put projections into the model and return what they replace, which `install` puts back."""
     replaced: dict[int, Projections] = {}
     for number, modules in projections.items():

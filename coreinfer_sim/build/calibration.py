@@ -186,14 +186,18 @@ def _moments(
     device = layer.output.weight.device
     moments = Moments(n + (layer.d_model if fit.bypass_rank else 0), layer.d_model, device)
     energy = torch.zeros(n, device=device)
-    narrow = {} if kept is None else compact_projections(layer, kept)
+    here, narrow = {layer.number: layer}, {} if kept is None else compact_projections(layer, kept)
     for batch in batches:
         call, tokens = batch.calls[layer.number], batch.counted
         with _taped(layer) as tape:
             batch.dense_out = call(block, batch.dense)
             target = tape.y[tokens]
-        with _replaced(layer, narrow), _taped(layer) as tape:
-            after_sparse = call(block, batch.sparse)
+        whole = install(here, {layer.number: narrow})
+        try:
+            with _taped(layer) as tape:
+                after_sparse = call(block, batch.sparse)
+        finally:
+            install(here, whole)
         z = tape.z[tokens]
         if not layer.family.post_norm:  # the residual stream takes the MLP's output as it is
             gap = (batch.dense_out - after_sparse).reshape(-1, layer.d_model)[tokens]
@@ -203,19 +207,6 @@ def _moments(
         square = z.float().square()
         energy += weights @ (square / square.sum(-1, keepdim=True).clamp_min(1e-30))
     return moments, energy
-
-
-@contextmanager
-def _replaced(layer: MLPLayer, projections: Projections) -> Iterator[None]:
-    """Put projections into one layer for the block."""
-    whole = {name: getattr(layer.owner, name) for name in projections}
-    for name, module in projections.items():
-        setattr(layer.owner, name, module)
-    try:
-        yield
-    finally:
-        for name, module in whole.items():
-            setattr(layer.owner, name, module)
 
 
 def _with_inputs(layer: MLPLayer, ids: torch.Tensor, fit: Fit) -> torch.Tensor:
