@@ -84,6 +84,14 @@ def build(model: str, data: Path, name: str, out: Path, rows: int, options: tupl
     )
 
 
+WAYS = (
+    *("dense", "random", "random-cluster/energy", "random-cluster/compensated", "global/energy", "global/compensated"),
+    *("similarity/energy", "similarity/paper", "similarity/compensated", "similarity/compensated else global"),
+    *("hybrid/energy", "stability", "griffin", "oracle"),
+)
+"""Of choosing neurons, compared at one keep ratio."""
+
+
 @main.command()
 @model_option
 @data_option
@@ -97,11 +105,8 @@ def evaluate(
     model: str, data: Path, name: str, index: Path, rows: int, keep_ratio: float, max_tokens: int, dtype: str
 ) -> None:
     """Compare all selections at one keep ratio on rows that nothing has seen."""
-    arguments = [
-        *("--keep-ratio", str(keep_ratio), "--max-tokens", str(max_tokens)),
-        *(part for score in ("energy", "paper", "compensated") for part in ("--score", score)),
-        *(part for fallback in ("none", "global") for part in ("--fallback", fallback)),
-    ]
+    arguments = ["--keep-ratio", str(keep_ratio), "--max-tokens", str(max_tokens)]
+    arguments += [part for way in WAYS for part in ("--contender", way)]
     contenders = _evaluated(f"quality-{name.lower()}-{keep_ratio:g}", model, data, index, rows, dtype, arguments)
     _record_all({row["contender"]: row for row in contenders}, name, keep_ratio, rows)
 

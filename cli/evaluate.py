@@ -20,7 +20,12 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
 @click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid, global and random-cluster need it.")
 @click.option(
-    "--contender", "contenders", multiple=True, type=click.Choice(_NAMES), help="May be repeated.  [default: all]"
+    "--contender",
+    "contenders",
+    multiple=True,
+    metavar="NAME",
+    help=f"{', '.join(_NAMES)}; or a way as the table names it, such as 'similarity/compensated else global'. May be "
+    "repeated.  [default: all names]",
 )
 @click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.4,), **_D, help="May be repeated.")
 @click.option(

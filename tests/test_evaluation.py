@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 from tiny_index import PROMPTS, tiny_index
 
+from coreinfer_sim.config import Fallback
 from coreinfer_sim.errors import ConfigError, CorpusError
 from coreinfer_sim.evaluation.contenders import (
     BITS,
@@ -150,6 +151,22 @@ def test_contenders_are_crossed_once():
         "similarity/paper nearest 2 else hybrid 0.4",
         "hybrid/paper nearest 2 0.4",
     ]
+    ways = ["dense", "similarity/compensated else global", "global/paper", "hybrid/energy nearest 4"]
+    named = parse_contenders(ways, [0.4], ["energy"], ["16bit"], [2], ["hybrid"])  # which concern bare names alone
+    assert [c.way for c in named[1:]] == ways[1:]
+    assert [named[1].compensated, named[1].fallback, named[3].nearest] == [True, Fallback.GLOBAL, 4]
+    for wrong in (
+        "best",
+        "griffin/energy",
+        "global else dense",
+        "similarity nearest 0",
+        "similarity/odd",
+        "dense 16bit",
+    ):
+        with pytest.raises(ConfigError, match=f"no contender '{wrong}', expected one of dense, .* or a way"):
+            parse_contenders([wrong], [0.4], ["energy"], ["16bit"])
+    with pytest.raises(ConfigError, match="hybrid has no compensated sets"):
+        parse_contenders(["hybrid/compensated"], [0.4], ["energy"], ["16bit"])
     with pytest.raises(ConfigError, match="no contender 'best'"):
         Contender("best")
     with pytest.raises(ConfigError, match="no weights '3bit'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import gguf
 import numpy as np
 import torch
 
-from coreinfer_sim.architectures import MLPLayer, find_mlps, other_bytes
+from coreinfer_sim.architectures import MLPLayer, find_mlps, module_bytes, other_bytes
 from coreinfer_sim.config import Fallback, Score
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
@@ -45,8 +46,12 @@ WEIGHTS = ("16bit", "int8", "q8_0", "q4_0")
 BITS = {"16bit": 16.0, "int8": 8.05, "q8_0": 8.5, "q4_0": 4.5}
 """Bits a weight, scales included: of int8 for rows of 640 weights, more than which the longer rows of larger models share."""
 _FORMATS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
+_WAY = re.compile(
+    rf"(?P<name>[a-z-]+)(?:/(?P<score>{'|'.join([*Score, COMPENSATED])}))?(?: nearest (?P<nearest>[1-9]\d*))?"
+    rf"(?: else (?P<fallback>{'|'.join(Fallback)}))?"
+)
 _BLOCK = 32
-_N_LATEST = 12
+_MOST_HELD = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ def rounded_model(language_model: LanguageModel, weights: str) -> LanguageModel:
 
 
 class Compactor:
-    """Makes the compact MLPs of selections in a precision; those of the latest selections are kept."""
+    """Makes the compact MLPs of selections in a precision; those of the latest selections are kept, as many as fit."""
 
     def __init__(self, layers: Sequence[MLPLayer]) -> None:
         """Cut from ``layers``, which hold the weights in full precision."""
@@ -235,9 +240,13 @@ class Compactor:
                     module.weight = torch.nn.Parameter(made.contiguous(), requires_grad=False)
             self._latest[key] = selection, projections
         self._latest.move_to_end(key)
-        if len(self._latest) > _N_LATEST:
+        while len(self._latest) > 1 and sum(map(_held_bytes, self._latest.values())) > _MOST_HELD:
             self._latest.popitem(last=False)
         return self._latest[key][1]
+
+
+def _held_bytes(made: tuple[NeuronSelection, dict[int, Projections]]) -> int:
+    return sum(module_bytes(module) for modules in made[1].values() for module in modules.values())
 
 
 def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, weights: str) -> tuple[int, int]:
@@ -259,20 +268,45 @@ def parse_contenders(
     nearest: Sequence[int] = (1,),
     fallbacks: Sequence[str] = ("none",),
 ) -> list[Contender]:
-    """Cross names with keep ratios, scores, weights, numbers of clusters and fallbacks, each sensible combination once."""
+    """Cross names with keep ratios, scores, weights, numbers of clusters and fallbacks, each sensible combination once.
+
+    A name may also be a whole `Contender.way`, such as ``similarity/compensated else global``, which is crossed with keep
+    ratios and weights alone.
+
+    Raises:
+        ConfigError: there is no such contender, or it has no compensated sets.
+    """
     found: dict[str, Contender] = {}
-    for kind, name in itertools.product(weights, names):
+    for kind, given in itertools.product(weights, names):
+        name, score, n, fallback = _parts(given)
+        whole = name != given
         crossed = itertools.product(
             keep_ratios if name != "dense" else [1.0],
-            scores if name in NEED_INDEX else ["energy"],
-            nearest if name in ROUTED else [1],
-            fallbacks if name == "similarity" else ["none"],
+            [score] if whole else scores if name in NEED_INDEX else ["energy"],
+            [n] if whole else nearest if name in ROUTED else [1],
+            [fallback] if whole else fallbacks if name == "similarity" else ["none"],
         )
         for ratio, score, n, fallback in crossed:
             compensated = score == COMPENSATED
-            if compensated and (name not in FITTED or n > 1):
+            if compensated and not whole and (name not in FITTED or n > 1):
                 continue
             rank_by = Score.ENERGY if compensated else Score(score)
             contender = Contender(name, ratio, rank_by, kind, n, Fallback(fallback), compensated)
             found.setdefault(str(contender), contender)
     return list(found.values())
+
+
+def _parts(way: str) -> tuple[str, str, int, str]:
+    """Return name, score, number of clusters and fallback of a contender's name or whole way."""
+    found = _WAY.fullmatch(way)
+    if found is None or not (
+        found["name"] in NAMES
+        and (found["score"] is None or found["name"] in NEED_INDEX)
+        and (found["nearest"] is None or found["name"] in ROUTED)
+        and (found["fallback"] is None or found["name"] == "similarity")
+    ):
+        raise ConfigError(
+            f"there is no contender {way!r}, expected one of {', '.join(NAMES)}, or a way as the table names it, such as "
+            "'similarity/compensated else global'."
+        )
+    return found["name"], found["score"] or "energy", int(found["nearest"] or 1), found["fallback"] or "none"

@@ -32,6 +32,8 @@ from coreinfer_sim.sparse_mlp import install
 
 _N_RESAMPLES = 1000
 _ALPHA = 0.4
+_ROWS_AT_ONCE = 4
+"""Each holds its dense logits, [n_tokens, vocabulary]."""
 
 
 @dataclass(frozen=True)
@@ -104,34 +106,39 @@ def evaluate(
         if max_new_tokens is None or r.max_new_tokens == max_new_tokens
     }
     results = list(known.values())
-    variants = {kind: rounded_model(language_model, kind) for kind in dict.fromkeys(c.weights for c in contenders)}
-    choosers = {kind: Chooser(variant, index, seed) for kind, variant in variants.items()}
+    kinds = list(dict.fromkeys(c.weights for c in contenders))
     compactor = Compactor(language_model.layers)
-    progress.start("Evaluating", len(rows), "rows")
-    n_short = 0
-    for row in rows:
-        wanted = [c for c in contenders if (str(c), row.set_name, row.id) not in known]
-        try:
-            base = Case(language_model, row, max_tokens, _ALPHA) if wanted else None
-        except CorpusError:
-            n_short += 1
-            base = None
-        for kind in dict.fromkeys(c.weights for c in wanted):
-            if base is None:
-                break
-            variant = variants[kind]
-            case = base if variant is language_model else Case(variant, row, max_tokens, _ALPHA, base)
-            for contender in (c for c in wanted if c.weights == kind):
-                results.append(
-                    _score(variant, choosers[kind], compactor, contender, case, max_new_tokens, sparse_prefill)
-                )
-                if log is not None:
-                    log.write(json.dumps(asdict(results[-1])) + "\n")
-                    log.flush()
-        progress.advance(1)
+    short: set[Row] = set()
+    progress.start("Evaluating", len(rows) * len(kinds), "rows")
+    for kind in kinds:  # one rounded model in memory at a time
+        own = [c for c in contenders if c.weights == kind]
+        variant: LanguageModel | None = None
+        chooser: Chooser | None = None
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            block = rows[begin : begin + _ROWS_AT_ONCE]
+            wanted = {c: [r for r in block if (str(c), r.set_name, r.id) not in known] for c in own}
+            cases: dict[Row, Case] = {}
+            for row in dict.fromkeys(row for group in wanted.values() for row in group):
+                if variant is None:
+                    variant = rounded_model(language_model, kind)
+                    chooser = Chooser(variant, index, seed)
+                try:
+                    case = Case(language_model, row, max_tokens, _ALPHA)
+                except CorpusError:
+                    short.add(row)
+                    continue
+                cases[row] = case if variant is language_model else Case(variant, row, max_tokens, _ALPHA, case)
+            for contender, group in wanted.items():  # rows innermost: often they share a set, which is then cut once
+                for case in (cases[row] for row in group if row in cases):
+                    assert variant is not None and chooser is not None
+                    results.append(_score(variant, chooser, compactor, contender, case, max_new_tokens, sparse_prefill))
+                    if log is not None:
+                        log.write(json.dumps(asdict(results[-1])) + "\n")
+                        log.flush()
+            progress.advance(len(block))
     progress.finish()
-    if n_short:
-        progress.say(f"{n_short} rows with fewer than two completion tokens were left out.")
+    if short:
+        progress.say(f"{len(short)} rows with fewer than two completion tokens were left out.")
     return results
 
 
