@@ -63,7 +63,8 @@ def info(index: str, as_json: bool) -> None:
             f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(each.n_kept)} to "
             f"{max(each.n_kept)} neurons a layer), {each.tokens:,} tokens a cluster"
         )
-        if served := m.served_by_corpus(each.keep_ratio):
+        served = m.served_by_corpus(each.keep_ratio)
+        if served and len(loaded) > 1:
             click.echo(
                 f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
             )

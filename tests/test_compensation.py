@@ -271,7 +271,7 @@ def test_distillation_learns_in_every_family(model, fit):
     weight = linear_parameters(language_model.layers[0].output)[0]
     rate = 3e-3 / float(weight.square().mean().sqrt())  # tiny models' weights are smaller than what there is to learn
     settings = Distillation(learning_rate=rate, tokens_per_step=200)
-    distilled = distil(language_model, fitted, texts * 3, settings, reported.append)
+    (distilled,) = distil(language_model, [fitted], texts * 3, settings, reported.append)
     bar = 0.9 if fit.rank is None else 0.99  # three directions can learn little
     assert divergence(model, texts, distilled) < bar * divergence(model, texts, fitted)
     assert sum(reported) == 3 * sum(len(text.ids) for text in texts)
@@ -284,6 +284,20 @@ def test_distillation_learns_in_every_family(model, fit):
         assert not any(v.requires_grad for v in vars(repair).values() if v is not None)
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_sets_that_are_trained_together_learn_what_each_would_alone(tiny_checkpoint):
+    language_model = load_model(tiny_checkpoint, dtype="float32")
+    texts, d_ff = some_texts(20), language_model.layers[0].d_ff
+    starts = [fit_layers(language_model, texts, [n] * N_LAYERS, Fit()) for n in (d_ff // 2, d_ff // 4)]
+    reported = []
+    together = distil(language_model, starts, texts, Distillation(), reported.append)
+    assert sum(reported) == sum(len(text.ids) for text in texts)  # read once for both
+    for start, found in zip(starts, together, strict=True):
+        (alone,) = distil(language_model, [start], texts, Distillation())
+        for number, repair in alone.compensation.items():
+            assert torch.equal(repair.left, found.compensation[number].left)
+            assert not torch.equal(repair.left, start.compensation[number].left)
 
 
 def test_short_completions_leave_the_prompts_end_to_be_read_sparsely():
@@ -517,6 +531,20 @@ def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, en
     assert files[0] == files[1] != files[2]
     described = CliRunner().invoke(main, ["info", str(tmp_path / "index")])
     assert "the whole corpus's set in clusters 0," in described.stdout
+
+
+def test_a_single_cluster_holds_the_corpus_set(tiny_checkpoint, encoder, tmp_path):
+    rows = [{"prompt": f"Tell me of stars, {i}.", "answer": f"It is {i}."} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{prompt} {answer}")
+    index = build_index(
+        tiny_checkpoint, corpus, tmp_path / "index", BuildConfig(clusters=1, compensation=COMPENSATION), encoder=encoder
+    )
+    for ratio in COMPENSATION.keep_ratios:
+        assert index.manifest.served_by_corpus(ratio) == [0]
+        own, everywhere = index.cluster_selection(0, ratio), index.global_selection(ratio)
+        assert torch.equal(own.ids[0], everywhere.ids[0]) and own.compensation is not None
+    assert "serves better" not in CliRunner().invoke(main, ["info", str(tmp_path / "index")]).stdout
 
 
 def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):

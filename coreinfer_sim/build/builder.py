@@ -16,6 +16,7 @@ import numpy as np
 from coreinfer_sim.architectures import weight_sketch, weights_checksum
 from coreinfer_sim.build.compensating import (
     compare_with_corpus,
+    fitted_clusters,
     fitted_path,
     held_out,
     neurons_by_ratio,
@@ -69,6 +70,10 @@ from coreinfer_sim.progress import Progress, counted, readable_size
 _EMBEDDED_AT_ONCE = 128
 _LIBRARY_BYTES = 900 << 20
 """What Python, torch, the encoder and a batch take, roughly."""
+_LEARNING_BYTES = 5 * 4
+"""For an output weight that learns: its change, the gradient, Adam's two averages, and the sum that a pass merges."""
+_COMPACT_COPIES = 3
+"""Of the kept weights, about: gate, up and output."""
 _BYTES_PER_SUM = 3 * 8
 _BYTES_PER_STATISTIC = 4 + 4 + 4
 _MOST_AUTO_CLUSTERS = 256
@@ -253,8 +258,8 @@ class _Build:
         if config.compensation is not None and config.compensation.own_fits:
             build_bytes += moment_bytes
         model_bytes = self.language_model.model.get_memory_footprint()
-        worker_bytes = model_bytes + (4 * moment_bytes // len(self.layers) if moment_bytes else 0)
-        worker_bytes += _LIBRARY_BYTES
+        fitting_bytes = 4 * moment_bytes // len(self.layers)
+        worker_bytes = model_bytes + max(fitting_bytes, self._training_bytes()) + _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
@@ -285,6 +290,16 @@ class _Build:
         n_features = d_ff + (d_model if settings.bypass_rank else 0)
         moments = 4 * n_features * (n_features + d_model) * len(settings.keep_ratios)
         return fitted * len(self.layers) * (n_clusters + 1), moments * len(self.layers)
+
+    def _training_bytes(self) -> int:
+        """Return the memory that training one cluster's sets takes beside the model, texts aside."""
+        settings = self.config.compensation
+        if settings is None or not settings.distil_tokens:
+            return 0
+        n_weights = sum(
+            int(ratio * layer.d_ff) * layer.d_model for ratio in settings.keep_ratios for layer in self.layers
+        )
+        return n_weights * (_LEARNING_BYTES + _COMPACT_COPIES * self.language_model.model.dtype.itemsize)
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""
@@ -413,15 +428,17 @@ class _Build:
             finally:
                 self.progress.finish()
             write_json(path, found)
-        for ratio, clusters in self._served_by_corpus().items():
+        for ratio, clusters in self._served_by_corpus().items() if len(self.clustering.centroids) > 1 else ():
             if clusters:
                 served = ", ".join(map(str, clusters))
                 self.progress.say(f"Keep ratio {ratio:g}: the whole corpus's set serves better in clusters {served}.")
 
     def _served_by_corpus(self) -> dict[float, list[int]]:
         """Return by keep ratio the clusters that take the whole corpus's set."""
-        assert self.config.compensation is not None
+        assert self.clustering is not None and self.config.compensation is not None
         found = json.loads((self.folder / "chosen.json").read_text(encoding="utf-8"))
+        if len(self.clustering.centroids) == 1:  # holds what the whole corpus does, so it has no set of its own
+            return {ratio: [0] for ratio in self.config.compensation.keep_ratios}
         return {
             ratio: [int(c) for c, mean in found[f"{ratio:g}"].items() if mean["corpus"] < mean["own"]]
             for ratio in self.config.compensation.keep_ratios
@@ -432,9 +449,15 @@ class _Build:
         settings = self.config.compensation
         if not settings.distil_tokens:
             return
-        sets = sets_to_fit(settings, len(self.clustering.centroids))
-        n_tokens = {i: self._tokens_of(cluster) for i, (_ratio, cluster) in enumerate(sets) if wanted(cluster)}
-        unfinished = [i for i in n_tokens if not (self.folder / compensation_file(*sets[i])).exists()]
+        clusters = fitted_clusters(len(self.clustering.centroids))
+        n_tokens = {i: self._tokens_of(cluster) for i, cluster in enumerate(clusters) if wanted(cluster)}
+        if not n_tokens:
+            return
+        unfinished = [
+            i
+            for i in n_tokens
+            if not all((self.folder / compensation_file(r, clusters[i])).exists() for r in settings.keep_ratios)
+        ]
         done = sum(n_tokens.values()) - sum(n_tokens[i] for i in unfinished)
         run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
         self.progress.start(title, sum(n_tokens.values()), "tokens", done)
@@ -452,6 +475,8 @@ class _Build:
         settings = self.config.compensation
         sets = sets_to_fit(settings, len(self.clustering.centroids))
         numbers = [number for number, (_ratio, cluster) in enumerate(sets) if wanted(cluster)]
+        if not numbers:
+            return
         unfinished = [i for i in numbers if not fitted_path(self.folder, settings, *sets[i]).exists()]
         run = fitter(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
         n_layers = len(self.language_model.layers)
@@ -491,7 +516,7 @@ class _Build:
                 for ratio, clusters in self._served_by_corpus().items():
                     for cluster in clusters:
                         own = part / compensation_file(ratio, cluster)
-                        own.unlink()
+                        own.unlink(missing_ok=True)
                         link(str(part / compensation_file(ratio, None)), str(own))
             save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
             if out.exists():

@@ -35,8 +35,12 @@ def fit_of(config: CompensationConfig) -> Fit:
 
 def sets_to_fit(config: CompensationConfig, n_clusters: int) -> list[tuple[float, int | None]]:
     """Return keep ratio and cluster of every set: first those of the whole corpus (None), which the others lean on."""
-    ratios = config.keep_ratios
-    return [(ratio, None) for ratio in ratios] + [(ratio, c) for ratio in ratios for c in range(n_clusters)]
+    return [(ratio, cluster) for cluster in fitted_clusters(n_clusters) for ratio in config.keep_ratios]
+
+
+def fitted_clusters(n_clusters: int) -> list[int | None]:
+    """Return the clusters that have sets of their own, after None, the whole corpus, which a single cluster equals."""
+    return [None, *(range(n_clusters) if n_clusters > 1 else ())]
 
 
 def make_fitter(
@@ -72,7 +76,7 @@ def make_fitter(
         n_tokens = set_tokens(settings.tokens, cluster)
         texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         moments = folder / "moments" / f"{ratio:g}"
-        leant_on = cluster is None and settings.own_fits
+        leant_on = cluster is None and settings.own_fits and len(clustering.centroids) > 1
         selection = fit_layers(
             language_model,
             texts,
@@ -97,27 +101,32 @@ def make_distiller(
     folder: Path,
     report: Callable[[int], None] | None,
 ) -> Callable[[int], int]:
-    """Return the function that trains one fitted set on, by its number in `sets_to_fit`, and leaves it on disk.
+    """Return the function that trains a cluster's fitted sets on, by its number in `fitted_clusters`, all keep ratios at once.
 
-    That function returns the tokens that it has not reported. Arguments as for `make_fitter`.
+    That function leaves them on disk and returns the tokens that it has not reported. Arguments as for `make_fitter`.
     """
     assert config.compensation is not None
     settings = config.compensation
-    sets = sets_to_fit(settings, len(clustering.centroids))
+    clusters = fitted_clusters(len(clustering.centroids))
     d_model, n_layers = language_model.layers[0].d_model, len(language_model.layers)
 
-    def run(number: int) -> int:
-        ratio, cluster = sets[number]
-        n_tokens = set_tokens(settings.distil_tokens, cluster)
-        texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
-        start, training = fitted_path(folder, settings, ratio, cluster), Distillation()
+    def fitted(ratio: float, cluster: int | None) -> NeuronSelection:
+        start = fitted_path(folder, settings, ratio, cluster)
         if cluster is not None and settings.distil_from is Start.CORPUS:
             start = folder / compensation_file(ratio, None)
-            training = Distillation(learning_rate=SPECIALISING_RATE)
         ids, repairs = load_compensated(start, d_model, n_layers)
-        fitted = NeuronSelection("compensated", ids, compensation=repairs)
-        distilled = distil(language_model, fitted, texts, training, report)
-        save_compensated(folder / compensation_file(ratio, cluster), distilled)
+        return NeuronSelection("compensated", ids, compensation=repairs)
+
+    def run(number: int) -> int:
+        cluster = clusters[number]
+        n_tokens = set_tokens(settings.distil_tokens, cluster)
+        texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
+        specialises = cluster is not None and settings.distil_from is Start.CORPUS
+        training = Distillation(learning_rate=SPECIALISING_RATE) if specialises else Distillation()
+        starts = [fitted(ratio, cluster) for ratio in settings.keep_ratios]
+        distilled = distil(language_model, starts, texts, training, report)
+        for ratio, selection in zip(settings.keep_ratios, distilled, strict=True):
+            save_compensated(folder / compensation_file(ratio, cluster), selection)
         return sum(len(text.ids) for text in texts) if report is None else 0
 
     return run
