@@ -394,8 +394,10 @@ class _Build:
         self._fit(lambda cluster: cluster is None, "Compensating, whole corpus", 1)
 
     def distil_globally(self) -> None:
-        """Stage 7: train the whole corpus's sets on."""
-        self._distil(lambda cluster: cluster is None, "Distilling, whole corpus", 1)
+        """Stage 7: train the whole corpus's sets on, if no other set could be trained beside them."""
+        assert self.config.compensation is not None and self.clustering is not None
+        if not self.config.compensation.own_fits or len(self.clustering.centroids) == 1:
+            self._distil(lambda cluster: cluster is None, "Distilling, whole corpus", 1)
 
     def compensate_clusters(self, workers: int | None) -> None:
         """Stage 8: fit each cluster's set, unless the trained set of the whole corpus will be specialised."""
@@ -404,8 +406,8 @@ class _Build:
             self._fit(lambda cluster: cluster is not None, "Compensating clusters", self._fitting_workers(workers))
 
     def distil_clusters(self, workers: int | None) -> None:
-        """Stage 9: train each cluster's set on."""
-        self._distil(lambda cluster: cluster is not None, "Distilling clusters", self._fitting_workers(workers))
+        """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
+        self._distil(lambda _cluster: True, "Distilling", self._fitting_workers(workers))
 
     def choose_sets(self) -> None:
         """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
@@ -451,13 +453,13 @@ class _Build:
             return
         clusters = fitted_clusters(len(self.clustering.centroids))
         n_tokens = {i: self._tokens_of(cluster) for i, cluster in enumerate(clusters) if wanted(cluster)}
-        if not n_tokens:
-            return
         unfinished = [
             i
             for i in n_tokens
             if not all((self.folder / compensation_file(r, clusters[i])).exists() for r in settings.keep_ratios)
         ]
+        if not unfinished:
+            return
         done = sum(n_tokens.values()) - sum(n_tokens[i] for i in unfinished)
         run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
         self.progress.start(title, sum(n_tokens.values()), "tokens", done)
