@@ -337,6 +337,22 @@ def test_neurons_may_be_ranked_on_some_of_the_tokens(models):
     assert gaps[1500] < 1.1 * gaps[None]
 
 
+@pytest.mark.parametrize("bypass_rank", [0, 2])
+@pytest.mark.parametrize("tokens", [None, 1500])
+def test_ranking_by_energy_needs_no_products_of_all_neurons(models, bypass_rank, tokens):
+    language_model, texts = language_model_of(models["llama"]), some_texts(100)
+    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
+    fit, taken = Fit(Ranking.ENERGY, bypass_rank=bypass_rank, ranking_tokens=tokens), []
+    short = fit_layers(language_model, texts, n, fit)
+    long = fit_layers(language_model, texts, n, fit, keep=lambda number, _moments: taken.append(number))
+    assert taken == list(range(N_LAYERS))
+    for number, ids in long.ids.items():
+        assert (short.ids[number] == ids).all()
+        torch.testing.assert_close(
+            short.compensation[number].left, long.compensation[number].left, rtol=1e-2, atol=1e-3
+        )
+
+
 def test_dense_layers_stay_dense(models):
     language_model = language_model_of(models["llama"])
     d_ff = language_model.layers[0].d_ff

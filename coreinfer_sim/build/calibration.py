@@ -118,16 +118,8 @@ def fit_layers(
         for layer, block, n in zip(layers, blocks, n_kept, strict=True):
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
-                moments, energy = _moments(layer, block, ranking, fit)
-                if keep is not None:
-                    keep(layer.number, moments)
-                if prior is not None:
-                    moments.add_prior(prior(layer.number), fit.prior_tokens)
+                chosen, moments = _choose(layer, block, ranking, others, n, fit, prior, keep)
                 weight, bias = linear_parameters(layer.output)
-                chosen = _rank(layer, moments.centred(), energy, n, fit)
-                moments = moments.of(_with_inputs(layer, chosen, fit))
-                if others:
-                    moments.add_prior(further := _moments(layer, block, others, fit, chosen)[0], further.n_tokens)
                 places = torch.arange(len(chosen), device=chosen.device)
                 kept = weight.index_select(1, chosen)
                 repair = compensate(moments.centred(), places, kept, bias, fit.rank, fit.bypass_rank)
@@ -140,6 +132,34 @@ def fit_layers(
             if report is not None:
                 report(1)
     return NeuronSelection("compensated", ids, compensation=compensation)
+
+
+def _choose(
+    layer: MLPLayer,
+    block: nn.Module,
+    ranking: Sequence[_Batch],
+    others: Sequence[_Batch],
+    n: int,
+    fit: Fit,
+    prior: Callable[[int], Moments] | None,
+    keep: Callable[[int, Moments], None] | None,
+) -> tuple[torch.Tensor, Moments]:
+    """Choose ``n`` neurons of a layer, a bypass included; return the layer's own, ascending, and moments of all that stay."""
+    if fit.ranking is Ranking.ENERGY and prior is None and keep is None:
+        # Products of all neurons would be the dearest part of it, and nobody asks for them.
+        chosen = _most(_energy(layer, block, ranking), layer, n, fit)
+        return chosen, _moments(layer, block, [*ranking, *others], fit, chosen)[0]
+    moments, energy = _moments(layer, block, ranking, fit)
+    if keep is not None:
+        keep(layer.number, moments)
+    if prior is not None:
+        moments.add_prior(prior(layer.number), fit.prior_tokens)
+    chosen = _rank(layer, moments.centred(), energy, n, fit)
+    moments = moments.of(_with_inputs(layer, chosen, fit))
+    if others:
+        further = _moments(layer, block, others, fit, chosen)[0]
+        moments.add_prior(further, further.n_tokens)
+    return chosen, moments
 
 
 def dense_moments(
@@ -204,9 +224,24 @@ def _moments(
             target = target + fit.carry * (gap - (target - tape.y[tokens]))
         weights = batch.weights[tokens]
         moments.add(torch.cat([z, tape.x[tokens]], 1) if fit.bypass_rank else z, target, weights)
-        square = z.float().square()
-        energy += weights @ (square / square.sum(-1, keepdim=True).clamp_min(1e-30))
+        energy += _energy_of(z, weights)
     return moments, energy
+
+
+def _energy(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch]) -> torch.Tensor:
+    """Return the energy of all neurons of a layer on the sparse stream, [d_ff]."""
+    energy = torch.zeros(layer.d_ff, device=layer.output.weight.device)
+    for batch in batches:
+        with _taped(layer) as tape:
+            batch.calls[layer.number](block, batch.sparse)
+        energy += _energy_of(tape.z[batch.counted], batch.weights[batch.counted])
+    return energy
+
+
+def _energy_of(z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the tokens' shares of energy, [n_neurons], of activations [n_tokens, n_neurons]."""
+    square = z.float().square()
+    return weights @ (square / square.sum(-1, keepdim=True).clamp_min(1e-30))
 
 
 def _with_inputs(layer: MLPLayer, ids: torch.Tensor, fit: Fit) -> torch.Tensor:
@@ -229,6 +264,11 @@ def _rank(layer: MLPLayer, moments: CentredMoments, energy: torch.Tensor, n: int
     score = energy
     if fit.ranking is Ranking.SURGEON:
         score = surgeon_score(moments.gram[: layer.d_ff, : layer.d_ff], linear_parameters(layer.output)[0])
+    return _most(score, layer, n, fit)
+
+
+def _most(score: torch.Tensor, layer: MLPLayer, n: int, fit: Fit) -> torch.Tensor:
+    """Return the neurons of highest score that fill ``n`` beside a bypass, ascending."""
     return score.topk(n - bypass_neurons(layer, fit.bypass_rank)).indices.sort().values
 
 
