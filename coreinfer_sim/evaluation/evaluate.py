@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -110,28 +111,20 @@ def evaluate(
     compactor = Compactor(language_model.layers)
     short: set[Row] = set()
     progress.start("Evaluating", len(rows) * len(kinds), "rows")
-    for kind in kinds:  # one rounded model in memory at a time
+    for kind in kinds:
         own = [c for c in contenders if c.weights == kind]
-        variant: LanguageModel | None = None
-        chooser: Chooser | None = None
+        variant = _Rounded(language_model, kind, index, seed)  # the only one in memory
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
             block = rows[begin : begin + _ROWS_AT_ONCE]
             wanted = {c: [r for r in block if (str(c), r.set_name, r.id) not in known] for c in own}
-            cases: dict[Row, Case] = {}
-            for row in dict.fromkeys(row for group in wanted.values() for row in group):
-                if variant is None:
-                    variant = rounded_model(language_model, kind)
-                    chooser = Chooser(variant, index, seed)
-                try:
-                    case = Case(language_model, row, max_tokens, _ALPHA)
-                except CorpusError:
-                    short.add(row)
-                    continue
-                cases[row] = case if variant is language_model else Case(variant, row, max_tokens, _ALPHA, case)
+            cases = variant.cases(dict.fromkeys(row for group in wanted.values() for row in group), max_tokens, short)
             for contender, group in wanted.items():  # rows innermost: often they share a set, which is then cut once
                 for case in (cases[row] for row in group if row in cases):
-                    assert variant is not None and chooser is not None
-                    results.append(_score(variant, chooser, compactor, contender, case, max_new_tokens, sparse_prefill))
+                    results.append(
+                        _score(
+                            variant.model, variant.chooser, compactor, contender, case, max_new_tokens, sparse_prefill
+                        )
+                    )
                     if log is not None:
                         log.write(json.dumps(asdict(results[-1])) + "\n")
                         log.flush()
@@ -140,6 +133,33 @@ def evaluate(
     if short:
         progress.say(f"{len(short)} rows with fewer than two completion tokens were left out.")
     return results
+
+
+class _Rounded:
+    """A model with weights of one kind, rounded when the first row needs it, and what chooses its neurons."""
+
+    def __init__(self, language_model: LanguageModel, kind: str, index: SemanticIndex | None, seed: int) -> None:
+        self._whole, self._kind, self._index, self._seed = language_model, kind, index, seed
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        return rounded_model(self._whole, self._kind)
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        return Chooser(self.model, self._index, self._seed)
+
+    def cases(self, rows: Iterable[Row], max_tokens: int, short: set[Row]) -> dict[Row, Case]:
+        """Read rows densely; those without tokens to decode go to ``short``."""
+        found: dict[Row, Case] = {}
+        for row in rows:
+            try:
+                case = Case(self._whole, row, max_tokens, _ALPHA)
+            except CorpusError:
+                short.add(row)
+                continue
+            found[row] = case if self.model is self._whole else Case(self.model, row, max_tokens, _ALPHA, case)
+        return found
 
 
 def _check_length(language_model: LanguageModel, max_tokens: int, max_new_tokens: int | None) -> None:
