@@ -2,7 +2,7 @@
 
 python benchmarks/figures_quality.py build --model MODEL --data DATA --out INDEX
 python benchmarks/figures_quality.py evaluate --model MODEL --data DATA --index INDEX
-python benchmarks/figures_quality.py frontier --model MODEL --data DATA --index INDEX
+python benchmarks/figures_quality.py frontier --model MODEL --data DATA --index INDEX --index ANOTHER
 python benchmarks/figures_quality.py tuned --model MODEL --data DATA --index INDEX
 
 DATA is a folder of JSONL files with "id", "prompt" and "completion". An index is built over rows whose id hashes under 70,
@@ -132,7 +132,14 @@ def _evaluated(
 @model_option
 @data_option
 @name_option
-@click.option("--index", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--index",
+    "indexes",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="May be repeated: each keep ratio is taken from the first that has it compensated.",
+)
 @click.option("--rows", default=2, show_default=True, help="Of each set.")
 @click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
 @click.option("--max-tokens", default=512, show_default=True)
@@ -141,7 +148,7 @@ def frontier(
     model: str,
     data: Path,
     name: str,
-    index: Path,
+    indexes: tuple[Path, ...],
     rows: int,
     keep_ratios: tuple[float, ...],
     max_tokens: int,
@@ -149,26 +156,30 @@ def frontier(
 ) -> None:
     """Plot quality over bytes a token: similarity mode at several keep ratios beside dense, each on 16 bits, int8, 4 bits.
 
-    Sets are compensated where the index has them so, and ranked by plain energy otherwise.
+    Sets are compensated where an index has them so, and ranked by plain energy otherwise.
     """
     from coreinfer_sim import SemanticIndex
     from coreinfer_sim.evaluation.contenders import parse_contenders
     from coreinfer_sim.evaluation.plot import plot
 
-    loaded = SemanticIndex.load(index)
     stem, weights = f"frontier-{name.lower()}", ("16bit", "int8", "q4_0")
-    shared = ["--contender", "similarity", "--contender", "dense", "--max-tokens", str(max_tokens)]
+    shared = ["--contender", "similarity", "--max-tokens", str(max_tokens)]
     shared += [part for each in weights for part in ("--weights", each)]
+    left, parts = list(keep_ratios), []
+    for index in indexes:
+        fitted = [ratio for ratio in left if SemanticIndex.load(index).has_compensation(ratio)]
+        left = [ratio for ratio in left if ratio not in fitted]
+        parts.append((index, fitted, "compensated"))
+    parts.append((indexes[0], left, "energy"))
     summary: dict[str, dict[str, Any]] = {}
     drawn = {}
-    for score in ("compensated", "energy"):
-        wanted = [ratio for ratio in keep_ratios if loaded.has_compensation(ratio) is (score == "compensated")]
-        if not wanted:
-            continue
-        ratios = [part for ratio in wanted for part in ("--keep-ratio", str(ratio))]
-        found = _evaluated(f"{stem}-{score}", model, data, index, rows, dtype, [*shared, *ratios, "--score", score])
+    for number, (index, wanted, score) in enumerate(part for part in parts if part[1]):
+        names = ("similarity", "dense") if number == 0 else ("similarity",)
+        arguments = [part for ratio in wanted for part in ("--keep-ratio", str(ratio))]
+        arguments += [part for each in names[1:] for part in ("--contender", each)]
+        found = _evaluated(f"{stem}-{number}", model, data, index, rows, dtype, [*shared, *arguments, "--score", score])
         summary.update({row["contender"]: row for row in found})
-        for each in parse_contenders(("similarity", "dense"), wanted, (score,), weights, (1,), ("none",)):
+        for each in parse_contenders(names, wanted, (score,), weights, (1,), ("none",)):
             drawn[str(each)] = each
     plot([summary[title] for title in drawn], list(drawn.values()), RESULTS / f"{stem}.svg")
     best = [
