@@ -29,8 +29,8 @@ def running_command() -> str:
         values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
         if isinstance(parameter, click.Argument):
             arguments += values
-        elif name in _PLACES:
-            words += [parameter.opts[0], name.upper()]
+        elif (option := parameter.opts[0].removeprefix("--")) in _PLACES:
+            words += [word for _ in values for word in (parameter.opts[0], option.upper())]
         else:
             words += [word for each in values for word in (parameter.opts[0], each)]
     return " ".join([*words, *arguments])
