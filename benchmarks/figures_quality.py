@@ -178,10 +178,18 @@ def frontier(
         arguments = [part for ratio in wanted for part in ("--keep-ratio", str(ratio))]
         arguments += [part for each in names[1:] for part in ("--contender", each)]
         found = _evaluated(f"{stem}-{number}", model, data, index, rows, dtype, [*shared, *arguments, "--score", score])
+        (RESULTS / f"{stem}-{number}.json").unlink()  # a part of what follows
         summary.update({row["contender"]: row for row in found})
         for each in parse_contenders(names, wanted, (score,), weights, (1,), ("none",)):
             drawn[str(each)] = each
     plot([summary[title] for title in drawn], list(drawn.values()), RESULTS / f"{stem}.svg")
+    content = {
+        **header(),
+        "command": running_command(),
+        "rows_per_set": rows,
+        "points": sorted(summary.values(), key=lambda row: row["total_bytes_per_token"]),
+    }
+    (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     best = [
         title
         for title, row in summary.items()

@@ -17,6 +17,8 @@ def table(path: Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
     if "bandwidth_gb_per_s" in content:
         return _speeds(content)
+    if "points" in content:
+        return _points(content)
     if "contenders" in content:
         return _contenders(content)
     lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
@@ -44,6 +46,22 @@ def _contenders(content: dict[str, Any]) -> str:
     for row in rows:
         values = [row["ratio"], *(row["sets"][each]["ratio"] for each in sets)]
         lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _points(content: dict[str, Any]) -> str:
+    """Return what `frontier` wrote: a row a point, by bytes; bold, what no point with fewer bytes does as well as."""
+    lines = [f"{_where(content)}; {content['rows_per_set']} rows of each set.", ""]
+    lines += ["| contender | MB a token | of the MLPs | perplexity ratio | 95 % interval |", "|---|--:|--:|--:|--:|"]
+    best = float("inf")
+    for row in content["points"]:
+        mark = "**" if row["ratio"] < best else ""
+        best = min(best, row["ratio"])
+        low, high = row["ratio_interval"]
+        lines.append(
+            f"| {mark}{row['contender']}{mark} | {row['total_bytes_per_token'] / 1e6:,.0f} | "
+            f"{row['mlp_bytes_per_token'] / 1e6:,.0f} | {row['ratio']:,.3f} | {low:,.2f}–{high:,.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
