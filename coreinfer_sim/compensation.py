@@ -139,18 +139,19 @@ def surgeon_score(gram: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
     return output_weight.float().square().sum(0) / inverse.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def left_over(gram: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+def left_over(gram: torch.Tensor, output_weight: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
     """Return the squared error that compensation leaves if the best 1, 2, … d_ff neurons stay, [d_ff].
 
-    In the order of `surgeon_score` the sets are nested, so one Cholesky factor L serves all of them: the first n rows of
-    L⁻¹ Cov(z, t) hold what n neurons explain of the output t.
+    By one score the sets are nested, so one Cholesky factor L serves all of them: the first n rows of L⁻¹ Cov(z, t) hold
+    what n neurons explain of the output t.
 
     Args:
         gram: Cov(z, z), [d_ff, d_ff].
         output_weight: [d_model, d_ff].
+        score: the best have the highest, [d_ff].
     """
     weight = output_weight.float()
-    order = surgeon_score(gram, weight).argsort(descending=True)
+    order = score.argsort(descending=True)
     cross = gram[order] @ weight.T
     explained = torch.linalg.solve_triangular(_cholesky(gram[order][:, order]), cross, upper=False)
     total = (weight.T * (gram @ weight.T)).sum()

@@ -101,7 +101,7 @@ def test_surgeon_score_is_the_error_that_stays(correlated):
 def test_left_over_is_the_error_of_nested_sets(correlated):
     z, weight, _ = correlated
     centred = moments_of(z, z @ weight.T).centred()
-    left = left_over(centred.gram, weight)
+    left = left_over(centred.gram, weight, surgeon_score(centred.gram, weight))
     assert (left.diff() <= 1e-4).all() and left[-1] < 1e-2
     ids = surgeon_score(centred.gram, weight).topk(5).indices.sort().values
     repair = compensate(centred, ids, weight, None)

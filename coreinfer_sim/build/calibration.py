@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.compensation import CentredMoments, LayerCompensation, Moments, compensate, surgeon_score
+from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
 from coreinfer_sim.config import Ranking
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.selection import NeuronSelection, bypass_neurons
+from coreinfer_sim.selection import NeuronSelection, bypass_neurons, n_within
 from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, linear_parameters
 
 _TOKENS_AT_ONCE = 4096
@@ -119,10 +119,7 @@ def fit_layers(
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
                 chosen, moments = _choose(layer, block, ranking, others, n, fit, prior, keep)
-                weight, bias = linear_parameters(layer.output)
-                places = torch.arange(len(chosen), device=chosen.device)
-                kept = weight.index_select(1, chosen)
-                repair = compensate(moments.centred(), places, kept, bias, fit.rank, fit.bypass_rank)
+                repair = _compensated(layer, chosen, moments, fit)
                 dense = install(layers, {layer.number: compact_projections(layer, chosen, repair)})
                 ids[layer.number], compensation[layer.number] = chosen.cpu(), repair.to("cpu")
             try:
@@ -147,14 +144,18 @@ def _choose(
     """Choose ``n`` neurons of a layer, a bypass included; return the layer's own, ascending, and moments of all that stay."""
     if fit.ranking is Ranking.ENERGY and prior is None and keep is None:
         # Products of all neurons would be the dearest part of it, and nobody asks for them.
-        chosen = _most(_energy(layer, block, ranking), layer, n, fit)
+        chosen = highest(_energy(layer, block, ranking), layer, n, fit.bypass_rank)
         return chosen, _moments(layer, block, [*ranking, *others], fit, chosen)[0]
     moments, energy = _moments(layer, block, ranking, fit)
     if keep is not None:
         keep(layer.number, moments)
     if prior is not None:
         moments.add_prior(prior(layer.number), fit.prior_tokens)
-    chosen = _rank(layer, moments.centred(), energy, n, fit)
+    score = energy
+    if fit.ranking is Ranking.SURGEON:
+        gram = moments.centred().gram[: layer.d_ff, : layer.d_ff]
+        score = surgeon_score(gram, linear_parameters(layer.output)[0])
+    chosen = highest(score, layer, n, fit.bypass_rank)
     moments = moments.of(_with_inputs(layer, chosen, fit))
     if others:
         further = _moments(layer, block, others, fit, chosen)[0]
@@ -162,17 +163,44 @@ def _choose(
     return chosen, moments
 
 
-def dense_moments(
-    language_model: LanguageModel, texts: Sequence[CalibrationText], fit: Fit
-) -> Iterator[tuple[MLPLayer, CentredMoments, torch.Tensor]]:
-    """Yield each layer with its moments and its neurons' energy [d_ff] in the dense model."""
+def fit_each_alone(
+    language_model: LanguageModel, texts: Sequence[CalibrationText], keep_ratio: float, fit: Fit
+) -> Iterator[tuple[MLPLayer, torch.Tensor, LayerCompensation, torch.Tensor]]:
+    """Fit each layer among layers that are all dense.
+
+    Yields:
+        The layer, its chosen neurons, what makes up for the others, and for 1, 2, … d_ff neurons in the order of the
+        ranking the squared error that is left, [d_ff]: after compensation; or, ranked by energy, before it, as though
+        neurons were independent, which takes no products of all of them.
+    """
     blocks = decoder_blocks(language_model)
     with torch.inference_mode():
         batches = list(_batches(language_model, blocks, texts, fit))
         for layer, block in zip(language_model.layers, blocks, strict=True):
-            moments, energy = _moments(layer, block, batches, fit)
+            weight, _ = linear_parameters(layer.output)
+            n = n_within(layer, keep_ratio, fit.bypass_rank)
+            if fit.ranking is Ranking.ENERGY:
+                energy = _energy(layer, block, batches)
+                chosen = highest(energy, layer, n, fit.bypass_rank)
+                moments = _moments(layer, block, batches, fit, chosen)[0]
+                losses = (energy * weight.float().square().sum(0))[energy.argsort(descending=True)]
+                left = (losses.sum() - losses.cumsum(0)).clamp_min(0)
+            else:
+                moments = _moments(layer, block, batches, fit)[0]
+                gram = moments.centred().gram[: layer.d_ff, : layer.d_ff]
+                score = surgeon_score(gram, weight)
+                chosen = highest(score, layer, n, fit.bypass_rank)
+                moments = moments.of(_with_inputs(layer, chosen, fit))
+                left = left_over(gram, weight, score)
+            yield layer, chosen, _compensated(layer, chosen, moments, fit), left
             _advance(layer, block, batches)
-            yield layer, moments.centred(), energy
+
+
+def _compensated(layer: MLPLayer, chosen: torch.Tensor, moments: Moments, fit: Fit) -> LayerCompensation:
+    """Return what makes up for all but the chosen neurons, from the moments of these and, for a bypass, of the inputs."""
+    weight, bias = linear_parameters(layer.output)
+    places = torch.arange(len(chosen), device=chosen.device)
+    return compensate(moments.centred(), places, weight.index_select(1, chosen), bias, fit.rank, fit.bypass_rank)
 
 
 def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
@@ -250,26 +278,9 @@ def _with_inputs(layer: MLPLayer, ids: torch.Tensor, fit: Fit) -> torch.Tensor:
     return torch.cat([ids, inputs])
 
 
-def fit_layer(
-    layer: MLPLayer, moments: CentredMoments, energy: torch.Tensor, n: int, fit: Fit
-) -> tuple[torch.Tensor, LayerCompensation]:
-    """Choose ``n`` neurons of a layer, a bypass included, and fit what makes up for the others."""
-    weight, bias = linear_parameters(layer.output)
-    ids = _rank(layer, moments, energy, n, fit)
-    return ids, compensate(moments, ids, weight, bias, fit.rank, fit.bypass_rank)
-
-
-def _rank(layer: MLPLayer, moments: CentredMoments, energy: torch.Tensor, n: int, fit: Fit) -> torch.Tensor:
-    """Choose ``n`` neurons of a layer, a bypass included, and return those that are the layer's own, ascending."""
-    score = energy
-    if fit.ranking is Ranking.SURGEON:
-        score = surgeon_score(moments.gram[: layer.d_ff, : layer.d_ff], linear_parameters(layer.output)[0])
-    return _most(score, layer, n, fit)
-
-
-def _most(score: torch.Tensor, layer: MLPLayer, n: int, fit: Fit) -> torch.Tensor:
-    """Return the neurons of highest score that fill ``n`` beside a bypass, ascending."""
-    return score.topk(n - bypass_neurons(layer, fit.bypass_rank)).indices.sort().values
+def highest(score: torch.Tensor, layer: MLPLayer, n: int, bypass_rank: int) -> torch.Tensor:
+    """Return a layer's neurons of highest score [d_ff] that fill ``n`` beside a bypass, ascending."""
+    return score.topk(n - bypass_neurons(layer, bypass_rank)).indices.sort().values
 
 
 def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch]) -> None:

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.build.calibration import CalibrationText, Fit, dense_moments, fit_layer
-from coreinfer_sim.compensation import left_over
+from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_each_alone
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import bypass_neurons, n_within
-from coreinfer_sim.sparse_mlp import compact_projections, install, linear_parameters
+from coreinfer_sim.sparse_mlp import compact_projections, install
 
 PROBE = 0.375
 """Keep ratio at which the cost of a layer is measured."""
@@ -35,7 +34,7 @@ def layer_costs(
 
     Each layer is made sparse alone, at one keep ratio and compensated, and the mean KL divergence to the dense model over
     ``measured_on`` is taken, after prompts that are read sparsely too. To other keep ratios it is carried over in
-    proportion to the squared error that compensation leaves in the layer's output.
+    proportion to the squared error that is left in the layer's output, see `fit_each_alone`.
 
     Args:
         language_model: the dense model.
@@ -50,16 +49,14 @@ def layer_costs(
     layers = language_model.layers
     dense = _log_probabilities(language_model, measured_on)
     costs = np.zeros((len(layers), layers[0].d_ff), np.float32)
-    for layer, moments, energy in dense_moments(language_model, fitted_on, fit):
-        weight, _ = linear_parameters(layer.output)
-        left = left_over(moments.gram[: layer.d_ff, : layer.d_ff], weight).cpu().numpy()
+    for layer, ids, repair, left in fit_each_alone(language_model, fitted_on, PROBE, fit):
         n = n_within(layer, PROBE, fit.bypass_rank)
-        whole = install(layers, {layer.number: compact_projections(layer, *fit_layer(layer, moments, energy, n, fit))})
+        whole = install(layers, {layer.number: compact_projections(layer, ids, repair)})
         try:
             divergence = _divergence(dense, _log_probabilities(language_model, measured_on))
         finally:
             install(layers, whole)
-        costs[layer.number] = max(divergence, 0.0) * left / max(left[n - 1], 1e-30)
+        costs[layer.number] = max(divergence, 0.0) * (left / left[n - 1].clamp_min(1e-30)).cpu().numpy()
         report(1)
     return costs
 
