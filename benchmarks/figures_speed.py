@@ -6,6 +6,7 @@ python benchmarks/figures_speed.py swap --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py batch --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py growth --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py prefill --model MODEL --index INDEX --name NAME
+python benchmarks/figures_speed.py bypass --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py quality --model MODEL --index INDEX --data DATA --name NAME
 
 The index must be the model's; where it holds compensated sets of the keep ratio, those decode. Run them on a quiet machine.
@@ -96,9 +97,9 @@ def _spread(*rows: dict[str, Any]) -> dict[str, list[float]]:
     return {row["contender"]: [row[f"tokens_per_second{what}"] for what in ("", "_lowest", "_highest")] for row in rows}
 
 
-def _at_least(name: str, value: float, unit: str, bar: float, **details: Any) -> None:
+def _at_least(name: str, value: float, unit: str, bar: float, *, file: str = FILE, **details: Any) -> None:
     value = float(f"{value:.3g}")
-    record(FILE, name, value, unit, f"at least {bar:g}", value >= bar, **details)
+    record(file, name, value, unit, f"at least {bar:g}", value >= bar, **details)
 
 
 def _at_most(name: str, value: float, unit: str, bar: float, **details: Any) -> None:
@@ -438,6 +439,7 @@ def bypass(
         speeds["compensated"] * n_bytes["compensated"] / (speeds["plain"] * n_bytes["plain"]),
         "×, of medians",
         0.97,
+        file="figures-quality.json",  # what compensation costs
         tokens_per_second=speeds,
         bytes_per_token=n_bytes,
     )
