@@ -8,7 +8,6 @@ is read densely, as in `generate`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText
+from coreinfer_sim.build.reading import n_completion, read_densely
 from coreinfer_sim.compensation import LayerCompensation
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
@@ -147,12 +147,11 @@ def distil(
             weights = [_weights(text, settings).to(device) for text in step]
             total = float(torch.cat(weights).sum())
             for text, weight in zip(step, weights, strict=True):
-                ids = torch.tensor([list(text.ids)], device=device)
-                cache, dense = _read_densely(model, ids, len(weight))
+                reading = read_densely(model, text, len(weight))
                 for student in students:
                     whole = install(layers, student.compact)
                     try:
-                        sparse = _log_probabilities(model, ids, len(weight), copy.deepcopy(cache))
+                        sparse, dense = reading.again(model), reading.log_probabilities
                         divergence = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
                         (weight @ divergence / total).backward()  # type: ignore[no-untyped-call]
                     finally:
@@ -186,17 +185,14 @@ def mean_divergences(
     model, layers = language_model.model, language_model.layers
     sums = [0.0] * len(contenders)
     for text in texts:
-        n_last = min(len(text.ids) - text.n_prompt, len(text.ids) - 1)
-        ids = torch.tensor([list(text.ids)], device=model.device)
         with torch.inference_mode():
-            cache, dense = _read_densely(model, ids, n_last)
+            reading = read_densely(model, text, n_completion(text))
             for place, compact in enumerate(contenders):
                 whole = install(layers, compact)
                 try:
-                    sparse = _log_probabilities(model, ids, n_last, copy.deepcopy(cache))
+                    sums[place] += reading.divergence(model) / reading.n_last
                 finally:
                     install(layers, whole)
-                sums[place] += float(F.kl_div(sparse, dense, reduction="sum", log_target=True)) / n_last
         report(1)
     return [total / len(texts) for total in sums]
 
@@ -228,19 +224,6 @@ def _rate(step: int, n_steps: int, warm_up: float) -> float:
     if step < n_rising:
         return (step + 1) / (n_rising + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - n_rising) / max(1, n_steps - n_rising)))
-
-
-def _read_densely(model: Any, ids: torch.Tensor, n_last: int) -> tuple[Any, torch.Tensor]:
-    """Return the cache of all but the last tokens, and the dense log-probabilities after each of those."""
-    with torch.no_grad():
-        cache = model(input_ids=ids[:, :-n_last], use_cache=True, logits_to_keep=1).past_key_values
-        return cache, _log_probabilities(model, ids, n_last, copy.deepcopy(cache))
-
-
-def _log_probabilities(model: Any, ids: torch.Tensor, n_last: int, cache: Any) -> torch.Tensor:
-    """Read the last tokens after a cache; return log-probabilities, float32 [n_last, vocabulary]."""
-    logits = model(input_ids=ids[:, -n_last:], past_key_values=cache, use_cache=True).logits[0]
-    return F.log_softmax(logits.float(), -1)
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_each_alone
+from coreinfer_sim.build.reading import n_completion, read_densely
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import bypass_neurons, n_within
@@ -33,8 +32,8 @@ def layer_costs(
     """Measure what each layer's sparsity costs, were all other layers dense.
 
     Each layer is made sparse alone, at one keep ratio and compensated, and the mean KL divergence to the dense model over
-    ``measured_on`` is taken, after prompts that are read sparsely too. To other keep ratios it is carried over in
-    proportion to the squared error that is left in the layer's output, see `fit_each_alone`.
+    the completions of ``measured_on`` is taken, after prompts that are read densely, as in `generate`. To other keep ratios
+    it is carried over in proportion to the squared error that is left in the layer's output, see `fit_each_alone`.
 
     Args:
         language_model: the dense model.
@@ -47,13 +46,14 @@ def layer_costs(
         KL in nats by layer and number of kept neurons 1, 2, … d_ff: [n_layers, d_ff].
     """
     layers = language_model.layers
-    dense = _log_probabilities(language_model, measured_on)
+    readings = [read_densely(language_model.model, text, n) for text in measured_on if (n := n_completion(text)) > 0]
+    n_tokens = max(1, sum(reading.n_last for reading in readings))
     costs = np.zeros((len(layers), layers[0].d_ff), np.float32)
     for layer, ids, repair, left in fit_each_alone(language_model, fitted_on, PROBE, fit):
         n = n_within(layer, PROBE, fit.bypass_rank)
         whole = install(layers, {layer.number: compact_projections(layer, ids, repair)})
         try:
-            divergence = _divergence(dense, _log_probabilities(language_model, measured_on))
+            divergence = sum(reading.divergence(language_model.model) for reading in readings) / n_tokens
         finally:
             install(layers, whole)
         costs[layer.number] = max(divergence, 0.0) * (left / left[n - 1].clamp_min(1e-30)).cpu().numpy()
@@ -123,21 +123,3 @@ def check_bypass(layer: MLPLayer, keep_ratios: Sequence[float], bypass_rank: int
                 f"a bypass of rank {bypass_rank} takes {taken} neurons, expected fewer than the {n} that a layer keeps at "
                 f"{ratio:g}, and a rank of at most {layer.d_model}; give a smaller --bypass-rank."
             )
-
-
-def _log_probabilities(language_model: LanguageModel, texts: Sequence[CalibrationText]) -> list[torch.Tensor]:
-    """Return log-probabilities after each text's prompt, a tensor [n_tokens, vocabulary] a text."""
-    found = []
-    for text in texts:
-        ids = torch.tensor([list(text.ids)], device=language_model.model.device)
-        with torch.inference_mode():
-            n_last = len(text.ids) - text.n_prompt
-            logits = language_model.model(input_ids=ids, use_cache=False, logits_to_keep=n_last).logits[0]
-        found.append(F.log_softmax(logits.float(), -1))
-    return found
-
-
-def _divergence(dense: Sequence[torch.Tensor], sparse: Sequence[torch.Tensor]) -> float:
-    """Return the mean KL(dense ‖ sparse) over tokens, in nats."""
-    total = sum(float(F.kl_div(s, d, reduction="sum", log_target=True)) for d, s in zip(dense, sparse, strict=True))
-    return total / sum(len(each) for each in dense)
