@@ -173,12 +173,13 @@ def frontier(
     parts.append((indexes[0], left, "energy"))
     summary: dict[str, dict[str, Any]] = {}
     drawn = {}
-    for number, (index, wanted, score) in enumerate(part for part in parts if part[1]):
-        names = ("similarity", "dense") if number == 0 else ("similarity",)
+    for index, wanted, score in (part for part in parts if part[1]):
+        names = ("similarity",) if summary else ("similarity", "dense")
         arguments = [part for ratio in wanted for part in ("--keep-ratio", str(ratio))]
         arguments += [part for each in names[1:] for part in ("--contender", each)]
-        found = _evaluated(f"{stem}-{number}", model, data, index, rows, dtype, [*shared, *arguments, "--score", score])
-        (RESULTS / f"{stem}-{number}.json").unlink()  # a part of what follows
+        part_stem = f"{stem}-{index.name}-{score}"  # its log is of one index
+        found = _evaluated(part_stem, model, data, index, rows, dtype, [*shared, *arguments, "--score", score])
+        (RESULTS / f"{part_stem}.json").unlink()  # a part of what follows
         summary.update({row["contender"]: row for row in found})
         for each in parse_contenders(names, wanted, (score,), weights, (1,), ("none",)):
             drawn[str(each)] = each

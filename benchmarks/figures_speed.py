@@ -1,4 +1,4 @@
-"""Measure decode speed; every command writes its figures into ``results/figures-speed.json``.
+"""Measure decode speed; commands write their figures into ``results/figures-speed.json``.
 
 python benchmarks/figures_speed.py decode --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py int8 --model MODEL --index INDEX --name NAME
@@ -9,7 +9,8 @@ python benchmarks/figures_speed.py prefill --model MODEL --index INDEX --name NA
 python benchmarks/figures_speed.py bypass --model MODEL --index INDEX --name NAME
 python benchmarks/figures_speed.py quality --model MODEL --index INDEX --data DATA --name NAME
 
-The index must be the model's; where it holds compensated sets of the keep ratio, those decode. Run them on a quiet machine.
+`bypass` writes into ``figures-quality.json``, as it is what compensation costs. The index must be the model's; where it holds
+compensated sets of the keep ratio, those decode. Run them on a quiet machine.
 """
 
 from __future__ import annotations
@@ -370,7 +371,7 @@ def _decode_speeds(contenders: dict[str, Any], ids: Any, new_tokens: int, rounds
     """Return median decode tokens/s by contender, alternating, each after a copy of the first one's prefill.
 
     Args:
-        contenders: a `SparseModel`, then models of transformers, which may be of another type.
+        contenders: a `SparseModel`, then others or models of transformers, which may be of another type.
         ids: prompts, [n_rows, n_positions].
         new_tokens: that each decodes.
         rounds: after one to warm up.

@@ -24,7 +24,8 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     "contenders",
     multiple=True,
     metavar="NAME",
-    help=f"{', '.join(_NAMES)}; or a way as the table names it, such as 'similarity/compensated else global'. May be "
+    help=f"{', '.join(_NAMES)}; or a way as the table names it, without keep ratio and weights, such as "
+    "'similarity/compensated else global', for which --score, --nearest and --fallback do not count. May be "
     "repeated.  [default: all names]",
 )
 @click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.4,), **_D, help="May be repeated.")

@@ -24,15 +24,22 @@ from coreinfer_sim.build.calibration import (
     _moments,
     _with_inputs,
     decoder_blocks,
+    fit_each_alone,
     fit_layers,
 )
-from coreinfer_sim.build.compensating import calibration_text, calibration_texts, compare_with_corpus, held_out
-from coreinfer_sim.build.distillation import Distillation, distil, n_decoded
-from coreinfer_sim.build.sensitivity import check_bypass, layer_costs, neurons_of, share_out
+from coreinfer_sim.build.compensating import (
+    calibration_text,
+    calibration_texts,
+    compare_with_corpus,
+    held_out,
+    trained_together,
+)
+from coreinfer_sim.build.distillation import Distillation, distil, n_decoded, training_bytes
+from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
-from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking
+from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError, IndexFormatError
 from coreinfer_sim.generation import TextGenerator
@@ -368,11 +375,20 @@ def test_taking_back_earlier_errors_helps(models):
     assert divergence(model, texts, with_carry) < divergence(model, texts, without)
 
 
-def test_budgets_follow_the_costs(models):
-    language_model = language_model_of(models["llama"])
-    costs = layer_costs(language_model, some_texts(20), some_texts(5, seed=1), Fit())
+@pytest.mark.parametrize("ranking", list(Ranking))
+def test_costs_are_the_divergence_of_a_layer_alone(models, ranking):
+    language_model, fit = language_model_of(models["llama"]), Fit(ranking)
+    fitted_on, measured_on = some_texts(20), some_texts(5, seed=1)
+    costs = layer_costs(language_model, fitted_on, measured_on, fit)
     d_ff = language_model.layers[0].d_ff
     assert costs.shape == (N_LAYERS, d_ff) and (costs >= 0).all() and (np.diff(costs) <= 1e-6).all()
+    for layer, ids, repair, _left in fit_each_alone(language_model, fitted_on, PROBE, fit):
+        alone = NeuronSelection("test", {layer.number: ids}, compensation={layer.number: repair})
+        expected = divergence(models["llama"], measured_on, alone)
+        assert costs[layer.number, n_within(layer, PROBE) - 1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_budgets_follow_the_costs():
     falling = np.linspace(1, 0, 64)
     shares = share_out(np.stack([falling, 10 * falling**2, 0 * falling]), 0.4, 1 / 16)
     assert shares.mean() == pytest.approx(0.4)
@@ -560,7 +576,8 @@ def test_a_single_cluster_holds_the_corpus_set(tiny_checkpoint, encoder, tmp_pat
         assert index.manifest.served_by_corpus(ratio) == [0]
         own, everywhere = index.cluster_selection(0, ratio), index.global_selection(ratio)
         assert torch.equal(own.ids[0], everywhere.ids[0]) and own.compensation is not None
-    assert "serves better" not in CliRunner().invoke(main, ["info", str(tmp_path / "index")]).stdout
+    told = CliRunner().invoke(main, ["info", str(tmp_path / "index")])
+    assert told.exit_code == 0 and "keep ratio 0.5" in told.stdout and "serves better" not in told.stdout
 
 
 def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
@@ -575,6 +592,34 @@ def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
     files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
     assert len(files) == 4 + 2 * 4
     assert all((built / name).read_bytes() == (again / name).read_bytes() for name in files)
+
+
+def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpoint, encoder):
+    corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}")
+    settings = replace(COMPENSATION, distil_from=Start.CORPUS, ranking=Ranking.ENERGY)
+    config = BuildConfig(clusters=3, compensation=settings)
+    folders = [built.with_name(f"specialised-{n_workers}") for n_workers in (1, 2)]
+    one, two = (
+        build_index(tiny_checkpoint, corpus, folder, config, encoder=encoder, workers=n_workers)
+        for n_workers, folder in enumerate(folders, 1)
+    )
+    everywhere = one.global_selection(0.5)
+    for cluster in range(3):
+        own = one.cluster_selection(cluster, 0.5)
+        assert all(torch.equal(own.ids[i], everywhere.ids[i]) for i in own.ids)
+        served = cluster in one.manifest.served_by_corpus(0.5)
+        assert served == torch.equal(own.compensation[0].right, everywhere.compensation[0].right)
+    files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
+    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
+    assert two.manifest == one.manifest
+
+
+def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
+    layers = find_mlps(models["llama"])
+    small, large = (training_bytes(layers, ratio, COMPENSATION.rank) for ratio in COMPENSATION.keep_ratios)
+    assert 0 < small < large
+    for room, groups in ((small + large, [[0.5, 0.7]]), (large, [[0.5], [0.7]]), (1, [[0.5], [0.7]])):
+        assert trained_together(layers, COMPENSATION, room) == groups
 
 
 def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_path):

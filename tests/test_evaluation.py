@@ -171,6 +171,8 @@ def test_contenders_are_crossed_once():
         Contender("best")
     with pytest.raises(ConfigError, match="no weights '3bit'"):
         Contender("dense", weights="3bit")
+    with pytest.raises(ConfigError, match="a blend of 4 clusters has no compensated set"):
+        parse_contenders(["similarity/compensated nearest 4"], [0.4], ["energy"], ["16bit"])
 
 
 def test_contenders_that_route(language_model, encoder):

@@ -23,6 +23,7 @@ from coreinfer_sim.build.compensating import (
     set_tokens,
     sets_to_fit,
 )
+from coreinfer_sim.build.distillation import size_of_change, training_bytes
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
@@ -70,10 +71,6 @@ from coreinfer_sim.progress import Progress, counted, readable_size
 _EMBEDDED_AT_ONCE = 128
 _LIBRARY_BYTES = 900 << 20
 """What Python, torch, the encoder and a batch take, roughly."""
-_LEARNING_BYTES = 5 * 4
-"""For an output weight that learns: its change, the gradient, Adam's two averages, and the sum that a pass merges."""
-_COMPACT_COPIES = 3
-"""Of the kept weights, about: gate, up and output."""
 _BYTES_PER_SUM = 3 * 8
 _BYTES_PER_STATISTIC = 4 + 4 + 4
 _MOST_AUTO_CLUSTERS = 256
@@ -252,14 +249,16 @@ class _Build:
             )
         n_values = len(self.layers) * self.layers[0].d_ff
         n_shards = -(-n_sentences // config.shard_size)
-        fitted_bytes, moment_bytes = self._compensation_bytes(n_clusters)
+        fitted_bytes = self._fitted_bytes() * (n_clusters + 1 if n_clusters > 1 else 1)
         index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC + fitted_bytes
         build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM
-        if config.compensation is not None and config.compensation.own_fits:
-            build_bytes += moment_bytes
+        if (settings := config.compensation) is not None:
+            if settings.own_fits and n_clusters > 1:
+                build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
+            if settings.distil_tokens:  # the sets as they were fitted stay until the end
+                build_bytes += fitted_bytes
         model_bytes = self.language_model.model.get_memory_footprint()
-        fitting_bytes = 4 * moment_bytes // len(self.layers)
-        worker_bytes = model_bytes + max(fitting_bytes, self._training_bytes()) + _LIBRARY_BYTES
+        worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes()) + _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
@@ -275,31 +274,35 @@ class _Build:
                 "some space or give fewer --clusters."
             )
 
-    def _compensation_bytes(self, n_clusters: int) -> tuple[int, int]:
-        """Return the disk that compensated sets need in the index, and the bytes of the moments of all layers."""
+    def _fitted_bytes(self) -> int:
+        """Return the disk that one cluster's compensated sets need, of all keep ratios."""
         settings = self.config.compensation
         if settings is None:
-            return 0, 0
+            return 0
         d_ff, d_model = self.layers[0].d_ff, self.layers[0].d_model
         fitted = 0
         for ratio in settings.keep_ratios:
             n_kept = int(ratio * d_ff)
-            full = n_kept * d_model
-            change = full if settings.rank is None else min(full, settings.rank * (n_kept + d_model))
+            change = size_of_change(n_kept, d_model, settings.rank)
             fitted += 4 * n_kept + 2 * (change + d_model + 2 * settings.bypass_rank * d_model)
-        n_features = d_ff + (d_model if settings.bypass_rank else 0)
-        moments = 4 * n_features * (n_features + d_model) * len(settings.keep_ratios)
-        return fitted * len(self.layers) * (n_clusters + 1), moments * len(self.layers)
+        return fitted * len(self.layers)
+
+    def _moment_bytes(self) -> int:
+        """Return the bytes of one layer's moments of all neurons."""
+        assert self.config.compensation is not None
+        n_features = self.layers[0].d_ff + (self.layers[0].d_model if self.config.compensation.bypass_rank else 0)
+        return 4 * n_features * (n_features + self.layers[0].d_model)
+
+    def _fitting_bytes(self) -> int:
+        """Return the memory that fitting a set takes beside the model, texts aside: moments, and copies to factor them."""
+        return 0 if self.config.compensation is None else 4 * self._moment_bytes()
 
     def _training_bytes(self) -> int:
         """Return the memory that training one cluster's sets takes beside the model, texts aside."""
         settings = self.config.compensation
         if settings is None or not settings.distil_tokens:
             return 0
-        n_weights = sum(
-            int(ratio * layer.d_ff) * layer.d_model for ratio in settings.keep_ratios for layer in self.layers
-        )
-        return n_weights * (_LEARNING_BYTES + _COMPACT_COPIES * self.language_model.model.dtype.itemsize)
+        return sum(training_bytes(self.layers, ratio, settings.rank) for ratio in settings.keep_ratios)
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""
@@ -359,7 +362,8 @@ class _Build:
         open_shards = [i for i in range(len(shards)) if not shard_path(self.folder, i).exists()]
         n_open = sum(self.sentences[i].n_tokens for shard in open_shards for i in shards[shard])
         model_bytes = self.language_model.model.get_memory_footprint()
-        n_workers = workers or default_workers(self.job.device, self.job.n_threads, model_bytes)
+        worker_bytes = 2 * model_bytes + _LIBRARY_BYTES
+        n_workers = workers or default_workers(self.job.device, self.job.n_threads, worker_bytes)
         run = runner(self.job, self.language_model, self.sentences, self.clustering)
         self.progress.start("Language model", self.report.n_tokens, "tokens", self.report.n_tokens - n_open)
         try:
@@ -403,11 +407,13 @@ class _Build:
         """Stage 8: fit each cluster's set, unless the trained set of the whole corpus will be specialised."""
         assert self.config.compensation is not None
         if self.config.compensation.own_fits:
-            self._fit(lambda cluster: cluster is not None, "Compensating clusters", self._fitting_workers(workers))
+            n_workers = workers or self._workers_within(self._fitting_bytes())
+            self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
 
     def distil_clusters(self, workers: int | None) -> None:
         """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
-        self._distil(lambda _cluster: True, "Distilling", self._fitting_workers(workers))
+        n_workers = workers or self._workers_within(self._training_bytes())
+        self._distil(lambda _cluster: True, "Distilling", n_workers)
 
     def choose_sets(self) -> None:
         """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
@@ -468,9 +474,10 @@ class _Build:
         finally:
             self.progress.finish()
 
-    def _fitting_workers(self, workers: int | None) -> int:
-        model_bytes = self.language_model.model.get_memory_footprint()
-        return workers or default_workers(self.job.device, self.job.n_threads, 2 * model_bytes)
+    def _workers_within(self, own_bytes: int) -> int:
+        """Return how many processes fit that take ``own_bytes`` each beside the model and the libraries."""
+        worker_bytes = self.language_model.model.get_memory_footprint() + _LIBRARY_BYTES + own_bytes
+        return default_workers(self.job.device, self.job.n_threads, worker_bytes, own_bytes)
 
     def _fit(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None

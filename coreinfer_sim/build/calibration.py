@@ -51,8 +51,8 @@ class Fit:
     prior_tokens: float = 5000.0
     """Tokens that the prior counts as."""
     ranking_tokens: int | None = None
-    """Tokens of the first texts that rank the neurons, which takes products of all of them; None: every text does. The
-    others are read for the neurons that stay."""
+    """Tokens of the first texts that rank the neurons; None: every text does. The others are read for the neurons that
+    stay."""
 
 
 class _Batch:
@@ -169,9 +169,9 @@ def fit_each_alone(
     """Fit each layer among layers that are all dense.
 
     Yields:
-        The layer, its chosen neurons, what makes up for the others, and for 1, 2, … d_ff neurons in the order of the
-        ranking the squared error that is left, [d_ff]: after compensation; or, ranked by energy, before it, as though
-        neurons were independent, which takes no products of all of them.
+        The layer, its chosen neurons, what makes up for the others, and how much error is left if 1, 2, … d_ff neurons
+        stay, [d_ff], to some scale: squared, after compensation; or, ranked by energy, before it, as though neurons were
+        independent and all tokens' activations of one length, which takes no products of all neurons.
     """
     blocks = decoder_blocks(language_model)
     with torch.inference_mode():
@@ -183,7 +183,7 @@ def fit_each_alone(
                 energy = _energy(layer, block, batches)
                 chosen = highest(energy, layer, n, fit.bypass_rank)
                 moments = _moments(layer, block, batches, fit, chosen)[0]
-                losses = (energy * weight.float().square().sum(0))[energy.argsort(descending=True)]
+                losses = (energy * weight.float().square().sum(0)).sort(descending=True).values
                 left = (losses.sum() - losses.cumsum(0)).clamp_min(0)
             else:
                 moments = _moments(layer, block, batches, fit)[0]

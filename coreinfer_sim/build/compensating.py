@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import load_file, save
 
+from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
-from coreinfer_sim.build.distillation import SPECIALISING_RATE, Distillation, distil, mean_divergences
+from coreinfer_sim.build.distillation import (
+    SPECIALISING_RATE,
+    Distillation,
+    distil,
+    mean_divergences,
+    training_bytes,
+)
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -123,13 +131,36 @@ def make_distiller(
         texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         specialises = cluster is not None and settings.distil_from is Start.CORPUS
         training = Distillation(learning_rate=SPECIALISING_RATE) if specialises else Distillation()
-        starts = [fitted(ratio, cluster) for ratio in settings.keep_ratios]
-        distilled = distil(language_model, starts, texts, training, report)
-        for ratio, selection in zip(settings.keep_ratios, distilled, strict=True):
-            save_compensated(folder / compensation_file(ratio, cluster), selection)
-        return sum(len(text.ids) for text in texts) if report is None else 0
+        room = psutil.virtual_memory().available // 2  # another worker may be about to take the other half
+        groups = trained_together(language_model.layers, settings, room)
+
+        def advance(n_tokens: int) -> None:
+            if report is not None:
+                report(n_tokens // len(groups))
+
+        for ratios in groups:
+            starts = [fitted(ratio, cluster) for ratio in ratios]
+            distilled = distil(language_model, starts, texts, training, advance)
+            for ratio, selection in zip(ratios, distilled, strict=True):
+                save_compensated(folder / compensation_file(ratio, cluster), selection)
+        n_reported = 0 if report is None else len(groups) * sum(len(text.ids) // len(groups) for text in texts)
+        return sum(len(text.ids) for text in texts) - n_reported
 
     return run
+
+
+def trained_together(layers: Sequence[MLPLayer], settings: CompensationConfig, room: int) -> list[list[float]]:
+    """Group keep ratios whose sets can be trained side by side within ``room`` bytes; a set that cannot is a group."""
+    groups: list[list[float]] = []
+    taken = room
+    for ratio in settings.keep_ratios:
+        n_bytes = training_bytes(layers, ratio, settings.rank)
+        if taken + n_bytes > room:
+            groups.append([])
+            taken = 0
+        groups[-1].append(ratio)
+        taken += n_bytes
+    return groups
 
 
 def compare_with_corpus(
@@ -217,7 +248,8 @@ def neurons_by_ratio(
         texts = calibration_texts(language_model, sentences, clustering, None, n_tokens, config.seed, max_tokens)
         n_held = max(1, len(texts) // 8)
         held, fitted = texts[:n_held], texts[n_held:] or texts
-        costs = layer_costs(language_model, fitted, held, fit_of(settings), report)
+        measured = layer_costs(language_model, fitted, held, fit_of(settings), report)
+        costs = measured if measured.any() else None  # texts of one token say nothing
     return {
         f"{ratio:g}": neurons_of(language_model.layers, recorded, ratio, costs, settings.bypass_rank)
         for ratio in settings.keep_ratios

@@ -32,6 +32,14 @@ SPECIALISING_RATE = 1e-3
 """More undoes about as much as it gains on a cluster's few steps."""
 
 
+_LEARNING_BYTES = 4 * 4
+"""For a number that learns: itself, its gradient and Adam's two averages."""
+_MERGED_BYTES = 4
+"""For an output weight that a pass merges anew."""
+_COMPACT_COPIES = 3
+"""Of the kept weights, about: gate, up and output."""
+
+
 @dataclass(frozen=True)
 class Distillation:
     """How the compensation is trained."""
@@ -161,6 +169,22 @@ def distil(
             for student in students:
                 student.step()
     return [student.trained() for student in students]
+
+
+def size_of_change(n_kept: int, d_model: int, rank: int | None) -> int:
+    """Return how many numbers the change of a layer's output weights is stored as."""
+    full = n_kept * d_model
+    return full if rank is None else min(full, rank * (n_kept + d_model))
+
+
+def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None) -> int:
+    """Return the memory that training one set takes beside the model and its texts, about."""
+    of_weight = _MERGED_BYTES + _COMPACT_COPIES * layers[0].output.weight.dtype.itemsize
+    total = 0
+    for layer in layers:
+        n_kept = int(keep_ratio * layer.d_ff)
+        total += _LEARNING_BYTES * size_of_change(n_kept, layer.d_model, rank) + of_weight * n_kept * layer.d_model
+    return total
 
 
 def n_decoded(text: CalibrationText) -> int:

@@ -34,12 +34,12 @@ def default_threads(device: str) -> int:
     return max(1, n_cores() // 4) if device == "cpu" else n_cores()
 
 
-def default_workers(device: str, n_threads: int, model_bytes: int) -> int:
-    """Return how many processes fill the cores and fit into memory."""
+def default_workers(device: str, n_threads: int, worker_bytes: int, own_bytes: int = 0) -> int:
+    """Return how many processes fill the cores and fit into memory, this one, which will take ``own_bytes`` more, among them."""
     if device != "cpu":
         return 1
-    by_memory = int(psutil.virtual_memory().available // (2 * model_bytes + (1 << 30))) + 1
-    return max(1, min(n_cores() // n_threads, by_memory))
+    by_memory = (psutil.virtual_memory().available - own_bytes) // worker_bytes + 1
+    return max(1, min(n_cores() // n_threads, int(by_memory)))
 
 
 def run_shards(

@@ -107,7 +107,7 @@ def distiller(
     clustering: Clustering,
     report: Callable[[int], None] | None = None,
 ) -> RunShard:
-    """Return the function that trains one fitted set on, by number."""
+    """Return the function that trains a cluster's fitted sets on, by its number in `fitted_clusters`."""
     return make_distiller(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, report)
 
 

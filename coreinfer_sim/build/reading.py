@@ -41,7 +41,7 @@ def read_densely(model: Any, text: CalibrationText, n_last: int) -> DenseReading
 
 
 def n_completion(text: CalibrationText) -> int:
-    """Return how many of a text's tokens decode would read: the completion, with a token before it; 0: the text is too short."""
+    """Return how many of a text's tokens decode would read: the completion, but not the text's first token; below 1: none."""
     return min(len(text.ids) - text.n_prompt, len(text.ids) - 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,11 @@ class Contender:
             raise ConfigError(f"there is no contender {self.name!r}, expected one of {', '.join(NAMES)}.")
         if self.compensated and self.name not in FITTED:
             raise ConfigError(f"{self.name} has no compensated sets, expected one of {', '.join(FITTED)}.")
+        if self.compensated and self.nearest > 1:
+            raise ConfigError(
+                f"a blend of {self.nearest} clusters has no compensated set, expected one cluster; leave out 'nearest' or "
+                "rank by energy."
+            )
         if self.weights not in WEIGHTS:
             raise ConfigError(f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}.")
 
@@ -107,7 +113,6 @@ class Chooser:
     def __init__(self, language_model: LanguageModel, index: SemanticIndex | None, seed: int) -> None:
         """Choose among the neurons of ``language_model``; ``index`` is needed by those that route by meaning."""
         self._language_model, self._index = language_model, index
-        self._random = np.random.default_rng(seed)
         self._seed = seed
         self._known: dict[tuple[Any, ...], NeuronSelection] = {}
         self._predictors: dict[Contender, Predictor] = {}
@@ -125,7 +130,7 @@ class Chooser:
             return self._from_statistics(contender, case)
         if contender.name in ROUTED:
             return self._routed(contender, case)
-        cluster = self._cluster(contender)
+        cluster = self._cluster(contender, case)
         key = (contender.name, contender.keep_ratio, contender.score, contender.compensated, cluster)
         if key not in self._known:
             self._known[key] = self._make(contender, cluster)
@@ -160,11 +165,11 @@ class Chooser:
         fallback = make_fallback(contender.fallback, index, ratio, score, ":", alpha, contender.nearest, compensated)
         return SimilarityPredictor(index, ratio, score, ":", contender.nearest, fallback, compensated)
 
-    def _cluster(self, contender: Contender) -> int | None:
-        if contender.name == "random-cluster":
-            assert self._index is not None
-            return int(self._random.integers(len(self._index)))
-        return None
+    def _cluster(self, contender: Contender, case: Case) -> int | None:
+        if contender.name != "random-cluster" or self._index is None:
+            return None
+        row = zlib.crc32(f"{case.row.set_name}/{case.row.id}".encode())  # the same draw when a log is continued
+        return int(np.random.default_rng([self._seed, row]).integers(len(self._index)))
 
     def _make(self, contender: Contender, cluster: int | None) -> NeuronSelection:
         layers = self._language_model.layers
@@ -225,6 +230,8 @@ class Compactor:
 
     def compact(self, selection: NeuronSelection, weights: str) -> dict[int, Projections]:
         """Return a selection's compact MLPs; compensation is merged first and rounded with them."""
+        if not selection.ids:
+            return {}
         key = id(selection.ids), weights
         if key not in self._latest:
             selection.check(self._layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -113,22 +113,17 @@ def evaluate(
     progress.start("Evaluating", len(rows) * len(kinds), "rows")
     for kind in kinds:
         own = [c for c in contenders if c.weights == kind]
-        variant = _Rounded(language_model, kind, index, seed)  # the only one in memory
+        variant = _Rounded(language_model, kind, index, seed)
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
             block = rows[begin : begin + _ROWS_AT_ONCE]
             wanted = {c: [r for r in block if (str(c), r.set_name, r.id) not in known] for c in own}
-            cases = variant.cases(dict.fromkeys(row for group in wanted.values() for row in group), max_tokens, short)
-            for contender, group in wanted.items():  # rows innermost: often they share a set, which is then cut once
-                for case in (cases[row] for row in group if row in cases):
-                    results.append(
-                        _score(
-                            variant.model, variant.chooser, compactor, contender, case, max_new_tokens, sparse_prefill
-                        )
-                    )
-                    if log is not None:
-                        log.write(json.dumps(asdict(results[-1])) + "\n")
-                        log.flush()
+            for result in variant.results(wanted, compactor, max_tokens, max_new_tokens, sparse_prefill, short):
+                results.append(result)
+                if log is not None:
+                    log.write(json.dumps(asdict(result)) + "\n")
+                    log.flush()
             progress.advance(len(block))
+        del variant  # before the next one is made
     progress.finish()
     if short:
         progress.say(f"{len(short)} rows with fewer than two completion tokens were left out.")
@@ -149,8 +144,25 @@ class _Rounded:
     def chooser(self) -> Chooser:
         return Chooser(self.model, self._index, self._seed)
 
-    def cases(self, rows: Iterable[Row], max_tokens: int, short: set[Row]) -> dict[Row, Case]:
-        """Read rows densely; those without tokens to decode go to ``short``."""
+    def results(
+        self,
+        wanted: dict[Contender, list[Row]],
+        compactor: Compactor,
+        max_tokens: int,
+        max_new_tokens: int | None,
+        sparse_prefill: bool,
+        short: set[Row],
+    ) -> Iterator[Result]:
+        """Score contenders on the rows that they want; rows without tokens to decode go to ``short``."""
+        cases = self._cases(dict.fromkeys(row for group in wanted.values() for row in group), max_tokens, short)
+        for contender, group in wanted.items():  # rows innermost: often they share a set, which is then cut once
+            for row in group:
+                if row in cases:
+                    yield _score(
+                        self.model, self.chooser, compactor, contender, cases[row], max_new_tokens, sparse_prefill
+                    )
+
+    def _cases(self, rows: Iterable[Row], max_tokens: int, short: set[Row]) -> dict[Row, Case]:
         found: dict[Row, Case] = {}
         for row in rows:
             try:
