@@ -264,6 +264,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half of the error taken back": {"carry": 0.5},
     "prompt tokens left out": {"prompt_weight": 0.0},
     "prompt tokens count fully": {"prompt_weight": 1.0},
+    "the least ridge everywhere": {"ridge": 0.02},
     "rank 256": {"rank": 256},
     "rank 64": {"rank": 64},
     "bypass of rank 32": {"bypass_rank": 32},

@@ -18,7 +18,9 @@ import torch
 from coreinfer_sim.errors import ConfigError
 
 RIDGE = 0.02
-"""λ, relative to each feature's own variance."""
+"""λ, relative to each feature's own variance, where neurons are ranked."""
+RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0)
+"""λ that a fit may take: with few tokens a neuron the least one learns their noise."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def surgeon_score(gram: torch.Tensor, output_weight: torch.Tensor) -> torch.Tens
         gram: Cov(z, z), [d_ff, d_ff].
         output_weight: [d_model, d_ff].
     """
-    inverse = torch.cholesky_inverse(_cholesky(gram))
+    inverse = torch.cholesky_inverse(_cholesky(gram, RIDGE))
     return output_weight.float().square().sum(0) / inverse.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -153,7 +155,7 @@ def left_over(gram: torch.Tensor, output_weight: torch.Tensor, score: torch.Tens
     weight = output_weight.float()
     order = score.argsort(descending=True)
     cross = gram[order] @ weight.T
-    explained = torch.linalg.solve_triangular(_cholesky(gram[order][:, order]), cross, upper=False)
+    explained = torch.linalg.solve_triangular(_cholesky(gram[order][:, order], RIDGE), cross, upper=False)
     total = (weight.T * (gram @ weight.T)).sum()
     return (total - explained.square().sum(1).cumsum(0)).clamp_min(0)
 
@@ -165,6 +167,8 @@ def compensate(
     output_bias: torch.Tensor | None,
     rank: int | None = None,
     bypass_rank: int = 0,
+    *,
+    ridge: float,
 ) -> LayerCompensation:
     """Fit one layer's compensation.
 
@@ -175,12 +179,13 @@ def compensate(
         output_bias: dense, [d_model], or None.
         rank: of the change of the output weights; None: full.
         bypass_rank: directions of the MLP's input x that go straight to the output.
+        ridge: λ, relative to each feature's own variance; see `best_ridge`.
     """
     d_ff = output_weight.shape[1]
     kept = output_weight.float()[:, ids]  # [d_model, n_kept]
     gram = moments.gram[ids][:, ids]
     open_cross = moments.cross[ids] - gram @ kept.T  # covariance of f_S with what the kept neurons leave open
-    factor = _cholesky(gram)
+    factor = _cholesky(gram, ridge)
     bypass_in = bypass_out = None
     mean_bypass = torch.zeros_like(moments.mean_targets)
     if bypass_rank:
@@ -188,13 +193,13 @@ def compensate(
         solved = torch.cholesky_solve(mixed, factor)
         rest_gram = moments.gram[d_ff:, d_ff:] - mixed.T @ solved  # of x, with what z_S explains taken out
         rest_cross = moments.cross[d_ff:] - moments.gram[d_ff:, :][:, ids] @ kept.T - solved.T @ open_cross
-        bypass_in, bypass_out = _reduced_rank(rest_gram, rest_cross, bypass_rank)
+        bypass_in, bypass_out = _reduced_rank(rest_gram, rest_cross, bypass_rank, ridge)
         open_cross = open_cross - mixed @ bypass_in.T @ bypass_out.T
         mean_bypass = bypass_out @ (bypass_in @ moments.mean_features[d_ff:])
     delta = torch.cholesky_solve(open_cross, factor).T  # [d_model, n_kept]
     right = None
     if rank is not None and rank < min(delta.shape):
-        right, left = _cut(gram, delta.T, rank)
+        right, left = _cut(gram, delta.T, rank, ridge)
         delta = left @ right
     else:
         left = delta
@@ -204,24 +209,52 @@ def compensate(
     return LayerCompensation(bias, left, right, bypass_in, bypass_out)
 
 
-def _reduced_rank(gram: torch.Tensor, cross: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_ridge(fitted: CentredMoments, held: CentredMoments, ids: torch.Tensor, output_weight: torch.Tensor) -> float:
+    """Return the λ of RIDGES whose fit leaves the least squared error on other tokens.
+
+    With W of the kept neurons, its change D and G, C of the held tokens, that is tr(D G Dᵀ) − 2 tr(D (C − G Wᵀ)), and the
+    square of what the bias, which is fitted too, leaves of the mean.
+
+    Args:
+        fitted: of the tokens to fit on.
+        held: of the other tokens.
+        ids: kept neurons among the features, [n_kept].
+        output_weight: dense, of all d_ff neurons or of the kept ones in this order, [d_model, n].
+    """
+    kept = output_weight.float()[:, ids]
+    gram, held_gram = fitted.gram[ids][:, ids], held.gram[ids][:, ids]
+    open_cross, held_cross = fitted.cross[ids] - gram @ kept.T, held.cross[ids] - held_gram @ kept.T
+    moved = held.mean_features[ids] - fitted.mean_features[ids]
+    mean_off = held.mean_targets - fitted.mean_targets - kept @ moved
+
+    def error(ridge: float) -> float:
+        change = torch.cholesky_solve(open_cross, _cholesky(gram, ridge))  # Dᵀ
+        rest = ((held_gram @ change - 2 * held_cross) * change).sum()
+        return float(rest + (mean_off - moved @ change).square().sum())
+
+    return min(RIDGES, key=error)
+
+
+def _reduced_rank(
+    gram: torch.Tensor, cross: torch.Tensor, rank: int, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the best rank-``rank`` regression of targets on features as [rank, n_features] and [d_model, rank]."""
-    return _cut(gram, torch.cholesky_solve(cross, _cholesky(gram)), rank)
+    return _cut(gram, torch.cholesky_solve(cross, _cholesky(gram, ridge)), rank, ridge)
 
 
-def _cut(gram: torch.Tensor, regression: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _cut(gram: torch.Tensor, regression: torch.Tensor, rank: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut a regression [n_features, d_model] to the rank at which its predictions lose least.
 
     With gram = L Lᵀ these are R V Vᵀ, V the leading right singular vectors of Lᵀ R (reduced-rank regression).
     """
-    predicted = _cholesky(gram).T @ regression
+    predicted = _cholesky(gram, ridge).T @ regression
     directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]  # [d_model, rank]
     return (regression @ directions).T, directions
 
 
-def _cholesky(gram: torch.Tensor) -> torch.Tensor:
+def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     """Factor a covariance with the ridge on its diagonal; features that never vary get the mean's share."""
     variance = gram.diagonal()
     ridged = gram.clone()
-    ridged.diagonal().add_(RIDGE * variance.clamp_min(0) + 1e-6 * variance.mean().clamp_min(1e-20))
+    ridged.diagonal().add_(ridge * variance.clamp_min(0) + 1e-6 * variance.mean().clamp_min(1e-20))
     return torch.linalg.cholesky(ridged)

@@ -38,7 +38,16 @@ from coreinfer_sim.build.distillation import Distillation, distil, n_decoded, tr
 from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
-from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
+from coreinfer_sim.compensation import (
+    RIDGE,
+    RIDGES,
+    LayerCompensation,
+    Moments,
+    best_ridge,
+    compensate,
+    left_over,
+    surgeon_score,
+)
 from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError, IndexFormatError
@@ -77,7 +86,7 @@ def correlated(monkeypatch):
 def test_full_rank_is_least_squares(correlated):
     z, weight, bias = correlated
     ids = torch.tensor([0, 3, 4, 8])
-    found = compensate(moments_of(z, z @ weight.T + bias).centred(), ids, weight, bias)
+    found = compensate(moments_of(z, z @ weight.T + bias).centred(), ids, weight, bias, ridge=1e-7)
     with_one = torch.cat([z[:, ids], torch.ones(500, 1)], 1).double()
     wanted = torch.linalg.lstsq(with_one, (z @ weight.T + bias).double()).solution
     assert torch.allclose((weight[:, ids] + found.delta).double(), wanted[:-1].T, atol=2e-3)
@@ -100,7 +109,7 @@ def test_surgeon_score_is_the_error_that_stays(correlated):
     score = surgeon_score(centred.gram, weight)
     for neuron in range(12):
         ids = torch.tensor([n for n in range(12) if n != neuron])
-        repair = compensate(centred, ids, weight, None)
+        repair = compensate(centred, ids, weight, None, ridge=1e-7)
         rest = z @ weight.T - z[:, ids] @ (weight[:, ids] + repair.delta).T - repair.bias
         assert rest.square().sum(1).mean().item() == pytest.approx(score[neuron].item(), rel=0.02)
 
@@ -111,9 +120,31 @@ def test_left_over_is_the_error_of_nested_sets(correlated):
     left = left_over(centred.gram, weight, surgeon_score(centred.gram, weight))
     assert (left.diff() <= 1e-4).all() and left[-1] < 1e-2
     ids = surgeon_score(centred.gram, weight).topk(5).indices.sort().values
-    repair = compensate(centred, ids, weight, None)
+    repair = compensate(centred, ids, weight, None, ridge=1e-7)
     rest = z @ weight.T - z[:, ids] @ (weight[:, ids] + repair.delta).T - repair.bias
     assert rest.square().sum(1).mean().item() == pytest.approx(left[4].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("n_tokens", [40, 4000])
+def test_the_best_ridge_loses_least_on_other_tokens(n_tokens):
+    weight, bias, ids = drawn(6, 30, seed=4), drawn(6, seed=5), torch.arange(25)
+    noisy = weight.clone()
+    noisy[:, 25:] *= 5
+
+    def tokens(n, seed):
+        z = drawn(n, 30, seed=seed) @ (torch.eye(30) + 0.1 * drawn(30, 30, seed=2))
+        return z, z @ noisy.T + bias
+
+    (z, target), (other_z, other_target) = tokens(n_tokens, 1), tokens(200, 6)
+    fitted, held = moments_of(z, target).centred(), moments_of(other_z, other_target).centred()
+    chosen = best_ridge(fitted, held, ids, weight)
+    errors = {}
+    for ridge in RIDGES:
+        repair = compensate(fitted, ids, weight, bias, ridge=ridge)
+        given = other_z[:, ids] @ (weight[:, ids] + repair.delta).T + bias + repair.bias
+        errors[ridge] = (other_target - given).square().sum().item()
+    assert chosen == min(errors, key=errors.get)
+    assert (chosen == RIDGES[0]) == (n_tokens == 4000)
 
 
 @pytest.mark.parametrize("bypass_rank", [0, 2, 4])
@@ -125,7 +156,7 @@ def test_each_rank_loses_less_than_the_one_below(correlated, bypass_rank):
     features = torch.cat([z, x], 1) if bypass_rank else z
     errors = []
     for rank in (1, 2, 3, None):
-        repair = compensate(moments_of(features, target).centred(), ids, weight, None, rank, bypass_rank)
+        repair = compensate(moments_of(features, target).centred(), ids, weight, None, rank, bypass_rank, ridge=1e-7)
         given = z[:, ids] @ (weight[:, ids] + repair.delta).T + repair.bias
         if bypass_rank:
             given = given + x @ repair.bypass_in.T @ repair.bypass_out.T
@@ -258,12 +289,21 @@ def test_fitted_sets_beat_plain_ones_in_every_family(model, ranking):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     texts = some_texts(40)
     n = language_model.layers[0].d_ff // 2
-    fitted = fit_layers(language_model, texts, [n] * N_LAYERS, Fit(ranking=ranking))
+    fitted = fit_layers(language_model, texts, [n] * N_LAYERS, Fit(ranking=ranking, ridge=RIDGE))
     assert all(len(ids) == n and (ids.diff() > 0).all() for ids in fitted.ids.values())
     plain = replace(fitted, compensation=None)
     bar = 0.95 if language_model.layers[0].family.post_norm else 0.8  # a norm follows, which sees no squared errors
     assert divergence(model, texts, fitted) < bar * divergence(model, texts, plain)
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_a_ridge_chosen_on_held_texts_serves_unseen_ones_no_worse(model):
+    language_model, texts, unseen = language_model_of(model), some_texts(40), some_texts(20, seed=1)
+    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
+    chosen, least = (
+        divergence(model, unseen, fit_layers(language_model, texts, n, Fit(ridge=r))) for r in (None, RIDGE)
+    )
+    assert chosen < 1.02 * least
 
 
 @pytest.mark.parametrize("fit", [Fit(), Fit(rank=3, bypass_rank=2)], ids=["full", "rank 3, bypass"])

@@ -18,7 +18,15 @@ import torch
 from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
-from coreinfer_sim.compensation import LayerCompensation, Moments, compensate, left_over, surgeon_score
+from coreinfer_sim.compensation import (
+    RIDGES,
+    LayerCompensation,
+    Moments,
+    best_ridge,
+    compensate,
+    left_over,
+    surgeon_score,
+)
 from coreinfer_sim.config import Ranking
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection, bypass_neurons, n_within
@@ -48,6 +56,8 @@ class Fit:
     """Weight of a prompt's token beside one of the completion."""
     carry: float = 1.0
     """Share of the earlier layers' error that a layer tries to take back."""
+    ridge: float | None = None
+    """λ of the regression; None: each layer takes that of RIDGES which serves texts held out of it best."""
     prior_tokens: float = 5000.0
     """Tokens that the prior counts as."""
     ranking_tokens: int | None = None
@@ -111,15 +121,18 @@ def fit_layers(
     ids: dict[int, torch.Tensor] = {}
     compensation: dict[int, LayerCompensation] = {}
     with torch.inference_mode():
+        texts, held_texts = _divided(texts)
         n_ranking = _n_texts(texts, fit.ranking_tokens)
-        ranking = list(_batches(language_model, blocks, texts[:n_ranking], fit))
-        others = list(_batches(language_model, blocks, texts[n_ranking:], fit))
-        batches = [*ranking, *others]
+        ranking, others, held = (
+            list(_batches(language_model, blocks, part, fit))
+            for part in (texts[:n_ranking], texts[n_ranking:], held_texts)
+        )
+        batches = [*ranking, *others, *held]
         for layer, block, n in zip(layers, blocks, n_kept, strict=True):
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
                 chosen, moments = _choose(layer, block, ranking, others, n, fit, prior, keep)
-                repair = _compensated(layer, chosen, moments, fit)
+                repair = _compensated(layer, block, chosen, moments, held, fit)
                 dense = install(layers, {layer.number: compact_projections(layer, chosen, repair)})
                 ids[layer.number], compensation[layer.number] = chosen.cpu(), repair.to("cpu")
             try:
@@ -175,7 +188,7 @@ def fit_each_alone(
     """
     blocks = decoder_blocks(language_model)
     with torch.inference_mode():
-        batches = list(_batches(language_model, blocks, texts, fit))
+        batches, held = (list(_batches(language_model, blocks, part, fit)) for part in _divided(texts))
         for layer, block in zip(language_model.layers, blocks, strict=True):
             weight, _ = linear_parameters(layer.output)
             n = n_within(layer, keep_ratio, fit.bypass_rank)
@@ -192,15 +205,32 @@ def fit_each_alone(
                 chosen = highest(score, layer, n, fit.bypass_rank)
                 moments = moments.of(_with_inputs(layer, chosen, fit))
                 left = left_over(gram, weight, score)
-            yield layer, chosen, _compensated(layer, chosen, moments, fit), left
-            _advance(layer, block, batches)
+            yield layer, chosen, _compensated(layer, block, chosen, moments, held, fit), left
+            _advance(layer, block, [*batches, *held])
 
 
-def _compensated(layer: MLPLayer, chosen: torch.Tensor, moments: Moments, fit: Fit) -> LayerCompensation:
-    """Return what makes up for all but the chosen neurons, from the moments of these and, for a bypass, of the inputs."""
+def _divided(texts: Sequence[CalibrationText]) -> tuple[list[CalibrationText], list[CalibrationText]]:
+    """Return texts to fit on, and every eighth, on which the strength of regularisation is chosen."""
+    return [text for i, text in enumerate(texts) if i % 8 != 7], list(texts[7::8])
+
+
+def _compensated(
+    layer: MLPLayer, block: nn.Module, chosen: torch.Tensor, moments: Moments, held: Sequence[_Batch], fit: Fit
+) -> LayerCompensation:
+    """Return what makes up for all but the chosen neurons, from the moments of these and, for a bypass, of the inputs.
+
+    The held texts choose the ridge, and then count as all others do.
+    """
     weight, bias = linear_parameters(layer.output)
-    places = torch.arange(len(chosen), device=chosen.device)
-    return compensate(moments.centred(), places, weight.index_select(1, chosen), bias, fit.rank, fit.bypass_rank)
+    kept, places = weight.index_select(1, chosen), torch.arange(len(chosen), device=chosen.device)
+    ridge = RIDGES[-1] if fit.ridge is None else fit.ridge
+    if held:
+        further = _moments(layer, block, held, fit, chosen)[0]
+        if fit.ridge is None and further.n_tokens > 0:
+            ridge = best_ridge(moments.centred(), further.centred(), places, kept)
+        if further.n_tokens > 0:
+            moments.add_prior(further, further.n_tokens)
+    return compensate(moments.centred(), places, kept, bias, fit.rank, fit.bypass_rank, ridge=ridge)
 
 
 def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
