@@ -19,7 +19,7 @@ from coreinfer_sim.errors import ConfigError
 
 RIDGE = 0.02
 """λ, relative to each feature's own variance, where neurons are ranked."""
-RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0)
+RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
 """λ that a fit may take: with few tokens a neuron the least one learns their noise."""
 
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.compensation import (
-    RIDGES,
     LayerCompensation,
     Moments,
     best_ridge,
@@ -34,6 +33,8 @@ from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, 
 
 _TOKENS_AT_ONCE = 4096
 _LENGTH_STEP = 32
+_FEW_TEXTS_RIDGE = 2.0
+"""Where there are too few texts to hold any out."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Fit:
     carry: float = 1.0
     """Share of the earlier layers' error that a layer tries to take back."""
     ridge: float | None = None
-    """λ of the regression; None: each layer takes that of RIDGES which serves texts held out of it best."""
+    """λ of the regression; None: each layer takes that of `best_ridge`, on texts held out of it."""
     prior_tokens: float = 5000.0
     """Tokens that the prior counts as."""
     ranking_tokens: int | None = None
@@ -223,7 +224,7 @@ def _compensated(
     """
     weight, bias = linear_parameters(layer.output)
     kept, places = weight.index_select(1, chosen), torch.arange(len(chosen), device=chosen.device)
-    ridge = RIDGES[-1] if fit.ridge is None else fit.ridge
+    ridge = _FEW_TEXTS_RIDGE if fit.ridge is None else fit.ridge
     if held:
         further = _moments(layer, block, held, fit, chosen)[0]
         if fit.ridge is None and further.n_tokens > 0:
