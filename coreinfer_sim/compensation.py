@@ -88,10 +88,10 @@ class Moments:
         self.features += weighted.sum(0)
         self.targets += weights @ targets
 
-    def add_prior(self, other: Moments, n_tokens: float) -> None:
-        """Add other moments as if they had been taken over ``n_tokens``: shrinkage towards them."""
-        share = n_tokens / other.n_tokens
-        self.n_tokens += n_tokens
+    def add_moments(self, other: Moments, n_tokens: float | None = None) -> None:
+        """Add other moments; as if they had been taken over ``n_tokens``, that is shrinkage towards them."""
+        share = 1.0 if n_tokens is None else n_tokens / other.n_tokens
+        self.n_tokens += share * other.n_tokens
         for name in ("gram", "cross", "features", "targets"):
             getattr(self, name).add_(getattr(other, name).to(self.gram.device), alpha=share)
 
@@ -209,22 +209,21 @@ def compensate(
     return LayerCompensation(bias, left, right, bypass_in, bypass_out)
 
 
-def best_ridge(fitted: CentredMoments, held: CentredMoments, ids: torch.Tensor, output_weight: torch.Tensor) -> float:
+def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor) -> float:
     """Return the λ of RIDGES whose fit leaves the least squared error on other tokens.
 
     With W of the kept neurons, its change D and G, C of the held tokens, that is tr(D G Dᵀ) − 2 tr(D (C − G Wᵀ)), and the
     square of what the bias, which is fitted too, leaves of the mean.
 
     Args:
-        fitted: of the tokens to fit on.
-        held: of the other tokens.
-        ids: kept neurons among the features, [n_kept].
-        output_weight: dense, of all d_ff neurons or of the kept ones in this order, [d_model, n].
+        fitted: of the tokens to fit on; the kept neurons are the first features.
+        held: of the other tokens, likewise.
+        kept: output weights of the kept neurons, [d_model, n_kept].
     """
-    kept = output_weight.float()[:, ids]
-    gram, held_gram = fitted.gram[ids][:, ids], held.gram[ids][:, ids]
-    open_cross, held_cross = fitted.cross[ids] - gram @ kept.T, held.cross[ids] - held_gram @ kept.T
-    moved = held.mean_features[ids] - fitted.mean_features[ids]
+    kept, n = kept.float(), kept.shape[1]
+    gram, held_gram = fitted.gram[:n, :n], held.gram[:n, :n]
+    open_cross, held_cross = fitted.cross[:n] - gram @ kept.T, held.cross[:n] - held_gram @ kept.T
+    moved = held.mean_features[:n] - fitted.mean_features[:n]
     mean_off = held.mean_targets - fitted.mean_targets - kept @ moved
 
     def error(ridge: float) -> float:
@@ -233,6 +232,12 @@ def best_ridge(fitted: CentredMoments, held: CentredMoments, ids: torch.Tensor, 
         return float(rest + (mean_off - moved @ change).square().sum())
 
     return min(RIDGES, key=error)
+
+
+def size_of_change(n_kept: int, d_model: int, rank: int | None) -> int:
+    """Return how many numbers the change of a layer's output weights is stored as."""
+    full = n_kept * d_model
+    return full if rank is None else min(full, rank * (n_kept + d_model))
 
 
 def _reduced_rank(

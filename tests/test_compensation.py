@@ -137,7 +137,7 @@ def test_the_best_ridge_loses_least_on_other_tokens(n_tokens):
 
     (z, target), (other_z, other_target) = tokens(n_tokens, 1), tokens(200, 6)
     fitted, held = moments_of(z, target).centred(), moments_of(other_z, other_target).centred()
-    chosen = best_ridge(fitted, held, ids, weight)
+    chosen = best_ridge(fitted, held, weight[:, ids])
     errors = {}
     for ridge in RIDGES:
         repair = compensate(fitted, ids, weight, bias, ridge=ridge)
@@ -172,7 +172,7 @@ def test_each_rank_loses_less_than_the_one_below(correlated, bypass_rank):
 def test_a_prior_is_further_tokens(correlated):
     z, weight, _ = correlated
     own, other = moments_of(z[:200], z[:200] @ weight.T), moments_of(z[200:], z[200:] @ weight.T)
-    own.add_prior(other, other.n_tokens)
+    own.add_moments(other, other.n_tokens)
     together = moments_of(z, z @ weight.T)
     assert own.n_tokens == together.n_tokens
     assert torch.allclose(own.gram, together.gram, rtol=1e-4)

@@ -23,7 +23,7 @@ from coreinfer_sim.build.compensating import (
     set_tokens,
     sets_to_fit,
 )
-from coreinfer_sim.build.distillation import size_of_change, training_bytes
+from coreinfer_sim.build.distillation import training_bytes
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
@@ -47,6 +47,7 @@ from coreinfer_sim.build.jobs import (
 from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
+from coreinfer_sim.compensation import size_of_change
 from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
@@ -256,7 +257,7 @@ class _Build:
             if settings.own_fits and n_clusters > 1:
                 build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
             if settings.distil_tokens:  # the sets as they were fitted stay until the end
-                build_bytes += fitted_bytes
+                build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes()) + _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)

@@ -164,7 +164,7 @@ def _choose(
     if keep is not None:
         keep(layer.number, moments)
     if prior is not None:
-        moments.add_prior(prior(layer.number), fit.prior_tokens)
+        moments.add_moments(prior(layer.number), fit.prior_tokens)
     score = energy
     if fit.ranking is Ranking.SURGEON:
         gram = moments.centred().gram[: layer.d_ff, : layer.d_ff]
@@ -172,8 +172,7 @@ def _choose(
     chosen = highest(score, layer, n, fit.bypass_rank)
     moments = moments.of(_with_inputs(layer, chosen, fit))
     if others:
-        further = _moments(layer, block, others, fit, chosen)[0]
-        moments.add_prior(further, further.n_tokens)
+        moments.add_moments(_moments(layer, block, others, fit, chosen)[0])
     return chosen, moments
 
 
@@ -223,14 +222,14 @@ def _compensated(
     The held texts choose the ridge, and then count as all others do.
     """
     weight, bias = linear_parameters(layer.output)
-    kept, places = weight.index_select(1, chosen), torch.arange(len(chosen), device=chosen.device)
+    kept = weight.index_select(1, chosen)
     ridge = _FEW_TEXTS_RIDGE if fit.ridge is None else fit.ridge
     if held:
         further = _moments(layer, block, held, fit, chosen)[0]
-        if fit.ridge is None and further.n_tokens > 0:
-            ridge = best_ridge(moments.centred(), further.centred(), places, kept)
-        if further.n_tokens > 0:
-            moments.add_prior(further, further.n_tokens)
+        if fit.ridge is None and further.n_tokens > 0:  # prompts may weigh nothing
+            ridge = best_ridge(moments.centred(), further.centred(), kept)
+        moments.add_moments(further)
+    places = torch.arange(len(chosen), device=chosen.device)
     return compensate(moments.centred(), places, kept, bias, fit.rank, fit.bypass_rank, ridge=ridge)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText
 from coreinfer_sim.build.reading import n_completion, read_densely
-from coreinfer_sim.compensation import LayerCompensation
+from coreinfer_sim.compensation import LayerCompensation, size_of_change
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, linear_parameters, merged_output
@@ -30,8 +30,6 @@ _LEARNT = ("bias", "left", "right", "bypass_out")
 _LEAST_READ = 32
 SPECIALISING_RATE = 1e-3
 """More undoes about as much as it gains on a cluster's few steps."""
-
-
 _LEARNING_BYTES = 4 * 4
 """For a number that learns: itself, its gradient and Adam's two averages."""
 _MERGED_BYTES = 4
@@ -169,12 +167,6 @@ def distil(
             for student in students:
                 student.step()
     return [student.trained() for student in students]
-
-
-def size_of_change(n_kept: int, d_model: int, rank: int | None) -> int:
-    """Return how many numbers the change of a layer's output weights is stored as."""
-    full = n_kept * d_model
-    return full if rank is None else min(full, rank * (n_kept + d_model))
 
 
 def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None) -> int:

@@ -39,7 +39,7 @@ def default_workers(device: str, n_threads: int, worker_bytes: int, own_bytes: i
     if device != "cpu":
         return 1
     by_memory = (psutil.virtual_memory().available - own_bytes) // worker_bytes + 1
-    return max(1, min(n_cores() // n_threads, int(by_memory)))
+    return max(1, min(n_cores() // n_threads, by_memory))
 
 
 def run_shards(
