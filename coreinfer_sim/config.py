@@ -46,6 +46,8 @@ class Start(str, Enum):
     """The trained set of the whole corpus: its neurons and its weights, which the cluster's texts then specialise."""
     CLUSTER = "cluster"
     """The set that was fitted to the cluster, with neurons of its own."""
+    JOINT = "joint"
+    """The sets that were fitted to the clusters, all of which share what they learn."""
 
 
 class Mode(str, Enum):
@@ -183,7 +185,7 @@ class CompensationConfig:
     @property
     def own_fits(self) -> bool:
         """Whether clusters have sets fitted to them."""
-        return not self.distil_tokens or self.distil_from is Start.CLUSTER
+        return not self.distil_tokens or self.distil_from is not Start.CORPUS
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -198,6 +200,11 @@ class CompensationConfig:
         _check_at_least("tokens", self.tokens, 1)
         _check_at_least("ranking tokens", self.ranking_tokens, 1)
         _check_at_least("distil tokens", self.distil_tokens, 0)
+        if self.distil_tokens and self.distil_from is Start.JOINT and self.rank is not None:
+            raise ConfigError(
+                f"the change of the output weights is kept at rank {self.rank}, but clusters that learn jointly need it at "
+                "full rank; give --compensate full or --distil-from cluster."
+            )
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from coreinfer_sim.build.compensating import (
     compare_with_corpus,
     held_out,
     trained_together,
+    trainings,
 )
-from coreinfer_sim.build.distillation import Distillation, distil, n_decoded, training_bytes
+from coreinfer_sim.build.distillation import Distillation, distil, distil_jointly, n_decoded, training_bytes
 from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -50,7 +51,7 @@ from coreinfer_sim.compensation import (
 )
 from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
 from coreinfer_sim.corpus import Sentence
-from coreinfer_sim.errors import ConfigError, IndexFormatError
+from coreinfer_sim.errors import BuildError, ConfigError, IndexFormatError
 from coreinfer_sim.generation import TextGenerator
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.manifest import compensation_file
@@ -345,6 +346,74 @@ def test_sets_that_are_trained_together_learn_what_each_would_alone(tiny_checkpo
         for number, repair in alone.compensation.items():
             assert torch.equal(repair.left, found.compensation[number].left)
             assert not torch.equal(repair.left, start.compensation[number].left)
+
+
+def fitted_blankly(language_model, texts, n_sets):
+    """Sets of different neurons whose compensation adds nothing yet, and a rate that suits so small a model."""
+    layers = language_model.layers
+    n_kept = [layer.d_ff // 2 for layer in layers]
+    fitted = [fit_layers(language_model, texts[i::n_sets], n_kept, Fit()) for i in range(n_sets)]
+    blank = [
+        replace(
+            each, compensation={n: replace(c, left=0 * c.left, bias=0 * c.bias) for n, c in each.compensation.items()}
+        )
+        for each in fitted
+    ]
+    rate = 3e-3 / float(linear_parameters(layers[0].output)[0].square().mean().sqrt())
+    return blank, Distillation(learning_rate=rate, tokens_per_step=200)
+
+
+def test_sets_that_learn_jointly_share_what_they_learn_in_every_family(model):
+    language_model, texts = language_model_of(model), some_texts(30)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    blank, settings = fitted_blankly(language_model, texts, 2)
+    reported = []
+    (trained,) = distil_jointly(
+        language_model, [blank], texts * 3, [i % 2 for i in range(30)] * 3, settings, reported.append
+    )
+    assert sum(reported) == 3 * sum(len(text.ids) for text in texts)
+    for number, (was, found) in enumerate(zip(blank, trained, strict=True)):
+        assert divergence(model, texts[number::2], found) < 0.95 * divergence(model, texts[number::2], was)
+    for number in range(N_LAYERS):
+        ids, other_ids = (each.ids[number] for each in trained)
+        shared, places, other_places = np.intersect1d(ids, other_ids, return_indices=True)
+        own, other = (each.compensation[number] for each in trained)
+        assert 0 < len(shared) < len(ids) and torch.equal(own.bias, other.bias)
+        assert torch.equal(own.left[:, places], other.left[:, other_places])
+        assert not own.left.requires_grad and own.left.abs().sum() > 0
+    assert all((before[name] == value).all() for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, monkeypatch, joint):
+    monkeypatch.setattr("coreinfer_sim.build.distillation._KEPT_EVERY", 0.0)
+    language_model, texts = language_model_of(models["llama"]), some_texts(20)
+    sets, settings = fitted_blankly(language_model, texts, 2)
+    path, left = tmp_path / "training" / "1.safetensors", []
+
+    def train(checkpoint, report=None):
+        if not joint:
+            return distil(language_model, sets, texts, settings, report, checkpoint)
+        return distil_jointly(language_model, [sets], texts, [0, 1] * 10, settings, report, checkpoint)[0]
+
+    def interrupted(n_tokens):
+        left.append(n_tokens)
+        if len(left) == 13:
+            raise KeyboardInterrupt
+
+    wanted = train(None)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, interrupted)
+    assert path.exists() and all(p.requires_grad for p in language_model.model.parameters())
+    reported = []
+    found = train(path, reported.append)
+    assert sum(reported) == sum(len(text.ids) for text in texts) and len(reported) < len(texts)  # steps at a time
+    for one, two in zip(wanted, found, strict=True):
+        assert all(torch.equal(one.compensation[n].left, two.compensation[n].left) for n in range(N_LAYERS))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BuildError, match="cannot be read"):
+        train(path)
 
 
 def test_short_completions_leave_the_prompts_end_to_be_read_sparsely():
@@ -654,6 +723,29 @@ def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpo
     assert two.manifest == one.manifest
 
 
+def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoint, encoder):
+    corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}")
+    settings = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
+    config = BuildConfig(clusters=3, compensation=settings)
+    folders = [built.with_name(f"joint-{n_workers}") for n_workers in (1, 2)]
+    one, _ = (
+        build_index(tiny_checkpoint, corpus, folder, config, encoder=encoder, workers=n_workers)
+        for n_workers, folder in enumerate(folders, 1)
+    )
+    own = [one.cluster_selection(c, 0.5) for c in range(3) if c not in one.manifest.served_by_corpus(0.5)]
+    assert all(each.compensation[0].right is None and each.compensation[0].bypass_rank == 2 for each in own)
+    assert one.manifest.compensation[0].distil_from == "joint"
+    files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
+    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
+
+
+def test_a_single_cluster_has_nobody_to_learn_with():
+    joint = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
+    assert trainings(joint, 1) == [[None]]
+    assert trainings(joint, 3) == [[None], [0, 1, 2]]
+    assert trainings(COMPENSATION, 3) == [[None], [0], [1], [2]]
+
+
 def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
     layers = find_mlps(models["llama"])
     small, large = (training_bytes(layers, ratio, COMPENSATION.rank) for ratio in COMPENSATION.keep_ratios)
@@ -711,6 +803,7 @@ def test_impossible_ranks_are_refused(value, tmp_path):
         {"bypass_rank": -1},
         {"tokens": 0},
         {"distil_tokens": -1},
+        {"rank": 4, "distil_tokens": 10, "distil_from": Start.JOINT},
     ],
 )
 def test_impossible_settings_are_refused(settings):

@@ -16,14 +16,14 @@ import numpy as np
 from coreinfer_sim.architectures import weight_sketch, weights_checksum
 from coreinfer_sim.build.compensating import (
     compare_with_corpus,
-    fitted_clusters,
     fitted_path,
     held_out,
     neurons_by_ratio,
     set_tokens,
     sets_to_fit,
+    trainings,
 )
-from coreinfer_sim.build.distillation import training_bytes
+from coreinfer_sim.build.distillation import checkpoint_bytes, training_bytes
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
@@ -48,7 +48,7 @@ from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.compensation import size_of_change
-from coreinfer_sim.config import BuildConfig, CorpusConfig
+from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Start
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
@@ -137,7 +137,7 @@ def build_index(
         build = _Build(job, corpus, language_model, sentence_encoder, progress)
         build.check_plan()
         build.read()
-        build.check_room(out)
+        build.check_room(out, workers)
         with torch_threads(n_cores()):
             build.embed()
             build.cluster()
@@ -237,8 +237,9 @@ class _Build:
         finally:
             self.progress.finish()
 
-    def check_room(self, out: Path) -> None:
+    def check_room(self, out: Path, workers: int | None) -> None:
         """Print the plan and refuse a disk that is too small."""
+        n_workers = workers or max(1, n_cores() // self.job.n_threads)
         n_sentences, config = self.report.n_kept, self.config
         n_clusters = config.clusters
         if isinstance(n_clusters, str):
@@ -258,6 +259,7 @@ class _Build:
                 build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
             if settings.distil_tokens:  # the sets as they were fitted stay until the end
                 build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
+                build_bytes += n_workers * self._checkpoint_bytes(settings)
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes()) + _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
@@ -303,7 +305,13 @@ class _Build:
         settings = self.config.compensation
         if settings is None or not settings.distil_tokens:
             return 0
-        return sum(training_bytes(self.layers, ratio, settings.rank) for ratio in settings.keep_ratios)
+        joint = settings.distil_from is Start.JOINT
+        return sum(training_bytes(self.layers, ratio, settings.rank, joint) for ratio in settings.keep_ratios)
+
+    def _checkpoint_bytes(self, settings: CompensationConfig) -> int:
+        """Return the disk that one training keeps while it runs."""
+        joint = settings.distil_from is Start.JOINT
+        return sum(checkpoint_bytes(self.layers, ratio, settings.rank, joint) for ratio in settings.keep_ratios)
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""
@@ -402,7 +410,7 @@ class _Build:
         """Stage 7: train the whole corpus's sets on, if no other set could be trained beside them."""
         assert self.config.compensation is not None and self.clustering is not None
         if not self.config.compensation.own_fits or len(self.clustering.centroids) == 1:
-            self._distil(lambda cluster: cluster is None, "Distilling, whole corpus", 1)
+            self._distil(lambda clusters: clusters == [None], "Distilling, whole corpus", 1)
 
     def compensate_clusters(self, workers: int | None) -> None:
         """Stage 8: fit each cluster's set, unless the trained set of the whole corpus will be specialised."""
@@ -414,7 +422,7 @@ class _Build:
     def distil_clusters(self, workers: int | None) -> None:
         """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
         n_workers = workers or self._workers_within(self._training_bytes())
-        self._distil(lambda _cluster: True, "Distilling", n_workers)
+        self._distil(lambda _clusters: True, "Distilling", n_workers)
 
     def choose_sets(self) -> None:
         """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
@@ -453,17 +461,19 @@ class _Build:
             for ratio in self.config.compensation.keep_ratios
         }
 
-    def _distil(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
+    def _distil(self, wanted: Callable[[list[int | None]], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None
         settings = self.config.compensation
         if not settings.distil_tokens:
             return
-        clusters = fitted_clusters(len(self.clustering.centroids))
-        n_tokens = {i: self._tokens_of(cluster) for i, cluster in enumerate(clusters) if wanted(cluster)}
+        groups = trainings(settings, len(self.clustering.centroids))
+        n_tokens = {i: self._tokens_of(group) for i, group in enumerate(groups) if wanted(group)}
         unfinished = [
             i
             for i in n_tokens
-            if not all((self.folder / compensation_file(r, clusters[i])).exists() for r in settings.keep_ratios)
+            if not all(
+                (self.folder / compensation_file(r, c)).exists() for r in settings.keep_ratios for c in groups[i]
+            )
         ]
         if not unfinished:
             return
@@ -496,10 +506,11 @@ class _Build:
         finally:
             self.progress.finish()
 
-    def _tokens_of(self, cluster: int | None) -> int:
-        """Return how many tokens a set will be trained on, about."""
+    def _tokens_of(self, clusters: list[int | None]) -> int:
+        """Return how many tokens the sets of some clusters will be trained on in one go, about."""
         assert self.clustering is not None and self.config.compensation is not None
         members = ~held_out(self.clustering, self.config.seed)
+        cluster = clusters[0] if len(clusters) == 1 else None
         if cluster is not None:
             members &= self.clustering.assignment == cluster
         there = np.array([min(s.n_tokens, self.job.max_tokens) for s in self.sentences])[members].sum()

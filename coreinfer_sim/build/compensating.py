@@ -16,6 +16,7 @@ from coreinfer_sim.build.distillation import (
     SPECIALISING_RATE,
     Distillation,
     distil,
+    distil_jointly,
     mean_divergences,
     training_bytes,
 )
@@ -49,6 +50,14 @@ def sets_to_fit(config: CompensationConfig, n_clusters: int) -> list[tuple[float
 def fitted_clusters(n_clusters: int) -> list[int | None]:
     """Return the clusters that have sets of their own, after None, the whole corpus, which a single cluster equals."""
     return [None, *(range(n_clusters) if n_clusters > 1 else ())]
+
+
+def trainings(config: CompensationConfig, n_clusters: int) -> list[list[int | None]]:
+    """Return the clusters (None: the whole corpus) whose sets are trained in one go, for each training of a build."""
+    first, *others = fitted_clusters(n_clusters)
+    if config.distil_from is Start.JOINT and others:
+        return [[first], others]
+    return [[first], *([cluster] for cluster in others)]
 
 
 def make_fitter(
@@ -109,13 +118,13 @@ def make_distiller(
     folder: Path,
     report: Callable[[int], None] | None,
 ) -> Callable[[int], int]:
-    """Return the function that trains a cluster's fitted sets on, by its number in `fitted_clusters`, all keep ratios at once.
+    """Return the function that does one of the build's `trainings`, by its number, at all keep ratios.
 
-    That function leaves them on disk and returns the tokens that it has not reported. Arguments as for `make_fitter`.
+    That function leaves the sets on disk and returns the tokens that it has not reported. Arguments as for `make_fitter`.
     """
     assert config.compensation is not None
     settings = config.compensation
-    clusters = fitted_clusters(len(clustering.centroids))
+    groups = trainings(settings, len(clustering.centroids))
     d_model, n_layers = language_model.layers[0].d_model, len(language_model.layers)
 
     def fitted(ratio: float, cluster: int | None) -> NeuronSelection:
@@ -126,35 +135,47 @@ def make_distiller(
         return NeuronSelection("compensated", ids, compensation=repairs)
 
     def run(number: int) -> int:
-        cluster = clusters[number]
+        clusters = groups[number]
+        together = len(clusters) > 1
+        cluster = None if together else clusters[0]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
-        texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
+        places, texts = drawn_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         specialises = cluster is not None and settings.distil_from is Start.CORPUS
         training = Distillation(learning_rate=SPECIALISING_RATE) if specialises else Distillation()
         room = psutil.virtual_memory().available // 2  # another worker may be about to take the other half
-        groups = trained_together(language_model.layers, settings, room)
+        parts = trained_together(language_model.layers, settings, room, together)
 
         def advance(n_tokens: int) -> None:
             if report is not None:
-                report(n_tokens // len(groups))
+                report(n_tokens // len(parts))
 
-        for ratios in groups:
-            starts = [fitted(ratio, cluster) for ratio in ratios]
-            distilled = distil(language_model, starts, texts, training, advance)
-            for ratio, selection in zip(ratios, distilled, strict=True):
-                save_compensated(folder / compensation_file(ratio, cluster), selection)
-        n_reported = 0 if report is None else len(groups) * sum(len(text.ids) // len(groups) for text in texts)
+        for ratios in parts:
+            checkpoint = folder / "training" / f"{number}-{'-'.join(f'{ratio:g}' for ratio in ratios)}.safetensors"
+            starts = [[fitted(ratio, each) for each in clusters] for ratio in ratios]
+            if together:
+                readers = clustering.assignment[places].tolist()
+                found = distil_jointly(language_model, starts, texts, readers, training, advance, checkpoint)
+            else:
+                alone = distil(language_model, [start for (start,) in starts], texts, training, advance, checkpoint)
+                found = [[selection] for selection in alone]
+            for ratio, selections in zip(ratios, found, strict=True):
+                for each, selection in zip(clusters, selections, strict=True):
+                    save_compensated(folder / compensation_file(ratio, each), selection)
+            checkpoint.unlink(missing_ok=True)
+        n_reported = 0 if report is None else len(parts) * sum(len(text.ids) // len(parts) for text in texts)
         return sum(len(text.ids) for text in texts) - n_reported
 
     return run
 
 
-def trained_together(layers: Sequence[MLPLayer], settings: CompensationConfig, room: int) -> list[list[float]]:
+def trained_together(
+    layers: Sequence[MLPLayer], settings: CompensationConfig, room: int, joint: bool = False
+) -> list[list[float]]:
     """Group keep ratios whose sets can be trained side by side within ``room`` bytes; a set that cannot is a group."""
     groups: list[list[float]] = []
     taken = room
     for ratio in settings.keep_ratios:
-        n_bytes = training_bytes(layers, ratio, settings.rank)
+        n_bytes = training_bytes(layers, ratio, settings.rank, joint)
         if taken + n_bytes > room:
             groups.append([])
             taken = 0
@@ -265,6 +286,19 @@ def calibration_texts(
     seed: int,
     max_tokens: int,
 ) -> list[CalibrationText]:
+    """Return the texts of `drawn_texts` alone."""
+    return drawn_texts(language_model, sentences, clustering, cluster, n_tokens, seed, max_tokens)[1]
+
+
+def drawn_texts(
+    language_model: LanguageModel,
+    sentences: Sequence[Sentence],
+    clustering: Clustering,
+    cluster: int | None,
+    n_tokens: int,
+    seed: int,
+    max_tokens: int,
+) -> tuple[list[int], list[CalibrationText]]:
     """Tokenise ``n_tokens`` tokens of a cluster's sentences, or of the whole corpus's, in random order.
 
     Args:
@@ -275,6 +309,9 @@ def calibration_texts(
         n_tokens: if there are as many, those left out that `held_out` names.
         seed: of the order.
         max_tokens: longer texts are cut.
+
+    Returns:
+        The sentences' places in the corpus, and their texts.
     """
     order = np.random.default_rng(seed).permutation(len(sentences))
     order = order[~held_out(clustering, seed)[order]]
@@ -287,7 +324,7 @@ def calibration_texts(
             break
         texts.append(calibration_text(language_model, sentences[i], max_tokens))
         n_found += len(texts[-1].ids)
-    return texts
+    return order[: len(texts)].tolist(), texts
 
 
 def held_out(clustering: Clustering, seed: int) -> np.ndarray:

@@ -9,24 +9,35 @@ is read densely, as in `generate`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText
 from coreinfer_sim.build.reading import n_completion, read_densely
 from coreinfer_sim.compensation import LayerCompensation, size_of_change
+from coreinfer_sim.errors import BuildError
+from coreinfer_sim.files import write_atomic
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, linear_parameters, merged_output
 
 _LEARNT = ("bias", "left", "right", "bypass_out")
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+_N_DONE = "steps"
+_KEPT_EVERY = 300.0
+"""Seconds of training that a kill may cost."""
 _LEAST_READ = 32
 SPECIALISING_RATE = 1e-3
 """More undoes about as much as it gains on a cluster's few steps."""
@@ -55,73 +66,176 @@ class Distillation:
     """A text of n tokens counts n to this power: 1, every token the same; 0, every text."""
 
 
-class _Learning(nn.Module):
-    """The output projection of a compact MLP, merged anew in every pass."""
+class _Output(nn.Module):
+    """The output projection of a compact MLP whose compensation learns: merged anew in every pass."""
 
-    def __init__(self, layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation) -> None:
-        """Begin with a fitted compensation of the neurons ``ids`` [n_kept]."""
+    def __init__(self, layer: MLPLayer, ids: torch.Tensor, compensation: Callable[[], LayerCompensation]) -> None:
+        """Hold the output weights of the neurons ``ids`` [n_kept]; ``compensation`` gives theirs as it is then."""
         super().__init__()
         weight, self._bias = linear_parameters(layer.output)
-        self._kept, self._gated = weight.index_select(1, ids), layer.family.gated
-        self._fitted = compensation
-        self.scale = float(self._kept.float().square().mean().sqrt())
-        self.learnt = nn.ParameterDict(
-            {name: value.float().clone() for name in _LEARNT if (value := getattr(compensation, name)) is not None}
-        )
-
-    @property
-    def compensation(self) -> LayerCompensation:
-        """The compensation as it is now."""
-        return replace(self._fitted, **dict(self.learnt.items()))
+        self.kept, self._gated = weight.index_select(1, ids), layer.family.gated
+        self._compensation = compensation
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Map [..., n_kept and bypass] to [..., d_model]."""
-        compensation = self.compensation
+        compensation = self._compensation()
         added = compensation.bias.to(z)
         bias = added if self._bias is None else self._bias + added
-        return F.linear(z, merged_output(self._kept, compensation, self._gated), bias)
+        return F.linear(z, merged_output(self.kept, compensation, self._gated), bias)
 
 
 class _Student:
-    """A selection whose compensation learns."""
+    """Compensation that learns by Adam, at a rate that goes by the weights and rises and falls over the steps."""
+
+    def __init__(self, language_model: LanguageModel, settings: Distillation, n_steps: int) -> None:
+        self.layers, self.device = language_model.layers, language_model.model.device
+        self._settings, self._n_steps, self._n_done = settings, n_steps, 0
+        self._groups: list[dict[str, Any]] = []
+
+    def _learn(self, parameters: Iterable[nn.Parameter], weights: torch.Tensor) -> None:
+        """Let parameters learn that are added to ``weights``."""
+        highest = self._settings.learning_rate * float(weights.float().square().mean().sqrt())
+        self._groups.append({"params": [*parameters], "highest": highest})
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that learn."""
+        return [parameter for group in self._groups for parameter in group["params"]]
+
+    @cached_property
+    def _optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self._groups, betas=(0.9, 0.98))
+
+    def compact(self, place: int) -> dict[int, Projections]:
+        """Return the compact MLPs that read the text at ``place``."""
+        raise NotImplementedError
+
+    def trained(self) -> list[NeuronSelection]:
+        """Return the selections with their compensation as it is now, on the CPU."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Move along the gradients that have gathered."""
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        share = _rate(self._n_done, self._n_steps, self._settings.warm_up)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["highest"] * share
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._n_done += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all that `go_on` needs: the parameters and Adam's two averages, by name."""
+        tensors = {}
+        for i, parameter in enumerate(self.parameters):
+            tensors[f"{i}"] = parameter.detach()
+            tensors |= {f"{i}.{name}": self._optimizer.state[parameter][name] for name in _AVERAGES}
+        return tensors
+
+    def go_on(self, n_done: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Be as a student was that had done ``n_done`` steps."""
+        self._n_done = n_done
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(tensors[f"{i}"])
+            averages = {name: tensors[f"{i}.{name}"].to(self.device) for name in _AVERAGES}
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(n_done)), **averages}
+
+
+class _Alone(_Student):
+    """A selection whose compensation learns, the bypass's way out included."""
 
     def __init__(
         self, language_model: LanguageModel, selection: NeuronSelection, settings: Distillation, n_steps: int
     ) -> None:
-        assert selection.compensation is not None
-        layers, device = language_model.layers, language_model.model.device
+        super().__init__(language_model, settings, n_steps)
         self._selection = selection
-        self._learning: dict[int, _Learning] = {}
-        self.compact: dict[int, dict[str, Any]] = {}
+        self._learnt: dict[int, nn.ParameterDict] = {}
+        self._compact: dict[int, dict[str, Any]] = {}
+        assert selection.compensation is not None
         for number, ids in selection.ids.items():
-            repair = selection.compensation[number].to(device)
-            self.compact[number] = compact_projections(layers[number], ids, repair)
-            self._learning[number] = _Learning(layers[number], ids.to(device), repair)
-            self.compact[number][layers[number].family.output] = self._learning[number]
-        modules = self._learning.values()
-        self._parameters = [p for module in modules for p in module.parameters()]
-        groups = [{"params": [*m.parameters()], "lr": settings.learning_rate * m.scale} for m in modules]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: _rate(step, n_steps, settings.warm_up)
-        )
+            repair = selection.compensation[number].to(self.device)
+            values = ((name, getattr(repair, name)) for name in _LEARNT)
+            learnt = nn.ParameterDict({name: value.float().clone() for name, value in values if value is not None})
+            output = _Output(self.layers[number], ids.to(self.device), partial(replace, repair, **learnt))
+            self._learnt[number] = learnt
+            self._learn(learnt.values(), output.kept)
+            self._compact[number] = compact_projections(self.layers[number], ids, repair)
+            self._compact[number][self.layers[number].family.output] = output
 
-    def step(self) -> None:
-        """Move along the gradients that have gathered."""
-        nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad()
+    def compact(self, place: int) -> dict[int, Projections]:
+        """Return the compact MLPs, which read all texts."""
+        return self._compact
 
-    def trained(self) -> NeuronSelection:
-        """Return the selection with its compensation as it is now, on the CPU."""
-        compensation = {
-            number: LayerCompensation(
-                **{name: value.detach().cpu() for name, value in vars(module.compensation).items() if value is not None}
-            )
-            for number, module in self._learning.items()
-        }
-        return replace(self._selection, compensation=compensation)
+    def trained(self) -> list[NeuronSelection]:
+        """Return the selection."""
+        assert (repairs := self._selection.compensation) is not None
+        return [_changed(self._selection, {n: replace(repairs[n], **learnt) for n, learnt in self._learnt.items()})]
+
+
+class _Joint(_Student):
+    """Selections that share what they learn: a change of the output weights of all neurons, and of the output bias.
+
+    Each selection takes from it what its own neurons need, on top of its fitted compensation.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        selections: Sequence[NeuronSelection],
+        readers: Sequence[int],
+        settings: Distillation,
+        n_steps: int,
+    ) -> None:
+        super().__init__(language_model, settings, n_steps)
+        self._readers = readers
+        self._selections = selections
+        self._ids = [
+            {number: ids.to(self.device, copy=True) for number, ids in selection.ids.items()}  # autograd will save them
+            for selection in selections
+        ]
+        self._fitted = [
+            {number: repair.to(self.device) for number, repair in (selection.compensation or {}).items()}
+            for selection in selections
+        ]
+        self._change: dict[int, nn.Parameter] = {}
+        """[d_ff, d_model] by layer."""
+        self._bias: dict[int, nn.Parameter] = {}
+        for number in sorted(set().union(*(selection.ids for selection in selections))):
+            layer = self.layers[number]
+            self._change[number] = nn.Parameter(torch.zeros(layer.d_ff, layer.d_model, device=self.device))
+            self._bias[number] = nn.Parameter(torch.zeros(layer.d_model, device=self.device))
+            self._learn((self._change[number], self._bias[number]), linear_parameters(layer.output)[0])
+
+    def compact(self, place: int) -> dict[int, Projections]:
+        """Cut the compact MLPs of the selection that reads this text: holding all of them could take too much memory."""
+        reader = self._readers[place]
+        compact: dict[int, dict[str, Any]] = {}
+        for number, ids in self._ids[reader].items():
+            layer = self.layers[number]
+            compact[number] = compact_projections(layer, ids, self._fitted[reader][number])
+            compact[number][layer.family.output] = _Output(layer, ids, partial(self._repair, reader, number))
+        return compact
+
+    def trained(self) -> list[NeuronSelection]:
+        """Return all selections."""
+        return [
+            _changed(selection, {number: self._repair(reader, number) for number in selection.ids})
+            for reader, selection in enumerate(self._selections)
+        ]
+
+    def _repair(self, reader: int, number: int) -> LayerCompensation:
+        fitted = self._fitted[reader][number]
+        left = fitted.delta + self._change[number][self._ids[reader][number]].T
+        return replace(fitted, bias=fitted.bias + self._bias[number], left=left, right=None)
+
+
+def _changed(selection: NeuronSelection, repairs: dict[int, LayerCompensation]) -> NeuronSelection:
+    """Return a selection with other compensation, detached and on the CPU."""
+    detached = {
+        number: LayerCompensation(**{k: v.detach().cpu() for k, v in vars(repair).items() if v is not None})
+        for number, repair in repairs.items()
+    }
+    return replace(selection, compensation=detached)
 
 
 def distil(
@@ -130,6 +244,7 @@ def distil(
     texts: Sequence[CalibrationText],
     settings: Distillation,
     report: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> list[NeuronSelection]:
     """Train the compensation of fitted selections once over texts, each by itself.
 
@@ -141,21 +256,72 @@ def distil(
         texts: in the order in which they are read.
         settings: how.
         report: takes each text's number of tokens when it has been read.
+        checkpoint: where a training that is broken off is found by the next call, which ends as it would have; None: nowhere.
 
     Returns:
         The same ids with the trained compensation, on the CPU.
     """
+    n_steps = len(list(_steps(texts, settings.tokens_per_step)))
+    students = [_Alone(language_model, selection, settings, n_steps) for selection in selections]
+    _train(language_model, students, texts, settings, report, checkpoint)
+    return [selection for student in students for selection in student.trained()]
+
+
+def distil_jointly(
+    language_model: LanguageModel,
+    families: Sequence[Sequence[NeuronSelection]],
+    texts: Sequence[CalibrationText],
+    readers: Sequence[int],
+    settings: Distillation,
+    report: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
+) -> list[list[NeuronSelection]]:
+    """Train families of selections over texts, each of which one selection reads; in a family they share what they learn.
+
+    A neuron that several selections keep learns from the texts of all of them. What a fit gave each selection alone stays.
+
+    Args:
+        language_model: the dense model.
+        families: selections with compensation at full rank, [n_families][n_selections].
+        texts: in the order in which they are read.
+        readers: number of the selection that reads each text, [n_texts].
+        settings: how.
+        report: takes each text's number of tokens when it has been read.
+        checkpoint: where a training that is broken off is found by the next call, which ends as it would have; None: nowhere.
+
+    Returns:
+        The same ids with the trained compensation, on the CPU.
+    """
+    n_steps = len(list(_steps(texts, settings.tokens_per_step)))
+    students = [_Joint(language_model, selections, readers, settings, n_steps) for selections in families]
+    _train(language_model, students, texts, settings, report, checkpoint)
+    return [student.trained() for student in students]
+
+
+def _train(
+    language_model: LanguageModel,
+    students: Sequence[_Student],
+    texts: Sequence[CalibrationText],
+    settings: Distillation,
+    report: Callable[[int], None] | None,
+    checkpoint: Path | None,
+) -> None:
+    """Let students learn from texts, which the dense model reads once for all of them."""
     model, layers, device = language_model.model, language_model.layers, language_model.model.device
-    steps = list(_steps(texts, settings.tokens_per_step))
-    students = [_Student(language_model, selection, settings, len(steps)) for selection in selections]
+    n_done = 0 if checkpoint is None or not checkpoint.exists() else _restore(students, checkpoint)
+    saved = time.monotonic()
     with _frozen(model):
-        for step in steps:
-            weights = [_weights(text, settings).to(device) for text in step]
+        for number, step in enumerate(_steps(texts, settings.tokens_per_step), 1):
+            if number <= n_done:
+                if report is not None:
+                    report(sum(len(texts[place].ids) for place in step))
+                continue
+            weights = [_weights(texts[place], settings).to(device) for place in step]
             total = float(torch.cat(weights).sum())
-            for text, weight in zip(step, weights, strict=True):
-                reading = read_densely(model, text, len(weight))
+            for place, weight in zip(step, weights, strict=True):
+                reading = read_densely(model, texts[place], len(weight))
                 for student in students:
-                    whole = install(layers, student.compact)
+                    whole = install(layers, student.compact(place))
                     try:
                         sparse, dense = reading.again(model), reading.log_probabilities
                         divergence = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
@@ -163,20 +329,59 @@ def distil(
                     finally:
                         install(layers, whole)
                 if report is not None:
-                    report(len(text.ids))
+                    report(len(texts[place].ids))
             for student in students:
                 student.step()
-    return [student.trained() for student in students]
+            if checkpoint is not None and time.monotonic() - saved >= _KEPT_EVERY:
+                _save(students, number, checkpoint)
+                saved = time.monotonic()
 
 
-def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None) -> int:
-    """Return the memory that training one set takes beside the model and its texts, about."""
+def _save(students: Sequence[_Student], n_done: int, path: Path) -> None:
+    """Keep what `_restore` needs to go on after ``n_done`` steps."""
+    tensors = {f"{i}.{name}": value for i, student in enumerate(students) for name, value in student.state().items()}
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, lambda part: save_file({**tensors, _N_DONE: torch.tensor(n_done)}, part))
+
+
+def _restore(students: Sequence[_Student], path: Path) -> int:
+    """Take up what `_save` kept; return the steps that were done.
+
+    Raises:
+        BuildError: it cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BuildError(
+            f"{path} cannot be read ({error}); delete it, and its sets are trained from the start."
+        ) from error
+    n_done = int(tensors.pop(_N_DONE))
+    for i, student in enumerate(students):
+        start = f"{i}."
+        student.go_on(n_done, {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+    return n_done
+
+
+def checkpoint_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, joint: bool) -> int:
+    """Return the disk that a training which is broken off leaves behind, of one set or of all in one."""
+    learning = (_n_learning(layer, keep_ratio, rank, joint) for layer in layers)
+    return 4 * (1 + len(_AVERAGES)) * sum(learning)
+
+
+def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, joint: bool = False) -> int:
+    """Return the memory that training one set, or all in one, takes beside the model and its texts, about."""
     of_weight = _MERGED_BYTES + _COMPACT_COPIES * layers[0].output.weight.dtype.itemsize
     total = 0
     for layer in layers:
         n_kept = int(keep_ratio * layer.d_ff)
-        total += _LEARNING_BYTES * size_of_change(n_kept, layer.d_model, rank) + of_weight * n_kept * layer.d_model
+        total += _LEARNING_BYTES * _n_learning(layer, keep_ratio, rank, joint) + of_weight * n_kept * layer.d_model
     return total
+
+
+def _n_learning(layer: MLPLayer, keep_ratio: float, rank: int | None, joint: bool) -> int:
+    """Return how many numbers of a layer learn, biases aside."""
+    return size_of_change(layer.d_ff if joint else int(keep_ratio * layer.d_ff), layer.d_model, rank)
 
 
 def n_decoded(text: CalibrationText) -> int:
@@ -213,15 +418,17 @@ def mean_divergences(
     return [total / len(texts) for total in sums]
 
 
-def _steps(texts: Sequence[CalibrationText], n_tokens: int) -> Iterator[list[CalibrationText]]:
-    """Divide texts into steps of at least ``n_tokens`` decoded tokens; the last takes what is left."""
-    step: list[CalibrationText] = []
-    for text in texts:
+def _steps(texts: Sequence[CalibrationText], n_tokens: int) -> Iterator[list[int]]:
+    """Divide the places of texts into steps of at least ``n_tokens`` decoded tokens; the last takes what is left."""
+    step: list[int] = []
+    n_found = 0
+    for place, text in enumerate(texts):
         if n_decoded(text) > 0:
-            step.append(text)
-        if sum(map(n_decoded, step)) >= n_tokens:
+            step.append(place)
+            n_found += n_decoded(text)
+        if n_found >= n_tokens:
             yield step
-            step = []
+            step, n_found = [], 0
     if step:
         yield step
 

@@ -107,7 +107,7 @@ def distiller(
     clustering: Clustering,
     report: Callable[[int], None] | None = None,
 ) -> RunShard:
-    """Return the function that trains a cluster's fitted sets on, by its number in `fitted_clusters`."""
+    """Return the function that does one of the build's trainings, by its number in `trainings`."""
     return make_distiller(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, report)
 
 
