@@ -389,23 +389,37 @@ class _Entered(Exception):
 def _enter(
     language_model: LanguageModel, blocks: Sequence[nn.Module], input_ids: torch.Tensor, all_blocks: bool
 ) -> tuple[torch.Tensor, list[_Call]]:
-    """Return what the first decoder layer reads, and what each layer is called with beside it."""
+    """Return what the first decoder layer reads, and what each layer is called with beside it.
+
+    Arguments do not depend on the hidden states, so the layers after the first hand on what they are given, uncomputed.
+    """
     hidden: list[torch.Tensor] = []
     calls: list[_Call] = []
+    outputs: list[Any] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs["hidden_states"])
         calls.append(_Call(args[1:], kwargs))
-        del hidden[1:]
         if not all_blocks:
             raise _Entered
 
+    def hand_on(*_args: Any, **_kwargs: Any) -> Any:
+        return (hidden[-1], *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden[-1]
+
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[0].register_forward_hook(lambda _module, _inputs, output: outputs.append(output)))
+    forwards = [vars(block).get("forward") for block in blocks]  # accelerate, for one, puts its own there
+    for block in blocks[1:]:
+        block.forward = hand_on
     try:
         language_model.model.base_model(input_ids=input_ids, use_cache=False)
     except _Entered:
         pass
     finally:
+        for block, forward in zip(blocks[1:], forwards[1:], strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
         for hook in hooks:
             hook.remove()
     return hidden[0], calls
