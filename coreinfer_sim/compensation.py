@@ -48,9 +48,9 @@ class LayerCompensation:
         left = self.left[rows].float()
         return left if self.right is None else left @ self.right.float()
 
-    def to(self, device: str | torch.device) -> LayerCompensation:
-        """Return a copy on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+    def to(self, device: str | torch.device, copy: bool = False) -> LayerCompensation:
+        """Return it on another device; with ``copy`` even if it is there: what comes from a file holds on to all of that."""
+        moved = {name: value.to(device, copy=copy) for name, value in vars(self).items() if value is not None}
         return LayerCompensation(**moved)
 
     @property

@@ -746,6 +746,13 @@ def test_a_single_cluster_has_nobody_to_learn_with():
     assert trainings(COMPENSATION, 3) == [[None], [0], [1], [2]]
 
 
+def test_a_copy_of_one_layer_does_not_hold_on_to_its_file(built, tiny_checkpoint):
+    d_model = load_model(tiny_checkpoint).layers[0].d_model
+    _, repairs = load_compensated(built / compensation_file(0.5, 0), d_model, N_LAYERS)
+    copied = repairs[0].to("cpu", copy=True)
+    assert all(v.untyped_storage().nbytes() == v.nbytes for v in vars(copied).values())
+
+
 def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
     layers = find_mlps(models["llama"])
     small, large = (training_bytes(layers, ratio, COMPENSATION.rank) for ratio in COMPENSATION.keep_ratios)

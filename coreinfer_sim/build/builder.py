@@ -261,7 +261,7 @@ class _Build:
                 build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
                 build_bytes += n_workers * self._checkpoint_bytes(settings)
         model_bytes = self.language_model.model.get_memory_footprint()
-        worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes()) + _LIBRARY_BYTES
+        worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes(n_clusters)) + _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
@@ -300,13 +300,14 @@ class _Build:
         """Return the memory that fitting a set takes beside the model, texts aside: moments, and copies to factor them."""
         return 0 if self.config.compensation is None else 4 * self._moment_bytes()
 
-    def _training_bytes(self) -> int:
-        """Return the memory that training one cluster's sets takes beside the model, texts aside."""
+    def _training_bytes(self, n_clusters: int) -> int:
+        """Return the memory that one training takes beside the model, texts aside."""
         settings = self.config.compensation
         if settings is None or not settings.distil_tokens:
             return 0
         joint = settings.distil_from is Start.JOINT
-        return sum(training_bytes(self.layers, ratio, settings.rank, joint) for ratio in settings.keep_ratios)
+        of_fits = n_clusters * self._fitted_bytes() if joint else 0
+        return of_fits + sum(training_bytes(self.layers, ratio, settings.rank, joint) for ratio in settings.keep_ratios)
 
     def _checkpoint_bytes(self, settings: CompensationConfig) -> int:
         """Return the disk that one training keeps while it runs."""
@@ -421,7 +422,8 @@ class _Build:
 
     def distil_clusters(self, workers: int | None) -> None:
         """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
-        n_workers = workers or self._workers_within(self._training_bytes())
+        assert self.clustering is not None
+        n_workers = workers or self._workers_within(self._training_bytes(len(self.clustering.centroids)))
         self._distil(lambda _clusters: True, "Distilling", n_workers)
 
     def choose_sets(self) -> None:

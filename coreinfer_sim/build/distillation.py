@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ class Distillation:
 class _Output(nn.Module):
     """The output projection of a compact MLP whose compensation learns: merged anew in every pass."""
 
-    def __init__(self, layer: MLPLayer, ids: torch.Tensor, compensation: Callable[[], LayerCompensation]) -> None:
-        """Hold the output weights of the neurons ``ids`` [n_kept]; ``compensation`` gives theirs as it is then."""
+    def __init__(self, layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation) -> None:
+        """Hold the output weights of the neurons ``ids`` [n_kept] and their compensation, of tensors that learn."""
         super().__init__()
         weight, self._bias = linear_parameters(layer.output)
         self.kept, self._gated = weight.index_select(1, ids), layer.family.gated
@@ -78,10 +78,9 @@ class _Output(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Map [..., n_kept and bypass] to [..., d_model]."""
-        compensation = self._compensation()
-        added = compensation.bias.to(z)
+        added = self._compensation.bias.to(z)
         bias = added if self._bias is None else self._bias + added
-        return F.linear(z, merged_output(self.kept, compensation, self._gated), bias)
+        return F.linear(z, merged_output(self.kept, self._compensation, self._gated), bias)
 
 
 class _Student:
@@ -149,18 +148,18 @@ class _Alone(_Student):
     ) -> None:
         super().__init__(language_model, settings, n_steps)
         self._selection = selection
-        self._learnt: dict[int, nn.ParameterDict] = {}
+        self._repairs: dict[int, LayerCompensation] = {}
         self._compact: dict[int, dict[str, Any]] = {}
         assert selection.compensation is not None
         for number, ids in selection.ids.items():
-            repair = selection.compensation[number].to(self.device)
-            values = ((name, getattr(repair, name)) for name in _LEARNT)
-            learnt = nn.ParameterDict({name: value.float().clone() for name, value in values if value is not None})
-            output = _Output(self.layers[number], ids.to(self.device), partial(replace, repair, **learnt))
-            self._learnt[number] = learnt
+            layer, fitted = self.layers[number], selection.compensation[number].to(self.device, copy=True)
+            values = ((name, getattr(fitted, name)) for name in _LEARNT)
+            learnt = {name: nn.Parameter(value.float()) for name, value in values if value is not None}
+            self._repairs[number] = replace(fitted, **learnt)
+            output = _Output(layer, ids.to(self.device), self._repairs[number])
             self._learn(learnt.values(), output.kept)
-            self._compact[number] = compact_projections(self.layers[number], ids, repair)
-            self._compact[number][self.layers[number].family.output] = output
+            self._compact[number] = compact_projections(layer, ids, fitted)
+            self._compact[number][layer.family.output] = output
 
     def compact(self, place: int) -> dict[int, Projections]:
         """Return the compact MLPs, which read all texts."""
@@ -168,8 +167,7 @@ class _Alone(_Student):
 
     def trained(self) -> list[NeuronSelection]:
         """Return the selection."""
-        assert (repairs := self._selection.compensation) is not None
-        return [_changed(self._selection, {n: replace(repairs[n], **learnt) for n, learnt in self._learnt.items()})]
+        return [_changed(self._selection, self._repairs)]
 
 
 class _Joint(_Student):
@@ -194,7 +192,7 @@ class _Joint(_Student):
             for selection in selections
         ]
         self._fitted = [
-            {number: repair.to(self.device) for number, repair in (selection.compensation or {}).items()}
+            {number: repair.to(self.device, copy=True) for number, repair in (selection.compensation or {}).items()}
             for selection in selections
         ]
         self._change: dict[int, nn.Parameter] = {}
@@ -213,7 +211,7 @@ class _Joint(_Student):
         for number, ids in self._ids[reader].items():
             layer = self.layers[number]
             compact[number] = compact_projections(layer, ids, self._fitted[reader][number])
-            compact[number][layer.family.output] = _Output(layer, ids, partial(self._repair, reader, number))
+            compact[number][layer.family.output] = _Output(layer, ids, self._repair(reader, number))
         return compact
 
     def trained(self) -> list[NeuronSelection]:
