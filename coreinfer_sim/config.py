@@ -178,7 +178,7 @@ class CompensationConfig:
     """Tokens among those that rank a set's neurons; None: all."""
     distil_tokens: int = 0
     """Tokens of the texts that each cluster's set is trained on from there, the whole corpus's again on three times as
-    many; 0: the closed form stays as it is."""
+    many, as are clusters that learn jointly; 0: the closed form stays as it is."""
     distil_from: Start = Start.CLUSTER
     """What training begins with."""
 

@@ -621,7 +621,7 @@ def test_some_texts_are_held_out_of_every_fit():
     sentences = [Sentence(str(i), "p", f"p{i:04d}", 5) for i in range(947)]
     language_model = SimpleNamespace(tokenizer=Letters())
     for cluster in (None, 0, 1, 2):
-        texts = calibration_texts(language_model, sentences, clustering, cluster, 10**9, 0, 100)
+        _, texts = calibration_texts(language_model, sentences, clustering, cluster, 10**9, 0, 100)
         read = {int("".join(map(chr, text.ids[1:]))) for text in texts}
         assert read == set(np.flatnonzero(~held & (True if cluster is None else assignment == cluster)))
 
@@ -632,7 +632,7 @@ def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
     clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(48) % 2, np.ones(48))
     config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
     n = [language_model.layers[0].d_ff // 2] * N_LAYERS
-    texts = calibration_texts(language_model, sentences, clustering, None, 10**6, 0, 64)
+    _, texts = calibration_texts(language_model, sentences, clustering, None, 10**6, 0, 64)
     good = fit_layers(language_model, texts, n, Fit())
     bad = replace(good, compensation={k: replace(c, left=5 + 0 * c.left) for k, c in good.compensation.items()})
     for cluster, selection in ((None, good), (0, bad), (1, good)):
@@ -733,6 +733,8 @@ def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoi
         for n_workers, folder in enumerate(folders, 1)
     )
     own = [one.cluster_selection(c, 0.5) for c in range(3) if c not in one.manifest.served_by_corpus(0.5)]
+    everywhere = one.global_selection(0.5)
+    assert any(not torch.equal(ids, everywhere.ids[number]) for each in own for number, ids in each.ids.items())
     assert all(each.compensation[0].right is None and each.compensation[0].bypass_rank == 2 for each in own)
     assert one.manifest.compensation[0].distil_from == "joint"
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())

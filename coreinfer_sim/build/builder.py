@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coreinfer_sim.architectures import weight_sketch, weights_checksum
+from coreinfer_sim.architectures import MLPLayer, weight_sketch, weights_checksum
 from coreinfer_sim.build.compensating import (
     compare_with_corpus,
     fitted_path,
@@ -48,7 +48,7 @@ from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.compensation import size_of_change
-from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Start
+from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
@@ -259,7 +259,7 @@ class _Build:
                 build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
             if settings.distil_tokens:  # the sets as they were fitted stay until the end
                 build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
-                build_bytes += n_workers * self._checkpoint_bytes(settings)
+                build_bytes += n_workers * self._of_training(checkpoint_bytes, n_clusters)
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes(n_clusters)) + _LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
@@ -302,17 +302,15 @@ class _Build:
 
     def _training_bytes(self, n_clusters: int) -> int:
         """Return the memory that one training takes beside the model, texts aside."""
+        return self._of_training(training_bytes, n_clusters)
+
+    def _of_training(self, n_bytes: Callable[[list[MLPLayer], float, int | None, int], int], n_clusters: int) -> int:
+        """Add up over the keep ratios what a training of the build takes of something."""
         settings = self.config.compensation
         if settings is None or not settings.distil_tokens:
             return 0
-        joint = settings.distil_from is Start.JOINT
-        of_fits = n_clusters * self._fitted_bytes() if joint else 0
-        return of_fits + sum(training_bytes(self.layers, ratio, settings.rank, joint) for ratio in settings.keep_ratios)
-
-    def _checkpoint_bytes(self, settings: CompensationConfig) -> int:
-        """Return the disk that one training keeps while it runs."""
-        joint = settings.distil_from is Start.JOINT
-        return sum(checkpoint_bytes(self.layers, ratio, settings.rank, joint) for ratio in settings.keep_ratios)
+        n_sharing = max(map(len, trainings(settings, n_clusters)))
+        return sum(n_bytes(self.layers, ratio, settings.rank, n_sharing) for ratio in settings.keep_ratios)
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""

@@ -91,7 +91,7 @@ def make_fitter(
     def run(number: int) -> int:
         ratio, cluster = sets[number]
         n_tokens = set_tokens(settings.tokens, cluster)
-        texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
+        _, texts = calibration_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
         moments = folder / "moments" / f"{ratio:g}"
         leant_on = cluster is None and settings.own_fits and len(clustering.centroids) > 1
         selection = fit_layers(
@@ -139,11 +139,13 @@ def make_distiller(
         together = len(clusters) > 1
         cluster = None if together else clusters[0]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
-        places, texts = drawn_texts(language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens)
+        places, texts = calibration_texts(
+            language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens
+        )
         specialises = cluster is not None and settings.distil_from is Start.CORPUS
         training = Distillation(learning_rate=SPECIALISING_RATE) if specialises else Distillation()
         room = psutil.virtual_memory().available // 2  # another worker may be about to take the other half
-        parts = trained_together(language_model.layers, settings, room, together)
+        parts = trained_together(language_model.layers, settings, room, len(clusters))
 
         def advance(n_tokens: int) -> None:
             if report is not None:
@@ -169,13 +171,13 @@ def make_distiller(
 
 
 def trained_together(
-    layers: Sequence[MLPLayer], settings: CompensationConfig, room: int, joint: bool = False
+    layers: Sequence[MLPLayer], settings: CompensationConfig, room: int, n_sharing: int = 1
 ) -> list[list[float]]:
     """Group keep ratios whose sets can be trained side by side within ``room`` bytes; a set that cannot is a group."""
     groups: list[list[float]] = []
     taken = room
     for ratio in settings.keep_ratios:
-        n_bytes = training_bytes(layers, ratio, settings.rank, joint)
+        n_bytes = training_bytes(layers, ratio, settings.rank, n_sharing)
         if taken + n_bytes > room:
             groups.append([])
             taken = 0
@@ -266,7 +268,7 @@ def neurons_by_ratio(
     costs = None
     if settings.budget is Budget.SENSITIVITY:
         n_tokens = min(_MEASURED_TOKENS, settings.tokens)
-        texts = calibration_texts(language_model, sentences, clustering, None, n_tokens, config.seed, max_tokens)
+        _, texts = calibration_texts(language_model, sentences, clustering, None, n_tokens, config.seed, max_tokens)
         n_held = max(1, len(texts) // 8)
         held, fitted = texts[:n_held], texts[n_held:] or texts
         measured = layer_costs(language_model, fitted, held, fit_of(settings), report)
@@ -278,19 +280,6 @@ def neurons_by_ratio(
 
 
 def calibration_texts(
-    language_model: LanguageModel,
-    sentences: Sequence[Sentence],
-    clustering: Clustering,
-    cluster: int | None,
-    n_tokens: int,
-    seed: int,
-    max_tokens: int,
-) -> list[CalibrationText]:
-    """Return the texts of `drawn_texts` alone."""
-    return drawn_texts(language_model, sentences, clustering, cluster, n_tokens, seed, max_tokens)[1]
-
-
-def drawn_texts(
     language_model: LanguageModel,
     sentences: Sequence[Sentence],
     clustering: Clustering,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ _LEARNING_BYTES = 4 * 4
 """For a number that learns: itself, its gradient and Adam's two averages."""
 _MERGED_BYTES = 4
 """For an output weight that a pass merges anew."""
+_FITTED_BYTES = 2
+"""For a number of a set as it was fitted, bfloat16."""
 _COMPACT_COPIES = 3
 """Of the kept weights, about: gate, up and output."""
 
@@ -83,7 +86,7 @@ class _Output(nn.Module):
         return F.linear(z, merged_output(self.kept, self._compensation, self._gated), bias)
 
 
-class _Student:
+class _Student(ABC):
     """Compensation that learns by Adam, at a rate that goes by the weights and rises and falls over the steps."""
 
     def __init__(self, language_model: LanguageModel, settings: Distillation, n_steps: int) -> None:
@@ -105,13 +108,13 @@ class _Student:
     def _optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self._groups, betas=(0.9, 0.98))
 
+    @abstractmethod
     def compact(self, place: int) -> dict[int, Projections]:
         """Return the compact MLPs that read the text at ``place``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained(self) -> list[NeuronSelection]:
         """Return the selections with their compensation as it is now, on the CPU."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """Move along the gradients that have gathered."""
@@ -361,25 +364,26 @@ def _restore(students: Sequence[_Student], path: Path) -> int:
     return n_done
 
 
-def checkpoint_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, joint: bool) -> int:
-    """Return the disk that a training which is broken off leaves behind, of one set or of all in one."""
-    learning = (_n_learning(layer, keep_ratio, rank, joint) for layer in layers)
-    return 4 * (1 + len(_AVERAGES)) * sum(learning)
+def checkpoint_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, n_sharing: int = 1) -> int:
+    """Return the disk that a training which is broken off leaves behind, of one set or of ``n_sharing`` that share."""
+    return 4 * (1 + len(_AVERAGES)) * sum(_n_learning(layer, keep_ratio, rank, n_sharing) for layer in layers)
 
 
-def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, joint: bool = False) -> int:
-    """Return the memory that training one set, or all in one, takes beside the model and its texts, about."""
+def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, n_sharing: int = 1) -> int:
+    """Return the memory that such a training takes beside the model and its texts, about."""
     of_weight = _MERGED_BYTES + _COMPACT_COPIES * layers[0].output.weight.dtype.itemsize
+    of_fitted = _FITTED_BYTES * n_sharing if n_sharing > 1 else 0  # one alone learns in place
     total = 0
     for layer in layers:
-        n_kept = int(keep_ratio * layer.d_ff)
-        total += _LEARNING_BYTES * _n_learning(layer, keep_ratio, rank, joint) + of_weight * n_kept * layer.d_model
+        n_weights = int(keep_ratio * layer.d_ff) * layer.d_model
+        total += _LEARNING_BYTES * _n_learning(layer, keep_ratio, rank, n_sharing) + (of_weight + of_fitted) * n_weights
     return total
 
 
-def _n_learning(layer: MLPLayer, keep_ratio: float, rank: int | None, joint: bool) -> int:
+def _n_learning(layer: MLPLayer, keep_ratio: float, rank: int | None, n_sharing: int) -> int:
     """Return how many numbers of a layer learn, biases aside."""
-    return size_of_change(layer.d_ff if joint else int(keep_ratio * layer.d_ff), layer.d_model, rank)
+    n_neurons = layer.d_ff if n_sharing > 1 else int(keep_ratio * layer.d_ff)
+    return size_of_change(n_neurons, layer.d_model, rank)
 
 
 def n_decoded(text: CalibrationText) -> int:
