@@ -11,6 +11,8 @@ optimal-brain-surgeon score ‖w_n‖² / [(E[f fᵀ])⁻¹]_nn (Hassibi and Sto
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,11 +82,13 @@ class Moments:
             targets: [n_tokens, d_model].
             weights: not negative, [n_tokens].
         """
+        small = all(values.dtype is torch.bfloat16 for values in (features, targets))
         features, targets, weights = features.float(), targets.float(), weights.float()
         weighted = features * weights[:, None]
         self.n_tokens += float(weights.sum())
-        self.gram.addmm_(weighted.T, features)
-        self.cross.addmm_(weighted.T, targets)
+        with _fast_products() if small else nullcontext():
+            self.gram.addmm_(weighted.T, features)
+            self.cross.addmm_(weighted.T, targets)
         self.features += weighted.sum(0)
         self.targets += weights @ targets
 
@@ -255,6 +259,20 @@ def _cut(gram: torch.Tensor, regression: torch.Tensor, rank: int, ridge: float) 
     predicted = _cholesky(gram, ridge).T @ regression
     directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]  # [d_model, rank]
     return (regression @ directions).T, directions
+
+
+@contextmanager
+def _fast_products() -> Iterator[None]:
+    """Let matrix units round the factors of float32 products to bfloat16, or to tf32 on a GPU.
+
+    That is exact for factors which come from bfloat16, and 2 to 8 times faster; sums stay in float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
