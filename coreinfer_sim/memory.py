@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 1 << 20
@@ -29,6 +30,11 @@ def keep_heap_small() -> None:
     if option is not None:
         option(_M_MMAP_THRESHOLD, _LARGE)
         option(_M_TRIM_THRESHOLD, _LARGE)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free in the memory of a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def resident_bytes() -> int:

@@ -36,6 +36,7 @@ from coreinfer_sim.build.compensating import (
     trainings,
 )
 from coreinfer_sim.build.distillation import Distillation, distil, distil_jointly, n_decoded, training_bytes
+from coreinfer_sim.build.reading import read_densely
 from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -383,6 +384,38 @@ def test_sets_that_learn_jointly_share_what_they_learn_in_every_family(model):
         assert not own.left.requires_grad and own.left.abs().sum() > 0
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_texts_that_are_read_side_by_side_are_read_as_one_by_one_in_every_family(model):
+    texts = some_texts(7)
+    n_last = [n_decoded(text) // (1 + i % 3) for i, text in enumerate(texts)]
+    assert len(set(n_last)) > 3 and len({len(text.ids) for text in texts}) > 3
+    together = read_densely(model, texts, n_last)
+    alone = [read_densely(model, [text], [n]) for text, n in zip(texts, n_last, strict=True)]
+    wanted = torch.cat([reading.log_probabilities for reading in alone])
+    assert together.n_last == sum(n_last)
+    assert torch.allclose(together.log_probabilities, wanted, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(together.again(model), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_training_on_texts_side_by_side_learns_what_one_by_one_does(models, joint):
+    language_model, texts = language_model_of(models["llama"]), some_texts(20)
+    sets, settings = fitted_blankly(language_model, texts, 2)
+    readers = [0] * 10 + [1] * 10  # so that batches keep the texts' order
+
+    def train(n_at_once):
+        settled = replace(settings, texts_at_once=n_at_once, tokens_per_step=100_000)  # one step
+        if not joint:
+            return distil(language_model, sets, texts, settled)
+        return distil_jointly(language_model, [sets], texts, readers, settled)[0]
+
+    for one, several in zip(train(1), train(4), strict=True):
+        for number in range(N_LAYERS):
+            change, other = one.compensation[number].left, several.compensation[number].left
+            assert change.abs().sum() > 0
+            assert float((change - other).abs().mean()) < 0.02 * float(change.abs().mean())
 
 
 @pytest.mark.parametrize("joint", [False, True])

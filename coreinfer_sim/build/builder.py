@@ -129,8 +129,8 @@ def build_index(
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
     if not isinstance(model, str) and workers != 1:
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
-    sentence_encoder = SentenceEncoder(encoder) if isinstance(encoder, str) else encoder
     kind = language_model.model.device.type
+    sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
     n_threads = threads or default_threads(kind)
     job = Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
     with build_folder(folder, force):
@@ -193,6 +193,7 @@ class _Build:
             "config": self.config.as_dict(),
             "model": self.language_model.name,
             "dtype": self.job.dtype,
+            "device": self.job.device,
             "n_threads": self.job.n_threads,
             "weights": weights_checksum(self.language_model.layers),
             "encoder": self.encoder.probe(),

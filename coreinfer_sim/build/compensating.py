@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import load_file, save
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
 from coreinfer_sim.build.distillation import (
+    LEARNING_RATE,
     SPECIALISING_RATE,
-    Distillation,
     distil,
     distil_jointly,
     mean_divergences,
     training_bytes,
+    training_on,
 )
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
 from coreinfer_sim.clustering import Clustering
@@ -28,6 +28,7 @@ from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, Start
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.files import write_atomic
 from coreinfer_sim.manifest import compensation_file
+from coreinfer_sim.memory import free_memory
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_model
@@ -143,8 +144,9 @@ def make_distiller(
             language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens
         )
         specialises = cluster is not None and settings.distil_from is Start.CORPUS
-        training = Distillation(learning_rate=SPECIALISING_RATE) if specialises else Distillation()
-        room = psutil.virtual_memory().available // 2  # another worker may be about to take the other half
+        rate = SPECIALISING_RATE if specialises else LEARNING_RATE
+        training = training_on(language_model.model.device.type, texts, rate)
+        room = free_memory(language_model.model.device) // 2  # another worker may be about to take the other half
         parts = trained_together(language_model.layers, settings, room, len(clusters))
 
         def advance(n_tokens: int) -> None:

@@ -40,6 +40,12 @@ _N_DONE = "steps"
 _KEPT_EVERY = 300.0
 """Seconds of training that a kill may cost."""
 _LEAST_READ = 32
+_SIDE_BY_SIDE = 16
+"""Texts that a GPU reads at once."""
+_SIDE_BY_SIDE_STEP = 500
+"""Decoded tokens of its steps, unless they would be fewer than _LEAST_STEPS: smaller ones take no less time."""
+_LEAST_STEPS = 500
+LEARNING_RATE = 2.5e-3
 SPECIALISING_RATE = 1e-3
 """More undoes about as much as it gains on a cluster's few steps."""
 _LEARNING_BYTES = 4 * 4
@@ -56,17 +62,28 @@ _COMPACT_COPIES = 3
 class Distillation:
     """How the compensation is trained."""
 
-    learning_rate: float = 2.5e-3
+    learning_rate: float = LEARNING_RATE
     """Of Adam at its highest, as a share of the root mean square of a layer's output weights, which differs among models
     by more than ten times. A set that has been trained already is specialised at SPECIALISING_RATE."""
     tokens_per_step: int = 125
     """Decoded tokens whose gradients make one step."""
+    texts_at_once: int = 1
+    """Texts that are read side by side. On a CPU more are slower, as they are padded; a GPU is idle between short ones."""
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises; from there it falls as a cosine to zero."""
     prompt_weight: float = 0.3
     """Weight of a prompt's token beside one of the completion, where a short completion makes the prompt's end decode."""
     length_power: float = 0.5
     """A text of n tokens counts n to this power: 1, every token the same; 0, every text."""
+
+
+def training_on(device: str, texts: Sequence[CalibrationText], learning_rate: float) -> Distillation:
+    """Return how texts are trained on with a kind of device, ``cpu`` or a GPU."""
+    if device == "cpu":
+        return Distillation(learning_rate)
+    n_tokens = sum(max(0, n_decoded(text)) for text in texts)
+    per_step = min(_SIDE_BY_SIDE_STEP, max(Distillation.tokens_per_step, n_tokens // _LEAST_STEPS))
+    return Distillation(learning_rate, per_step, _SIDE_BY_SIDE)
 
 
 class _Output(nn.Module):
@@ -262,9 +279,9 @@ def distil(
     Returns:
         The same ids with the trained compensation, on the CPU.
     """
-    n_steps = len(list(_steps(texts, settings.tokens_per_step)))
-    students = [_Alone(language_model, selection, settings, n_steps) for selection in selections]
-    _train(language_model, students, texts, settings, report, checkpoint)
+    steps = list(_steps(texts, [0] * len(texts), settings.texts_at_once, settings.tokens_per_step))
+    students = [_Alone(language_model, selection, settings, len(steps)) for selection in selections]
+    _train(language_model, students, texts, steps, settings, report, checkpoint)
     return [selection for student in students for selection in student.trained()]
 
 
@@ -293,9 +310,9 @@ def distil_jointly(
     Returns:
         The same ids with the trained compensation, on the CPU.
     """
-    n_steps = len(list(_steps(texts, settings.tokens_per_step)))
-    students = [_Joint(language_model, selections, readers, settings, n_steps) for selections in families]
-    _train(language_model, students, texts, settings, report, checkpoint)
+    steps = list(_steps(texts, readers, settings.texts_at_once, settings.tokens_per_step))
+    students = [_Joint(language_model, selections, readers, settings, len(steps)) for selections in families]
+    _train(language_model, students, texts, steps, settings, report, checkpoint)
     return [student.trained() for student in students]
 
 
@@ -303,34 +320,36 @@ def _train(
     language_model: LanguageModel,
     students: Sequence[_Student],
     texts: Sequence[CalibrationText],
+    steps: Sequence[list[list[int]]],
     settings: Distillation,
     report: Callable[[int], None] | None,
     checkpoint: Path | None,
 ) -> None:
-    """Let students learn from texts, which the dense model reads once for all of them."""
+    """Let students learn from texts, which the dense model reads once for all of them, step by step of `_steps`."""
     model, layers, device = language_model.model, language_model.layers, language_model.model.device
     n_done = 0 if checkpoint is None or not checkpoint.exists() else _restore(students, checkpoint)
     saved = time.monotonic()
     with _frozen(model):
-        for number, step in enumerate(_steps(texts, settings.tokens_per_step), 1):
+        for number, step in enumerate(steps, 1):
             if number <= n_done:
                 if report is not None:
-                    report(sum(len(texts[place].ids) for place in step))
+                    report(sum(len(texts[place].ids) for batch in step for place in batch))
                 continue
-            weights = [_weights(texts[place], settings).to(device) for place in step]
+            weights = [torch.cat([_weights(texts[place], settings) for place in batch]) for batch in step]
             total = float(torch.cat(weights).sum())
-            for place, weight in zip(step, weights, strict=True):
-                reading = read_densely(model, texts[place], len(weight))
+            for batch, weight in zip(step, weights, strict=True):
+                read = [texts[place] for place in batch]
+                reading = read_densely(model, read, [n_decoded(text) for text in read])
                 for student in students:
-                    whole = install(layers, student.compact(place))
+                    whole = install(layers, student.compact(batch[0]))
                     try:
                         sparse, dense = reading.again(model), reading.log_probabilities
                         divergence = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
-                        (weight @ divergence / total).backward()  # type: ignore[no-untyped-call]
+                        (weight.to(device) @ divergence / total).backward()  # type: ignore[no-untyped-call]
                     finally:
                         install(layers, whole)
                 if report is not None:
-                    report(len(texts[place].ids))
+                    report(sum(len(text.ids) for text in read))
             for student in students:
                 student.step()
             if checkpoint is not None and time.monotonic() - saved >= _KEPT_EVERY:
@@ -409,7 +428,7 @@ def mean_divergences(
     sums = [0.0] * len(contenders)
     for text in texts:
         with torch.inference_mode():
-            reading = read_densely(model, text, n_completion(text))
+            reading = read_densely(model, [text], [n_completion(text)])
             for place, compact in enumerate(contenders):
                 whole = install(layers, compact)
                 try:
@@ -420,19 +439,38 @@ def mean_divergences(
     return [total / len(texts) for total in sums]
 
 
-def _steps(texts: Sequence[CalibrationText], n_tokens: int) -> Iterator[list[int]]:
-    """Divide the places of texts into steps of at least ``n_tokens`` decoded tokens; the last takes what is left."""
-    step: list[int] = []
+def _steps(
+    texts: Sequence[CalibrationText], readers: Sequence[int], n_at_once: int, n_tokens: int
+) -> Iterator[list[list[int]]]:
+    """Divide the places of texts into steps of at least ``n_tokens`` decoded tokens; the last takes what is left.
+
+    A step is batches of texts that are read side by side, each by one reader.
+    """
+    step: list[list[int]] = []
     n_found = 0
-    for place, text in enumerate(texts):
-        if n_decoded(text) > 0:
-            step.append(place)
-            n_found += n_decoded(text)
+    for batch in _batches(texts, readers, n_at_once, n_tokens):
+        step.append(batch)
+        n_found += sum(n_decoded(texts[place]) for place in batch)
         if n_found >= n_tokens:
             yield step
             step, n_found = [], 0
     if step:
         yield step
+
+
+def _batches(
+    texts: Sequence[CalibrationText], readers: Sequence[int], n_at_once: int, n_tokens: int
+) -> Iterator[list[int]]:
+    """Gather the places of texts of one reader, up to ``n_at_once`` or ``n_tokens`` decoded tokens, in their order."""
+    waiting: dict[int, list[int]] = {}
+    for place, text in enumerate(texts):
+        if n_decoded(text) <= 0:
+            continue
+        batch = waiting.setdefault(readers[place], [])
+        batch.append(place)
+        if len(batch) >= n_at_once or sum(n_decoded(texts[each]) for each in batch) >= n_tokens:
+            yield waiting.pop(readers[place])
+    yield from waiting.values()
 
 
 def _weights(text: CalibrationText, settings: Distillation) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""What the dense model makes of a text, and how far the model as it is now departs from it where decode would read."""
+"""What the dense model makes of texts, and how far the model as it is now departs from it where decode would read."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,30 +16,63 @@ from coreinfer_sim.build.calibration import CalibrationText
 
 @dataclass(frozen=True)
 class DenseReading:
-    """The dense model's cache before a text's last tokens, and what it predicts after each of those."""
+    """The dense model's cache before the last tokens of some texts, and what it predicts after each of those tokens."""
 
     ids: torch.Tensor
-    """[1, n_tokens]."""
-    n_last: int
+    """Those tokens, padded on the right, [n_texts, n_positions]."""
+    places: torch.Tensor
+    """Of all tokens that are none of the padding in ``ids``, flattened, [n_last]."""
     cache: Any
+    beside: dict[str, torch.Tensor]
+    """What the model is given beside ids and cache."""
     log_probabilities: torch.Tensor
-    """float32 [n_last, vocabulary]."""
+    """float32 [n_last, vocabulary], text by text."""
+
+    @property
+    def n_last(self) -> int:
+        """Number of the last tokens of all texts."""
+        return len(self.places)
 
     def again(self, model: Any) -> torch.Tensor:
         """Let the model as it is now read the last tokens after the dense cache; return its log-probabilities."""
-        return _log_probabilities(model, self.ids, self.n_last, copy.deepcopy(self.cache))
+        return _log_probabilities(model, self.ids, self.places, copy.deepcopy(self.cache), self.beside)
 
     def divergence(self, model: Any) -> float:
         """Return the sum over the last tokens of KL(dense ‖ the model as it is now), in nats."""
         return float(F.kl_div(self.again(model), self.log_probabilities, reduction="sum", log_target=True))
 
 
-def read_densely(model: Any, text: CalibrationText, n_last: int) -> DenseReading:
-    """Read a text with the model, which is dense now; ``n_last`` is at least 1 and below the text's length."""
-    ids = torch.tensor([list(text.ids)], device=model.device)
+def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[int]) -> DenseReading:
+    """Read texts side by side with the model, which is dense now.
+
+    Args:
+        model: the causal language model.
+        texts: one or more; of several, what comes before the last tokens is padded on the left.
+        n_last: how many of each text's tokens are the last ones, 1 or more and fewer than all.
+    """
+    before = [list(text.ids[:-n]) for text, n in zip(texts, n_last, strict=True)]
+    n_before, n_after = max(map(len, before)), max(n_last)
+    ids = torch.zeros(len(texts), n_before + n_after, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    for row, (text, ids_before, n) in enumerate(zip(texts, before, n_last, strict=True)):
+        n_padding = n_before - len(ids_before)
+        ids[row, n_padding : n_before + n] = torch.tensor(list(text.ids))
+        mask[row, :n_padding] = 0
+    rows = [torch.arange(n) + row * n_after for row, n in enumerate(n_last)]
+    ids, places = ids.to(model.device), torch.cat(rows).to(model.device)
+    beside: dict[str, torch.Tensor] = {}
+    positions: dict[str, torch.Tensor] = {}
+    if len(texts) > 1:
+        beside = {"attention_mask": mask.to(model.device)}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(model.device)}
+    of_prompt = {name: value[:, :n_before] for name, value in {**beside, **positions}.items()}
+    of_last = beside | {name: value[:, n_before:] for name, value in positions.items()}
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :-n_last], use_cache=True, logits_to_keep=1).past_key_values
-        return DenseReading(ids, n_last, cache, _log_probabilities(model, ids, n_last, copy.deepcopy(cache)))
+        cache = model(input_ids=ids[:, :n_before], use_cache=True, logits_to_keep=1, **of_prompt).past_key_values
+        last = ids[:, n_before:]
+        dense = _log_probabilities(model, last, places, copy.deepcopy(cache), of_last)
+        return DenseReading(last, places, cache, of_last, dense)
 
 
 def n_completion(text: CalibrationText) -> int:
@@ -45,6 +80,8 @@ def n_completion(text: CalibrationText) -> int:
     return min(len(text.ids) - text.n_prompt, len(text.ids) - 1)
 
 
-def _log_probabilities(model: Any, ids: torch.Tensor, n_last: int, cache: Any) -> torch.Tensor:
-    logits = model(input_ids=ids[:, -n_last:], past_key_values=cache, use_cache=True).logits[0]
-    return F.log_softmax(logits.float(), -1)
+def _log_probabilities(
+    model: Any, ids: torch.Tensor, places: torch.Tensor, cache: Any, beside: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **beside).logits
+    return F.log_softmax(logits.flatten(0, 1)[places].float(), -1)

@@ -46,7 +46,9 @@ def layer_costs(
         KL in nats by layer and number of kept neurons 1, 2, … d_ff: [n_layers, d_ff].
     """
     layers = language_model.layers
-    readings = [read_densely(language_model.model, text, n) for text in measured_on if (n := n_completion(text)) > 0]
+    readings = [
+        read_densely(language_model.model, [text], [n]) for text in measured_on if (n := n_completion(text)) > 0
+    ]
     n_tokens = max(1, sum(reading.n_last for reading in readings))
     costs = np.zeros((len(layers), layers[0].d_ff), np.float32)
     for layer, ids, repair, left in fit_each_alone(language_model, fitted_on, PROBE, fit):
