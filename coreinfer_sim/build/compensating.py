@@ -145,7 +145,7 @@ def make_distiller(
         )
         specialises = cluster is not None and settings.distil_from is Start.CORPUS
         rate = SPECIALISING_RATE if specialises else LEARNING_RATE
-        training = training_on(language_model.model.device.type, texts, rate)
+        training = training_on(language_model.model, texts, rate)
         room = free_memory(language_model.model.device) // 2  # another worker may be about to take the other half
         parts = trained_together(language_model.layers, settings, room, len(clusters))
 

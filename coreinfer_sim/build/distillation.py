@@ -26,7 +26,7 @@ from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText
-from coreinfer_sim.build.reading import n_completion, read_densely
+from coreinfer_sim.build.reading import n_completion, read_densely, texts_at_once
 from coreinfer_sim.compensation import LayerCompensation, size_of_change
 from coreinfer_sim.errors import BuildError
 from coreinfer_sim.files import write_atomic
@@ -40,11 +40,9 @@ _N_DONE = "steps"
 _KEPT_EVERY = 300.0
 """Seconds of training that a kill may cost."""
 _LEAST_READ = 32
-_SIDE_BY_SIDE = 16
-"""Texts that a GPU reads at once."""
-_SIDE_BY_SIDE_STEP = 500
-"""Decoded tokens of its steps, unless they would be fewer than _LEAST_STEPS: smaller ones take no less time."""
-_LEAST_STEPS = 500
+_LARGE_STEP = 1000
+"""Decoded tokens of a step where texts are read side by side, unless that leaves fewer steps than _ENOUGH_STEPS."""
+_ENOUGH_STEPS = 500
 LEARNING_RATE = 2.5e-3
 SPECIALISING_RATE = 1e-3
 """More undoes about as much as it gains on a cluster's few steps."""
@@ -68,7 +66,7 @@ class Distillation:
     tokens_per_step: int = 125
     """Decoded tokens whose gradients make one step."""
     texts_at_once: int = 1
-    """Texts that are read side by side. On a CPU more are slower, as they are padded; a GPU is idle between short ones."""
+    """Texts that are read side by side."""
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises; from there it falls as a cosine to zero."""
     prompt_weight: float = 0.3
@@ -77,13 +75,14 @@ class Distillation:
     """A text of n tokens counts n to this power: 1, every token the same; 0, every text."""
 
 
-def training_on(device: str, texts: Sequence[CalibrationText], learning_rate: float) -> Distillation:
-    """Return how texts are trained on with a kind of device, ``cpu`` or a GPU."""
-    if device == "cpu":
+def training_on(model: Any, texts: Sequence[CalibrationText], learning_rate: float) -> Distillation:
+    """Return how texts are trained on with the model's device: on a GPU a small step takes as long as a large one."""
+    n_at_once = texts_at_once(model, texts)
+    if n_at_once == 1:
         return Distillation(learning_rate)
     n_tokens = sum(max(0, n_decoded(text)) for text in texts)
-    per_step = min(_SIDE_BY_SIDE_STEP, max(Distillation.tokens_per_step, n_tokens // _LEAST_STEPS))
-    return Distillation(learning_rate, per_step, _SIDE_BY_SIDE)
+    per_step = min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // _ENOUGH_STEPS))
+    return Distillation(learning_rate, per_step, n_at_once)
 
 
 class _Output(nn.Module):
@@ -343,9 +342,7 @@ def _train(
                 for student in students:
                     whole = install(layers, student.compact(batch[0]))
                     try:
-                        sparse, dense = reading.again(model), reading.log_probabilities
-                        divergence = F.kl_div(sparse, dense, reduction="none", log_target=True).sum(-1)
-                        (weight.to(device) @ divergence / total).backward()  # type: ignore[no-untyped-call]
+                        (weight.to(device) @ reading.divergences(model) / total).backward()  # type: ignore[no-untyped-call]
                     finally:
                         install(layers, whole)
                 if report is not None:
@@ -426,16 +423,19 @@ def mean_divergences(
     """
     model, layers = language_model.model, language_model.layers
     sums = [0.0] * len(contenders)
-    for text in texts:
+    n_at_once = texts_at_once(model, texts)
+    for begin in range(0, len(texts), n_at_once):
+        group = texts[begin : begin + n_at_once]
+        n_last = [n_completion(text) for text in group]
         with torch.inference_mode():
-            reading = read_densely(model, [text], [n_completion(text)])
+            reading = read_densely(model, group, n_last)
             for place, compact in enumerate(contenders):
                 whole = install(layers, compact)
                 try:
-                    sums[place] += reading.divergence(model) / reading.n_last
+                    sums[place] += sum(float(part.mean()) for part in reading.divergences(model).split(n_last))
                 finally:
                     install(layers, whole)
-        report(1)
+        report(len(group))
     return [total / len(texts) for total in sums]
 
 

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 
 from coreinfer_sim.build.calibration import CalibrationText
 
+_MOST_AT_ONCE = 32
+_COPIES = 4
+"""Of float32 predictions, about: dense, sparse, gradient and on the way."""
+
 
 @dataclass(frozen=True)
 class DenseReading:
@@ -37,9 +41,9 @@ class DenseReading:
         """Let the model as it is now read the last tokens after the dense cache; return its log-probabilities."""
         return _log_probabilities(model, self.ids, self.places, copy.deepcopy(self.cache), self.beside)
 
-    def divergence(self, model: Any) -> float:
-        """Return the sum over the last tokens of KL(dense ‖ the model as it is now), in nats."""
-        return float(F.kl_div(self.again(model), self.log_probabilities, reduction="sum", log_target=True))
+    def divergences(self, model: Any) -> torch.Tensor:
+        """Return KL(dense ‖ the model as it is now) at each of the last tokens, in nats [n_last]."""
+        return F.kl_div(self.again(model), self.log_probabilities, reduction="none", log_target=True).sum(-1)
 
 
 def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[int]) -> DenseReading:
@@ -73,6 +77,19 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
         last = ids[:, n_before:]
         dense = _log_probabilities(model, last, places, copy.deepcopy(cache), of_last)
         return DenseReading(last, places, cache, of_last, dense)
+
+
+def texts_at_once(model: Any, texts: Sequence[CalibrationText]) -> int:
+    """Return how many texts are best read side by side.
+
+    On a CPU more than one are slower, as they are padded; a GPU is idle between short ones, and takes as many as have
+    room for their predictions in a quarter of its memory.
+    """
+    if model.device.type != "cuda":
+        return 1
+    longest = max((len(text.ids) for text in texts), default=1)
+    n_bytes = _COPIES * 4 * longest * model.config.get_text_config().vocab_size
+    return max(1, min(_MOST_AT_ONCE, torch.cuda.get_device_properties(model.device).total_memory // 4 // n_bytes))
 
 
 def n_completion(text: CalibrationText) -> int:

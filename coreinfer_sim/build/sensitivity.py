@@ -55,7 +55,7 @@ def layer_costs(
         n = n_within(layer, PROBE, fit.bypass_rank)
         whole = install(layers, {layer.number: compact_projections(layer, ids, repair)})
         try:
-            divergence = sum(reading.divergence(language_model.model) for reading in readings) / n_tokens
+            divergence = sum(float(reading.divergences(language_model.model).sum()) for reading in readings) / n_tokens
         finally:
             install(layers, whole)
         costs[layer.number] = max(divergence, 0.0) * (left / left[n - 1].clamp_min(1e-30)).cpu().numpy()
