@@ -27,6 +27,8 @@ from figures import RESULTS, header, record, running_command
 
 FILE = "figures-quality.json"
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
+ON_GPU = "-GPU"
+"""Ends the name of a model whose index was built on a GPU, beside one that was built on a CPU."""
 UNSEEN = ("dialogsum", "mbpp", "nq_open", "xsum")
 data_option = click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_1.gguf", show_default=True)
@@ -365,15 +367,16 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
     bars = {"SmolLM2-135M": {0.4: 2.0, 0.6: 1.4}, "Qwen2.5-Coder-1.5B": {0.4: 1.3, 0.6: 1.08}}
     at_0_4 = {"SmolLM2-135M": 1.2, "Qwen2.5-Coder-1.5B": 1.08} if keep_ratio == 0.4 else {}
     interval = summary[f"{own} {keep_ratio:g}"]["ratio_interval"]
-    put("similarity, compensated", mean(own, seen), bars.get(name, {}).get(keep_ratio), interval_of_all_sets=interval)
-    put("gsm8k, similarity, compensated", mean(own, ["gsm8k"]), at_0_4.get(name))
+    of_model = name.removesuffix(ON_GPU)
+    put("similarity, compensated", mean(own, seen), bars.get(of_model, {}).get(keep_ratio), interval_of_all_sets=interval)
+    put("gsm8k, similarity, compensated", mean(own, ["gsm8k"]), at_0_4.get(of_model))
     for contender in (
         *("global/compensated", "random-cluster/compensated", "similarity/energy", "similarity/paper", "hybrid/energy"),
         *("global/energy", "random-cluster/energy", "griffin", "stability", "oracle", "random"),
     ):
         put(contender, mean(contender, seen), None)
     gap = math.log(mean(own, seen))
-    gaps = (0.45, 0.85) if name == "SmolLM2-135M" and keep_ratio == 0.4 else (None, None)
+    gaps = (0.45, 0.85) if of_model == "SmolLM2-135M" and keep_ratio == 0.4 else (None, None)
     put("log gap of similarity, compensated, over GRIFFIN's", gap / math.log(mean("griffin", seen)), gaps[0], "share")
     put(
         "log gap of similarity, compensated, over the compensated global set's",

@@ -91,8 +91,9 @@ def _speeds(content: dict[str, Any]) -> str:
 
 def _where(measured: dict[str, Any]) -> str:
     machine, versions = measured["machine"], measured["versions"]
+    gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {versions['torch']}, "
+        f"{gpu}{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {versions['torch']}, "
         f"transformers {versions['transformers']}; {measured['date']}"
     )
 

@@ -18,9 +18,13 @@ _WIDTH = 4096
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine: processor, cores, memory."""
+    """Describe the machine: processor, cores, memory, and the GPU if torch can use one."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": processor(),
+        **gpu,
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
