@@ -368,7 +368,12 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
     at_0_4 = {"SmolLM2-135M": 1.2, "Qwen2.5-Coder-1.5B": 1.08} if keep_ratio == 0.4 else {}
     interval = summary[f"{own} {keep_ratio:g}"]["ratio_interval"]
     of_model = name.removesuffix(ON_GPU)
-    put("similarity, compensated", mean(own, seen), bars.get(of_model, {}).get(keep_ratio), interval_of_all_sets=interval)
+    put(
+        "similarity, compensated",
+        mean(own, seen),
+        bars.get(of_model, {}).get(keep_ratio),
+        interval_of_all_sets=interval,
+    )
     put("gsm8k, similarity, compensated", mean(own, ["gsm8k"]), at_0_4.get(of_model))
     for contender in (
         *("global/compensated", "random-cluster/compensated", "similarity/energy", "similarity/paper", "hybrid/energy"),

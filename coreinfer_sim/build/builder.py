@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import numpy as np
 
 from coreinfer_sim.architectures import MLPLayer, weight_sketch, weights_checksum
 from coreinfer_sim.build.compensating import (
+    Training,
     compare_with_corpus,
     fitted_path,
     held_out,
@@ -48,7 +49,7 @@ from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.compensation import size_of_change
-from coreinfer_sim.config import BuildConfig, CorpusConfig
+from coreinfer_sim.config import BuildConfig, CorpusConfig, Start
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
@@ -260,6 +261,7 @@ class _Build:
                 build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
             if settings.distil_tokens:  # the sets as they were fitted stay until the end
                 build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
+                build_bytes += fitted_bytes if settings.distil_from is Start.JOINT_CLUSTER else 0
                 build_bytes += n_workers * self._of_training(checkpoint_bytes, n_clusters)
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes(n_clusters)) + _LIBRARY_BYTES
@@ -310,7 +312,7 @@ class _Build:
         settings = self.config.compensation
         if settings is None or not settings.distil_tokens:
             return 0
-        n_sharing = max(map(len, trainings(settings, n_clusters)))
+        n_sharing = max(len(training.clusters) for training in trainings(settings, n_clusters))
         return sum(n_bytes(self.layers, ratio, settings.rank, n_sharing) for ratio in settings.keep_ratios)
 
     def embed(self) -> None:
@@ -410,7 +412,7 @@ class _Build:
         """Stage 7: train the whole corpus's sets on, if no other set could be trained beside them."""
         assert self.config.compensation is not None and self.clustering is not None
         if not self.config.compensation.own_fits or len(self.clustering.centroids) == 1:
-            self._distil(lambda clusters: clusters == [None], "Distilling, whole corpus", 1)
+            self._distil(lambda training: training.clusters == (None,), "Distilling, whole corpus", 1)
 
     def compensate_clusters(self, workers: int | None) -> None:
         """Stage 8: fit each cluster's set, unless the trained set of the whole corpus will be specialised."""
@@ -420,10 +422,16 @@ class _Build:
             self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
 
     def distil_clusters(self, workers: int | None) -> None:
-        """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
+        """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done.
+
+        Sets that begin with what another training of this stage leaves come last.
+        """
         assert self.clustering is not None
         n_workers = workers or self._workers_within(self._training_bytes(len(self.clustering.centroids)))
-        self._distil(lambda _clusters: True, "Distilling", n_workers)
+        assert self.config.compensation is not None
+        if self.config.compensation.distil_from is Start.JOINT_CLUSTER:
+            self._distil(lambda training: not training.specialises, "Distilling jointly", n_workers)
+        self._distil(lambda _training: True, "Distilling", n_workers)
 
     def choose_sets(self) -> None:
         """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
@@ -462,18 +470,18 @@ class _Build:
             for ratio in self.config.compensation.keep_ratios
         }
 
-    def _distil(self, wanted: Callable[[list[int | None]], bool], title: str, n_workers: int) -> None:
+    def _distil(self, wanted: Callable[[Training], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None
         settings = self.config.compensation
         if not settings.distil_tokens:
             return
-        groups = trainings(settings, len(self.clustering.centroids))
-        n_tokens = {i: self._tokens_of(group) for i, group in enumerate(groups) if wanted(group)}
+        every = trainings(settings, len(self.clustering.centroids))
+        n_tokens = {i: self._tokens_of(training.clusters) for i, training in enumerate(every) if wanted(training)}
         unfinished = [
             i
             for i in n_tokens
             if not all(
-                (self.folder / compensation_file(r, c)).exists() for r in settings.keep_ratios for c in groups[i]
+                every[i].result(self.folder, r, c).exists() for r in settings.keep_ratios for c in every[i].clusters
             )
         ]
         if not unfinished:
@@ -507,7 +515,7 @@ class _Build:
         finally:
             self.progress.finish()
 
-    def _tokens_of(self, clusters: list[int | None]) -> int:
+    def _tokens_of(self, clusters: Sequence[int | None]) -> int:
         """Return how many tokens the sets of some clusters will be trained on in one go, about."""
         assert self.clustering is not None and self.config.compensation is not None
         members = ~held_out(self.clustering, self.config.seed)

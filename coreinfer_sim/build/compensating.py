@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ from coreinfer_sim.sparse_mlp import Projections, compact_model
 _GLOBAL_SHARE = 3
 _MEASURED_TOKENS = 10_000
 _MOST_HELD = 48
+_JOINT = "joint"
+"""Folder of sets that have learnt jointly and will be specialised."""
 
 
 def fit_of(config: CompensationConfig) -> Fit:
@@ -53,12 +56,43 @@ def fitted_clusters(n_clusters: int) -> list[int | None]:
     return [None, *(range(n_clusters) if n_clusters > 1 else ())]
 
 
-def trainings(config: CompensationConfig, n_clusters: int) -> list[list[int | None]]:
-    """Return the clusters (None: the whole corpus) whose sets are trained in one go, for each training of a build."""
+@dataclass(frozen=True)
+class Training:
+    """Sets that are trained in one go."""
+
+    clusters: tuple[int | None, ...]
+    """Whose; None: the whole corpus."""
+    begins: str = "fitted"
+    """Folder of the build in which the sets are before."""
+    ends: str = "."
+    """Folder of the build into which they go."""
+    from_corpus: bool = False
+    """Whether a cluster's set begins as the whole corpus's."""
+
+    @property
+    def specialises(self) -> bool:
+        """Whether the sets have been trained before."""
+        return self.from_corpus or self.begins != "fitted"
+
+    def start(self, folder: Path, ratio: float, cluster: int | None) -> Path:
+        """Return where a set is before."""
+        return folder / self.begins / compensation_file(ratio, None if self.from_corpus else cluster)
+
+    def result(self, folder: Path, ratio: float, cluster: int | None) -> Path:
+        """Return where it is afterwards."""
+        return folder / self.ends / compensation_file(ratio, cluster)
+
+
+def trainings(config: CompensationConfig, n_clusters: int) -> list[Training]:
+    """Return the trainings of a build, first the whole corpus's; those that specialise come after what they begin with."""
     first, *others = fitted_clusters(n_clusters)
-    if config.distil_from is Start.JOINT and others:
-        return [[first], others]
-    return [[first], *([cluster] for cluster in others)]
+    found, start = [Training((first,))], config.distil_from
+    if start.jointly and others:
+        found.append(Training(tuple(others), ends=_JOINT if start is Start.JOINT_CLUSTER else "."))
+    if start is Start.JOINT:
+        return found
+    begins = {Start.CORPUS: ".", Start.CLUSTER: "fitted", Start.JOINT_CLUSTER: _JOINT}[start]
+    return [*found, *(Training((each,), begins, from_corpus=start is Start.CORPUS) for each in others)]
 
 
 def make_fitter(
@@ -125,27 +159,23 @@ def make_distiller(
     """
     assert config.compensation is not None
     settings = config.compensation
-    groups = trainings(settings, len(clustering.centroids))
+    all_trainings = trainings(settings, len(clustering.centroids))
     d_model, n_layers = language_model.layers[0].d_model, len(language_model.layers)
 
-    def fitted(ratio: float, cluster: int | None) -> NeuronSelection:
-        start = fitted_path(folder, settings, ratio, cluster)
-        if cluster is not None and settings.distil_from is Start.CORPUS:
-            start = folder / compensation_file(ratio, None)
-        ids, repairs = load_compensated(start, d_model, n_layers)
+    def started(path: Path) -> NeuronSelection:
+        ids, repairs = load_compensated(path, d_model, n_layers)
         return NeuronSelection("compensated", ids, compensation=repairs)
 
     def run(number: int) -> int:
-        clusters = groups[number]
+        training = all_trainings[number]
+        clusters = training.clusters
         together = len(clusters) > 1
         cluster = None if together else clusters[0]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
         places, texts = calibration_texts(
             language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens
         )
-        specialises = cluster is not None and settings.distil_from is Start.CORPUS
-        rate = SPECIALISING_RATE if specialises else LEARNING_RATE
-        training = training_on(language_model.model, texts, rate)
+        how = training_on(language_model.model, texts, SPECIALISING_RATE if training.specialises else LEARNING_RATE)
         room = free_memory(language_model.model.device) // 2  # another worker may be about to take the other half
         parts = trained_together(language_model.layers, settings, room, len(clusters))
 
@@ -155,16 +185,16 @@ def make_distiller(
 
         for ratios in parts:
             checkpoint = folder / "training" / f"{number}-{'-'.join(f'{ratio:g}' for ratio in ratios)}.safetensors"
-            starts = [[fitted(ratio, each) for each in clusters] for ratio in ratios]
+            starts = [[started(training.start(folder, ratio, each)) for each in clusters] for ratio in ratios]
             if together:
                 readers = clustering.assignment[places].tolist()
-                found = distil_jointly(language_model, starts, texts, readers, training, advance, checkpoint)
+                found = distil_jointly(language_model, starts, texts, readers, how, advance, checkpoint)
             else:
-                alone = distil(language_model, [start for (start,) in starts], texts, training, advance, checkpoint)
+                alone = distil(language_model, [start for (start,) in starts], texts, how, advance, checkpoint)
                 found = [[selection] for selection in alone]
             for ratio, selections in zip(ratios, found, strict=True):
                 for each, selection in zip(clusters, selections, strict=True):
-                    save_compensated(folder / compensation_file(ratio, each), selection)
+                    save_compensated(training.result(folder, ratio, each), selection)
             checkpoint.unlink(missing_ok=True)
         n_reported = 0 if report is None else len(parts) * sum(len(text.ids) // len(parts) for text in texts)
         return sum(len(text.ids) for text in texts) - n_reported
@@ -242,7 +272,7 @@ def set_tokens(tokens: int, cluster: int | None) -> int:
 
 def fitted_path(folder: Path, settings: CompensationConfig, ratio: float, cluster: int | None) -> Path:
     """Return where a set that is fitted in closed form is: in its final place, unless it is trained on from there."""
-    return (folder / "fitted" if settings.distil_tokens else folder) / compensation_file(ratio, cluster)
+    return folder / ("fitted" if settings.distil_tokens else ".") / compensation_file(ratio, cluster)
 
 
 def neurons_by_ratio(
