@@ -37,7 +37,7 @@ from coreinfer_sim.build.compensating import (
     trainings,
 )
 from coreinfer_sim.build.distillation import Distillation, distil, distil_jointly, n_decoded, training_bytes
-from coreinfer_sim.build.reading import read_densely
+from coreinfer_sim.build.reading import can_be_padded, read_densely
 from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -391,6 +391,9 @@ def test_texts_that_are_read_side_by_side_are_read_as_one_by_one_in_every_family
     texts = some_texts(7)
     n_last = [n_decoded(text) // (1 + i % 3) for i, text in enumerate(texts)]
     assert len(set(n_last)) > 3 and len({len(text.ids) for text in texts}) > 3
+    if not can_be_padded(model, max(len(text.ids) for text in texts)):
+        assert model.config.sliding_window < 20  # such texts go one by one
+        return
     together = read_densely(model, texts, n_last)
     alone = [read_densely(model, [text], [n]) for text, n in zip(texts, n_last, strict=True)]
     wanted = torch.cat([reading.log_probabilities for reading in alone])
@@ -448,6 +451,15 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BuildError, match="cannot be read"):
         train(path)
+
+
+def test_training_stops_at_gradients_that_are_no_numbers(models):
+    language_model, texts = language_model_of(models["llama"]), some_texts(4)
+    (start, _), settings = fitted_blankly(language_model, texts, 2)
+    repair = start.compensation[0]
+    broken = replace(start, compensation={**start.compensation, 0: replace(repair, bias=repair.bias * float("inf"))})
+    with pytest.raises(BuildError, match="step 1 of 1 is nan, expected a finite one"):
+        distil(language_model, [broken], texts, replace(settings, tokens_per_step=100_000))
 
 
 def test_short_completions_leave_the_prompts_end_to_be_read_sparsely():

@@ -133,8 +133,17 @@ class _Student(ABC):
         """Return the selections with their compensation as it is now, on the CPU."""
 
     def step(self) -> None:
-        """Move along the gradients that have gathered."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        """Move along the gradients that have gathered.
+
+        Raises:
+            BuildError: they are no numbers.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not bool(norm.isfinite()):  # it would be in all weights
+            raise BuildError(
+                f"the gradient of step {self._n_done + 1} of {self._n_steps} is {float(norm)}, expected a finite one; build "
+                "with --dtype float32, as the model's own type may be too coarse for it."
+            )
         share = _rate(self._n_done, self._n_steps, self._settings.warm_up)
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest"] * share

@@ -51,17 +51,19 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
 
     Args:
         model: the causal language model.
-        texts: one or more; of several, what comes before the last tokens is padded on the left.
+        texts: one or more, of several no more than `texts_at_once` says. What comes before the last tokens is padded on the
+            right too: padding on the left has positions at which attention sees nothing, of which not every
+            implementation of it makes numbers.
         n_last: how many of each text's tokens are the last ones, 1 or more and fewer than all.
     """
-    before = [list(text.ids[:-n]) for text, n in zip(texts, n_last, strict=True)]
-    n_before, n_after = max(map(len, before)), max(n_last)
+    n_earlier = [len(text.ids) - n for text, n in zip(texts, n_last, strict=True)]
+    n_before, n_after = max(n_earlier), max(n_last)
     ids = torch.zeros(len(texts), n_before + n_after, dtype=torch.int64)
     mask = torch.ones_like(ids)
-    for row, (text, ids_before, n) in enumerate(zip(texts, before, n_last, strict=True)):
-        n_padding = n_before - len(ids_before)
-        ids[row, n_padding : n_before + n] = torch.tensor(list(text.ids))
-        mask[row, :n_padding] = 0
+    for row, (text, earlier, n) in enumerate(zip(texts, n_earlier, n_last, strict=True)):
+        ids[row, :earlier] = torch.tensor(text.ids[:earlier])
+        ids[row, n_before : n_before + n] = torch.tensor(text.ids[earlier:])
+        mask[row, earlier:n_before] = 0
     rows = [torch.arange(n) + row * n_after for row, n in enumerate(n_last)]
     ids, places = ids.to(model.device), torch.cat(rows).to(model.device)
     beside: dict[str, torch.Tensor] = {}
@@ -69,7 +71,7 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
     if len(texts) > 1:
         beside = {"attention_mask": mask.to(model.device)}
         if "position_ids" in inspect.signature(model.forward).parameters:
-            positions = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(model.device)}
+            positions = {"position_ids": (mask.cumsum(1) - 1).to(model.device)}
     of_prompt = {name: value[:, :n_before] for name, value in {**beside, **positions}.items()}
     of_last = beside | {name: value[:, n_before:] for name, value in positions.items()}
     with torch.no_grad():
@@ -85,11 +87,17 @@ def texts_at_once(model: Any, texts: Sequence[CalibrationText]) -> int:
     On a CPU more than one are slower, as they are padded; a GPU is idle between short ones, and takes as many as have
     room for their predictions in a quarter of its memory.
     """
-    if model.device.type != "cuda":
-        return 1
     longest = max((len(text.ids) for text in texts), default=1)
+    if model.device.type != "cuda" or not can_be_padded(model, longest):
+        return 1
     n_bytes = _COPIES * 4 * longest * model.config.get_text_config().vocab_size
     return max(1, min(_MOST_AT_ONCE, torch.cuda.get_device_properties(model.device).total_memory // 4 // n_bytes))
+
+
+def can_be_padded(model: Any, longest: int) -> bool:
+    """Return whether attention reaches over texts of ``longest`` tokens and the padding amid them."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window is None or window >= 2 * longest
 
 
 def n_completion(text: CalibrationText) -> int:
