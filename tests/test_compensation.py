@@ -36,7 +36,15 @@ from coreinfer_sim.build.compensating import (
     trained_together,
     trainings,
 )
-from coreinfer_sim.build.distillation import Distillation, distil, distil_jointly, n_decoded, training_bytes
+from coreinfer_sim.build.distillation import (
+    Distillation,
+    distil,
+    distil_jointly,
+    mean_divergences,
+    n_decoded,
+    training_bytes,
+    training_on,
+)
 from coreinfer_sim.build.reading import can_be_padded, read_densely
 from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
 from coreinfer_sim.clustering import Clustering
@@ -451,6 +459,28 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BuildError, match="cannot be read"):
         train(path)
+
+
+def test_where_texts_are_read_side_by_side_steps_are_larger_and_divergences_the_same(models, monkeypatch):
+    language_model, texts = language_model_of(models["llama"]), some_texts(20)
+    sets, _ = fitted_blankly(language_model, texts, 2)
+    compact = [compact_model(language_model.layers, each) for each in sets]
+    alone = mean_divergences(language_model, texts, compact, lambda _n: None)
+    small = training_on(models["llama"], texts, 1.0)
+    assert (small.texts_at_once, small.tokens_per_step) == (1, Distillation.tokens_per_step)
+    monkeypatch.setattr("coreinfer_sim.build.distillation.texts_at_once", lambda _model, _texts: 8)
+    reported = []
+    together = mean_divergences(language_model, texts, compact, reported.append)
+    assert together == pytest.approx(alone, rel=1e-4) and min(alone) > 0
+    assert reported == [8, 8, 4]
+    assert (
+        training_on(models["llama"], texts, 1.0).tokens_per_step == Distillation.tokens_per_step
+    )  # enough steps first
+    monkeypatch.setattr("coreinfer_sim.build.distillation._ENOUGH_STEPS", 2)
+    large = training_on(models["llama"], texts, 1.0)
+    n_tokens = sum(n_decoded(text) for text in texts)
+    assert (large.learning_rate, large.texts_at_once) == (1.0, 8)
+    assert large.tokens_per_step == min(1000, n_tokens // 2) > Distillation.tokens_per_step
 
 
 def test_training_stops_at_gradients_that_are_no_numbers(models):
