@@ -38,6 +38,7 @@ from coreinfer_sim.build.compensating import (
 )
 from coreinfer_sim.build.distillation import (
     Distillation,
+    _sound_gradients,
     distil,
     distil_jointly,
     mean_divergences,
@@ -921,3 +922,11 @@ def test_a_bypass_that_leaves_no_neurons_is_refused(models):
     flat = np.zeros((N_LAYERS, layers[0].d_ff))
     flat[0] = np.linspace(1, 0, layers[0].d_ff)  # only the first layer matters
     assert min(neurons_of(layers, range(N_LAYERS), 0.4, flat, 8)) > 8
+
+
+def test_training_on_a_gpu_does_without_cudnn_attention():
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    with _sound_gradients("cuda"):
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    with _sound_gradients("cpu"):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == was

@@ -12,7 +12,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText
@@ -337,7 +338,7 @@ def _train(
     model, layers, device = language_model.model, language_model.layers, language_model.model.device
     n_done = 0 if checkpoint is None or not checkpoint.exists() else _restore(students, checkpoint)
     saved = time.monotonic()
-    with _frozen(model):
+    with _frozen(model), _sound_gradients(device.type):
         for number, step in enumerate(steps, 1):
             if number <= n_done:
                 if report is not None:
@@ -361,6 +362,19 @@ def _train(
             if checkpoint is not None and time.monotonic() - saved >= _KEPT_EVERY:
                 _save(students, number, checkpoint)
                 saved = time.monotonic()
+
+
+def _sound_gradients(device: str) -> AbstractContextManager[Any]:
+    """Keep cuDNN's attention out of the block: in PyTorch 2.11 and later its gradients can be no numbers under a mask.
+
+    Models with massive activations, such as Qwen2.5, come upon it (github.com/pytorch/pytorch/issues/196678).
+    """
+    if device != "cuda":
+        return nullcontext()
+    sound: AbstractContextManager[Any] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return sound
 
 
 def _save(students: Sequence[_Student], n_done: int, path: Path) -> None:
