@@ -115,6 +115,18 @@ def test_weights_count_tokens(correlated):
         assert torch.allclose(value, getattr(twice, name), atol=1e-4), name
 
 
+def test_moments_of_bfloat16_are_those_of_float32_and_leave_the_precision_of_other_products():
+    z, targets = drawn(400, 300, seed=1).bfloat16(), drawn(400, 60, seed=2).bfloat16()
+    weights = torch.where(torch.arange(400) % 3 == 0, 0.3, 1.0)
+    before = torch.get_float32_matmul_precision()
+    found = moments_of(z, targets, weights)
+    assert torch.get_float32_matmul_precision() == before
+    wanted = moments_of(z.float(), targets.float(), weights)
+    for name in ("gram", "cross"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert one.dtype is torch.float32 and float((one - other).abs().max()) < 0.004 * float(other.abs().max())
+
+
 def test_surgeon_score_is_the_error_that_stays(correlated):
     z, weight, _ = correlated
     centred = moments_of(z, z @ weight.T).centred()
