@@ -11,6 +11,7 @@ optimal-brain-surgeon score ‖w_n‖² / [(E[f fᵀ])⁻¹]_nn (Hassibi and Sto
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ RIDGE = 0.02
 """λ, relative to each feature's own variance, where neurons are ranked."""
 RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
 """λ that a fit may take: with few tokens a neuron the least one learns their noise."""
+FEW_TEXTS_RIDGE = 2.0
+"""For texts too few to choose it on, and where the choice begins."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,9 @@ def compensate(
 
 
 def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor) -> float:
-    """Return the λ of RIDGES whose fit leaves the least squared error on other tokens.
+    """Return the λ of RIDGES whose fit leaves the least squared error on other tokens, walking downhill from FEW_TEXTS_RIDGE.
+
+    The error falls and rises once over λ, so that three or four of them need a fit.
 
     With W of the kept neurons, its change D and G, C of the held tokens, that is tr(D G Dᵀ) − 2 tr(D (C − G Wᵀ)), and the
     square of what the bias, which is fitted too, leaves of the mean.
@@ -230,12 +235,17 @@ def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor)
     moved = held.mean_features[:n] - fitted.mean_features[:n]
     mean_off = held.mean_targets - fitted.mean_targets - kept @ moved
 
-    def error(ridge: float) -> float:
-        change = torch.cholesky_solve(open_cross, _cholesky(gram, ridge))  # Dᵀ
+    @functools.cache
+    def error(place: int) -> float:
+        change = torch.cholesky_solve(open_cross, _cholesky(gram, RIDGES[place]))  # Dᵀ
         rest = ((held_gram @ change - 2 * held_cross) * change).sum()
         return float(rest + (mean_off - moved @ change).square().sum())
 
-    return min(RIDGES, key=error)
+    place = RIDGES.index(FEW_TEXTS_RIDGE)
+    for step in (1, -1):
+        while 0 <= place + step < len(RIDGES) and error(place + step) < error(place):
+            place += step
+    return RIDGES[place]
 
 
 def size_of_change(n_kept: int, d_model: int, rank: int | None) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.compensation import (
+    FEW_TEXTS_RIDGE,
     LayerCompensation,
     Moments,
     best_ridge,
@@ -33,8 +34,6 @@ from coreinfer_sim.sparse_mlp import Projections, compact_projections, install, 
 
 _TOKENS_AT_ONCE = 4096
 _LENGTH_STEP = 32
-_FEW_TEXTS_RIDGE = 2.0
-"""Where there are too few texts to hold any out."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def _compensated(
     """
     weight, bias = linear_parameters(layer.output)
     kept = weight.index_select(1, chosen)
-    ridge = _FEW_TEXTS_RIDGE if fit.ridge is None else fit.ridge
+    ridge = FEW_TEXTS_RIDGE if fit.ridge is None else fit.ridge
     if held:
         further = _moments(layer, block, held, fit, chosen)[0]
         if fit.ridge is None and further.n_tokens > 0:  # prompts may weigh nothing
