@@ -88,6 +88,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
         if dtype == "auto" and not (lean and not any(isinstance(module, Conv1D) for module in model.modules())):
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(_packed)
     except MemoryError:
         raise
     except Exception as error:  # transformers raises the errors of a dozen libraries
@@ -98,6 +101,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return LanguageModel(model, tokenizer, name, find_mlps(model))
+
+
+def _packed(_head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Give the output head hidden states with the strides of their shape.
+
+    Those of a text's last position alone keep the strides of the whole text, for which torch multiplies batch by batch and
+    copies the head: in bfloat16 1.3 seconds a prompt for 151,936 words and 1,536 features, in place of 0.02.
+    """
+    hidden = given[0]
+    return hidden.flatten(0, -2).unflatten(0, hidden.shape[:-1]), *given[1:]
 
 
 def usable_device(name: str) -> str:

@@ -21,6 +21,7 @@ from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.store import LayerStore
 
 Projections = dict[str, Any]
+_Parameters = tuple[torch.Tensor, torch.Tensor | None]
 _OPEN_GATE = 4.0
 MERGED_ROWS = 64
 """Rows of the output weights that are merged with compensation at a time."""
@@ -42,37 +43,50 @@ def compact_projections(
         output = merged_output(output, compensation, layer.family.gated)
         added = compensation.bias.to(output, copy=True)  # a view would hold on to its file
         bias = added if bias is None else bias + added
-        if compensation.bypass_rank:
-            inputs = [
-                _stacked(part, extra) for part, extra in zip(inputs, bypass_inputs(layer, compensation), strict=True)
-            ]
+    return {**_input_modules(layer, inputs, compensation), layer.family.output: _module(layer, output, bias)}
+
+
+def compact_inputs(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation) -> Projections:
+    """Cut just the input projections of a layer whose weights are in memory."""
+    return _input_modules(layer, _kept_inputs(layer, ids.to(layer.output.weight.device)), compensation)
+
+
+def _input_modules(
+    layer: MLPLayer, inputs: list[_Parameters], compensation: LayerCompensation | None
+) -> dict[str, nn.Linear]:
+    """Make modules of cut input projections, gate and up apart, and append the bypass's neurons."""
+    if compensation is not None and compensation.bypass_rank:
+        inputs = [_stacked(part, extra) for part, extra in zip(inputs, bypass_inputs(layer, compensation), strict=True)]
     if layer.family.fused:
         inputs = [_stacked(*inputs)]
-    parts = dict(zip(layer.family.inputs, inputs, strict=True)) | {layer.family.output: (output, bias)}
-    device = layer.output.device if isinstance(layer.output, HostLinear) else output.device
     return {
-        name: linear_module(weight.contiguous().to(device), None if offset is None else offset.to(device))
-        for name, (weight, offset) in parts.items()
+        name: _module(layer, weight, offset) for name, (weight, offset) in zip(layer.family.inputs, inputs, strict=True)
     }
 
 
+def _module(layer: MLPLayer, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    device = layer.output.device if isinstance(layer.output, HostLinear) else weight.device
+    return linear_module(weight.contiguous().to(device), None if bias is None else bias.to(device))
+
+
 def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bool) -> torch.Tensor:
-    """Add the compensation, in float32, to the kept columns of the output projection; gradients reach it.
+    """Add the compensation, in float32, to the kept columns of the output projection.
 
     Args:
         kept: [d_model, n_kept].
         compensation: of just these neurons.
         gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
     """
-    if compensation.left.requires_grad:
-        merged = (kept + compensation.delta.to(kept.device)).to(kept)  # the sum is float32, as delta is
-    else:
-        merged = kept.clone()
-        merge_delta(merged, compensation)
+    merged = kept.clone()
+    merge_delta(merged, compensation)
     if compensation.bypass_out is None:
         return merged
-    bypass = compensation.bypass_out.to(kept)
-    return torch.cat([merged, bypass] if gated else [merged, bypass, -bypass], 1)
+    return torch.cat([merged, bypass_columns(compensation.bypass_out.to(kept), gated)], 1)
+
+
+def bypass_columns(bypass_out: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Return the output columns of a bypass's neurons for [d_model, bypass_rank]."""
+    return bypass_out if gated else torch.cat([bypass_out, -bypass_out], 1)
 
 
 def merge_delta(output: torch.Tensor, compensation: LayerCompensation) -> None:
@@ -82,7 +96,6 @@ def merge_delta(output: torch.Tensor, compensation: LayerCompensation) -> None:
         output[rows] = output[rows] + compensation.delta_of(rows).to(output.device)  # the sum is float32, as delta is
 
 
-_Parameters = tuple[torch.Tensor, torch.Tensor | None]
 _Cut = tuple[list[_Parameters], torch.Tensor, torch.Tensor | None]
 
 
@@ -90,12 +103,15 @@ def _kept(layer: MLPLayer, ids: torch.Tensor) -> _Cut:
     """Cut the inputs (gate and up apart), the output's columns [d_model, n_kept] and its bias from weights in memory."""
     ids = ids.to(layer.output.weight.device)
     weight, bias = linear_parameters(layer.output)
-    inputs = [
+    return _kept_inputs(layer, ids), weight.index_select(1, ids), bias
+
+
+def _kept_inputs(layer: MLPLayer, ids: torch.Tensor) -> list[_Parameters]:
+    return [
         (part.index_select(0, rows), None if offset is None else offset[rows])
         for part, offset in (linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs)
         for rows in _halves(layer, ids)
     ]
-    return inputs, weight.index_select(1, ids), bias
 
 
 def _read(layer: MLPLayer, store: LayerStore, ids: torch.Tensor) -> _Cut:

@@ -37,17 +37,16 @@ from coreinfer_sim.build.compensating import (
     trainings,
 )
 from coreinfer_sim.build.distillation import (
-    Distillation,
     _sound_gradients,
     distil,
     distil_jointly,
     mean_divergences,
     n_decoded,
-    training_bytes,
     training_on,
 )
 from coreinfer_sim.build.reading import can_be_padded, read_densely
 from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
+from coreinfer_sim.build.students import Distillation, training_bytes
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import (

@@ -24,7 +24,6 @@ from coreinfer_sim.build.compensating import (
     sets_to_fit,
     trainings,
 )
-from coreinfer_sim.build.distillation import checkpoint_bytes, training_bytes
 from coreinfer_sim.build.executors import (
     default_threads,
     default_workers,
@@ -47,6 +46,7 @@ from coreinfer_sim.build.jobs import (
 )
 from coreinfer_sim.build.sensitivity import check_bypass
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
+from coreinfer_sim.build.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.compensation import size_of_change
 from coreinfer_sim.config import BuildConfig, CorpusConfig, Start

@@ -12,16 +12,9 @@ from safetensors.torch import load_file, save
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
-from coreinfer_sim.build.distillation import (
-    LEARNING_RATE,
-    SPECIALISING_RATE,
-    distil,
-    distil_jointly,
-    mean_divergences,
-    training_bytes,
-    training_on,
-)
+from coreinfer_sim.build.distillation import distil, distil_jointly, mean_divergences, training_on
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
+from coreinfer_sim.build.students import LEARNING_RATE, SPECIALISING_RATE, training_bytes
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
 from coreinfer_sim.compensation import Moments

@@ -75,7 +75,7 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
     of_prompt = {name: value[:, :n_before] for name, value in {**beside, **positions}.items()}
     of_last = beside | {name: value[:, n_before:] for name, value in positions.items()}
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :n_before], use_cache=True, logits_to_keep=1, **of_prompt).past_key_values
+        cache = model.base_model(input_ids=ids[:, :n_before], use_cache=True, **of_prompt).past_key_values
         last = ids[:, n_before:]
         dense = _log_probabilities(model, last, places, copy.deepcopy(cache), of_last)
         return DenseReading(last, places, cache, of_last, dense)
