@@ -120,11 +120,11 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 )
 @click.option(
     "--distil-from",
-    type=click.Choice(["cluster", "corpus", "joint", "joint-cluster"]),
+    type=click.Choice(["cluster", "corpus", "joint"]),
     default="cluster",
     **_D,
-    help="For --distil-tokens: begin with the set fitted to the cluster; with the whole corpus's trained set; with the "
-    "sets fitted to the clusters, all of which share what they learn; or with what comes of that.",
+    help="For --distil-tokens: begin with the set fitted to the cluster; with the whole corpus's trained set; or with "
+    "the sets fitted to the clusters, all of which share what they learn.",
 )
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: fill the cores]")
 @click.option(

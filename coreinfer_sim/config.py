@@ -48,13 +48,6 @@ class Start(str, Enum):
     """The set that was fitted to the cluster, with neurons of its own."""
     JOINT = "joint"
     """The sets that were fitted to the clusters, all of which share what they learn."""
-    JOINT_CLUSTER = "joint-cluster"
-    """The same, and what comes of that once more, each set for itself on its cluster's texts."""
-
-    @property
-    def jointly(self) -> bool:
-        """Whether clusters share what they learn."""
-        return self in (Start.JOINT, Start.JOINT_CLUSTER)
 
 
 class Mode(str, Enum):
@@ -207,7 +200,7 @@ class CompensationConfig:
         _check_at_least("tokens", self.tokens, 1)
         _check_at_least("ranking tokens", self.ranking_tokens, 1)
         _check_at_least("distil tokens", self.distil_tokens, 0)
-        if self.distil_tokens and self.distil_from.jointly and self.rank is not None:
+        if self.distil_tokens and self.distil_from is Start.JOINT and self.rank is not None:
             raise ConfigError(
                 f"the change of the output weights is kept at rank {self.rank}, but clusters that learn jointly need it at "
                 "full rank; give --compensate full or --distil-from cluster."

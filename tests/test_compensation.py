@@ -819,12 +819,11 @@ def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpo
     assert two.manifest == one.manifest
 
 
-@pytest.mark.parametrize("start", [Start.JOINT, Start.JOINT_CLUSTER])
-def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoint, encoder, start):
+def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoint, encoder):
     corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}")
-    settings = replace(COMPENSATION, rank=None, distil_from=start)
+    settings = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
     config = BuildConfig(clusters=3, compensation=settings)
-    folders = [built.with_name(f"{start.value}-{n_workers}") for n_workers in (1, 2)]
+    folders = [built.with_name(f"joint-{n_workers}") for n_workers in (1, 2)]
     one, _ = (
         build_index(tiny_checkpoint, corpus, folder, config, encoder=encoder, workers=n_workers)
         for n_workers, folder in enumerate(folders, 1)
@@ -833,30 +832,18 @@ def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoi
     everywhere = one.global_selection(0.5)
     assert any(not torch.equal(ids, everywhere.ids[number]) for each in own for number, ids in each.ids.items())
     assert all(each.compensation[0].right is None and each.compensation[0].bypass_rank == 2 for each in own)
-    assert one.manifest.compensation[0].distil_from == start.value
+    assert one.manifest.compensation[0].distil_from == "joint"
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
 
 
 def test_a_single_cluster_has_nobody_to_learn_with():
     joint = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
-    both = replace(joint, distil_from=Start.JOINT_CLUSTER)
-    for settings in (joint, both, COMPENSATION):
+    for settings in (joint, COMPENSATION):
         assert trainings(settings, 1) == [Training((None,))]
     assert trainings(joint, 3) == [Training((None,)), Training((0, 1, 2))]
     alone = [(None,), (0,), (1,), (2,)]
     assert [each.clusters for each in trainings(COMPENSATION, 3)] == alone
-    together, *others = trainings(both, 3)[1:]
-    assert together.clusters == (0, 1, 2) and [each.clusters for each in others] == alone[1:]
-    assert not together.specialises and all(each.specialises for each in others)
-
-
-def test_clusters_are_specialised_from_what_they_learnt_jointly(tmp_path):
-    both = replace(COMPENSATION, rank=None, distil_from=Start.JOINT_CLUSTER)
-    together, *others = trainings(both, 2)[1:]
-    for cluster, training in enumerate(others):
-        assert training.start(tmp_path, 0.5, cluster) == together.result(tmp_path, 0.5, cluster)
-        assert training.result(tmp_path, 0.5, cluster) == tmp_path / compensation_file(0.5, cluster)
 
 
 def test_a_copy_of_one_layer_does_not_hold_on_to_its_file(built, tiny_checkpoint):

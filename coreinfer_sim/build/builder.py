@@ -49,7 +49,7 @@ from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.build.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
 from coreinfer_sim.compensation import size_of_change
-from coreinfer_sim.config import BuildConfig, CorpusConfig, Start
+from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
@@ -261,7 +261,6 @@ class _Build:
                 build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
             if settings.distil_tokens:  # the sets as they were fitted stay until the end
                 build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
-                build_bytes += fitted_bytes if settings.distil_from is Start.JOINT_CLUSTER else 0
                 build_bytes += n_workers * self._of_training(checkpoint_bytes, n_clusters)
         model_bytes = self.language_model.model.get_memory_footprint()
         worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes(n_clusters)) + _LIBRARY_BYTES
@@ -422,15 +421,9 @@ class _Build:
             self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
 
     def distil_clusters(self, workers: int | None) -> None:
-        """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done.
-
-        Sets that begin with what another training of this stage leaves come last.
-        """
+        """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
         assert self.clustering is not None
         n_workers = workers or self._workers_within(self._training_bytes(len(self.clustering.centroids)))
-        assert self.config.compensation is not None
-        if self.config.compensation.distil_from is Start.JOINT_CLUSTER:
-            self._distil(lambda training: not training.specialises, "Distilling jointly", n_workers)
         self._distil(lambda _training: True, "Distilling", n_workers)
 
     def choose_sets(self) -> None:
@@ -481,7 +474,9 @@ class _Build:
             i
             for i in n_tokens
             if not all(
-                every[i].result(self.folder, r, c).exists() for r in settings.keep_ratios for c in every[i].clusters
+                (self.folder / compensation_file(ratio, cluster)).exists()
+                for ratio in settings.keep_ratios
+                for cluster in every[i].clusters
             )
         ]
         if not unfinished:

@@ -30,8 +30,6 @@ from coreinfer_sim.sparse_mlp import Projections, compact_model
 _GLOBAL_SHARE = 3
 _MEASURED_TOKENS = 10_000
 _MOST_HELD = 48
-_JOINT = "joint"
-"""Folder of sets that have learnt jointly and will be specialised."""
 
 
 def fit_of(config: CompensationConfig) -> Fit:
@@ -55,37 +53,23 @@ class Training:
 
     clusters: tuple[int | None, ...]
     """Whose; None: the whole corpus."""
-    begins: str = "fitted"
-    """Folder of the build in which the sets are before."""
-    ends: str = "."
-    """Folder of the build into which they go."""
     from_corpus: bool = False
-    """Whether a cluster's set begins as the whole corpus's."""
-
-    @property
-    def specialises(self) -> bool:
-        """Whether the sets have been trained before."""
-        return self.from_corpus or self.begins != "fitted"
+    """Whether a cluster's set begins as the whole corpus's trained one, which it specialises."""
 
     def start(self, folder: Path, ratio: float, cluster: int | None) -> Path:
-        """Return where a set is before."""
-        return folder / self.begins / compensation_file(ratio, None if self.from_corpus else cluster)
-
-    def result(self, folder: Path, ratio: float, cluster: int | None) -> Path:
-        """Return where it is afterwards."""
-        return folder / self.ends / compensation_file(ratio, cluster)
+        """Return where a set is before, in the folder of the build."""
+        if self.from_corpus:
+            return folder / compensation_file(ratio, None)
+        return folder / "fitted" / compensation_file(ratio, cluster)
 
 
 def trainings(config: CompensationConfig, n_clusters: int) -> list[Training]:
-    """Return the trainings of a build, first the whole corpus's; those that specialise come after what they begin with."""
+    """Return the trainings of a build, first the whole corpus's."""
     first, *others = fitted_clusters(n_clusters)
-    found, start = [Training((first,))], config.distil_from
-    if start.jointly and others:
-        found.append(Training(tuple(others), ends=_JOINT if start is Start.JOINT_CLUSTER else "."))
-    if start is Start.JOINT:
-        return found
-    begins = {Start.CORPUS: ".", Start.CLUSTER: "fitted", Start.JOINT_CLUSTER: _JOINT}[start]
-    return [*found, *(Training((each,), begins, from_corpus=start is Start.CORPUS) for each in others)]
+    if config.distil_from is Start.JOINT:
+        return [Training((first,)), *([Training(tuple(others))] if others else [])]
+    from_corpus = config.distil_from is Start.CORPUS
+    return [Training((first,)), *(Training((each,), from_corpus) for each in others)]
 
 
 def make_fitter(
@@ -168,7 +152,7 @@ def make_distiller(
         places, texts = calibration_texts(
             language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens
         )
-        how = training_on(language_model.model, texts, SPECIALISING_RATE if training.specialises else LEARNING_RATE)
+        how = training_on(language_model.model, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE)
         room = free_memory(language_model.model.device) // 2  # another worker may be about to take the other half
         parts = trained_together(language_model.layers, settings, room, len(clusters))
 
@@ -187,7 +171,7 @@ def make_distiller(
                 found = [[selection] for selection in alone]
             for ratio, selections in zip(ratios, found, strict=True):
                 for each, selection in zip(clusters, selections, strict=True):
-                    save_compensated(training.result(folder, ratio, each), selection)
+                    save_compensated(folder / compensation_file(ratio, each), selection)
             checkpoint.unlink(missing_ok=True)
         n_reported = 0 if report is None else len(parts) * sum(len(text.ids) // len(parts) for text in texts)
         return sum(len(text.ids) for text in texts) - n_reported
