@@ -61,10 +61,14 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
 
 
 def _keep_ratio(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> float:
+    from coreinfer_sim.config import Mode, Score
+    from coreinfer_sim.predictors import default_keep_ratio
+
     if given["keep_ratio"] is not None:
         return float(given["keep_ratio"])
-    if index is not None:
-        return index.default_keep_ratio
-    if modes == ["dense"]:
+    sparse = next((mode for mode in modes if mode != "dense"), None)  # the others are compared with it
+    if sparse is None:
         return 1.0
-    raise ConfigError(f"mode {modes[0]} was given no keep ratio and no index to take it from; give one.")
+    if index is None:
+        raise ConfigError(f"mode {sparse} was given no keep ratio and no index to take it from; give one.")
+    return default_keep_ratio(index, Mode(sparse), Score(given["score"]), given["nearest"], given["compensation"])

@@ -143,7 +143,7 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
     \b
     coreinfer-sim build-index prompts.jsonl --model ./my-model --out my-index
     coreinfer-sim build-index rajpurkar/squad --prompt-column question \\
-        --template 'Question: {question}\\nAnswer: {context}' --limit 2000 --model ./my-model --out squad-index
+        --template 'Question: {question}\\nContext: {context}' --limit 2000 --model ./my-model --out squad-index
     """
     from coreinfer_sim.build import build_index as build
     from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start

@@ -102,9 +102,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import open_log, read_results, summarise
     from coreinfer_sim.evaluation.plot import plot
-    from coreinfer_sim.evaluation.rows import read_rows
+    from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.text_scores import check_text_scores
-    from coreinfer_sim.files import write_json
+    from coreinfer_sim.files import check_folder, write_json
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
 
@@ -112,9 +112,11 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     plot_path: Path | None = given["plot_path"]
     if plot_path is not None:
         check_plot(plot_path)
+    if given["out"] is not None:
+        check_folder(given["out"])
     if given["generate"]:
         check_text_scores()
-    rows = [row for path in sets for row in read_rows(path, given["part"], given["limit"])]
+    rows = read_sets(sets, given["part"], given["limit"])
     index = None
     if given["index"] is not None:
         index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
@@ -153,7 +155,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
             log=file,
             progress=ConsoleProgress(),
         )
+    order = [str(contender) for contender in contenders]
     summary = summarise(results, given["seed"], generated=given["generate"])
+    summary.sort(key=lambda row: order.index(row["contender"]))  # a log may hold them in another
     if given["out"] is not None:
         write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})
     if plot_path is not None:
@@ -183,8 +187,11 @@ def print_table(summary: list[dict[str, Any]]) -> None:
 def print_text_table(summary: list[dict[str, Any]]) -> None:
     """Print what generated texts score, 0 to 100: a line a contender and set, and one for the mean over sets."""
     titles = {"exact_match": "exact", "f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
-    click.echo(f"\n{'contender':28s} {'generated texts':18s}" + "".join(f" {title:>7s}" for title in titles.values()))
+    width = max([28, *(len(row["contender"]) for row in summary)])
+    click.echo(
+        f"\n{'contender':{width}s} {'generated texts':18s}" + "".join(f" {title:>7s}" for title in titles.values())
+    )
     for row in summary:
         for name, group in [*row["sets"].items(), ("mean over sets", row)]:
             scores = "".join(f" {group['text'][metric]:7.2f}" for metric in titles)
-            click.echo(f"{row['contender']:28s} {name:18.18s}{scores}")
+            click.echo(f"{row['contender']:{width}s} {name:18.18s}{scores}")

@@ -71,7 +71,7 @@ def info(index: str, as_json: bool) -> None:
     if m.profile is not None:
         click.echo(
             f"  profile   keep ratio {m.profile.keep_ratio:g}: perplexity {m.profile.ratio - 1:+.1%} ({m.profile.low - 1:+.1%} "
-            f"to {m.profile.high - 1:+.1%}) on {m.profile.n_rows} rows, at most {m.profile.max_increase:+.1%} promised"
+            f"to {m.profile.high - 1:+.1%}) on {counted(m.profile.n_rows, 'row')}, at most {m.profile.max_increase:+.1%} promised"
         )
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
     click.echo(f"{len(loaded)} clusters:")

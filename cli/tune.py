@@ -21,7 +21,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is neither a share such as 0.05 nor a percentage such as 5%.") from error
     if not 0 < share < 100:
-        raise click.BadParameter(f"{value!r} is not above 0.")
+        raise click.BadParameter(f"{value!r} is not above 0 and below 10000%.")
     return share
 
 
@@ -61,8 +61,8 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     """
     from coreinfer_sim.evaluation.contenders import bytes_per_token
     from coreinfer_sim.evaluation.evaluate import evaluate, summarise
-    from coreinfer_sim.evaluation.rows import read_rows
-    from coreinfer_sim.evaluation.tune import candidates, choose_profile
+    from coreinfer_sim.evaluation.rows import read_sets
+    from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
     from coreinfer_sim.selection import NeuronSelection
@@ -72,7 +72,8 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     contenders = candidates(loaded, given["keep_ratios"])
-    rows = [row for path in sets for row in read_rows(path, given["part"], given["limit"])]
+    rows = read_sets(sets, given["part"], given["limit"])
+    check_rows(len(rows))
     with status("Loading the model"):
         language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
     results = evaluate(

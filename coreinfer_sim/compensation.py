@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.errors import BuildError, ConfigError
 
 RIDGE = 0.02
 """λ, relative to each feature's own variance, where neurons are ranked."""
@@ -293,4 +293,10 @@ def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     variance = gram.diagonal()
     ridged = gram.clone()
     ridged.diagonal().add_(ridge * variance.clamp_min(0) + 1e-6 * variance.mean().clamp_min(1e-20))
-    return torch.linalg.cholesky(ridged)
+    try:
+        return torch.linalg.cholesky(ridged)
+    except torch.linalg.LinAlgError as error:
+        raise BuildError(
+            f"the activations' covariance over {len(gram)} neurons cannot be factored ({error}), expected one of many tokens; "
+            "raise --compensate-tokens or build with --dtype float32."
+        ) from error

@@ -162,8 +162,8 @@ class _Columns:
         ]  # a first row may be empty
         if not usual and len(strings) != 1:
             raise CorpusError(
-                f"the corpus {config.source} has the columns {sorted(row)}, and none is called prompt or text; say which "
-                "to use with --prompt-column or --template."
+                f"the corpus {config.source} has the columns {sorted(row)}, and none is called prompt or text and holds text; "
+                "say which to use with --prompt-column or --template."
             )
         return cls((usual or strings)[0], None)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.extra import require
-from coreinfer_sim.files import write_atomic
+from coreinfer_sim.files import check_folder, write_atomic
 
 _FORMATS = (".png", ".svg")
 
@@ -18,8 +18,7 @@ def check_plot(path: Path) -> None:
     """Raise ConfigError unless a plot can be written to ``path``, before the work that it would show."""
     if path.suffix not in _FORMATS:
         raise ConfigError(f"the plot is to be {path.name}, expected a name that ends in {' or '.join(_FORMATS)}.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} for the plot {path.name}; make it first.")
+    check_folder(path)
     require("a plot", "matplotlib")
 
 

@@ -10,6 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from coreinfer_sim.errors import ConfigError
+
+
+def check_folder(path: Path) -> None:
+    """Raise ConfigError unless the folder of a file that is to be written is there, before the work that it would hold."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} for {path.name}; make it first.")
+
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file as hexadecimal digits."""

@@ -227,7 +227,7 @@ class SemanticIndex:
 
         Args:
             cluster: its number; None takes all clusters together.
-            keep_ratio: share of d_ff that is kept; None takes `default_keep_ratio`.
+            keep_ratio: share of d_ff that is kept; None takes `plain_keep_ratio`.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers, such as ``4:``.
 
@@ -248,7 +248,7 @@ class SemanticIndex:
         self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
     ) -> dict[int, torch.Tensor]:
         """Return the ids with the highest values, by layer; both arrays are [n_recorded_layers, d_ff]."""
-        keep_ratio = self.default_keep_ratio if keep_ratio is None else keep_ratio
+        keep_ratio = self.plain_keep_ratio if keep_ratio is None else keep_ratio
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
         return {
@@ -293,7 +293,7 @@ class SemanticIndex:
 
         Args:
             match: of a prompt.
-            keep_ratio: share that is kept; None takes `default_keep_ratio`.
+            keep_ratio: share that is kept; None takes `default_keep_ratio`, or `plain_keep_ratio` if not compensated.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers.
             compensated: take the compensated set if the index holds one of this keep ratio (then ``score`` does not
@@ -328,8 +328,10 @@ class SemanticIndex:
     def _selection(
         self, cluster: int | None, keep_ratio: float | None, score: Score | str, layers: str, compensated: bool
     ) -> NeuronSelection:
-        keep_ratio = self.default_keep_ratio if keep_ratio is None else keep_ratio
-        if compensated and Score(score) is Score.ENERGY and self.has_compensation(keep_ratio):
+        compensated = compensated and Score(score) is Score.ENERGY
+        if keep_ratio is None:
+            keep_ratio = self.default_keep_ratio if compensated else self.plain_keep_ratio
+        if compensated and self.has_compensation(keep_ratio):
             wanted = self.rows_of_layers(layers)
             ids, repairs = self._compensated(keep_ratio, cluster)
             return NeuronSelection(
@@ -352,6 +354,14 @@ class SemanticIndex:
             return self.manifest.profile.keep_ratio
         compensation = self.manifest.compensation
         return compensation[0].keep_ratio if compensation else self.manifest.settings.gamma
+
+    @property
+    def plain_keep_ratio(self) -> float:
+        """The same for neurons that nothing makes up for: the build's γ, unless the profile is of such."""
+        profile = self.manifest.profile
+        if profile is not None and not self.has_compensation(profile.keep_ratio):
+            return profile.keep_ratio
+        return self.manifest.settings.gamma
 
     def has_compensation(self, keep_ratio: float) -> bool:
         """Return whether the index holds compensated sets of this keep ratio."""

@@ -296,6 +296,15 @@ def random_selection(
     )
 
 
+def default_keep_ratio(
+    index: SemanticIndex, mode: Mode, score: Score = Score.ENERGY, nearest: int = 1, compensated: bool = True
+) -> float:
+    """Return the keep ratio for who names none, which is lower where the index's compensated sets decode."""
+    routed = mode is Mode.GLOBAL or (mode is Mode.SIMILARITY and nearest == 1)
+    fitted = compensated and score is Score.ENERGY and routed
+    return index.default_keep_ratio if fitted else index.plain_keep_ratio
+
+
 def make_predictor(
     mode: Mode | str,
     layers: Sequence[MLPLayer],
@@ -316,7 +325,7 @@ def make_predictor(
         mode: similarity, hybrid, stability, global, random or dense.
         layers: the model's MLPs.
         index: needed by similarity, hybrid and global, which then must belong to the model.
-        keep_ratio: share of d_ff that is kept; None takes the index's γ.
+        keep_ratio: share of d_ff that is kept; None takes `default_keep_ratio`.
         score: energy or paper.
         sparse_layers: slice of the layers that become sparse, such as ``4:``.
         alpha: for stability and hybrid; None takes the index's α, or 0.4.
@@ -341,7 +350,7 @@ def make_predictor(
     if keep_ratio is None:
         if index is None:
             raise ConfigError(f"mode {mode.value} was given no keep ratio and no index to take it from; give one.")
-        keep_ratio = index.default_keep_ratio
+        keep_ratio = default_keep_ratio(index, mode, score, nearest, compensated)
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:
         return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))

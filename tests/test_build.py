@@ -598,6 +598,7 @@ def test_more_clusters_than_prompts_is_said_before_anything_is_computed(build, t
     with pytest.raises(ClusteringError, match="61 clusters were asked for, but the corpus holds 60 prompts"):
         build(tmp_path / "index", BuildConfig(clusters=61), progress=Stages())
     assert stages == ["Reading the corpus"]
+    assert not (tmp_path / "index.build").exists()  # or it would stand in the way of the right number
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from coreinfer_sim.build.distillation import (
     training_on,
 )
 from coreinfer_sim.build.reading import can_be_padded, read_densely
-from coreinfer_sim.build.sensitivity import PROBE, check_bypass, layer_costs, neurons_of, share_out
+from coreinfer_sim.build.sensitivity import PROBE, check_ranks, layer_costs, neurons_of, share_out
 from coreinfer_sim.build.students import Distillation, training_bytes
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -59,14 +59,14 @@ from coreinfer_sim.compensation import (
     left_over,
     surgeon_score,
 )
-from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
+from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Mode, Ranking, Score, Start
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import BuildError, ConfigError, IndexFormatError
 from coreinfer_sim.generation import TextGenerator
 from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.manifest import compensation_file
+from coreinfer_sim.manifest import ProfileInfo, compensation_file
 from coreinfer_sim.models import LanguageModel, load_model
-from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.predictors import default_keep_ratio, make_predictor
 from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
 
@@ -846,6 +846,27 @@ def test_a_single_cluster_has_nobody_to_learn_with():
     assert [each.clusters for each in trainings(COMPENSATION, 3)] == alone
 
 
+def test_only_what_is_compensated_decodes_at_the_compensated_keep_ratio(built, tiny_checkpoint, encoder):
+    index, layers = SemanticIndex.load(built, encoder), load_model(tiny_checkpoint).layers
+    assert index.default_keep_ratio == 0.5 and index.plain_keep_ratio == index.manifest.settings.gamma == 0.8
+    assert (
+        index.global_selection().compensation and len(index.global_selection(compensated=False).ids[0]) == 38
+    )  # of 48
+    for mode, options, wanted in (
+        ("similarity", {}, 0.5), ("global", {}, 0.5), ("stability", {}, 0.8), ("hybrid", {}, 0.8),
+        ("similarity", {"nearest": 2}, 0.8), ("similarity", {"score": "paper"}, 0.8), ("global", {"compensated": False}, 0.8),
+    ):  # fmt: skip
+        assert (
+            default_keep_ratio(index, Mode(mode), **{k: Score(v) if k == "score" else v for k, v in options.items()})
+            == wanted
+        )
+        assert make_predictor(mode, layers, index, **options)
+    index.manifest = replace(index.manifest, profile=ProfileInfo(0.5, 0.1, 1.0, 1.0, 1.0, 1, 10))
+    assert (index.default_keep_ratio, index.plain_keep_ratio) == (0.5, 0.8)
+    index.manifest = replace(index.manifest, profile=ProfileInfo(0.6, 0.1, 1.0, 1.0, 1.0, 1, 10))
+    assert (index.default_keep_ratio, index.plain_keep_ratio) == (0.6, 0.6)
+
+
 def test_a_copy_of_one_layer_does_not_hold_on_to_its_file(built, tiny_checkpoint):
     d_model = load_model(tiny_checkpoint).layers[0].d_model
     _, repairs = load_compensated(built / compensation_file(0.5, 0), d_model, N_LAYERS)
@@ -864,7 +885,7 @@ def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
 def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_path):
     copy = shutil.copytree(built, tmp_path / "index")
     rows = [
-        {"id": str(i), "prompt": f"Tell me of stars, {i}.", "completion": f"They are {i} and more."} for i in range(4)
+        {"id": str(i), "prompt": f"Tell me of stars, {i}.", "completion": f"They are {i} and more."} for i in range(10)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     arguments = [str(tmp_path / "rows.jsonl"), "--index", str(copy), "--model", tiny_checkpoint, "--json"]
@@ -874,6 +895,8 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     assert SemanticIndex.load(copy).default_keep_ratio == 0.5
     strict = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--max-perplexity-increase", "1e-9"])
     assert strict.exit_code == 0 and SemanticIndex.load(copy).default_keep_ratio == 1.0
+    few = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--limit", "9"])
+    assert few.exit_code == 1 and "there are 9 rows to tune on, expected 10 or more" in few.stderr
     scores = ["--score", "energy", "--score", "compensated", "--keep-ratio", "0.5", "--weights", "q8_0"]
     evaluated = CliRunner().invoke(main, ["evaluate", *arguments, *scores, "--contender", "similarity"])
     assert evaluated.exit_code == 0, evaluated.stderr
@@ -922,8 +945,10 @@ def test_a_bypass_that_leaves_no_neurons_is_refused(models):
     for key, rank in (("llama", 40), ("gpt2", 20), ("llama", 16)):
         layer = find_mlps(models[key])[0]
         with pytest.raises(ConfigError, match="give a smaller --bypass-rank"):
-            check_bypass(layer, (0.3,), rank)
-        check_bypass(layer, (0.3,), 2)
+            check_ranks(layer, (0.3,), None, rank)
+        check_ranks(layer, (0.3,), layer.d_model, 2)
+        with pytest.raises(ConfigError, match=f"at most the model's {layer.d_model} features"):
+            check_ranks(layer, (0.3,), layer.d_model + 1, 0)
     layers = find_mlps(models["llama"])
     flat = np.zeros((N_LAYERS, layers[0].d_ff))
     flat[0] = np.linspace(1, 0, layers[0].d_ff)  # only the first layer matters

@@ -468,6 +468,24 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_the_model_loads(tmp_path,
     assert "a plot needs matplotlib, not found here; install the extra eval" in refused("a.png")
 
 
+def test_what_would_be_lost_or_mixed_up_is_refused_before_the_model_loads(tmp_path):
+    line = json.dumps({"id": "1", "prompt": "p", "completion": "c"}) + "\n"
+    (tmp_path / "a").mkdir()
+    for name, lines in (("things.jsonl", line), ("a/things.jsonl", line), ("twice.jsonl", line * 2)):
+        (tmp_path / name).write_text(lines)
+
+    def refused(*arguments: str) -> str:
+        done = CliRunner().invoke(main, ["evaluate", *arguments, "--model", "./none", "--contender", "dense"])
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+        return done.stderr
+
+    things = str(tmp_path / "things.jsonl")
+    assert "there is no folder" in refused(things, "--out", str(tmp_path / "none" / "out.json"))
+    assert "two sets are called things" in refused(things, str(tmp_path / "a" / "things.jsonl"))
+    assert "two rows of twice have the id '1'" in refused(str(tmp_path / "twice.jsonl"))
+    assert "keep ratio is 1.5" in refused(things, "--keep-ratio", "1.5")
+
+
 def test_a_log_goes_on_only_with_the_same_setup(tmp_path):
     path = tmp_path / "log.jsonl"
     with open_log(path, {"model": "a", "max_tokens": 8}) as file:

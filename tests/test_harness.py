@@ -159,6 +159,21 @@ def test_what_cannot_be_scored_is_refused(harness):
         harness(keep_ratio=0.5, max_length=8).loglikelihood(pairs((QUESTIONS[0], DOCUMENT)))
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({}, "name no model, expected model=NAME"), ({"model": "./none", "bogus": 3}, "name bogus, which neither")],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        CoreInferLM.create_from_arg_obj(arguments, {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_harness_s_own_device_is_no_hurdle_where_there_is_no_gpu(tiny_checkpoint, caplog):
+    lm = CoreInferLM(tiny_checkpoint, mode="random", keep_ratio=0.5, device="cuda:0")
+    assert lm.device.type == "cpu" and "decoding on the CPU" in caplog.text
+
+
 def write_task(folder: Path, name: str, rows: list[dict[str, Any]], lines: str) -> None:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.yaml").write_text(

@@ -44,7 +44,7 @@ from coreinfer_sim.build.jobs import (
     shard_path,
     shards_of,
 )
-from coreinfer_sim.build.sensitivity import check_bypass
+from coreinfer_sim.build.sensitivity import check_ranks
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.build.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
@@ -175,7 +175,7 @@ class _Build:
         self.folder, self.config = job.folder, job.config
         self.layers = recorded_layers(language_model, job.config)
         if (settings := job.config.compensation) is not None:
-            check_bypass(self.layers[0], settings.keep_ratios, settings.bypass_rank)
+            check_ranks(self.layers[0], settings.keep_ratios, settings.rank, settings.bypass_rank)
         self.report = CorpusReport()
         self.sentences: list[Sentence] = []
         self.embeddings = np.zeros((0, encoder.dimension), np.float32)

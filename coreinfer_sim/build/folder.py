@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from coreinfer_sim.corpus import Sentence
-from coreinfer_sim.errors import BuildError
+from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError, CorpusError
 from coreinfer_sim.manifest import MANIFEST_FILE
 
 
@@ -30,7 +30,7 @@ def check_output(out: Path, force: bool) -> None:
 
 @contextmanager
 def build_folder(folder: Path, force: bool) -> Iterator[None]:
-    """Hold the build folder for this process alone; a failed start leaves no empty one behind."""
+    """Hold the build folder for this process alone; a failed start leaves none behind in the way of the next one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
@@ -43,10 +43,15 @@ def build_folder(folder: Path, force: bool) -> Iterator[None]:
             for path in folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+        new = not (folder / "plan.json").exists()
         try:
             yield
+        except (ConfigError, CorpusError, ClusteringError):
+            if new and not (folder / "shards").exists():  # another setting must be given, which cannot go on from here
+                shutil.rmtree(folder)
+            raise
         finally:
-            if {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
+            if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
                 shutil.rmtree(folder)
 
 

@@ -115,13 +115,19 @@ def neurons_of(
     return kept
 
 
-def check_bypass(layer: MLPLayer, keep_ratios: Sequence[float], bypass_rank: int) -> None:
-    """Raise ConfigError unless a bypass leaves neurons at each keep ratio, and at PROBE."""
+def check_ranks(layer: MLPLayer, keep_ratios: Sequence[float], rank: int | None, bypass_rank: int) -> None:
+    """Raise ConfigError for a rank above full, or a bypass that leaves no neurons at a keep ratio or at PROBE."""
+    if rank is not None and rank > layer.d_model:
+        raise ConfigError(
+            f"the change of the output weights is to be kept at rank {rank}, expected at most the model's {layer.d_model} "
+            "features; give a smaller one or --compensate full."
+        )
     taken = bypass_neurons(layer, bypass_rank)
     for ratio in (*keep_ratios, PROBE):
         n = n_within(layer, ratio, bypass_rank)
         if bypass_rank > layer.d_model or taken >= n:
+            place = "" if ratio in keep_ratios else ", where layers are measured"
             raise ConfigError(
                 f"a bypass of rank {bypass_rank} takes {taken} neurons, expected fewer than the {n} that a layer keeps at "
-                f"{ratio:g}, and a rank of at most {layer.d_model}; give a smaller --bypass-rank."
+                f"{ratio:g}{place}, and a rank of at most {layer.d_model}; give a smaller --bypass-rank."
             )

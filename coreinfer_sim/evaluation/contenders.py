@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import MLPLayer, find_mlps, module_bytes, other_bytes
-from coreinfer_sim.config import Fallback, Score
+from coreinfer_sim.config import Fallback, Score, check_ratio
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
@@ -281,8 +281,10 @@ def parse_contenders(
     ratios and weights alone.
 
     Raises:
-        ConfigError: there is no such contender, or it has no compensated sets.
+        ConfigError: there is no such contender, or a keep ratio is no share.
     """
+    for ratio in keep_ratios:
+        check_ratio("keep ratio", ratio)
     found: dict[str, Contender] = {}
     for kind, given in itertools.product(weights, names):
         name, score, n, fallback = _parts(given)

@@ -11,6 +11,8 @@ the document, and every later window with all its positions, runs under the comp
 
 from __future__ import annotations
 
+import inspect
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +36,8 @@ from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import installed
 
+_log = logging.getLogger(__name__)
+
 LogLikelihood = tuple[float, bool]
 """Sum over tokens in nats, and whether each token is the likeliest."""
 
@@ -53,7 +57,7 @@ class CoreInferLM(HFLM):
 
     def __init__(
         self,
-        model: str,
+        model: str | None = None,
         index: str | None = None,
         mode: str = Mode.SIMILARITY.value,
         keep_ratio: float | None = None,
@@ -73,25 +77,34 @@ class CoreInferLM(HFLM):
             model: hub id, checkpoint folder or GGUF file.
             index: folder; similarity and global need it.
             mode: similarity, stability, global, random or dense.
-            keep_ratio: share of d_ff that is kept; None takes the index's γ.
+            keep_ratio: share of d_ff that is kept; None takes the index's default, as `make_predictor` does.
             score: energy or paper.
             sparse_layers: slice of the layers that become sparse.
             alpha: for stability.
             seed: for random.
             encoder: sentence encoder, hub id or folder; None: the index's.
             dtype: of the weights; auto: as stored, bfloat16 for GGUF.
-            device: torch device; auto: a GPU if there is one.
+            device: torch device; auto: a GPU if there is one, and so is lm-eval's own default, cuda:0, where there is none.
             rolling_prompt: positions of a rolling document that are read densely, its prefix token among them.
             **options: of `HFLM`, such as batch_size, max_length, add_bos_token.
 
         Raises:
             CoreInferSimError: as `load_model`, `SemanticIndex.load` and `make_predictor` do.
         """
+        if model is None:
+            raise ConfigError("the arguments name no model, expected model=NAME among --model_args.")
+        if unknown := sorted(set(options) - set(inspect.signature(HFLM.__init__).parameters)):
+            raise ConfigError(
+                f"the arguments name {', '.join(unknown)}, which neither this model nor lm-eval's own knows; leave them out."
+            )
         _check_choice("mode", mode, Mode)
         _check_choice("score", score, Score)
         if rolling_prompt < 1:
             raise ConfigError(f"rolling_prompt is {rolling_prompt}, expected 1 or more.")
         loaded = None if index is None else SemanticIndex.load(index, SentenceEncoder(encoder) if encoder else None)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            _log.warning("There is no GPU here for %s: decoding on the CPU.", device)
+            device = "auto"
         self._language_model = load_model(model, dtype, device)
         self._predictor = make_predictor(
             mode,

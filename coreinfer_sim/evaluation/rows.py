@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,25 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
             f"{path} holds {found}, and none whose id hashes into {part.start} to {part.stop - 1}; "
             + ("give a file with rows." if n_lines == n_empty else "name a wider --part.")
         )
+    return rows
+
+
+def read_sets(paths: Sequence[str | Path], part: range, limit: int | None) -> list[Row]:
+    """Read the rows of several files, one set each; arguments and errors as for `read_rows`.
+
+    Raises:
+        CorpusError: scores could not be told apart: two files of one name, or two rows of one id.
+    """
+    rows = [row for path in paths for row in read_rows(path, part, limit)]
+    names = [Path(path).stem for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CorpusError(f"two sets are called {twice}, expected each to have its own name; rename a file.")
+    known: set[tuple[str, str]] = set()
+    for row in rows:
+        if (row.set_name, row.id) in known:
+            raise CorpusError(f"two rows of {row.set_name} have the id {row.id!r}, expected each to have its own.")
+        known.add((row.set_name, row.id))
     return rows
 
 

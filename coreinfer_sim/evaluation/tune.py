@@ -6,12 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from coreinfer_sim.config import Fallback
+from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.manifest import ProfileInfo
 
 KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Tried beside those of the index's compensated sets."""
+
+
+FEWEST_ROWS = 10
+"""From fewer a bootstrap draws intervals that are too narrow: from one, none at all."""
+
+
+def check_rows(n_rows: int) -> None:
+    """Raise ConfigError if there are too few rows to promise anything on."""
+    if n_rows < FEWEST_ROWS:
+        raise ConfigError(
+            f"there are {n_rows} rows to tune on, expected {FEWEST_ROWS} or more, as a promise needs an interval; give more "
+            "sets, a higher --limit or a wider --part."
+        )
 
 
 def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[Contender]:
