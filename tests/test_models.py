@@ -35,3 +35,16 @@ def test_a_device_that_is_not_there(device, tmp_path):
     folder = save_tiny_checkpoint(tmp_path / "model")
     with pytest.raises(ModelError, match=f"the device '{device}' cannot be used, as this machine has cpu"):
         load_model(folder, device=device)
+
+
+def test_the_output_head_is_given_packed_hidden_states(tmp_path):
+    model = load_model(save_tiny_checkpoint(tmp_path / "model")).model
+    given = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _head, args: given.append(args[0]))
+    ids = torch.arange(5, 17).view(2, 6)
+    whole = model(input_ids=ids).logits
+    for rows, n_last in ((1, 1), (1, 3), (2, 1)):
+        last = model(input_ids=ids[:rows], logits_to_keep=n_last).logits
+        assert torch.allclose(last, whole[:rows, -n_last:], atol=1e-5)
+        d_model = model.config.hidden_size
+        assert given[-1].stride() == (n_last * d_model, d_model, 1)  # else torch copies the head, see `_packed`
