@@ -110,7 +110,7 @@ def _packed(_head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, 
     copies the head: in bfloat16 1.3 seconds a prompt for 151,936 words and 1,536 features, in place of 0.02.
     """
     hidden = given[0]
-    return hidden.flatten(0, -2).unflatten(0, hidden.shape[:-1]), *given[1:]
+    return hidden.flatten(0, -2).contiguous().unflatten(0, hidden.shape[:-1]), *given[1:]
 
 
 def usable_device(name: str) -> str:
