@@ -632,8 +632,14 @@ def test_an_output_folder_that_exists(build, index, tmp_path):
     assert (tmp_path / "file").read_text() == "dear"
 
 
-def test_other_settings_than_those_of_a_broken_off_build(build, tmp_path):
-    refused(build("--clusters", 46), "46 clusters")  # leaves the corpus that it had read
+def test_other_settings_than_those_of_a_broken_off_build(build, tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    refused(build("--clusters", 46), "46 clusters")  # leaves nothing
+    with monkeypatch.context() as patch:
+        patch.setattr("coreinfer_sim.build.builder._Build.run", interrupt)
+        assert build("--clusters", 2).exit_code != 0
     refused(build("--clusters", 3, "--alpha", 0.7), "another clusters, alpha", "expected the same settings", "--force")
     assert build("--clusters", 3, "--force").exit_code == 0
 

@@ -385,7 +385,7 @@ from coreinfer_sim.budget import Use, load_within
 from coreinfer_sim.memory import peak_bytes
 from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.runtime import SparseModel
-use = Use(n_kept=[6144] * 4, n_prompt=20, n_new=8)
+use = Use(n_kept=[6144] * 8, n_prompt=20, n_new=8)
 lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
 sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
 sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -399,7 +399,7 @@ print(json.dumps({"peak": peak_bytes(), "held": held, "needed": plan.needed, "ml
 def test_a_process_keeps_to_its_plan(tmp_path):
     folder = save_tiny_checkpoint(
         tmp_path / "model", hidden_size=256, intermediate_size=24576, num_attention_heads=8, head_dim=32,
-        num_hidden_layers=4,
+        num_hidden_layers=8,
     )  # fmt: skip
     # The first run compiles the loops, for which LLVM takes memory of its own; the second finds them in a cache that no
     # other test's process writes to meanwhile.
@@ -410,6 +410,6 @@ def test_a_process_keeps_to_its_plan(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["mlps"] > 300e6
+    assert found["mlps"] > 600e6  # beside which it is little how many pages of libraries the system maps
     assert found["peak"] <= found["needed"]
     assert found["peak"] - found["held"] < 0.5 * found["mlps"]  # the dense MLPs are never all in memory
