@@ -222,7 +222,7 @@ def compensate(
 def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor) -> float:
     """Return the λ of RIDGES whose fit leaves the least squared error on other tokens, walking downhill from FEW_TEXTS_RIDGE.
 
-    The error falls and rises once over λ, so that three or four of them need a fit.
+    The error is taken to fall and rise once over λ, so that three or four of them need a fit.
 
     With W of the kept neurons, its change D and G, C of the held tokens, that is tr(D G Dᵀ) − 2 tr(D (C − G Wᵀ)), and the
     square of what the bias, which is fitted too, leaves of the mean.

@@ -127,9 +127,8 @@ def test_moments_of_bfloat16_are_those_of_float32_and_leave_the_precision_of_oth
 
 
 def test_moments_of_few_weighted_bfloat16_tokens_are_those_of_a_covariance():
-    z = (
-        30 + drawn(40, 300, seed=1)
-    ).bfloat16()  # far more neurons than tokens, and a mean that towers above what varies
+    # far more neurons than tokens, and a mean that towers above what varies
+    z = (30 + drawn(40, 300, seed=1)).bfloat16()
     gram = moments_of(z, z[:, :6], torch.where(torch.arange(40) % 3 == 0, 1.0, 0.3)).centred().gram
     assert torch.allclose(gram, gram.T, atol=1e-3)
     assert torch.linalg.eigvalsh(gram.double())[0] > -0.1  # float32 itself has -0.02
@@ -849,9 +848,8 @@ def test_a_single_cluster_has_nobody_to_learn_with():
 def test_only_what_is_compensated_decodes_at_the_compensated_keep_ratio(built, tiny_checkpoint, encoder):
     index, layers = SemanticIndex.load(built, encoder), load_model(tiny_checkpoint).layers
     assert index.default_keep_ratio == 0.5 and index.plain_keep_ratio == index.manifest.settings.gamma == 0.8
-    assert (
-        index.global_selection().compensation and len(index.global_selection(compensated=False).ids[0]) == 38
-    )  # of 48
+    assert index.global_selection().compensation
+    assert len(index.global_selection(compensated=False).ids[0]) == 38  # of 48
     for mode, options, wanted in (
         ("similarity", {}, 0.5), ("global", {}, 0.5), ("stability", {}, 0.8), ("hybrid", {}, 0.8),
         ("similarity", {"nearest": 2}, 0.8), ("similarity", {"score": "paper"}, 0.8), ("global", {"compensated": False}, 0.8),

@@ -349,6 +349,8 @@ def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | No
     for layer in layers:
         n_weights = int(keep_ratio * layer.d_ff) * layer.d_model
         total += _LEARNING_BYTES * _n_learning(layer, keep_ratio, rank, n_sharing) + (of_weight + of_fitted) * n_weights
+        if n_sharing > 1:  # all neurons' output weights once more, from which sets are cut
+            total += layer.output.weight.nbytes
     return total
 
 
