@@ -170,9 +170,14 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
             print_text_table(summary)
 
 
+def _width(summary: list[dict[str, Any]]) -> int:
+    """Return the characters that the longest contender's name takes."""
+    return max([28, *(len(row["contender"]) for row in summary)])
+
+
 def print_table(summary: list[dict[str, Any]]) -> None:
     """Print a line a contender."""
-    width = max([28, *(len(row["contender"]) for row in summary)])
+    width = _width(summary)
     click.echo(
         f"{'contender':{width}s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
     )
@@ -187,7 +192,7 @@ def print_table(summary: list[dict[str, Any]]) -> None:
 def print_text_table(summary: list[dict[str, Any]]) -> None:
     """Print what generated texts score, 0 to 100: a line a contender and set, and one for the mean over sets."""
     titles = {"exact_match": "exact", "f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
-    width = max([28, *(len(row["contender"]) for row in summary)])
+    width = _width(summary)
     click.echo(
         f"\n{'contender':{width}s} {'generated texts':18s}" + "".join(f" {title:>7s}" for title in titles.values())
     )

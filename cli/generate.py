@@ -124,6 +124,10 @@ def generate(
         raise click.UsageError(
             f"--min-new-tokens is {given['min_new_tokens']}, expected at most --max-new-tokens, {given['max_new_tokens']}."
         )
+    if given["refresh"] and given["num_beams"] > 1:
+        raise click.UsageError(
+            f"--refresh follows one text, but --num-beams is {given['num_beams']}, expected 1; leave one out."
+        )
     prompts = _prompts(prompt, file)
     first = next(prompts, None)
     if first is None:

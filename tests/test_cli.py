@@ -405,6 +405,9 @@ def test_refresh(index):
     assert re.search(r"keeps 0\.50, \d+ times anew · ", text)
     refused(call("generate", "stars", "--index", index, "--refresh", "drift"), "mode similarity", "stability or hybrid")
     refused(call("generate", "stars", "--index", index, "--mode", "hybrid", "--refresh", "often"), "every:N")
+    beams = call("generate", "stars", "--index", index, "--mode", "hybrid", "--refresh", "drift", "--num-beams", 2)
+    refused(beams, "--num-beams is 2", "expected 1", code=2)
+    assert not beams.stdout, "nothing is printed before the refusal"
 
 
 def test_modes_without_an_index(tiny_checkpoint):
