@@ -44,7 +44,7 @@ from coreinfer_sim.build.distillation import (
     n_decoded,
     training_on,
 )
-from coreinfer_sim.build.reading import can_be_padded, read_densely
+from coreinfer_sim.build.reading import packs, read_densely
 from coreinfer_sim.build.sensitivity import PROBE, check_ranks, layer_costs, neurons_of, share_out
 from coreinfer_sim.build.students import Distillation, training_bytes
 from coreinfer_sim.clustering import Clustering
@@ -415,35 +415,49 @@ def test_sets_that_learn_jointly_share_what_they_learn_in_every_family(model):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_texts_that_are_read_side_by_side_are_read_as_one_by_one_in_every_family(model):
+def test_texts_of_a_pack_are_read_as_one_by_one_in_every_family(model):
     texts = some_texts(7)
     n_last = [n_decoded(text) // (1 + i % 3) for i, text in enumerate(texts)]
     assert len(set(n_last)) > 3 and len({len(text.ids) for text in texts}) > 3
-    if not can_be_padded(model, max(len(text.ids) for text in texts)):
-        assert model.config.sliding_window < 20  # such texts go one by one
+    if len(list(packs(model, texts))) > 1:
+        assert model.config.model_type == "bloom" or model.config.sliding_window < 20  # such texts go one by one
+        assert list(packs(model, texts)) == [[i] for i in range(7)]
         return
     together = read_densely(model, texts, n_last)
     alone = [read_densely(model, [text], [n]) for text, n in zip(texts, n_last, strict=True)]
     wanted = torch.cat([reading.log_probabilities for reading in alone])
     assert together.n_last == sum(n_last)
     assert torch.allclose(together.log_probabilities, wanted, atol=1e-4)
+    layers = find_mlps(model)
+    half = NeuronSelection("half", {layer.number: torch.arange(layer.d_ff // 2) for layer in layers})
     with torch.no_grad():
-        assert torch.allclose(together.again(model), wanted, atol=1e-4)
+        assert together.divergences(model).abs().max() < 1e-4
+        with installed(layers, half):
+            apart = torch.cat([reading.divergences(model) for reading in alone])
+            assert apart.mean() > 1e-3 and torch.allclose(together.divergences(model), apart, atol=1e-4)
+
+
+def test_packs_hold_what_fits_and_long_texts_are_read_alone(models, monkeypatch):
+    monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": 100})
+    texts = [CalibrationText([1] * n, n // 2) for n in (40, 60, 1, 300, 30, 70)]
+    assert list(packs(models["llama"], texts)) == [[0, 1], [2], [3], [4, 5]]
+    assert list(packs(models["bloom"], texts)) == [[i] for i in range(6)]
+    assert list(packs(models["llama"], [])) == []
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_training_on_texts_side_by_side_learns_what_one_by_one_does(models, joint):
+def test_training_on_packs_learns_what_it_does_one_by_one(models, monkeypatch, joint):
     language_model, texts = language_model_of(models["llama"]), some_texts(20)
     sets, settings = fitted_blankly(language_model, texts, 2)
-    readers = [0] * 10 + [1] * 10  # so that batches keep the texts' order
+    settings = replace(settings, tokens_per_step=100_000)  # a step for each reader
 
-    def train(n_at_once):
-        settled = replace(settings, texts_at_once=n_at_once, tokens_per_step=100_000)  # one step
+    def train(most):
+        monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": most})
         if not joint:
-            return distil(language_model, sets, texts, settled)
-        return distil_jointly(language_model, [sets], texts, readers, settled)[0]
+            return distil(language_model, sets, texts, settings)
+        return distil_jointly(language_model, [sets], texts, [i % 2 for i in range(20)], settings)[0]
 
-    for one, several in zip(train(1), train(4), strict=True):
+    for one, several in zip(train(0), train(100), strict=True):
         for number in range(N_LAYERS):
             change, other = one.compensation[number].left, several.compensation[number].left
             assert change.abs().sum() > 0
@@ -455,6 +469,7 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
     monkeypatch.setattr("coreinfer_sim.build.distillation._KEPT_EVERY", 0.0)
     language_model, texts = language_model_of(models["llama"]), some_texts(20)
     sets, settings = fitted_blankly(language_model, texts, 2)
+    settings = replace(settings, tokens_per_step=50)
     path, left = tmp_path / "training" / "1.safetensors", []
 
     def train(checkpoint, report=None):
@@ -464,7 +479,7 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
 
     def interrupted(n_tokens):
         left.append(n_tokens)
-        if len(left) == 13:
+        if len(left) == 5:
             raise KeyboardInterrupt
 
     wanted = train(None)
@@ -481,24 +496,24 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
         train(path)
 
 
-def test_where_texts_are_read_side_by_side_steps_are_larger_and_divergences_the_same(models, monkeypatch):
+def test_divergences_of_packs_are_those_of_texts_one_by_one(models, monkeypatch):
     language_model, texts = language_model_of(models["llama"]), some_texts(20)
     sets, _ = fitted_blankly(language_model, texts, 2)
     compact = [compact_model(language_model.layers, each) for each in sets]
-    alone = mean_divergences(language_model, texts, compact, lambda _n: None)
-    small = training_on(models["llama"], texts, 1.0)
-    assert (small.texts_at_once, small.tokens_per_step) == (1, Distillation.tokens_per_step)
-    monkeypatch.setattr("coreinfer_sim.build.distillation.texts_at_once", lambda _model, _texts: 8)
     reported = []
     together = mean_divergences(language_model, texts, compact, reported.append)
+    assert sum(reported) == 20 > len(reported)
+    monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": 0})
+    alone = mean_divergences(language_model, texts, compact, lambda _n: None)
     assert together == pytest.approx(alone, rel=1e-4) and min(alone) > 0
-    assert reported == [8, 8, 4]
-    few = training_on(models["llama"], texts, 1.0)
-    assert few.tokens_per_step == Distillation.tokens_per_step  # enough steps come first
-    monkeypatch.setattr("coreinfer_sim.build.distillation._ENOUGH_STEPS", 2)
-    large = training_on(models["llama"], texts, 1.0)
+
+
+def test_steps_are_larger_on_a_gpu_where_there_are_enough(monkeypatch):
+    texts = some_texts(20)
     n_tokens = sum(n_decoded(text) for text in texts)
-    assert (large.learning_rate, large.texts_at_once) == (1.0, 8)
+    assert training_on("cpu", texts, 1.0) == training_on("cuda", texts, 1.0) == Distillation(1.0)
+    monkeypatch.setattr("coreinfer_sim.build.distillation._ENOUGH_STEPS", 2)
+    large = training_on("cuda", texts, 1.0)
     assert large.tokens_per_step == min(1000, n_tokens // 2) > Distillation.tokens_per_step
 
 

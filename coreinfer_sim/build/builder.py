@@ -482,7 +482,8 @@ class _Build:
         if not unfinished:
             return
         done = sum(n_tokens.values()) - sum(n_tokens[i] for i in unfinished)
-        run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
+        alone = min(n_workers, len(unfinished)) == 1
+        run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance, alone)
         self.progress.start(title, sum(n_tokens.values()), "tokens", done)
         try:
             run_shards(unfinished, run, n_workers, distiller_of, self.job, self.progress.advance)

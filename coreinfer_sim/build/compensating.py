@@ -129,10 +129,12 @@ def make_distiller(
     max_tokens: int,
     folder: Path,
     report: Callable[[int], None] | None,
+    room_share: float,
 ) -> Callable[[int], int]:
     """Return the function that does one of the build's `trainings`, by its number, at all keep ratios.
 
-    That function leaves the sets on disk and returns the tokens that it has not reported. Arguments as for `make_fitter`.
+    That function leaves the sets on disk and returns the tokens that it has not reported. Arguments as for `make_fitter`,
+    and the share of the free memory in which sets may be trained side by side.
     """
     assert config.compensation is not None
     settings = config.compensation
@@ -152,8 +154,10 @@ def make_distiller(
         places, texts = calibration_texts(
             language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens
         )
-        how = training_on(language_model.model, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE)
-        room = free_memory(language_model.model.device) // 2  # another worker may be about to take the other half
+        how = training_on(
+            language_model.model.device.type, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE
+        )
+        room = int(room_share * free_memory(language_model.model.device))
         parts = trained_together(language_model.layers, settings, room, len(clusters))
 
         def advance(n_tokens: int) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coreinfer_sim.build.calibration import CalibrationText
-from coreinfer_sim.build.reading import n_completion, read_densely, texts_at_once
+from coreinfer_sim.build.reading import n_completion, packs, read_densely
 from coreinfer_sim.build.students import Alone, Distillation, Joint, Student
 from coreinfer_sim.errors import BuildError
 from coreinfer_sim.files import write_atomic
@@ -34,18 +34,16 @@ _KEPT_EVERY = 300.0
 """Seconds of training that a kill may cost."""
 _LEAST_READ = 32
 _LARGE_STEP = 1000
-"""Decoded tokens of a step where texts are read side by side, unless that leaves fewer steps than _ENOUGH_STEPS."""
+"""Decoded tokens of a step on a GPU, unless that leaves fewer steps than _ENOUGH_STEPS."""
 _ENOUGH_STEPS = 500
 
 
-def training_on(model: Any, texts: Sequence[CalibrationText], learning_rate: float) -> Distillation:
-    """Return how texts are trained on with the model's device: on a GPU a small step takes as long as a large one."""
-    n_at_once = texts_at_once(model, texts)
-    if n_at_once == 1:
+def training_on(device: str, texts: Sequence[CalibrationText], learning_rate: float) -> Distillation:
+    """Return how texts are trained on with a type of device: on a GPU a small step takes as long as a large one."""
+    if device != "cuda":
         return Distillation(learning_rate)
     n_tokens = sum(max(0, n_decoded(text)) for text in texts)
-    per_step = min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // _ENOUGH_STEPS))
-    return Distillation(learning_rate, per_step, n_at_once)
+    return Distillation(learning_rate, min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // _ENOUGH_STEPS)))
 
 
 def distil(
@@ -71,7 +69,7 @@ def distil(
     Returns:
         The same ids with the trained compensation, on the CPU.
     """
-    steps = list(_steps(texts, [0] * len(texts), settings.texts_at_once, settings.tokens_per_step))
+    steps = list(_steps(texts, [0] * len(texts), settings.tokens_per_step))
     students = [Alone(language_model, selection, settings, len(steps)) for selection in selections]
     _train(language_model, students, texts, steps, settings, report, checkpoint)
     return [selection for student in students for selection in student.trained()]
@@ -102,7 +100,7 @@ def distil_jointly(
     Returns:
         The same ids with the trained compensation, on the CPU.
     """
-    steps = list(_steps(texts, readers, settings.texts_at_once, settings.tokens_per_step))
+    steps = list(_steps(texts, readers, settings.tokens_per_step))
     students = [Joint(language_model, selections, readers, settings, len(steps)) for selections in families]
     _train(language_model, students, texts, steps, settings, report, checkpoint)
     return [student.trained() for student in students]
@@ -112,7 +110,7 @@ def _train(
     language_model: LanguageModel,
     students: Sequence[Student],
     texts: Sequence[CalibrationText],
-    steps: Sequence[list[list[int]]],
+    steps: Sequence[list[int]],
     settings: Distillation,
     report: Callable[[int], None] | None,
     checkpoint: Path | None,
@@ -125,20 +123,22 @@ def _train(
         for number, step in enumerate(steps, 1):
             if number <= n_done:
                 if report is not None:
-                    report(sum(len(texts[place].ids) for batch in step for place in batch))
+                    report(sum(len(texts[place].ids) for place in step))
                 continue
-            weights = [torch.cat([_weights(texts[place], settings) for place in batch]) for batch in step]
-            total = float(torch.cat(weights).sum())
-            for batch, weight in zip(step, weights, strict=True):
-                read = [texts[place] for place in batch]
+            weights = {place: _weights(texts[place], settings).to(device) for place in step}
+            total = sum(float(weight.sum()) for weight in weights.values())
+            for pack in packs(model, [texts[place] for place in step]):
+                places = [step[i] for i in pack]
+                read = [texts[place] for place in places]
                 reading = read_densely(model, read, [n_decoded(text) for text in read])
+                weight = torch.cat([weights[place] for place in places]) / total
                 for student in students:
-                    whole = install(layers, student.compact(batch[0]))
+                    whole = install(layers, student.compact(places[0]))
                     try:
-                        (weight.to(device) @ reading.divergences(model) / total).backward()  # type: ignore[no-untyped-call]
+                        (weight @ reading.divergences(model)).backward()  # type: ignore[no-untyped-call]
                     finally:
                         install(layers, whole)
-                    student.take(batch[0])
+                    student.take(places[0])
                 if report is not None:
                     report(sum(len(text.ids) for text in read))
             for student in students:
@@ -208,9 +208,8 @@ def mean_divergences(
     """
     model, layers = language_model.model, language_model.layers
     sums = [0.0] * len(contenders)
-    n_at_once = texts_at_once(model, texts)
-    for begin in range(0, len(texts), n_at_once):
-        group = texts[begin : begin + n_at_once]
+    for pack in packs(model, texts):
+        group = [texts[place] for place in pack]
         n_last = [n_completion(text) for text in group]
         with torch.inference_mode():
             reading = read_densely(model, group, n_last)
@@ -224,36 +223,15 @@ def mean_divergences(
     return [total / len(texts) for total in sums]
 
 
-def _steps(
-    texts: Sequence[CalibrationText], readers: Sequence[int], n_at_once: int, n_tokens: int
-) -> Iterator[list[list[int]]]:
-    """Divide the places of texts into steps of at least ``n_tokens`` decoded tokens; the last takes what is left.
-
-    A step is batches of texts that are read side by side, each by one reader, and a reader's one after the other.
-    """
-    step: list[list[int]] = []
-    n_found = 0
-    for batch in _batches(texts, readers, n_at_once, n_tokens):
-        step.append(batch)
-        n_found += sum(n_decoded(texts[place]) for place in batch)
-        if n_found >= n_tokens:
-            yield sorted(step, key=lambda batch: readers[batch[0]])
-            step, n_found = [], 0
-    if step:
-        yield sorted(step, key=lambda batch: readers[batch[0]])
-
-
-def _batches(
-    texts: Sequence[CalibrationText], readers: Sequence[int], n_at_once: int, n_tokens: int
-) -> Iterator[list[int]]:
-    """Gather the places of texts of one reader, up to ``n_at_once`` or ``n_tokens`` decoded tokens, in their order."""
+def _steps(texts: Sequence[CalibrationText], readers: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
+    """Divide the places of texts into steps of one reader and at least ``n_tokens`` decoded tokens; the last ones are smaller."""
     waiting: dict[int, list[int]] = {}
     for place, text in enumerate(texts):
         if n_decoded(text) <= 0:
             continue
-        batch = waiting.setdefault(readers[place], [])
-        batch.append(place)
-        if len(batch) >= n_at_once or sum(n_decoded(texts[each]) for each in batch) >= n_tokens:
+        step = waiting.setdefault(readers[place], [])
+        step.append(place)
+        if sum(n_decoded(texts[each]) for each in step) >= n_tokens:
             yield waiting.pop(readers[place])
     yield from waiting.values()
 

@@ -21,6 +21,9 @@ from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.models import LanguageModel, load_model
 
+_ROOM_ALONE = 0.8
+"""Share of the free memory that training takes by itself at most: reading texts and the rest of the machine need some."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -106,9 +109,14 @@ def distiller(
     sentences: list[Sentence],
     clustering: Clustering,
     report: Callable[[int], None] | None = None,
+    alone: bool = False,
 ) -> RunShard:
-    """Return the function that does one of the build's trainings, by its number in `trainings`."""
-    return make_distiller(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, report)
+    """Return the function that does one of the build's trainings, by its number in `trainings`.
+
+    ``alone`` says that no other process trains meanwhile; else another may be about to take half of the free memory.
+    """
+    share = _ROOM_ALONE if alone else 0.5
+    return make_distiller(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, report, share)
 
 
 def distiller_of(job: Job) -> RunShard:

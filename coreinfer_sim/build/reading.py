@@ -1,10 +1,14 @@
-"""What the dense model makes of texts, and how far the model as it is now departs from it where decode would read."""
+"""What the dense model makes of texts, and how far the model as it is now departs from it where decode would read.
+
+Texts are read in packs: several in one row, one after the other, each seeing itself alone. A pass over a row of some
+hundred tokens takes little longer than one over fifty, as it reads the same weights.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +17,8 @@ import torch.nn.functional as F
 
 from coreinfer_sim.build.calibration import CalibrationText
 
-_MOST_AT_ONCE = 32
+_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+"""Of a pack, by device: with so many a pass is bound by arithmetic."""
 _COPIES = 4
 """Of float32 predictions, about: dense, sparse, gradient and on the way."""
 
@@ -23,81 +28,80 @@ class DenseReading:
     """The dense model's cache before the last tokens of some texts, and what it predicts after each of those tokens."""
 
     ids: torch.Tensor
-    """Those tokens, padded on the right, [n_texts, n_positions]."""
+    """Those tokens, text by text, [n_last]."""
     places: torch.Tensor
-    """Of all tokens that are none of the padding in ``ids``, flattened, [n_last]."""
+    """Their places in their texts, [n_last]."""
+    seen: torch.Tensor
+    """Which text each token in the cache is of, and after it each of the last ones, [n_earlier + n_last]."""
     cache: Any
-    beside: dict[str, torch.Tensor]
-    """What the model is given beside ids and cache."""
     log_probabilities: torch.Tensor
-    """float32 [n_last, vocabulary], text by text."""
+    """float32 [n_last, vocabulary]."""
 
     @property
     def n_last(self) -> int:
         """Number of the last tokens of all texts."""
-        return len(self.places)
-
-    def again(self, model: Any) -> torch.Tensor:
-        """Let the model as it is now read the last tokens after the dense cache; return its log-probabilities."""
-        return _log_probabilities(model, self.ids, self.places, copy.deepcopy(self.cache), self.beside)
+        return len(self.ids)
 
     def divergences(self, model: Any) -> torch.Tensor:
         """Return KL(dense ‖ the model as it is now) at each of the last tokens, in nats [n_last]."""
-        return F.kl_div(self.again(model), self.log_probabilities, reduction="none", log_target=True).sum(-1)
+        now = _log_probabilities(model, self.ids, self.seen, self.places, copy.deepcopy(self.cache))
+        return F.kl_div(now, self.log_probabilities, reduction="none", log_target=True).sum(-1)
 
 
 def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[int]) -> DenseReading:
-    """Read texts side by side with the model, which is dense now.
+    """Read texts with the model, which is dense now.
 
     Args:
         model: the causal language model.
-        texts: one or more, of several no more than `texts_at_once` says. What comes before the last tokens is padded on the
-            right too: padding on the left has positions at which attention sees nothing, of which not every
-            implementation of it makes numbers.
+        texts: one, or a pack of `packs`.
         n_last: how many of each text's tokens are the last ones, 1 or more and fewer than all.
     """
+    device = model.device
     n_earlier = [len(text.ids) - n for text, n in zip(texts, n_last, strict=True)]
-    n_before, n_after = max(n_earlier), max(n_last)
-    ids = torch.zeros(len(texts), n_before + n_after, dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    for row, (text, earlier, n) in enumerate(zip(texts, n_earlier, n_last, strict=True)):
-        ids[row, :earlier] = torch.tensor(text.ids[:earlier])
-        ids[row, n_before : n_before + n] = torch.tensor(text.ids[earlier:])
-        mask[row, earlier:n_before] = 0
-    rows = [torch.arange(n) + row * n_after for row, n in enumerate(n_last)]
-    ids, places = ids.to(model.device), torch.cat(rows).to(model.device)
-    beside: dict[str, torch.Tensor] = {}
-    positions: dict[str, torch.Tensor] = {}
-    if len(texts) > 1:
-        beside = {"attention_mask": mask.to(model.device)}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            positions = {"position_ids": (mask.cumsum(1) - 1).to(model.device)}
-    of_prompt = {name: value[:, :n_before] for name, value in {**beside, **positions}.items()}
-    of_last = beside | {name: value[:, n_before:] for name, value in positions.items()}
+    parts = list(zip(texts, n_earlier, strict=True))
+    before = torch.cat([torch.tensor(text.ids[:n]) for text, n in parts]).to(device)
+    last = torch.cat([torch.tensor(text.ids[n:]) for text, n in parts]).to(device)
+    places_before = torch.cat([torch.arange(n) for _, n in parts]).to(device)
+    places = torch.cat([torch.arange(n, len(text.ids)) for text, n in parts]).to(device)
+    numbers = torch.arange(len(texts)).repeat(2)
+    seen = numbers.repeat_interleave(torch.tensor([*n_earlier, *n_last])).to(device)
     with torch.no_grad():
-        cache = model.base_model(input_ids=ids[:, :n_before], use_cache=True, **of_prompt).past_key_values
-        last = ids[:, n_before:]
-        dense = _log_probabilities(model, last, places, copy.deepcopy(cache), of_last)
-        return DenseReading(last, places, cache, of_last, dense)
+        beside = _beside(model, seen[: len(before)], places_before)
+        cache = model.base_model(input_ids=before[None], use_cache=True, **beside).past_key_values
+        dense = _log_probabilities(model, last, seen, places, copy.deepcopy(cache))
+    return DenseReading(last, places, seen, cache, dense)
 
 
-def texts_at_once(model: Any, texts: Sequence[CalibrationText]) -> int:
-    """Return how many texts are best read side by side.
+def packs(model: Any, texts: Sequence[CalibrationText]) -> Iterator[list[int]]:
+    """Divide the places of texts into packs that the model reads at once, in their order.
 
-    On a CPU more than one are slower, as they are padded; a GPU is idle between short ones, and takes as many as have
-    room for their predictions in a quarter of its memory.
+    A text is a pack by itself if it is long or the model cannot be told which tokens belong together.
     """
-    longest = max((len(text.ids) for text in texts), default=1)
-    if model.device.type != "cuda" or not can_be_padded(model, longest):
-        return 1
-    n_bytes = _COPIES * 4 * longest * model.config.get_text_config().vocab_size
-    return max(1, min(_MOST_AT_ONCE, torch.cuda.get_device_properties(model.device).total_memory // 4 // n_bytes))
+    most = _most_at_once(model)
+    pack: list[int] = []
+    n_found = 0
+    for place, text in enumerate(texts):
+        if pack and n_found + len(text.ids) > most:
+            yield pack
+            pack, n_found = [], 0
+        pack.append(place)
+        n_found += len(text.ids)
+    if pack:
+        yield pack
 
 
-def can_be_padded(model: Any, longest: int) -> bool:
-    """Return whether attention reaches over texts of ``longest`` tokens and the padding amid them."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return window is None or window >= 2 * longest
+def _most_at_once(model: Any) -> int:
+    """Return the most tokens of a pack of several texts."""
+    config = model.config.get_text_config()
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not positions or getattr(config, "alibi", False):  # places come from the mask, which a pack needs for itself
+        return 0
+    most = _TOKENS_AT_ONCE.get(model.device.type, _TOKENS_AT_ONCE["cpu"])
+    if model.device.type == "cuda":
+        room = torch.cuda.get_device_properties(model.device).total_memory // 4
+        most = min(most, room // (_COPIES * 4 * config.vocab_size))
+    window = getattr(config, "sliding_window", None)
+    return most if window is None else min(most, window - 1)  # farther back its cache forgets
 
 
 def n_completion(text: CalibrationText) -> int:
@@ -105,8 +109,26 @@ def n_completion(text: CalibrationText) -> int:
     return min(len(text.ids) - text.n_prompt, len(text.ids) - 1)
 
 
+def _beside(model: Any, seen: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what the model is given beside the ids of a pack, so that each token sees its own text alone.
+
+    Args:
+        model: the causal language model.
+        seen: which text each token is of that is in the cache or read now, [n_seen].
+        places: of those that are read now, the last ones, in their texts, [n_read].
+    """
+    if int(seen.max()) == 0:  # one text, in whose order the model reads by itself
+        return {}
+    now = torch.arange(len(seen) - len(places), len(seen), device=seen.device)
+    visible = (seen[now, None] == seen) & (now[:, None] >= torch.arange(len(seen), device=seen.device))
+    mask = torch.zeros(visible.shape, dtype=model.dtype, device=seen.device)
+    mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
+    return {"attention_mask": mask[None, None], "position_ids": places[None]}
+
+
 def _log_probabilities(
-    model: Any, ids: torch.Tensor, places: torch.Tensor, cache: Any, beside: dict[str, torch.Tensor]
+    model: Any, ids: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, cache: Any
 ) -> torch.Tensor:
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **beside).logits
-    return F.log_softmax(logits.flatten(0, 1)[places].float(), -1)
+    beside = _beside(model, seen, places)
+    logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True, **beside).logits
+    return F.log_softmax(logits[0].float(), -1)

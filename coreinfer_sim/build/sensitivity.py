@@ -8,7 +8,7 @@ import numpy as np
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_each_alone
-from coreinfer_sim.build.reading import n_completion, read_densely
+from coreinfer_sim.build.reading import n_completion, packs, read_densely
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import bypass_neurons, n_within
@@ -46,16 +46,17 @@ def layer_costs(
         KL in nats by layer and number of kept neurons 1, 2, … d_ff: [n_layers, d_ff].
     """
     layers = language_model.layers
-    readings = [
-        read_densely(language_model.model, [text], [n]) for text in measured_on if (n := n_completion(text)) > 0
-    ]
+    model = language_model.model
+    measured_on = [text for text in measured_on if n_completion(text) > 0]
+    groups = [[measured_on[place] for place in pack] for pack in packs(model, measured_on)]
+    readings = [read_densely(model, group, [n_completion(text) for text in group]) for group in groups]
     n_tokens = max(1, sum(reading.n_last for reading in readings))
     costs = np.zeros((len(layers), layers[0].d_ff), np.float32)
     for layer, ids, repair, left in fit_each_alone(language_model, fitted_on, PROBE, fit):
         n = n_within(layer, PROBE, fit.bypass_rank)
         whole = install(layers, {layer.number: compact_projections(layer, ids, repair)})
         try:
-            divergence = sum(float(reading.divergences(language_model.model).sum()) for reading in readings) / n_tokens
+            divergence = sum(float(reading.divergences(model).sum()) for reading in readings) / n_tokens
         finally:
             install(layers, whole)
         costs[layer.number] = max(divergence, 0.0) * (left / left[n - 1].clamp_min(1e-30)).cpu().numpy()

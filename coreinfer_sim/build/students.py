@@ -48,8 +48,6 @@ class Distillation:
     by more than ten times. A set that has been trained already is specialised at SPECIALISING_RATE."""
     tokens_per_step: int = 125
     """Decoded tokens whose gradients make one step."""
-    texts_at_once: int = 1
-    """Texts that are read side by side."""
     warm_up: float = 0.1
     """Share of the steps over which the learning rate rises; from there it falls as a cosine to zero."""
     prompt_weight: float = 0.3
@@ -133,7 +131,7 @@ class Student(ABC):
 
     @abstractmethod
     def take(self, place: int) -> None:
-        """Take the gradients that a backward pass has left with the compact MLPs of the text at ``place``."""
+        """Take the gradients that a backward pass has left with the compact MLPs that read the text at ``place``."""
 
     @abstractmethod
     def trained(self) -> list[NeuronSelection]:
