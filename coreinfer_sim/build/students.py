@@ -87,9 +87,9 @@ class _Output(nn.Module):
             bias: that learns, [d_model].
         """
         super().__init__()
-        merged = learnt.detach().clone()
-        merged[: len(rows)] += rows
-        self.weight = merged.to(rows)
+        learnt, n_kept = learnt.detach(), len(rows)
+        self.weight = rows.new_empty(learnt.shape)
+        self.weight[:n_kept], self.weight[n_kept:] = learnt[:n_kept] + rows, learnt[n_kept:]
         """[n_kept and bypass, d_model]."""
         self.gradient: torch.Tensor | None = None
         """Of the weight, after a backward pass."""
@@ -182,6 +182,8 @@ class Alone(Student):
         super().__init__(language_model, settings, n_steps)
         self._selection = selection
         self._repairs: dict[int, LayerCompensation] = {}
+        self._plain: dict[int, nn.Parameter] = {}
+        """By layer, where all that is learnt are the kept neurons' rows, [n_kept, d_model]."""
         self._inputs: dict[int, Projections] = {}
         self._rows: dict[int, torch.Tensor] = {}
         self._merged: dict[int, tuple[torch.Tensor, _Output]] = {}
@@ -193,6 +195,9 @@ class Alone(Student):
             values["left"] = values["left"].T.contiguous()
             learnt = {name: nn.Parameter(value) for name, value in values.items()}
             self._repairs[number] = replace(fitted, **{**learnt, "left": learnt["left"].T})
+            if fitted.right is None and fitted.bypass_out is None:
+                self._plain[number] = learnt["left"]
+                learnt["left"].grad = torch.zeros_like(learnt["left"])
             self._rows[number] = _output_rows(layer).index_select(0, ids.to(self.device))
             self._learn(learnt.values(), self._rows[number])
             self._inputs[number] = compact_inputs(layer, ids, fitted)
@@ -201,7 +206,8 @@ class Alone(Student):
         """Return the compact MLPs, which read all texts."""
         if not self._merged:
             for number, repair in self._repairs.items():
-                learnt = _learnt_rows(repair, self.layers[number].family.gated)
+                plain = self._plain.get(number)
+                learnt = _learnt_rows(repair, self.layers[number].family.gated) if plain is None else plain
                 self._merged[number] = learnt, _Output(self.layers[number], self._rows[number], learnt, repair.bias)
         return {
             number: {**self._inputs[number], self.layers[number].family.output: output}
@@ -210,9 +216,12 @@ class Alone(Student):
 
     def take(self, place: int) -> None:
         """Take the gradients to what learns."""
-        for learnt, output in self._merged.values():
+        for number, (learnt, output) in self._merged.items():
             assert output.gradient is not None
-            learnt.backward(output.gradient.float(), retain_graph=True)  # type: ignore[no-untyped-call]
+            if number in self._plain:  # added in place, as fresh memory is dear
+                learnt.grad.add_(output.gradient)  # type: ignore[union-attr]
+            else:
+                learnt.backward(output.gradient.float(), retain_graph=True)  # type: ignore[no-untyped-call]
             output.gradient = None
 
     def step(self) -> None:
