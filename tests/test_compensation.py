@@ -482,13 +482,22 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
         if len(left) == 5:
             raise KeyboardInterrupt
 
+    def counted(*arguments):
+        n_read.append(len(arguments[1]))
+        return read_densely(*arguments)
+
+    n_read = []
+    monkeypatch.setattr("coreinfer_sim.build.distillation.read_densely", counted)
     wanted = train(None)
+    assert sum(n_read) == len(texts)
     with pytest.raises(KeyboardInterrupt):
         train(path, interrupted)
+    n_read.clear()
     assert path.exists() and all(p.requires_grad for p in language_model.model.parameters())
     reported = []
     found = train(path, reported.append)
     assert sum(reported) == sum(len(text.ids) for text in texts) and len(reported) < len(texts)  # steps at a time
+    assert 0 < sum(n_read) < len(texts)  # what was done is not read again
     for one, two in zip(wanted, found, strict=True):
         assert all(torch.equal(one.compensation[n].left, two.compensation[n].left) for n in range(N_LAYERS))
     path.write_bytes(path.read_bytes()[:100])
