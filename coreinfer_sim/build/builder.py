@@ -66,7 +66,7 @@ from coreinfer_sim.manifest import (
     SettingsInfo,
     compensation_file,
 )
-from coreinfer_sim.memory import give_back_memory
+from coreinfer_sim.memory import freed_memory_kept, give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 from coreinfer_sim.progress import Progress, counted, readable_size
 
@@ -134,7 +134,7 @@ def build_index(
     sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
     n_threads = threads or default_threads(kind)
     job = Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
-    with build_folder(folder, force):
+    with build_folder(folder, force), freed_memory_kept():
         build = _Build(job, corpus, language_model, sentence_encoder, progress)
         build.check_plan()
         build.read()

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from coreinfer_sim.errors import BuildError
+from coreinfer_sim.memory import freed_memory_kept
 
 RunShard = Callable[[int], int]
 """Runs one shard by number, leaves its sums on disk, returns its number of tokens."""
@@ -118,9 +119,10 @@ def _help(
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     try:
-        run = make_run(job)
-        while os.getppid() == parent and (shard := _take(taken, shards)) is not None:
-            results.put(run(shard))
+        with freed_memory_kept():
+            run = make_run(job)
+            while os.getppid() == parent and (shard := _take(taken, shards)) is not None:
+                results.put(run(shard))
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 

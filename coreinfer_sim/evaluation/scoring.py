@@ -24,6 +24,9 @@ from coreinfer_sim.evaluation.rows import Row, joined
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import PromptStatistics
 
+_SCORED_AT_ONCE = 8
+"""Tokens; what is made of their logits over a large vocabulary then stays in the cache."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -116,7 +119,9 @@ class Case:
         self._targets = torch.tensor(new[1:], device=device)
         self._prompt = self._dense = prefill(language_model, self._ids, alpha)
         self.statistics = self._prompt.statistics
-        self._reference: torch.Tensor = self._logits() if reference is None else reference._reference
+        self._reference: torch.Tensor = (
+            F.log_softmax(self._logits(), -1) if reference is None else reference._reference
+        )  # log-probabilities, which every score needs
         self.reference_loss = self._score(self._reference).loss
 
     def oracle_statistics(self, language_model: LanguageModel) -> PromptStatistics:
@@ -168,10 +173,12 @@ class Case:
         return decoded_logits(self._model, self._decoded, self._prompt.cache)
 
     def _score(self, logits: torch.Tensor) -> Score:
-        own, dense = F.log_softmax(logits, -1), F.log_softmax(self._reference, -1)
-        return Score(
-            n_tokens=len(self._targets),
-            loss=float(F.nll_loss(own, self._targets, reduction="sum")),
-            kl=float(F.kl_div(own, dense, reduction="sum", log_target=True)),
-            n_same_top=int((logits.argmax(-1) == self._reference.argmax(-1)).sum()),
-        )
+        loss = kl = 0.0
+        n_same_top = 0
+        parts = (tensor.split(_SCORED_AT_ONCE) for tensor in (logits, self._reference, self._targets))
+        for part, dense, targets in zip(*parts, strict=True):
+            own = F.log_softmax(part, -1)
+            loss += float(F.nll_loss(own, targets, reduction="sum"))
+            kl += float(F.kl_div(own, dense, reduction="sum", log_target=True))
+            n_same_top += int((part.argmax(-1) == dense.argmax(-1)).sum())
+        return Score(n_tokens=len(self._targets), loss=loss, kl=kl, n_same_top=n_same_top)
