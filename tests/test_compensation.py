@@ -33,6 +33,8 @@ from coreinfer_sim.build.compensating import (
     calibration_texts,
     compare_with_corpus,
     held_out,
+    make_distiller,
+    make_fitter,
     trained_together,
     trainings,
 )
@@ -901,7 +903,29 @@ def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
     small, large = (training_bytes(layers, ratio, COMPENSATION.rank) for ratio in COMPENSATION.keep_ratios)
     assert 0 < small < large
     for room, groups in ((small + large, [[0.5, 0.7]]), (large, [[0.5], [0.7]]), (1, [[0.5], [0.7]])):
-        assert trained_together(layers, COMPENSATION, room) == groups
+        assert trained_together(layers, COMPENSATION.keep_ratios, COMPENSATION.rank, room) == groups
+
+
+def test_a_keep_ratio_whose_sets_are_trained_is_not_trained_again(tiny_checkpoint, tmp_path):
+    language_model = load_model(tiny_checkpoint)
+    sentences = [Sentence(str(i), f"Tell me of {i}.", f"Tell me of {i}. It is {i} and more.", 9) for i in range(24)]
+    clustering = Clustering(np.zeros((1, 2), np.float32), np.zeros(24, int), np.ones(24))
+    config = BuildConfig(clusters=1, compensation=COMPENSATION)
+    d_ff = language_model.layers[0].d_ff
+    n_kept = {f"{ratio:g}": [int(ratio * d_ff)] * N_LAYERS for ratio in COMPENSATION.keep_ratios}
+    shared = (language_model, sentences, clustering, config, 64, tmp_path)
+    fit = make_fitter(*shared, n_kept, None)
+    for number in range(len(COMPENSATION.keep_ratios)):
+        fit(number)
+    trained = [tmp_path / compensation_file(ratio, None) for ratio in COMPENSATION.keep_ratios]
+    make_distiller(*shared, None, 0.5)(0)
+    wanted = [path.read_bytes() for path in trained]
+    trained[0].unlink()
+    trained[1].write_bytes(b"trained before")
+    reported = []
+    left = make_distiller(*shared, reported.append, 0.5)(0)
+    assert [path.read_bytes() for path in trained] == [wanted[0], b"trained before"]
+    assert left + sum(reported) >= COMPENSATION.distil_tokens
 
 
 def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_path):

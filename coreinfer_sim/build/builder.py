@@ -134,7 +134,7 @@ def build_index(
     sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
     n_threads = threads or default_threads(kind)
     job = Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
-    with build_folder(folder, force), freed_memory_kept():
+    with build_folder(folder, force):
         build = _Build(job, corpus, language_model, sentence_encoder, progress)
         build.check_plan()
         build.read()
@@ -381,6 +381,7 @@ class _Build:
         finally:
             self.progress.finish()
 
+    @freed_memory_kept()
     def share_out(self) -> None:
         """Stage 5: measure the layers' sensitivity, and share the neurons of compensated sets out among them."""
         assert self.clustering is not None
@@ -426,6 +427,7 @@ class _Build:
         n_workers = workers or self._workers_within(self._training_bytes(len(self.clustering.centroids)))
         self._distil(lambda _training: True, "Distilling", n_workers)
 
+    @freed_memory_kept()
     def choose_sets(self) -> None:
         """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
         assert self.clustering is not None and self.config.compensation is not None

@@ -22,7 +22,7 @@ from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, Start
 from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.files import write_atomic
 from coreinfer_sim.manifest import compensation_file
-from coreinfer_sim.memory import free_memory
+from coreinfer_sim.memory import free_memory, give_back_memory
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_model
@@ -158,25 +158,28 @@ def make_distiller(
             language_model.model.device.type, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE
         )
         room = int(room_share * free_memory(language_model.model.device))
-        parts = trained_together(language_model.layers, settings, room, len(clusters))
+        files = {ratio: [folder / compensation_file(ratio, each) for each in clusters] for ratio in settings.keep_ratios}
+        ratios = [ratio for ratio, paths in files.items() if not all(path.exists() for path in paths)]
+        parts = trained_together(language_model.layers, ratios, settings.rank, room, len(clusters))
 
         def advance(n_tokens: int) -> None:
             if report is not None:
                 report(n_tokens // len(parts))
 
-        for ratios in parts:
-            checkpoint = folder / "training" / f"{number}-{'-'.join(f'{ratio:g}' for ratio in ratios)}.safetensors"
-            starts = [[started(training.start(folder, ratio, each)) for each in clusters] for ratio in ratios]
+        for part in parts:
+            checkpoint = folder / "training" / f"{number}-{'-'.join(f'{ratio:g}' for ratio in part)}.safetensors"
+            starts = [[started(training.start(folder, ratio, each)) for each in clusters] for ratio in part]
             if together:
                 readers = clustering.assignment[places].tolist()
                 found = distil_jointly(language_model, starts, texts, readers, how, advance, checkpoint)
             else:
                 alone = distil(language_model, [start for (start,) in starts], texts, how, advance, checkpoint)
                 found = [[selection] for selection in alone]
-            for ratio, selections in zip(ratios, found, strict=True):
-                for each, selection in zip(clusters, selections, strict=True):
-                    save_compensated(folder / compensation_file(ratio, each), selection)
+            for ratio, selections in zip(part, found, strict=True):
+                for path, selection in zip(files[ratio], selections, strict=True):
+                    save_compensated(path, selection)
             checkpoint.unlink(missing_ok=True)
+            give_back_memory()  # the next ones' tensors have other shapes
         n_reported = 0 if report is None else len(parts) * sum(len(text.ids) // len(parts) for text in texts)
         return sum(len(text.ids) for text in texts) - n_reported
 
@@ -184,13 +187,13 @@ def make_distiller(
 
 
 def trained_together(
-    layers: Sequence[MLPLayer], settings: CompensationConfig, room: int, n_sharing: int = 1
+    layers: Sequence[MLPLayer], keep_ratios: Sequence[float], rank: int | None, room: int, n_sharing: int = 1
 ) -> list[list[float]]:
     """Group keep ratios whose sets can be trained side by side within ``room`` bytes; a set that cannot is a group."""
     groups: list[list[float]] = []
     taken = room
-    for ratio in settings.keep_ratios:
-        n_bytes = training_bytes(layers, ratio, settings.rank, n_sharing)
+    for ratio in keep_ratios:
+        n_bytes = training_bytes(layers, ratio, rank, n_sharing)
         if taken + n_bytes > room:
             groups.append([])
             taken = 0

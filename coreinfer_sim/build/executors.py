@@ -76,7 +76,9 @@ def run_shards(
             for helper in helpers:
                 helper.start()
         while (shard := _take(taken, shards)) is not None:
-            report(run(shard))
+            with freed_memory_kept():  # to the end of each shard: what the next one wants has other shapes
+                n_done = run(shard)
+            report(n_done)
             _drain(results, report)
         while any(helper.is_alive() for helper in helpers):
             _drain(results, report, wait=0.2)
@@ -119,10 +121,11 @@ def _help(
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     try:
-        with freed_memory_kept():
-            run = make_run(job)
-            while os.getppid() == parent and (shard := _take(taken, shards)) is not None:
-                results.put(run(shard))
+        run = make_run(job)
+        while os.getppid() == parent and (shard := _take(taken, shards)) is not None:
+            with freed_memory_kept():
+                n_done = run(shard)
+            results.put(n_done)
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
