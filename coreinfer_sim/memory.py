@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 1 << 20
-_GLIBC_MMAP_MAX, _GLIBC_MOST_MMAP_THRESHOLD = 1 << 16, 32 << 20
-"""As glibc has them by itself; see mallopt(3)."""
 
 
 def give_back_memory() -> None:
@@ -34,28 +30,6 @@ def keep_heap_small() -> None:
     if option is not None:
         option(_M_MMAP_THRESHOLD, _LARGE)
         option(_M_TRIM_THRESHOLD, _LARGE)
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Within the block let glibc keep what is freed for what is wanted next; afterwards it goes back to the system.
-
-    Else every large tensor is made of fresh pages, which the system fills with zeros first: a fifth of the time of a
-    training whose weights are cut and merged anew at each step.
-    """
-    option = _of_c_library("mallopt")
-    if option is None:
-        yield
-        return
-    option(_M_MMAP_MAX, 0)
-    option(_M_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:
-        option(_M_MMAP_MAX, _GLIBC_MMAP_MAX)
-        option(_M_MMAP_THRESHOLD, _GLIBC_MOST_MMAP_THRESHOLD)
-        option(_M_TRIM_THRESHOLD, 2 * _GLIBC_MOST_MMAP_THRESHOLD)
-        give_back_memory()
 
 
 def free_memory(device: torch.device) -> int:

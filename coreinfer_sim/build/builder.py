@@ -66,7 +66,7 @@ from coreinfer_sim.manifest import (
     SettingsInfo,
     compensation_file,
 )
-from coreinfer_sim.memory import freed_memory_kept, give_back_memory
+from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 from coreinfer_sim.progress import Progress, counted, readable_size
 
@@ -381,7 +381,6 @@ class _Build:
         finally:
             self.progress.finish()
 
-    @freed_memory_kept()
     def share_out(self) -> None:
         """Stage 5: measure the layers' sensitivity, and share the neurons of compensated sets out among them."""
         assert self.clustering is not None
@@ -427,7 +426,6 @@ class _Build:
         n_workers = workers or self._workers_within(self._training_bytes(len(self.clustering.centroids)))
         self._distil(lambda _training: True, "Distilling", n_workers)
 
-    @freed_memory_kept()
     def choose_sets(self) -> None:
         """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
         assert self.clustering is not None and self.config.compensation is not None

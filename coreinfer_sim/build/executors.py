@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from coreinfer_sim.errors import BuildError
-from coreinfer_sim.memory import freed_memory_kept
 
 RunShard = Callable[[int], int]
 """Runs one shard by number, leaves its sums on disk, returns its number of tokens."""
@@ -76,9 +75,7 @@ def run_shards(
             for helper in helpers:
                 helper.start()
         while (shard := _take(taken, shards)) is not None:
-            with freed_memory_kept():  # to the end of each shard: what the next one wants has other shapes
-                n_done = run(shard)
-            report(n_done)
+            report(run(shard))
             _drain(results, report)
         while any(helper.is_alive() for helper in helpers):
             _drain(results, report, wait=0.2)
@@ -123,9 +120,7 @@ def _help(
     try:
         run = make_run(job)
         while os.getppid() == parent and (shard := _take(taken, shards)) is not None:
-            with freed_memory_kept():
-                n_done = run(shard)
-            results.put(n_done)
+            results.put(run(shard))
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 

@@ -27,7 +27,6 @@ from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import text_scores
 from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.memory import freed_memory_kept
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.progress import Progress
 from coreinfer_sim.sparse_mlp import install
@@ -61,7 +60,6 @@ class Result:
     """Under which the text was generated."""
 
 
-@freed_memory_kept()
 def evaluate(
     language_model: LanguageModel,
     contenders: Sequence[Contender],
