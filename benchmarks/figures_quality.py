@@ -236,9 +236,15 @@ def tuned(
     command = [
         *(*_COMMAND, "tune", *sets, "--index", str(index), "--model", model, "--json", "--limit", str(rows)),
         *("--max-tokens", str(max_tokens), "--dtype", dtype, "--max-perplexity-increase", str(increase)),
+        *("--log", str(RESULTS / f"tuning-{name.lower()}.log.jsonl")),
     ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = profile = json.loads(done.stdout)["profile"]
+    answer = json.loads(done.stdout)
+    found = profile = answer["profile"]
+    tried = {
+        row["contender"]: {key: row[key] for key in ("ratio", "ratio_interval", "mlp_bytes_per_token")}
+        for row in answer["contenders"]
+    }
     ratio = profile["keep_ratio"]
     if ratio < 1:
         compensated = SemanticIndex.load(index).has_compensation(ratio)
@@ -250,7 +256,7 @@ def tuned(
     title = f"{name}, tuned for at most {increase:.0%} more perplexity"
     record(
         FILE, f"{title}: keep ratio", ratio, f"at {profile['mlp_bytes'] / 1e6:.1f} MB of MLP weights a token", "below 1",
-        ratio < 1, rows_per_set=rows, profile=profile,
+        ratio < 1, rows_per_set=rows, profile=profile, tried=tried,
     )  # fmt: skip
     record(
         FILE, f"{title}: perplexity on rows that tuning has not seen", round(found["ratio"], 3), "× dense",

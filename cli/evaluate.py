@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
+
+if TYPE_CHECKING:
+    from coreinfer_sim.evaluation.contenders import Contender
+    from coreinfer_sim.evaluation.evaluate import Result
+    from coreinfer_sim.evaluation.rows import Row
+    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.models import LanguageModel
 
 _D = {"show_default": True}
 _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
@@ -72,7 +81,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 @click.option("--generate", is_flag=True, help="Also generate texts and score them against the completions.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, **_D, help="Most tokens of a generated text.")
 @click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
-@click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on.")
+@options.log
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
 @click.option(
     "--plot",
@@ -95,12 +104,10 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
         --contender dense --contender similarity --contender griffin --keep-ratio 0.4 --keep-ratio 0.6
     """
-    from coreinfer_sim.architectures import weights_checksum
     from coreinfer_sim.drawing import check_plot
     from coreinfer_sim.embeddings import SentenceEncoder
     from coreinfer_sim.evaluation.contenders import NEED_INDEX, READS_PROMPT, check_known_before, parse_contenders
-    from coreinfer_sim.evaluation.evaluate import evaluate as run
-    from coreinfer_sim.evaluation.evaluate import open_log, read_results, summarise
+    from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.plot import plot
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.text_scores import check_text_scores
@@ -130,34 +137,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         check_known_before(contenders)
     with status("Loading the model"):
         language_model = load_model(model, given["dtype"], given["device"])
-    log: Path | None = given["log"]
-    wanted = {(str(c), row.set_name, row.id) for c in contenders for row in rows}
-    setup = {
-        "model": weights_checksum(language_model.layers),
-        "dtype": language_model.dtype_name,
-        "index": index.manifest.checksum() if index is not None else None,
-        "max_tokens": given["max_tokens"],
-        "seed": given["seed"],
-        "prefill": "sparse" if sparse_prefill else None,
-    }
-    with open_log(log, setup) if log else nullcontext() as file:
-        known = [r for r in (read_results(log) if log else []) if (r.contender, r.set_name, r.row_id) in wanted]
-        results = run(
-            language_model,
-            contenders,
-            rows,
-            index,
-            max_tokens=given["max_tokens"],
-            max_new_tokens=given["max_new_tokens"] if given["generate"] else None,
-            seed=given["seed"],
-            sparse_prefill=sparse_prefill,
-            finished=known,
-            log=file,
-            progress=ConsoleProgress(),
-        )
-    order = [str(contender) for contender in contenders]
+    max_new_tokens = given["max_new_tokens"] if given["generate"] else None
+    results = score_with_log(language_model, contenders, rows, index, given, max_new_tokens, sparse_prefill)
     summary = summarise(results, given["seed"], generated=given["generate"])
-    summary.sort(key=lambda row: order.index(row["contender"]))  # a log may hold them in another
     if given["out"] is not None:
         write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})
     if plot_path is not None:
@@ -168,6 +150,53 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         print_table(summary)
         if given["generate"]:
             print_text_table(summary)
+
+
+def score_with_log(
+    language_model: LanguageModel,
+    contenders: Sequence[Contender],
+    rows: Sequence[Row],
+    index: SemanticIndex | None,
+    given: dict[str, Any],
+    max_new_tokens: int | None = None,
+    sparse_prefill: bool = False,
+) -> list[Result]:
+    """Score contenders on rows; of options ``given``, a ``log`` keeps what is finished, and is gone on with.
+
+    Returns:
+        The results in the order of the contenders.
+    """
+    from coreinfer_sim.architectures import weights_checksum
+    from coreinfer_sim.evaluation.evaluate import evaluate as run
+    from coreinfer_sim.evaluation.evaluate import open_log, read_results
+
+    log: Path | None = given["log"]
+    setup = {
+        "model": weights_checksum(language_model.layers),
+        "dtype": language_model.dtype_name,
+        "index": replace(index.manifest, profile=None).checksum() if index is not None else None,  # no score's business
+        "max_tokens": given["max_tokens"],
+        "seed": given["seed"],
+        "prefill": "sparse" if sparse_prefill else None,
+    }
+    wanted = {(str(c), row.set_name, row.id) for c in contenders for row in rows}
+    with open_log(log, setup) if log else nullcontext() as file:
+        known = [r for r in (read_results(log) if log else []) if (r.contender, r.set_name, r.row_id) in wanted]
+        results = run(
+            language_model,
+            contenders,
+            rows,
+            index,
+            max_tokens=given["max_tokens"],
+            max_new_tokens=max_new_tokens,
+            seed=given["seed"],
+            sparse_prefill=sparse_prefill,
+            finished=known,
+            log=file,
+            progress=ConsoleProgress(),
+        )
+    order = [str(contender) for contender in contenders]
+    return sorted(results, key=lambda result: order.index(result.contender))  # a log may hold them in another
 
 
 def _width(summary: list[dict[str, Any]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -25,6 +26,9 @@ encoder = click.option(
     "--encoder", default=None, metavar="NAME", help="Sentence encoder: hub id or folder.  [default: all-MiniLM-L6-v2]"
 )
 
+log = click.option(
+    "--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on."
+)
 prefill = click.option(
     "--prefill",
     type=click.Choice(["dense", "sparse"]),

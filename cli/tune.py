@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import options
-from .console import ConsoleProgress, print_json, quiet_libraries, status
+from .console import print_json, quiet_libraries, status
 
 _D = {"show_default": True}
 
@@ -51,6 +51,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
     "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
 )
 @click.option("--seed", type=int, default=0, **_D, help="Of the bootstrap.")
+@options.log
 @options.model_options
 @options.as_json
 def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, **given: Any) -> None:
@@ -60,14 +61,14 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     report.
     """
     from coreinfer_sim.evaluation.contenders import bytes_per_token
-    from coreinfer_sim.evaluation.evaluate import evaluate, summarise
+    from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
     from coreinfer_sim.selection import NeuronSelection
 
-    from .evaluate import print_table
+    from .evaluate import print_table, score_with_log
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
@@ -76,15 +77,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     check_rows(len(rows))
     with status("Loading the model"):
         language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
-    results = evaluate(
-        language_model,
-        contenders,
-        rows,
-        loaded,
-        max_tokens=given["max_tokens"],
-        seed=given["seed"],
-        progress=ConsoleProgress(),
-    )
+    results = score_with_log(language_model, contenders, rows, loaded, given)
     summary = summarise(results, given["seed"])
     dense_bytes, _ = bytes_per_token(language_model, NeuronSelection("dense"), "16bit")
     profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes)

@@ -941,6 +941,13 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     assert SemanticIndex.load(copy).default_keep_ratio == 0.5
     strict = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--max-perplexity-increase", "1e-9"])
     assert strict.exit_code == 0 and SemanticIndex.load(copy).default_keep_ratio == 1.0
+    log = ["--log", str(tmp_path / "log.jsonl"), "--part", "0:100"]
+    logged = CliRunner().invoke(main, ["tune", *arguments, *log, "--max-perplexity-increase", "9000%"])
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(logged.stdout) == json.loads(tuned.stdout) and len(lines) > 10
+    again = CliRunner().invoke(main, ["tune", *arguments, *log, "--max-perplexity-increase", "1e-9"])
+    assert json.loads(again.stdout)["profile"]["keep_ratio"] == 1.0  # from the log, whatever profile the index has now
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines() == lines
     few = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--limit", "9"])
     assert few.exit_code == 1 and "there are 9 rows to tune on, expected 10 or more" in few.stderr
     scores = ["--score", "energy", "--score", "compensated", "--keep-ratio", "0.5", "--weights", "q8_0"]

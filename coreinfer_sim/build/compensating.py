@@ -158,7 +158,9 @@ def make_distiller(
             language_model.model.device.type, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE
         )
         room = int(room_share * free_memory(language_model.model.device))
-        files = {ratio: [folder / compensation_file(ratio, each) for each in clusters] for ratio in settings.keep_ratios}
+        files = {
+            ratio: [folder / compensation_file(ratio, each) for each in clusters] for ratio in settings.keep_ratios
+        }
         ratios = [ratio for ratio, paths in files.items() if not all(path.exists() for path in paths)]
         parts = trained_together(language_model.layers, ratios, settings.rank, room, len(clusters))
 
