@@ -15,7 +15,7 @@ from coreinfer_sim_cli.main import main
 from tiny_models import N_LAYERS, VOCABULARY
 
 from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.build import build_index
+from coreinfer_sim.build import build_index, compensating
 from coreinfer_sim.build.calibration import (
     CalibrationText,
     Fit,
@@ -745,6 +745,39 @@ def test_some_texts_are_held_out_of_every_fit():
         _, texts = calibration_texts(language_model, sentences, clustering, cluster, 10**9, 0, 100)
         read = {int("".join(map(chr, text.ids[1:]))) for text in texts}
         assert read == set(np.flatnonzero(~held & (True if cluster is None else assignment == cluster)))
+
+
+@pytest.mark.parametrize("distil_tokens", [20, 10**6])
+def test_training_reads_the_fits_own_texts_last_or_not_at_all(tiny_checkpoint, tmp_path, monkeypatch, distil_tokens):
+    language_model = load_model(tiny_checkpoint)
+    sentences = [Sentence(str(i), f"Tell me of {i}.", f"Tell me of {i}. It is {i} and more.", 9) for i in range(24)]
+    clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(24) % 2, np.ones(24))
+    settings = replace(COMPENSATION, keep_ratios=(0.5,), tokens=20, distil_tokens=distil_tokens)
+    shared = (language_model, sentences, clustering, BuildConfig(clusters=2, compensation=settings), 64, tmp_path)
+    fitted, trained = [], []
+
+    def watch(name, place, texts):
+        """Note the texts that a function of the module is given as its argument at ``place``."""
+        function = getattr(compensating, name)
+
+        def watched(*args, **more):
+            texts.append([tuple(text.ids) for text in args[place]])
+            return function(*args, **more)
+
+        monkeypatch.setattr(compensating, name, watched)
+
+    watch("fit_layers", 1, fitted)
+    watch("distil", 2, trained)
+    fit = make_fitter(*shared, {"0.5": [language_model.layers[0].d_ff // 2] * N_LAYERS}, None)
+    train = make_distiller(*shared, None, 0.5)
+    for number in range(3):
+        fit(number)
+    for number in range(3):
+        train(number)
+    for of_fit, of_training in zip(fitted, trained, strict=True):
+        again = [text in of_fit for text in of_training]
+        assert not again[0] and again == sorted(again)
+        assert sum(again) == (len(of_fit) if distil_tokens == 10**6 else 0)
 
 
 def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):

@@ -151,8 +151,9 @@ def make_distiller(
         together = len(clusters) > 1
         cluster = None if together else clusters[0]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
+        # from the end, so that the fit's own texts, which no longer show what is wrong with it, come last or not at all
         places, texts = calibration_texts(
-            language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens
+            language_model, sentences, clustering, cluster, n_tokens, config.seed, max_tokens, from_end=True
         )
         how = training_on(
             language_model.model.device.type, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE
@@ -305,6 +306,7 @@ def calibration_texts(
     n_tokens: int,
     seed: int,
     max_tokens: int,
+    from_end: bool = False,
 ) -> tuple[list[int], list[CalibrationText]]:
     """Tokenise ``n_tokens`` tokens of a cluster's sentences, or of the whole corpus's, in random order.
 
@@ -316,12 +318,15 @@ def calibration_texts(
         n_tokens: if there are as many, those left out that `held_out` names.
         seed: of the order.
         max_tokens: longer texts are cut.
+        from_end: the order's last sentences, the last first.
 
     Returns:
         The sentences' places in the corpus, and their texts.
     """
     order = np.random.default_rng(seed).permutation(len(sentences))
     order = order[~held_out(clustering, seed)[order]]
+    if from_end:
+        order = order[::-1]
     if cluster is not None:
         order = order[clustering.assignment[order] == cluster]
     texts: list[CalibrationText] = []
