@@ -107,10 +107,13 @@ def evaluate(
     model: str, data: Path, name: str, index: Path, rows: int, keep_ratio: float, max_tokens: int, dtype: str
 ) -> None:
     """Compare all selections at one keep ratio on rows that nothing has seen."""
+    from coreinfer_sim import SemanticIndex
+
     arguments = ["--keep-ratio", str(keep_ratio), "--max-tokens", str(max_tokens)]
     arguments += [part for way in WAYS for part in ("--contender", way)]
     contenders = _evaluated(f"quality-{name.lower()}-{keep_ratio:g}", model, data, index, rows, dtype, arguments)
-    _record_all({row["contender"]: row for row in contenders}, name, keep_ratio, rows)
+    n_clusters = SemanticIndex.load(index).manifest.settings.n_clusters
+    _record_all({row["contender"]: row for row in contenders}, name, keep_ratio, rows, n_clusters > 1)
 
 
 def _evaluated(
@@ -242,7 +245,7 @@ def tuned(
     answer = json.loads(done.stdout)
     found = profile = answer["profile"]
     tried = {
-        row["contender"]: {key: row[key] for key in ("ratio", "ratio_interval", "mlp_bytes_per_token")}
+        row["contender"]: {key: row[key] for key in ("ratio", "ratio_interval", "mlp_bytes_per_token", "n_rows")}
         for row in answer["contenders"]
     }
     ratio = profile["keep_ratio"]
@@ -258,9 +261,10 @@ def tuned(
         FILE, f"{title}: keep ratio", ratio, f"at {profile['mlp_bytes'] / 1e6:.1f} MB of MLP weights a token", "below 1",
         ratio < 1, rows_per_set=rows, profile=profile, tried=tried,
     )  # fmt: skip
+    bar = f"at most {1 + increase:g}" if ratio < 1 else "for comparison"  # dense decode cannot miss it
     record(
-        FILE, f"{title}: perplexity on rows that tuning has not seen", round(found["ratio"], 3), "× dense",
-        f"at most {1 + increase:g}", found["ratio"] <= 1 + increase, rows_per_set=rows,
+        FILE, f"{title}: perplexity on rows that tuning has not seen", round(found["ratio"], 3), "× dense", bar,
+        found["ratio"] <= 1 + increase, rows_per_set=rows,
     )  # fmt: skip
 
 
@@ -355,8 +359,8 @@ def _cases(language_model: Any, path: Path, n: int) -> list[Any]:
     return found
 
 
-def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int) -> None:
-    """Record the figures that a summary of `evaluate` gives."""
+def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int, clustered: bool) -> None:
+    """Record the figures that a summary of `evaluate` gives; without clusters, similarity mode is the corpus's set itself."""
     seen = [each for each in next(iter(summary.values()))["sets"] if each not in UNSEEN]
 
     def mean(contender: str, sets: Sequence[str]) -> float:
@@ -387,7 +391,8 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
     ):
         put(contender, mean(contender, seen), None)
     gap = math.log(mean(own, seen))
-    gaps = (0.45, 0.85) if of_model == "SmolLM2-135M" and keep_ratio == 0.4 else (None, None)
+    gaps: tuple[float | None, float | None]
+    gaps = (0.45, 0.85 if clustered else None) if of_model == "SmolLM2-135M" and keep_ratio == 0.4 else (None, None)
     put("log gap of similarity, compensated, over GRIFFIN's", gap / math.log(mean("griffin", seen)), gaps[0], "share")
     put(
         "log gap of similarity, compensated, over the compensated global set's",
@@ -396,7 +401,8 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
         "share",
     )
     routed = mean(f"{own} else global", UNSEEN)
-    put("unseen sets, compensated with routing by confidence", routed, round(mean(everywhere, UNSEEN), 3))
+    bar = round(mean(everywhere, UNSEEN), 3) if clustered else None
+    put("unseen sets, compensated with routing by confidence", routed, bar)
 
 
 if __name__ == "__main__":

@@ -58,12 +58,12 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
 
     SETS are JSONL files with id, prompt and completion, as for evaluate. Take other rows than those that you build on or
-    report.
+    report. Keep ratios that are hopeless on the first quarter of each set's rows are not tried on the others.
     """
     from coreinfer_sim.evaluation.contenders import bytes_per_token
     from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.rows import read_sets
-    from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile
+    from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
     from coreinfer_sim.selection import NeuronSelection
@@ -77,7 +77,15 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     check_rows(len(rows))
     with status("Loading the model"):
         language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
-    results = score_with_log(language_model, contenders, rows, loaded, given)
+    first, further = first_and_further(rows)
+    results = score_with_log(language_model, contenders, first, loaded, given)
+    left = hopeful(contenders, summarise(results, given["seed"]), given["max_increase"])
+    if left and further:
+        if len(left) < len(contenders) and not as_json:
+            click.echo(
+                f"{len(contenders) - len(left)} of {len(contenders)} keep ratios are dropped after {len(first)} rows."
+            )
+        results += score_with_log(language_model, left, further, loaded, given)
     summary = summarise(results, given["seed"])
     dense_bytes, _ = bytes_per_token(language_model, NeuronSelection("dense"), "16bit")
     profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes)

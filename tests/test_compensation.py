@@ -983,6 +983,11 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines() == lines
     few = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--limit", "9"])
     assert few.exit_code == 1 and "there are 9 rows to tune on, expected 10 or more" in few.stderr
+    many = [{**rows[i % 10], "id": str(i), "prompt": f"Tell me of stars, {i}."} for i in range(48)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    ratios = ["--part", "0:100", "--keep-ratio", "0.5", "--keep-ratio", "1.0", "--max-perplexity-increase", "1e-6"]
+    early = CliRunner().invoke(main, ["tune", str(tmp_path / "many.jsonl"), *arguments[1:], *ratios])
+    assert [row["n_rows"] for row in json.loads(early.stdout)["contenders"]] == [10, 40]  # 0.5 on a quarter
     scores = ["--score", "energy", "--score", "compensated", "--keep-ratio", "0.5", "--weights", "q8_0"]
     evaluated = CliRunner().invoke(main, ["evaluate", *arguments, *scores, "--contender", "similarity"])
     assert evaluated.exit_code == 0, evaluated.stderr

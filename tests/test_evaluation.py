@@ -28,7 +28,7 @@ from coreinfer_sim.evaluation.plot import families, plot
 from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import normalised, text_scores, token_f1
-from coreinfer_sim.evaluation.tune import choose_profile
+from coreinfer_sim.evaluation.tune import choose_profile, first_and_further, hopeful
 from coreinfer_sim.models import load_model
 from coreinfer_sim.predictors import FixedPredictor, make_predictor, random_selection
 from coreinfer_sim.runtime import SparseModel
@@ -516,3 +516,16 @@ def test_the_profile_is_the_fewest_bytes_that_keep_the_promise():
     assert choose_profile(tried, summary, 0.5, 100).keep_ratio == 0.4
     dense = choose_profile(tried, summary, 0.005, 100)
     assert (dense.keep_ratio, dense.ratio, dense.mlp_bytes) == (1.0, 1.0, 100)
+
+
+def test_hopeless_keep_ratios_are_dropped_early():
+    rows = [Row(name, str(n), "p", "c") for name in ("a", "b") for n in range(20)]
+    first, further = first_and_further(rows)
+    assert first == [*rows[:5], *rows[20:25]] and further == [*rows[5:20], *rows[25:]]
+    assert first_and_further(rows[:36]) == (rows[:36], [])  # 9 rows would say too little
+    tried = [Contender("similarity", ratio) for ratio in (0.4, 0.6, 0.8)]
+    names = [str(contender) for contender in tried]
+    summary = summary_of(**dict(zip(names, [(1.2, 40), (1.1, 60), (1.01, 80)], strict=True)))
+    for row, low in zip(summary, (1.101, 1.09, 1.0), strict=True):
+        row["ratio_interval"] = [low, 1.3]
+    assert hopeful(tried, summary, 0.05) == tried[1:]

@@ -8,13 +8,15 @@ from typing import Any
 from coreinfer_sim.config import Fallback
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.contenders import Contender
+from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.manifest import ProfileInfo
 
 KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Tried beside those of the index's compensated sets."""
-
-
+_FIRST_SHARE = 4
+_FAR = 2.0
+"""A candidate is dropped early if its whole interval is beyond so many times the promise: on few rows it is too narrow."""
 FEWEST_ROWS = 10
 """From fewer a bootstrap draws intervals that are too narrow: from one, none at all."""
 
@@ -42,6 +44,24 @@ def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[
         fallback = Fallback.GLOBAL if compensated else Fallback.HYBRID
         found.append(Contender("similarity", ratio, fallback=fallback, compensated=compensated))
     return found
+
+
+def first_and_further(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Divide rows into the first quarter of each set, on which hopeless candidates show, and the others, if that is enough."""
+    by_set: dict[str, list[Row]] = {}
+    for row in rows:
+        by_set.setdefault(row.set_name, []).append(row)
+    n_first = {name: -(-len(group) // _FIRST_SHARE) for name, group in by_set.items()}
+    if sum(n_first.values()) < FEWEST_ROWS:
+        return list(rows), []
+    first = [row for name, group in by_set.items() for row in group[: n_first[name]]]
+    return first, [row for name, group in by_set.items() for row in group[n_first[name] :]]
+
+
+def hopeful(contenders: Sequence[Contender], summary: Sequence[dict[str, Any]], max_increase: float) -> list[Contender]:
+    """Return the candidates that may yet keep the promise; arguments as for `choose_profile`."""
+    low = {row["contender"]: row["ratio_interval"][0] for row in summary}
+    return [contender for contender in contenders if low[str(contender)] <= 1 + _FAR * max_increase]
 
 
 def choose_profile(
