@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from coreinfer_sim.progress import counted
 
@@ -13,6 +14,10 @@ from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries
 
 _D = {"show_default": True}
+_OF_COMPENSATION = (
+    *("keep_ratios", "bypass_rank", "budget", "ranking", "compensate_tokens", "rank_tokens", "distil_tokens"),
+    "distil_from",
+)
 
 
 def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int | str:
@@ -34,13 +39,23 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     return int(rank)
 
 
+def _refuse_compensation_options(ctx: click.Context) -> None:
+    """Raise UsageError for an option that says how to compensate where nothing is to be compensated."""
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if parameter.name in _OF_COMPENSATION and given:
+            raise click.UsageError(f"{parameter.opts[0]} does nothing without --compensate; add that or leave it out.")
+
+
 @click.command("build-index")
 @click.argument("corpus")
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Index folder to make.")
 @click.option("--name", help="Configuration of a hub data set.")
 @click.option("--split", default="train", **_D, help="Split of a hub data set or save_to_disk folder.")
-@click.option("--prompt-column", metavar="COLUMN", help="Column to embed.  [default: prompt, text, or the only one]")
+@click.option(
+    "--prompt-column", metavar="COLUMN", help="Column to embed.  [default: prompt, text, the only one, or the template]"
+)
 @click.option(
     "--template",
     callback=options.template_text,
@@ -135,7 +150,10 @@ def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 @click.option("--force", is_flag=True, help="Replace an index; start a broken-off build anew.")
 @click.option("--quiet", is_flag=True, help="No plan and no progress.")
 @options.as_json
-def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+@click.pass_context
+def build_index(
+    ctx: click.Context, corpus: str, out: Path, model: str, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Build an index over CORPUS: a hub id, a .jsonl, .json, .csv, .parquet or .txt file, or a save_to_disk folder.
 
     A build that was broken off is continued by the same command.
@@ -153,7 +171,9 @@ def build_index(corpus: str, out: Path, model: str, as_json: bool, quiet: bool, 
     of_corpus = ("name", "split", "prompt_column", "template", "limit", "max_tokens", "deduplicate")
     of_build = ("clusters", "alpha", "beta", "gamma", "seed", "layers", "batch_size", "shard_size")
     compensation = None
-    if given["compensate"] is not None:
+    if given["compensate"] is None:
+        _refuse_compensation_options(ctx)
+    else:
         compensation = CompensationConfig(
             keep_ratios=given["keep_ratios"],
             rank=None if given["compensate"] == "full" else given["compensate"],

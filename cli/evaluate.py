@@ -119,8 +119,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     plot_path: Path | None = given["plot_path"]
     if plot_path is not None:
         check_plot(plot_path)
-    if given["out"] is not None:
-        check_folder(given["out"])
+    for path in (given["out"], given["log"]):
+        if path is not None:
+            check_folder(path)
     if given["generate"]:
         check_text_scores()
     rows = read_sets(sets, given["part"], given["limit"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -95,11 +96,14 @@ def _ranges(numbers: list[int]) -> str:
 @options.model_options
 @options.as_json
 def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool) -> None:
-    """Check an index: format, sizes, checksums, encoder, and with --model the model."""
+    """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
     from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.manifest import check_files
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
+    with status("Checking the files"):  # those of compensated sets too, which loading leaves until they are needed
+        check_files(Path(index), loaded.manifest)
     checks = ["format version", "file sizes", "checksums"]
     with status("Checking the encoder"):
         _ = loaded.encoder
@@ -110,7 +114,7 @@ def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool
         with status("Loading the model"):
             language_model = load_model(model, dtype, device)
         loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
-        checks += ["model weights", "tokenizer"]
+        checks += ["sampled model weights", "tokenizer"]
     if as_json:
         print_json({"index": index, "valid": True, "checked": checks})
     else:

@@ -64,6 +64,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
+    from coreinfer_sim.files import check_folder
     from coreinfer_sim.index import SemanticIndex
     from coreinfer_sim.models import load_model
     from coreinfer_sim.selection import NeuronSelection
@@ -71,6 +72,8 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     from .evaluate import print_table, score_with_log
 
     quiet_libraries()
+    if given["log"] is not None:
+        check_folder(given["log"])
     loaded = SemanticIndex.load(index)
     contenders = candidates(loaded, given["keep_ratios"])
     rows = read_sets(sets, given["part"], given["limit"])
@@ -95,7 +98,9 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
         return
     print_table(summary)
     if profile.keep_ratio == 1.0:
-        click.echo(f"No keep ratio keeps {profile.max_increase:.1%}: {index} decodes densely by default now.")
+        click.echo(
+            f"No keep ratio keeps the promise of at most {profile.max_increase:.1%}: {index} decodes densely by default now."
+        )
     else:
         click.echo(
             f"{index} decodes at keep ratio {profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "

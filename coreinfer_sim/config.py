@@ -140,7 +140,8 @@ class CorpusConfig:
     split: str = "train"
     """Split of a hub data set or of a ``save_to_disk`` folder with several."""
     prompt_column: str | None = None
-    """Column that is embedded: what a user would type. None: "prompt", "text", or the only text column."""
+    """Column that is embedded: what a user would type. None: "prompt", "text", or the only text column; where there is none
+    of these beside a template, what that renders."""
     template: str | None = None
     """What the language model reads, with ``{column}`` fields. None: the prompt itself."""
     limit: int | None = None

@@ -154,12 +154,14 @@ class _Columns:
                 f"the corpus {config.source} has the columns {sorted(row)}, expected {', '.join(missing)}; name an "
                 "existing column with --prompt-column or --template."
             )
-        if config.prompt_column or config.template:
+        if config.prompt_column:
             return cls(config.prompt_column, config.template)
         strings = [name for name, value in row.items() if isinstance(value, str)]
         usual = [
             name for name in _USUAL_COLUMNS if isinstance(row.get(name, 0), str | None)
         ]  # a first row may be empty
+        if config.template:
+            return cls(usual[0] if usual else None, config.template)
         if not usual and len(strings) != 1:
             raise CorpusError(
                 f"the corpus {config.source} has the columns {sorted(row)}, and none is called prompt or text and holds text; "
@@ -168,7 +170,7 @@ class _Columns:
         return cls((usual or strings)[0], None)
 
     def prompt(self, row: dict[str, Any]) -> str:
-        """Return what is embedded: the prompt column, or else the whole text."""
+        """Return what is embedded: the prompt column, or where a template has none beside it the whole text."""
         return self.text(row) if self.prompt_column is None else _as_text(row.get(self.prompt_column))
 
     def text(self, row: dict[str, Any]) -> str:

@@ -246,7 +246,7 @@ def test_verify(index, tiny_checkpoint):
     assert re.match(rf"{index} is valid: format version, .*checksums, encoder\n", succeeded("verify", index).stdout)
     found = parsed("verify", index, "--model", tiny_checkpoint)
     assert found["index"] == str(index) and found["valid"] is True
-    assert {"checksums", "encoder", "model weights", "tokenizer"} <= set(found["checked"])
+    assert {"checksums", "encoder", "sampled model weights", "tokenizer"} <= set(found["checked"])
 
 
 def test_lookup(index):
@@ -966,3 +966,10 @@ def test_a_reader_that_goes_away_is_no_traceback(index):
         os.close(writer)
     assert run.returncode == 1
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize("option", [["--keep-ratio", "0.4"], ["--distil-from", "joint"]])
+def test_options_of_compensation_need_it(tmp_path, option):
+    arguments = ["build-index", "rows.jsonl", "--model", "m", "--out", str(tmp_path / "ix"), *option]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2 and f"{option[0]} does nothing without --compensate" in refused.stderr

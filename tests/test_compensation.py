@@ -667,11 +667,11 @@ def built(tiny_checkpoint, encoder, tmp_path_factory):
     """An index with compensated sets at two keep ratios, built by two workers."""
     folder = tmp_path_factory.mktemp("compensated")
     topics = ["stars and planets", "bread and cheese", "judges and courts"]
-    rows = [{"prompt": f"Tell me of {topics[i % 3]}, {i}.", "answer": f"They are {i} and more."} for i in range(30)]
+    rows = [{"question": f"Tell me of {topics[i % 3]}, {i}.", "answer": f"They are {i} and more."} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     build_index(
         tiny_checkpoint,
-        CorpusConfig(str(folder / "rows.jsonl"), template="{prompt} {answer}"),
+        CorpusConfig(str(folder / "rows.jsonl"), template="{question} {answer}"),
         folder / "index",
         BuildConfig(clusters=3, compensation=COMPENSATION),
         encoder=encoder,
@@ -809,9 +809,11 @@ def by_text(model, texts, selection):
 
 
 def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, encoder, tmp_path, monkeypatch):
-    rows = [{"prompt": f"Tell me of {'stars' if i % 2 else 'bread'}, {i}.", "answer": f"It is {i}."} for i in range(48)]
+    rows = [
+        {"question": f"Tell me of {'stars' if i % 2 else 'bread'}, {i}.", "answer": f"It is {i}."} for i in range(48)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{prompt} {answer}")
+    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{question} {answer}")
     config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
 
     def found(*arguments):
@@ -829,9 +831,9 @@ def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, en
 
 
 def test_a_single_cluster_holds_the_corpus_set(tiny_checkpoint, encoder, tmp_path):
-    rows = [{"prompt": f"Tell me of stars, {i}.", "answer": f"It is {i}."} for i in range(12)]
+    rows = [{"question": f"Tell me of stars, {i}.", "answer": f"It is {i}."} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{prompt} {answer}")
+    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{question} {answer}")
     index = build_index(
         tiny_checkpoint, corpus, tmp_path / "index", BuildConfig(clusters=1, compensation=COMPENSATION), encoder=encoder
     )
@@ -847,7 +849,7 @@ def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
     again = built.with_name("again")
     build_index(
         tiny_checkpoint,
-        CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}"),
+        CorpusConfig(str(built.with_name("rows.jsonl")), template="{question} {answer}"),
         again,
         BuildConfig(clusters=3, compensation=COMPENSATION),
         encoder=encoder,
@@ -858,7 +860,7 @@ def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
 
 
 def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpoint, encoder):
-    corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}")
+    corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{question} {answer}")
     settings = replace(COMPENSATION, distil_from=Start.CORPUS, ranking=Ranking.ENERGY)
     config = BuildConfig(clusters=3, compensation=settings)
     folders = [built.with_name(f"specialised-{n_workers}") for n_workers in (1, 2)]
@@ -878,7 +880,7 @@ def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpo
 
 
 def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoint, encoder):
-    corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{prompt} {answer}")
+    corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{question} {answer}")
     settings = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
     config = BuildConfig(clusters=3, compensation=settings)
     folders = [built.with_name(f"joint-{n_workers}") for n_workers in (1, 2)]
@@ -981,11 +983,14 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     again = CliRunner().invoke(main, ["tune", *arguments, *log, "--max-perplexity-increase", "1e-9"])
     assert json.loads(again.stdout)["profile"]["keep_ratio"] == 1.0  # from the log, whatever profile the index has now
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines() == lines
+    assert CliRunner().invoke(main, ["tune", *arguments, "--keep-ratio", "1"]).exit_code == 1
+    nowhere = CliRunner().invoke(main, ["tune", *arguments, "--log", str(tmp_path / "none" / "log.jsonl")])
+    assert nowhere.exit_code == 1 and "there is no folder" in nowhere.stderr
     few = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--limit", "9"])
     assert few.exit_code == 1 and "there are 9 rows to tune on, expected 10 or more" in few.stderr
     many = [{**rows[i % 10], "id": str(i), "prompt": f"Tell me of stars, {i}."} for i in range(48)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
-    ratios = ["--part", "0:100", "--keep-ratio", "0.5", "--keep-ratio", "1.0", "--max-perplexity-increase", "1e-6"]
+    ratios = ["--part", "0:100", "--keep-ratio", "0.5", "--keep-ratio", "0.999", "--max-perplexity-increase", "1e-4"]
     early = CliRunner().invoke(main, ["tune", str(tmp_path / "many.jsonl"), *arguments[1:], *ratios])
     assert [row["n_rows"] for row in json.loads(early.stdout)["contenders"]] == [10, 40]  # 0.5 on a quarter
     scores = ["--score", "energy", "--score", "compensated", "--keep-ratio", "0.5", "--weights", "q8_0"]
@@ -1001,8 +1006,20 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
         main, ["evaluate", *arguments, "--score", "compensated", "--keep-ratio", "0.6", "--contender", "global"]
     )
     assert missing.exit_code == 1 and "no sets compensated at keep ratio 0.6" in missing.stderr
+    for ratio, noted in (("0.6", True), ("0.5", False)):
+        asked = ["generate", "stars", "--index", str(copy), "--model", tiny_checkpoint, "--max-new-tokens", "2"]
+        answer = CliRunner().invoke(main, [*asked, "--keep-ratio", ratio])
+        assert answer.exit_code == 0 and ("compensated sets at 0.5, 0.7, not at 0.6" in answer.stderr) == noted
     described = CliRunner().invoke(main, ["info", str(copy)])
     assert "keep ratio 0.5, rank 3, bypass of rank 2" in described.stdout and "profile" in described.stdout
+    assert CliRunner().invoke(main, ["verify", str(copy)]).exit_code == 0
+    damaged = copy / compensation_file(0.7, 0)
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.unlink()  # a set that the corpus's serves better is a link to that one
+    damaged.write_bytes(content)
+    refused = CliRunner().invoke(main, ["verify", str(copy)])
+    assert refused.exit_code == 1 and "the file is damaged" in refused.stderr
     looked = CliRunner().invoke(main, ["lookup", str(copy), "stars", "--keep-ratio", "0.5"])
     assert "compensated" in looked.stdout
 

@@ -137,9 +137,14 @@ def test_a_named_column_may_hold_numbers(jsonl):
     assert [s.prompt for s in read(jsonl([{"n": 7}, {"n": 8}]), prompt_column="n")[0]] == ["7", "8"]
 
 
-def test_a_template_alone_is_both_prompt_and_text(jsonl):
+def test_a_template_leaves_the_usual_column_the_prompt(jsonl):
     (sentence,), _ = read(jsonl(ROWS[:1]), template="Q: {prompt}\nA: {answer}")
-    assert sentence.prompt == sentence.text == "Q: How do stars form?\nA: From clouds of gas."
+    assert (sentence.prompt, sentence.text) == ("How do stars form?", "Q: How do stars form?\nA: From clouds of gas.")
+
+
+def test_a_template_over_other_columns_is_both_prompt_and_text(jsonl):
+    (sentence,), _ = read(jsonl([{"q": "How?", "a": "So."}]), template="{q} {a}")
+    assert sentence.prompt == sentence.text == "How? So."
 
 
 def test_a_template_beside_a_prompt_column_is_the_text_alone(jsonl):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -355,7 +356,7 @@ def test_rows_by_part(tmp_path):
     path.write_text("nothing\n")
     with pytest.raises(CorpusError, match="is no JSONL"):
         read_rows(path, range(0, 100), None)
-    with pytest.raises(CorpusError, match="1 rows, .* none whose id hashes .* wider --part"):
+    with pytest.raises(CorpusError, match="1 row, .* none whose id hashes .* wider --part"):
         path.write_text(json.dumps(raw[0]))
         read_rows(path, range(hash_percent("t0") + 1, 100), None)
     path.write_text('{"id": "1", "prompt": "p", "completion": 5}\n')
@@ -529,3 +530,19 @@ def test_hopeless_keep_ratios_are_dropped_early():
     for row, low in zip(summary, (1.101, 1.09, 1.0), strict=True):
         row["ratio_interval"] = [low, 1.3]
     assert hopeful(tried, summary, 0.05) == tried[1:]
+
+
+def test_rows_of_which_none_can_be_scored_are_refused(language_model):
+    rows = [Row("things", "1", "What is it?", "x")]
+    with pytest.raises(CorpusError, match="none of 1 row has two completion tokens"):
+        evaluate(language_model, [Contender("dense")], rows)
+
+
+def test_a_log_goes_on_after_a_line_that_was_cut_short(tmp_path):
+    log = tmp_path / "log.jsonl"
+    with open_log(log, {"seed": 0}) as file:
+        file.write('{"half')
+    result = Result("dense 16bit", "s", "1", 2, 1.0, 1.0, 0.0, 2, None, 1, 1)
+    with open_log(log, {"seed": 0}) as file:
+        file.write(json.dumps(asdict(result)) + "\n")
+    assert read_results(log) == [result]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import text_scores
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.progress import Progress
+from coreinfer_sim.progress import Progress, counted
 from coreinfer_sim.sparse_mlp import install
 
 _N_RESAMPLES = 1000
@@ -125,8 +126,13 @@ def evaluate(
             progress.advance(len(block))
         del variant  # before the next one is made
     progress.finish()
+    if rows and len(short) == len(rows):
+        raise CorpusError(
+            f"none of {counted(len(rows), 'row')} has two completion tokens, of which decode scores the second on; give longer "
+            "completions or a larger max_tokens."
+        )
     if short:
-        progress.say(f"{len(short)} rows with fewer than two completion tokens were left out.")
+        progress.say(f"Left out, with fewer than two completion tokens: {counted(len(short), 'row')}.")
     return results
 
 
@@ -244,11 +250,20 @@ def open_log(path: Path, setup: dict[str, Any]) -> TextIO:
                 f"{path} holds scores that were made with another {', '.join(different)}, expected the same to go on; name "
                 "another --log."
             )
+    whole = found is None or _ends_a_line(path)
     file = path.open("a", encoding="utf-8")
+    if not whole:
+        file.write("\n")  # what a kill cut short stays a line of its own
     if found is None:
         file.write(json.dumps({"setup": setup}) + "\n")
         file.flush()
     return file
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def read_results(path: Path) -> list[Result]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.errors import CorpusError
+from coreinfer_sim.progress import counted
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
     except ValueError as error:
         raise CorpusError(f"{path} is no JSONL ({error}); expected one object a line.") from error
     if not rows:
-        found = f"{n_lines} rows, {n_empty} of them without prompt or completion"
+        if not n_lines:
+            raise CorpusError(f"{path} is empty, expected one object a line; give a file with rows.")
+        found = f"{counted(n_lines, 'row')}, {n_empty} of them without prompt or completion"
         raise CorpusError(
             f"{path} holds {found}, and none whose id hashes into {part.start} to {part.stop - 1}; "
             + ("give a file with rows." if n_lines == n_empty else "name a wider --part.")
@@ -76,7 +79,9 @@ def read_sets(paths: Sequence[str | Path], part: range, limit: int | None) -> li
     known: set[tuple[str, str]] = set()
     for row in rows:
         if (row.set_name, row.id) in known:
-            raise CorpusError(f"two rows of {row.set_name} have the id {row.id!r}, expected each to have its own.")
+            raise CorpusError(
+                f"two rows of {row.set_name} have the id {row.id!r}, expected each to have its own; rename one."
+            )
         known.add((row.set_name, row.id))
     return rows
 

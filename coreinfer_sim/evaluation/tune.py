@@ -36,7 +36,13 @@ def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[
     Args:
         index: to choose for.
         keep_ratios: to try; none: those of the compensated sets and KEEP_RATIOS.
+
+    Raises:
+        ConfigError: a keep ratio of 1 or more.
     """
+    whole = [ratio for ratio in keep_ratios if ratio >= 1]
+    if whole:
+        raise ConfigError(f"the keep ratio {whole[0]:g} is dense decode, expected one below 1; leave it out.")
     fitted = [info.keep_ratio for info in index.manifest.compensation]
     found = []
     for ratio in sorted({*keep_ratios} or {*fitted, *KEEP_RATIOS}):
