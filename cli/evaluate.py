@@ -107,7 +107,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     from coreinfer_sim.drawing import check_plot
     from coreinfer_sim.embeddings import SentenceEncoder
     from coreinfer_sim.evaluation.contenders import NEED_INDEX, READS_PROMPT, check_known_before, parse_contenders
-    from coreinfer_sim.evaluation.evaluate import summarise
+    from coreinfer_sim.evaluation.evaluate import check_scored, summarise
     from coreinfer_sim.evaluation.plot import plot
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.text_scores import check_text_scores
@@ -140,6 +140,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         language_model = load_model(model, given["dtype"], given["device"])
     max_new_tokens = given["max_new_tokens"] if given["generate"] else None
     results = score_with_log(language_model, contenders, rows, index, given, max_new_tokens, sparse_prefill)
+    check_scored(results, len(rows))
     summary = summarise(results, given["seed"], generated=given["generate"])
     if given["out"] is not None:
         write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})

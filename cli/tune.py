@@ -61,7 +61,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     report. Keep ratios that are hopeless on the first quarter of each set's rows are not tried on the others.
     """
     from coreinfer_sim.evaluation.contenders import bytes_per_token
-    from coreinfer_sim.evaluation.evaluate import summarise
+    from coreinfer_sim.evaluation.evaluate import check_scored, summarise
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
     from coreinfer_sim.files import check_folder
@@ -82,6 +82,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
         language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
     first, further = first_and_further(rows)
     results = score_with_log(language_model, contenders, first, loaded, given)
+    check_scored(results, len(first))
     left = hopeful(contenders, summarise(results, given["seed"]), given["max_increase"])
     if left and further:
         if len(left) < len(contenders) and not as_json:

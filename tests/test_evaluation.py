@@ -532,10 +532,13 @@ def test_hopeless_keep_ratios_are_dropped_early():
     assert hopeful(tried, summary, 0.05) == tried[1:]
 
 
-def test_rows_of_which_none_can_be_scored_are_refused(language_model):
-    rows = [Row("things", "1", "What is it?", "x")]
-    with pytest.raises(CorpusError, match="none of 1 row has two completion tokens"):
-        evaluate(language_model, [Contender("dense")], rows)
+@pytest.mark.parametrize("n_rows", [1, 12])
+def test_rows_of_which_none_can_be_scored_are_refused(tiny_checkpoint, tmp_path, n_rows):
+    rows = [{"id": str(i), "prompt": "What is it?", "completion": "x"} for i in range(n_rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = [str(tmp_path / "rows.jsonl"), "--model", tiny_checkpoint, "--contender", "dense"]
+    refused = CliRunner().invoke(main, ["evaluate", *arguments])
+    assert refused.exit_code == 1 and f"none of {n_rows} row" in refused.stderr and not refused.stdout
 
 
 def test_a_log_goes_on_after_a_line_that_was_cut_short(tmp_path):

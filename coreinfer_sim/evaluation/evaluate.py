@@ -126,14 +126,18 @@ def evaluate(
             progress.advance(len(block))
         del variant  # before the next one is made
     progress.finish()
-    if rows and len(short) == len(rows):
-        raise CorpusError(
-            f"none of {counted(len(rows), 'row')} has two completion tokens, of which decode scores the second on; give longer "
-            "completions or a larger max_tokens."
-        )
     if short:
         progress.say(f"Left out, with fewer than two completion tokens: {counted(len(short), 'row')}.")
     return results
+
+
+def check_scored(results: Sequence[Result], n_rows: int) -> None:
+    """Raise CorpusError if none of ``n_rows`` rows could be scored."""
+    if not results:
+        raise CorpusError(
+            f"none of {counted(n_rows, 'row')} has two completion tokens, of which decode scores the second on; give longer "
+            "completions or a larger max_tokens."
+        )
 
 
 class _Rounded:
