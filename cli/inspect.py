@@ -98,12 +98,12 @@ def _ranges(numbers: list[int]) -> str:
 def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool) -> None:
     """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
     from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.manifest import check_files
+    from coreinfer_sim.manifest import INDEX_FILES, check_files
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
-    with status("Checking the files"):  # those of compensated sets too, which loading leaves until they are needed
-        check_files(Path(index), loaded.manifest)
+    with status("Checking the files"):  # loading leaves those of compensated sets until they are needed
+        check_files(Path(index), loaded.manifest, loaded.manifest.files.keys() - set(INDEX_FILES))
     checks = ["format version", "file sizes", "checksums"]
     with status("Checking the encoder"):
         _ = loaded.encoder

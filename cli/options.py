@@ -45,7 +45,7 @@ def _part(_ctx: click.Context, _param: click.Parameter, value: str) -> range:
         raise click.BadParameter(f"{value!r} is no LOW:HIGH.") from error
     if low >= high:
         raise click.BadParameter(f"{value!r} holds no part, expected LOW below HIGH.")
-    if not 0 <= low < high <= 100:
+    if low < 0 or high > 100:
         raise click.BadParameter(f"{value!r} does not lie in 0:100.")
     return range(low, high)
 
