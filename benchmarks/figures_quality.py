@@ -233,8 +233,6 @@ def tuned(
     model: str, data: Path, name: str, index: Path, increase: float, rows: int, max_tokens: int, dtype: str
 ) -> None:
     """Tune an index on rows at 70 to 84, and check the promise on rows that nothing has seen."""
-    from coreinfer_sim import SemanticIndex
-
     sets = [str(path) for path in sorted(data.glob("*.jsonl"))]
     command = [
         *(*_COMMAND, "tune", *sets, "--index", str(index), "--model", model, "--json", "--limit", str(rows)),
@@ -250,8 +248,7 @@ def tuned(
     }
     ratio = profile["keep_ratio"]
     if ratio < 1:
-        compensated = SemanticIndex.load(index).has_compensation(ratio)
-        score, fallback = ("compensated", "global") if compensated else ("energy", "hybrid")
+        score, fallback = ("compensated", "global") if profile["compensated"] else ("energy", "hybrid")
         arguments = ["--contender", "similarity", "--keep-ratio", str(ratio), "--score", score, "--fallback", fallback]
         (found,) = _evaluated(
             f"tuned-{name.lower()}", model, data, index, rows, dtype, [*arguments, "--max-tokens", str(max_tokens)]

@@ -21,10 +21,8 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
     from coreinfer_sim.generation import prompt_ids
     from coreinfer_sim.memory import peak_bytes, resident_bytes
 
-    keep_ratio = _keep_ratio(given, modes, index)
-    fitted = None
-    if index is not None and given["compensation"] and given["score"] == "energy":
-        fitted = index.fitted_neurons(keep_ratio)
+    keep_ratio, compensated = _sets(given, modes, index)
+    fitted = index.fitted_neurons(keep_ratio) if index is not None and compensated else None
     on_cpu = given["device"] in ("auto", "cpu")
     lookup_bytes = 0
     if index is not None and on_cpu:
@@ -60,15 +58,17 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
     return load_model(name, given["memory_budget"], use, given["dtype"], given["device"], progress)[0]
 
 
-def _keep_ratio(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> float:
+def _sets(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> tuple[float, bool]:
+    """Return the keep ratio, and whether compensated sets may be taken."""
     from coreinfer_sim.config import Mode, Score
-    from coreinfer_sim.predictors import default_keep_ratio
+    from coreinfer_sim.predictors import default_sets
 
+    score = Score(given["score"])
     if given["keep_ratio"] is not None:
-        return float(given["keep_ratio"])
+        return float(given["keep_ratio"]), given["compensation"] and score is Score.ENERGY
     sparse = next((mode for mode in modes if mode != "dense"), None)  # the others are compared with it
     if sparse is None:
-        return 1.0
+        return 1.0, False
     if index is None:
         raise ConfigError(f"mode {sparse} was given no keep ratio and no index to take it from; give one.")
-    return default_keep_ratio(index, Mode(sparse), Score(given["score"]), given["nearest"], given["compensation"])
+    return default_sets(index, Mode(sparse), score, given["nearest"], given["compensation"])

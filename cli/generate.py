@@ -65,7 +65,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     "--compensation/--no-compensation",
     default=True,
     **_D,
-    help="Use the index's compensated sets where it has them for this keep ratio.",
+    help="Use the index's compensated sets where it has them for this keep ratio, unless it was tuned to plain ones.",
 )
 @click.option(
     "--refresh", metavar="every:N|drift", help="Derive the set anew from the text so far, in stability and hybrid."

@@ -69,10 +69,11 @@ def info(index: str, as_json: bool) -> None:
             click.echo(
                 f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
             )
-    if m.profile is not None:
+    if (p := m.profile) is not None:
+        kind = "compensated sets" if p.compensated else "plain sets" if p.keep_ratio < 1 else "dense decode"
         click.echo(
-            f"  profile   keep ratio {m.profile.keep_ratio:g}: perplexity {m.profile.ratio - 1:+.1%} ({m.profile.low - 1:+.1%} "
-            f"to {m.profile.high - 1:+.1%}) on {counted(m.profile.n_rows, 'row')}, at most {m.profile.max_increase:+.1%} promised"
+            f"  profile   {kind}, keep ratio {p.keep_ratio:g}: perplexity {p.ratio - 1:+.1%} ({p.low - 1:+.1%} to "
+            f"{p.high - 1:+.1%}) on {counted(p.n_rows, 'row')}, at most {p.max_increase:+.1%} promised"
         )
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
     click.echo(f"{len(loaded)} clusters:")

@@ -43,7 +43,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
     "keep_ratios",
     multiple=True,
     type=float,
-    help="To try; may be repeated.  [default: those of compensated sets, and 0.5 to 0.9]",
+    help="To try; may be repeated.  [default: those of compensated sets, and 0.5 to 0.95]",
 )
 @options.part("70:85")
 @click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
@@ -58,7 +58,8 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
 
     SETS are JSONL files with id, prompt and completion, as for evaluate. Take other rows than those that you build on or
-    report. Keep ratios that are hopeless on the first quarter of each set's rows are not tried on the others.
+    report. Each keep ratio is tried with plain sets and, where the index has some, with compensated ones; what is hopeless
+    on the first quarter of each set's rows is not tried on the others.
     """
     from coreinfer_sim.evaluation.contenders import bytes_per_token
     from coreinfer_sim.evaluation.evaluate import check_scored, summarise
@@ -87,7 +88,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     if left and further:
         if len(left) < len(contenders) and not as_json:
             click.echo(
-                f"{len(contenders) - len(left)} of {len(contenders)} keep ratios are dropped after {len(first)} rows."
+                f"{len(contenders) - len(left)} of {len(contenders)} candidates are dropped after {len(first)} rows."
             )
         results += score_with_log(language_model, left, further, loaded, given)
     summary = summarise(results, given["seed"])
@@ -104,6 +105,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
         )
     else:
         click.echo(
-            f"{index} decodes at keep ratio {profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "
+            f"{index} decodes with {'compensated' if profile.compensated else 'plain'} sets at keep ratio "
+            f"{profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "
             f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
         )

@@ -227,7 +227,7 @@ class SemanticIndex:
 
         Args:
             cluster: its number; None takes all clusters together.
-            keep_ratio: share of d_ff that is kept; None takes `plain_keep_ratio`.
+            keep_ratio: share of d_ff that is kept; None takes that of `wanted_sets` without compensation.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers, such as ``4:``.
 
@@ -248,7 +248,7 @@ class SemanticIndex:
         self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
     ) -> dict[int, torch.Tensor]:
         """Return the ids with the highest values, by layer; both arrays are [n_recorded_layers, d_ff]."""
-        keep_ratio = self.plain_keep_ratio if keep_ratio is None else keep_ratio
+        keep_ratio, _ = self.wanted_sets(keep_ratio, compensated=False)
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
         return {
@@ -293,11 +293,12 @@ class SemanticIndex:
 
         Args:
             match: of a prompt.
-            keep_ratio: share that is kept; None takes `default_keep_ratio`, or `plain_keep_ratio` if not compensated.
+            keep_ratio: share that is kept; None takes that of `wanted_sets`.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers.
             compensated: take the compensated set if the index holds one of this keep ratio (then ``score`` does not
-                matter, unless it is the paper's, which is never compensated).
+                matter, unless it is the paper's, which is never compensated) and the profile, where its keep ratio is
+                taken, is not of plain sets.
         """
         found = self.cluster_selection(match.cluster, keep_ratio, score, layers, compensated)
         return replace(found, similarity=match.similarity, confidence=match.confidence)
@@ -328,10 +329,8 @@ class SemanticIndex:
     def _selection(
         self, cluster: int | None, keep_ratio: float | None, score: Score | str, layers: str, compensated: bool
     ) -> NeuronSelection:
-        compensated = compensated and Score(score) is Score.ENERGY
-        if keep_ratio is None:
-            keep_ratio = self.default_keep_ratio if compensated else self.plain_keep_ratio
-        if compensated and self.has_compensation(keep_ratio):
+        keep_ratio, compensated = self.wanted_sets(keep_ratio, compensated and Score(score) is Score.ENERGY)
+        if compensated:
             wanted = self.rows_of_layers(layers)
             ids, repairs = self._compensated(keep_ratio, cluster)
             return NeuronSelection(
@@ -347,21 +346,21 @@ class SemanticIndex:
         self.manifest = replace(self.manifest, profile=profile)
         write_json(self._folder / MANIFEST_FILE, self.manifest.as_dict())
 
-    @property
-    def default_keep_ratio(self) -> float:
-        """The keep ratio for who names none: the profile's, else the first with compensated sets, else the build's γ."""
-        if self.manifest.profile is not None:
-            return self.manifest.profile.keep_ratio
-        compensation = self.manifest.compensation
-        return compensation[0].keep_ratio if compensation else self.manifest.settings.gamma
+    def wanted_sets(self, keep_ratio: float | None = None, compensated: bool = True) -> tuple[float, bool]:
+        """Return the keep ratio that decodes, and whether compensated sets do.
 
-    @property
-    def plain_keep_ratio(self) -> float:
-        """The same for neurons that nothing makes up for: the build's γ, unless the profile is of such."""
-        profile = self.manifest.profile
-        if profile is not None and not self.has_compensation(profile.keep_ratio):
-            return profile.keep_ratio
-        return self.manifest.settings.gamma
+        Args:
+            keep_ratio: None takes the profile's, or where there is none, that of the first compensated sets or the build's γ.
+            compensated: False: plain sets, of which None takes the profile's if that is of such, else γ.
+        """
+        if keep_ratio is not None:
+            return keep_ratio, compensated and self.has_compensation(keep_ratio)
+        profile, fitted = self.manifest.profile, self.manifest.compensation
+        if profile is not None and (compensated or not profile.compensated):
+            return profile.keep_ratio, profile.compensated
+        if compensated and fitted:
+            return fitted[0].keep_ratio, True
+        return self.manifest.settings.gamma, False
 
     def has_compensation(self, keep_ratio: float) -> bool:
         """Return whether the index holds compensated sets of this keep ratio."""

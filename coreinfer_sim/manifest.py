@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,11 @@ class CompensationInfo:
 
 @dataclass(frozen=True)
 class ProfileInfo:
-    """The keep ratio for who names none, and the measurement that it rests on."""
+    """What decodes for who names no keep ratio, and the measurement that it rests on."""
 
     keep_ratio: float
+    compensated: bool
+    """Whether that is the compensated sets of this keep ratio; else plain ones, ranked by energy."""
     max_increase: float
     """Largest increase of perplexity that was allowed, as a share of the dense model's."""
     ratio: float
@@ -216,8 +218,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
         files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
-        profile = None if raw["profile"] is None else _typed(ProfileInfo, raw["profile"], "profile")
         compensation = [_typed(CompensationInfo, entry, "compensation") for entry in raw["compensation"]]
+        profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
@@ -229,6 +231,15 @@ def read_manifest(folder: Path) -> Manifest:
     if set(files) != expected:
         raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(expected)}; {REBUILD}.")
     return manifest
+
+
+def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
+    """Make the profile from JSON; the first releases took compensated sets wherever there were some."""
+    there = any(math.isclose(info.keep_ratio, raw["keep_ratio"]) for info in compensation)
+    profile: ProfileInfo = _typed(ProfileInfo, {"compensated": there, **raw}, "profile")
+    if profile.compensated and not there:
+        raise TypeError(f"profile.keep_ratio is {profile.keep_ratio}, of which there are no compensated sets")
+    return profile
 
 
 def _check_contents(manifest: Manifest, path: Path) -> None:

@@ -296,13 +296,12 @@ def random_selection(
     )
 
 
-def default_keep_ratio(
+def default_sets(
     index: SemanticIndex, mode: Mode, score: Score = Score.ENERGY, nearest: int = 1, compensated: bool = True
-) -> float:
-    """Return the keep ratio for who names none, which is lower where the index's compensated sets decode."""
+) -> tuple[float, bool]:
+    """Return what `SemanticIndex.wanted_sets` does for who names no keep ratio, in a mode; only some can be compensated."""
     routed = mode is Mode.GLOBAL or (mode is Mode.SIMILARITY and nearest == 1)
-    fitted = compensated and score is Score.ENERGY and routed
-    return index.default_keep_ratio if fitted else index.plain_keep_ratio
+    return index.wanted_sets(compensated=compensated and score is Score.ENERGY and routed)
 
 
 def make_predictor(
@@ -325,15 +324,16 @@ def make_predictor(
         mode: similarity, hybrid, stability, global, random or dense.
         layers: the model's MLPs.
         index: needed by similarity, hybrid and global, which then must belong to the model.
-        keep_ratio: share of d_ff that is kept; None takes `default_keep_ratio`.
+        keep_ratio: share of d_ff that is kept; None takes that of `default_sets`.
         score: energy or paper.
         sparse_layers: slice of the layers that become sparse, such as ``4:``.
         alpha: for stability and hybrid; None takes the index's α, or 0.4.
         seed: for random.
         nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
         fallback: for similarity; what unfamiliar prompts get: hybrid, dense, global, or none (their cluster all the same).
-            None: global where the index holds compensated sets, which no prompt-derived set can be, else hybrid.
-        compensated: for similarity and global; take the index's compensated sets where it has them.
+            None: global where compensated sets decode, which no prompt-derived set can be, else hybrid.
+        compensated: for similarity and global; take the index's compensated sets where it has them and its profile, where
+            no keep ratio is given, is not of plain ones.
 
     Raises:
         ConfigError: a setting is out of range or missing.
@@ -350,7 +350,7 @@ def make_predictor(
     if keep_ratio is None:
         if index is None:
             raise ConfigError(f"mode {mode.value} was given no keep ratio and no index to take it from; give one.")
-        keep_ratio = default_keep_ratio(index, mode, score, nearest, compensated)
+        keep_ratio, compensated = default_sets(index, mode, score, nearest, compensated)
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:
         return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))

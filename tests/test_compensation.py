@@ -66,9 +66,9 @@ from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import BuildError, ConfigError, IndexFormatError
 from coreinfer_sim.generation import TextGenerator
 from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.manifest import ProfileInfo, compensation_file
+from coreinfer_sim.manifest import ProfileInfo, compensation_file, manifest_checksum
 from coreinfer_sim.models import LanguageModel, load_model
-from coreinfer_sim.predictors import default_keep_ratio, make_predictor
+from coreinfer_sim.predictors import default_sets, make_predictor
 from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
 
@@ -683,7 +683,7 @@ def built(tiny_checkpoint, encoder, tmp_path_factory):
 def test_an_index_brings_its_compensated_sets(built, tiny_checkpoint, encoder):
     index = SemanticIndex.load(built, encoder)
     language_model = load_model(tiny_checkpoint)
-    assert index.default_keep_ratio == 0.5 and index.has_compensation(0.7) and not index.has_compensation(0.6)
+    assert index.wanted_sets() == (0.5, True) and index.has_compensation(0.7) and not index.has_compensation(0.6)
     dense = sum(layer.n_bytes for layer in language_model.layers)
     for ratio in (0.5, 0.7):
         chosen = index.selection(index.lookup("Tell me of planets.")[0], ratio)
@@ -908,22 +908,67 @@ def test_a_single_cluster_has_nobody_to_learn_with():
 
 def test_only_what_is_compensated_decodes_at_the_compensated_keep_ratio(built, tiny_checkpoint, encoder):
     index, layers = SemanticIndex.load(built, encoder), load_model(tiny_checkpoint).layers
-    assert index.default_keep_ratio == 0.5 and index.plain_keep_ratio == index.manifest.settings.gamma == 0.8
+    plain, fitted = (index.manifest.settings.gamma, False), (0.5, True)
+    assert plain[0] == 0.8
+    assert index.wanted_sets() == fitted and index.wanted_sets(compensated=False) == plain
+    assert index.wanted_sets(0.7) == (0.7, True) and index.wanted_sets(0.6) == (0.6, False)
+    assert index.wanted_sets(0.7, compensated=False) == (0.7, False)
     assert index.global_selection().compensation
     assert len(index.global_selection(compensated=False).ids[0]) == 38  # of 48
     for mode, options, wanted in (
-        ("similarity", {}, 0.5), ("global", {}, 0.5), ("stability", {}, 0.8), ("hybrid", {}, 0.8),
-        ("similarity", {"nearest": 2}, 0.8), ("similarity", {"score": "paper"}, 0.8), ("global", {"compensated": False}, 0.8),
+        ("similarity", {}, fitted), ("global", {}, fitted), ("stability", {}, plain), ("hybrid", {}, plain),
+        ("similarity", {"nearest": 2}, plain), ("similarity", {"score": "paper"}, plain),
+        ("global", {"compensated": False}, plain),
     ):  # fmt: skip
         assert (
-            default_keep_ratio(index, Mode(mode), **{k: Score(v) if k == "score" else v for k, v in options.items()})
+            default_sets(index, Mode(mode), **{k: Score(v) if k == "score" else v for k, v in options.items()})
             == wanted
         )
         assert make_predictor(mode, layers, index, **options)
-    index.manifest = replace(index.manifest, profile=ProfileInfo(0.5, 0.1, 1.0, 1.0, 1.0, 1, 10))
-    assert (index.default_keep_ratio, index.plain_keep_ratio) == (0.5, 0.8)
-    index.manifest = replace(index.manifest, profile=ProfileInfo(0.6, 0.1, 1.0, 1.0, 1.0, 1, 10))
-    assert (index.default_keep_ratio, index.plain_keep_ratio) == (0.6, 0.6)
+
+
+@pytest.mark.parametrize(("keep_ratio", "compensated"), [(0.5, True), (0.5, False), (0.6, False), (1.0, False)])
+def test_the_profile_says_what_decodes_where_no_keep_ratio_is_named(
+    built, tiny_checkpoint, encoder, keep_ratio, compensated, tmp_path
+):
+    copy = shutil.copytree(built, tmp_path / "index")
+    SemanticIndex.load(copy).write_profile(ProfileInfo(keep_ratio, compensated, 0.1, 1.0, 1.0, 1.0, 1, 10))
+    index, layers = SemanticIndex.load(copy, encoder), load_model(tiny_checkpoint).layers
+    assert index.wanted_sets() == (keep_ratio, compensated)
+    assert index.wanted_sets(compensated=False) == (0.8 if compensated else keep_ratio, False)
+    assert index.wanted_sets(0.5) == (0.5, True)  # who names a keep ratio has not asked for the profile
+    assert bool(index.global_selection().compensation) == compensated
+    (chosen,) = make_predictor("similarity", layers, index, fallback="none").select(
+        ["Tell me of stars."], None, n_rows=1
+    )
+    assert bool(chosen.compensation) == compensated
+    (named,) = make_predictor("similarity", layers, index, keep_ratio=0.5, fallback="none").select(
+        ["Tell me."], None, n_rows=1
+    )
+    assert named.compensation
+    assert (make_predictor("similarity", layers, index).alpha is None) == compensated  # hybrid for unfamiliar prompts
+    shown = CliRunner().invoke(main, ["info", str(copy)])
+    kind = "compensated sets" if compensated else "plain sets" if keep_ratio < 1 else "dense decode"
+    assert f"profile   {kind}, keep ratio {keep_ratio:g}: perplexity +0.0%" in shown.output
+    run = ["generate", "Tell me of stars.", "--index", str(copy), "--model", tiny_checkpoint, "--json"]
+    for budget in ([], ["--memory-budget", "2GiB"]):
+        done = CliRunner().invoke(main, [*run, *budget, "--max-new-tokens", "2"])
+        assert done.exit_code == 0, done.stderr
+
+
+def test_a_profile_of_an_earlier_release_takes_compensated_sets_where_there_are_some(built, encoder, tmp_path):
+    copy = shutil.copytree(built, tmp_path / "index")
+    path = copy / "manifest.json"
+    for keep_ratio, compensated in ((0.5, True), (0.6, False)):
+        SemanticIndex.load(copy).write_profile(ProfileInfo(keep_ratio, compensated, 0.1, 1.0, 1.0, 1.0, 1, 10))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        del manifest["profile"]["compensated"]
+        path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
+        assert SemanticIndex.load(copy).manifest.profile.compensated == compensated
+    manifest["profile"]["compensated"] = True
+    path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
+    with pytest.raises(IndexFormatError, match=r"profile.keep_ratio is 0.6, of which there are no compensated sets"):
+        SemanticIndex.load(copy)
 
 
 def test_a_copy_of_one_layer_does_not_hold_on_to_its_file(built, tiny_checkpoint):
@@ -973,9 +1018,9 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     tuned = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--max-perplexity-increase", "9000%"])
     assert tuned.exit_code == 0, tuned.stderr
     assert json.loads(tuned.stdout)["profile"]["keep_ratio"] == 0.5
-    assert SemanticIndex.load(copy).default_keep_ratio == 0.5
+    assert SemanticIndex.load(copy).wanted_sets()[0] == 0.5
     strict = CliRunner().invoke(main, ["tune", *arguments, "--part", "0:100", "--max-perplexity-increase", "1e-9"])
-    assert strict.exit_code == 0 and SemanticIndex.load(copy).default_keep_ratio == 1.0
+    assert strict.exit_code == 0 and SemanticIndex.load(copy).wanted_sets() == (1.0, False)
     log = ["--log", str(tmp_path / "log.jsonl"), "--part", "0:100"]
     logged = CliRunner().invoke(main, ["tune", *arguments, *log, "--max-perplexity-increase", "9000%"])
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -992,7 +1037,10 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
     ratios = ["--part", "0:100", "--keep-ratio", "0.5", "--keep-ratio", "0.999", "--max-perplexity-increase", "1e-4"]
     early = CliRunner().invoke(main, ["tune", str(tmp_path / "many.jsonl"), *arguments[1:], *ratios])
-    assert [row["n_rows"] for row in json.loads(early.stdout)["contenders"]] == [10, 40]  # 0.5 on a quarter
+    n_rows = {row["contender"]: row["n_rows"] for row in json.loads(early.stdout)["contenders"]}
+    assert len(n_rows) == 3 and "similarity/energy else hybrid 0.5" in n_rows  # 0.5 with plain sets as well
+    assert n_rows["similarity/compensated else global 0.5"] == 10  # a quarter
+    assert n_rows["similarity/energy else hybrid 0.999"] == 40
     scores = ["--score", "energy", "--score", "compensated", "--keep-ratio", "0.5", "--weights", "q8_0"]
     evaluated = CliRunner().invoke(main, ["evaluate", *arguments, *scores, "--contender", "similarity"])
     assert evaluated.exit_code == 0, evaluated.stderr

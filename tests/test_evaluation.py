@@ -516,7 +516,15 @@ def test_the_profile_is_the_fewest_bytes_that_keep_the_promise():
     assert (found.keep_ratio, found.mlp_bytes, found.high, found.n_rows) == (0.6, 60, 1.04, 5)
     assert choose_profile(tried, summary, 0.5, 100).keep_ratio == 0.4
     dense = choose_profile(tried, summary, 0.005, 100)
-    assert (dense.keep_ratio, dense.ratio, dense.mlp_bytes) == (1.0, 1.0, 100)
+    assert (dense.keep_ratio, dense.ratio, dense.mlp_bytes, dense.compensated) == (1.0, 1.0, 100, False)
+
+
+def test_of_as_many_bytes_the_profile_takes_the_sets_that_cost_less():
+    tried = [Contender("similarity", 0.6, compensated=compensated) for compensated in (True, False)]
+    for highs in ((1.04, 1.02), (1.02, 1.04)):
+        summary = summary_of(**{str(each): (high, 60) for each, high in zip(tried, highs, strict=True)})
+        found = choose_profile(tried, summary, 0.05, 100)
+        assert (found.compensated, found.high) == (highs[0] < highs[1], 1.02)
 
 
 def test_hopeless_keep_ratios_are_dropped_early():

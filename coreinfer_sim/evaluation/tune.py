@@ -12,7 +12,7 @@ from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.manifest import ProfileInfo
 
-KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9)
+KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Tried beside those of the index's compensated sets."""
 _FIRST_SHARE = 4
 _FAR = 2.0
@@ -31,7 +31,10 @@ def check_rows(n_rows: int) -> None:
 
 
 def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[Contender]:
-    """Return similarity mode at each keep ratio, compensated where the index can, with the fallback that it takes then.
+    """Return similarity mode at each keep ratio, with plain sets and where there are some compensated ones.
+
+    Each has the fallback that `make_predictor` takes by default. Compensation that was fitted to few tokens may do more harm
+    than good where few neurons are dropped.
 
     Args:
         index: to choose for.
@@ -46,9 +49,9 @@ def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[
     fitted = [info.keep_ratio for info in index.manifest.compensation]
     found = []
     for ratio in sorted({*keep_ratios} or {*fitted, *KEEP_RATIOS}):
-        compensated = index.has_compensation(ratio)
-        fallback = Fallback.GLOBAL if compensated else Fallback.HYBRID
-        found.append(Contender("similarity", ratio, fallback=fallback, compensated=compensated))
+        if index.has_compensation(ratio):
+            found.append(Contender("similarity", ratio, fallback=Fallback.GLOBAL, compensated=True))
+        found.append(Contender("similarity", ratio, fallback=Fallback.HYBRID))
     return found
 
 
@@ -83,13 +86,14 @@ def choose_profile(
     """
     by_name = {row["contender"]: row for row in summary}
     kept = [
-        (row["mlp_bytes_per_token"], contender.keep_ratio, row)
+        (row["mlp_bytes_per_token"], row["ratio"], contender)
         for contender in contenders
         if (row := by_name[str(contender)])["ratio_interval"][1] <= 1 + max_increase
     ]
     if not kept:
         n_rows = max(row["n_rows"] for row in summary)
-        return ProfileInfo(1.0, max_increase, 1.0, 1.0, 1.0, dense_bytes, n_rows)
-    n_bytes, ratio, row = min(kept, key=lambda found: found[:2])
+        return ProfileInfo(1.0, False, max_increase, 1.0, 1.0, 1.0, dense_bytes, n_rows)
+    n_bytes, ratio, chosen = min(kept, key=lambda found: found[:2])
+    row = by_name[str(chosen)]
     low, high = row["ratio_interval"]
-    return ProfileInfo(ratio, max_increase, row["ratio"], low, high, n_bytes, row["n_rows"])
+    return ProfileInfo(chosen.keep_ratio, chosen.compensated, max_increase, ratio, low, high, n_bytes, row["n_rows"])

@@ -71,9 +71,8 @@ def export(
     """
     progress, out = progress or Progress(), Path(out)
     index.check_model(language_model.layers)
-    keep_ratio = index.default_keep_ratio if keep_ratio is None else keep_ratio
+    keep_ratio, compensated = index.wanted_sets(keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
-    compensated = compensated and index.has_compensation(keep_ratio)
     written_as = weights if kind == "gguf" else language_model.dtype_name
     name, sha256 = index.manifest.model.name, index.manifest.checksum()
     sources = [Source(name, index.name, sha256, each, keep_ratio, compensated, written_as) for each in sets]
