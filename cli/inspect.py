@@ -65,7 +65,9 @@ def info(index: str, as_json: bool) -> None:
             f"{max(each.n_kept)} neurons a layer), {each.tokens:,} tokens a cluster"
         )
         served = m.served_by_corpus(each.keep_ratio)
-        if served and len(loaded) > 1:
+        if each.plain:
+            click.echo("            plain neurons after all, as compensation did harm on held-out texts")
+        elif served and len(loaded) > 1:
             click.echo(
                 f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
             )

@@ -106,6 +106,8 @@ class CompensationInfo:
     """What training began with; None: there was none."""
     n_kept: list[int]
     """Neurons of each layer of the model, bypass included, [n_layers]."""
+    plain: bool
+    """Whether the sets are plain neurons after all, as compensation did harm on held-out texts."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
         files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
-        compensation = [_typed(CompensationInfo, entry, "compensation") for entry in raw["compensation"]]
+        compensation = [
+            _typed(CompensationInfo, {"plain": False, **entry}, "compensation") for entry in raw["compensation"]
+        ]
         profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -234,7 +238,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
-    """Make the profile from JSON; the first releases took compensated sets wherever there were some."""
+    """Make the profile from JSON; earlier builds took compensated sets wherever there were some."""
     there = any(math.isclose(info.keep_ratio, raw["keep_ratio"]) for info in compensation)
     profile: ProfileInfo = _typed(ProfileInfo, {"compensated": there, **raw}, "profile")
     if profile.compensated and not there:

@@ -27,11 +27,11 @@ from coreinfer_sim.build.calibration import (
     fit_each_alone,
     fit_layers,
 )
+from coreinfer_sim.build.comparing import Kind, choose_kinds, compare_sets, plain_set
 from coreinfer_sim.build.compensating import (
     Training,
     calibration_text,
     calibration_texts,
-    compare_with_corpus,
     held_out,
     make_distiller,
     make_fitter,
@@ -42,12 +42,13 @@ from coreinfer_sim.build.distillation import (
     _sound_gradients,
     distil,
     distil_jointly,
-    mean_divergences,
+    divergences_of,
     n_decoded,
     training_on,
 )
 from coreinfer_sim.build.reading import packs, read_densely
 from coreinfer_sim.build.sensitivity import PROBE, check_ranks, layer_costs, neurons_of, share_out
+from coreinfer_sim.build.shards import PartialSums
 from coreinfer_sim.build.students import Distillation, training_bytes
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.compensated import load_compensated, save_compensated
@@ -69,6 +70,7 @@ from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.manifest import ProfileInfo, compensation_file, manifest_checksum
 from coreinfer_sim.models import LanguageModel, load_model
 from coreinfer_sim.predictors import default_sets, make_predictor
+from coreinfer_sim.progress import Progress
 from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
 
@@ -512,11 +514,12 @@ def test_divergences_of_packs_are_those_of_texts_one_by_one(models, monkeypatch)
     sets, _ = fitted_blankly(language_model, texts, 2)
     compact = [compact_model(language_model.layers, each) for each in sets]
     reported = []
-    together = mean_divergences(language_model, texts, compact, reported.append)
+    together = divergences_of(language_model, texts, compact, reported.append)
     assert sum(reported) == 20 > len(reported)
     monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": 0})
-    alone = mean_divergences(language_model, texts, compact, lambda _n: None)
-    assert together == pytest.approx(alone, rel=1e-4) and min(alone) > 0
+    alone = divergences_of(language_model, texts, compact, lambda _n: None)
+    assert np.min(alone) > 0
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
 def test_steps_are_larger_on_a_gpu_where_there_are_enough(monkeypatch):
@@ -738,7 +741,9 @@ def test_some_texts_are_held_out_of_every_fit():
     clustering = Clustering(centroids=np.zeros((3, 2), np.float32), assignment=assignment, similarity=np.ones(947))
     held = held_out(clustering, 0)
     assert [int(held[assignment == cluster].sum()) for cluster in range(3)] == [5, 0, 48]
-    assert not held_out(replace(clustering, centroids=np.zeros((1, 2), np.float32), assignment=0 * assignment), 0).any()
+    assert (
+        held_out(replace(clustering, centroids=np.zeros((1, 2), np.float32), assignment=0 * assignment), 0).sum() == 48
+    )
     sentences = [Sentence(str(i), "p", f"p{i:04d}", 5) for i in range(947)]
     language_model = SimpleNamespace(tokenizer=Letters())
     for cluster in (None, 0, 1, 2):
@@ -782,25 +787,74 @@ def test_training_reads_the_fits_own_texts_last_or_not_at_all(tiny_checkpoint, t
 
 def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
     language_model = load_model(tiny_checkpoint)
+    layers = language_model.layers
     sentences = [Sentence(str(i), f"Tell me of {i}.", f"Tell me of {i}. It is {i} and more.", 9) for i in range(48)]
     clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(48) % 2, np.ones(48))
     config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
-    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
+    n = [layers[0].d_ff // 2] * N_LAYERS
     _, texts = calibration_texts(language_model, sentences, clustering, None, 10**6, 0, 64)
     good = fit_layers(language_model, texts, n, Fit())
     bad = replace(good, compensation={k: replace(c, left=5 + 0 * c.left) for k, c in good.compensation.items()})
     for cluster, selection in ((None, good), (0, bad), (1, good)):
         save_compensated(tmp_path / compensation_file(0.5, cluster), selection)
+    sums = PartialSums.zeros(np.arange(2), N_LAYERS, layers[0].d_ff)
+    sums.energy[:] = np.random.default_rng(0).permutation(layers[0].d_ff)
     reported = []
-    found = compare_with_corpus(language_model, sentences, clustering, config, 64, tmp_path, reported.append)["0.5"]
-    assert found["0"]["corpus"] < found["0"]["own"] and found["1"]["corpus"] == found["1"]["own"] > 0
+
+    def plain(ratio, cluster):
+        assert ratio == 0.5
+        return plain_set(sums, range(N_LAYERS), n, cluster, layers[0].d_model)
+
+    def compare(corpus):
+        arguments = (language_model, corpus, clustering, config, 64, tmp_path, plain, reported.append)
+        return compare_sets(*arguments)["0.5"]
+
+    found = compare(sentences)
+    means = {c: {kind: np.mean(values) for kind, values in each.items()} for c, each in found.items()}
+    assert means["0"]["corpus"] < means["0"]["plain"] < means["0"]["own"]
+    assert found["1"]["corpus"] == found["1"]["own"] and len(found["1"]["own"]) == 3
+    assert choose_kinds(found, 2) == {None: Kind.OWN, 0: Kind.CORPUS, 1: Kind.OWN}
     assert sum(reported) == held_out(clustering, 0).sum() == 6
     short = [replace(each, text="a") if i % 2 else each for i, each in enumerate(sentences)]
-    again = compare_with_corpus(language_model, short, clustering, config, 64, tmp_path, reported.append)["0.5"]
-    assert again == {"0": found["0"]}  # one token leaves nothing to decode
+    assert compare(short) == {"0": found["0"]}  # one token leaves nothing to decode
     members = np.flatnonzero(held_out(clustering, 0) & (clustering.assignment == 0))
     held = [calibration_text(language_model, sentences[i], 64) for i in members]
-    assert found["0"]["corpus"] == pytest.approx(by_text(language_model.model, held, good), rel=1e-2)
+    for name, selection in (("corpus", good), ("plain", replace(plain(0.5, 0), compensation=None))):
+        assert means["0"][name] == pytest.approx(by_text(language_model.model, held, selection), rel=1e-2)
+
+
+def test_what_decodes_is_what_served_the_held_out_texts_best():
+    own, corpus, plain = Kind.OWN, Kind.CORPUS, Kind.PLAIN
+
+    def kinds(found, n_clusters):
+        named = {str(c): {kind: list(values) for kind, values in each.items()} for c, each in found.items()}
+        chosen = choose_kinds(json.loads(json.dumps(named)), n_clusters)
+        return [chosen[c] for c in (None, *range(n_clusters))]
+
+    level, worse = {own: (1, 2), corpus: (1, 2), plain: (2, 3)}, {own: (3, 4), corpus: (1, 3), plain: (2, 4)}
+    assert kinds({0: level, 1: worse}, 3) == [own, own, corpus, own]  # the last has no texts
+    harmed = {own: (2.0, 2.2, 2.1), corpus: (3, 3, 3), plain: (1.0, 1.3, 1.2)}
+    assert kinds({0: harmed, 1: {**harmed, corpus: (1.5, 1.6, 1.7)}}, 2) == [plain, plain, plain]
+    assert kinds({0: harmed, 1: {**harmed, corpus: (0.1, 0.2, 0.1)}}, 2) == [
+        own,
+        own,
+        corpus,
+    ]  # all texts decide together
+    assert kinds({0: {**harmed, plain: (0.0, 5.0, 0.9)}}, 2) == [own, own, own]  # within the noise
+    assert kinds({0: {own: (9,), corpus: (9,), plain: (1,)}}, 2) == [own, own, own]  # one text says nothing
+    alone = {corpus: (2.0, 2.1), plain: (1.0, 1.1)}
+    assert kinds({0: alone}, 1) == [plain, corpus]
+    assert kinds({0: {**alone, plain: (2.0, 2.2)}}, 1) == kinds({}, 1) == [own, corpus]
+
+
+def test_a_plain_set_is_the_neurons_of_highest_energy():
+    rng = np.random.default_rng(0)
+    sums = PartialSums(np.arange(2), *rng.integers(0, 1000, (3, 2, 2, 12)))
+    for cluster in (None, 0, 1):
+        chosen = plain_set(sums, [1, 2], [12, 5, 12], cluster, 6)
+        energy = sums.energy.sum(0) if cluster is None else sums.energy[cluster]
+        assert list(chosen.ids) == [1] and set(chosen.ids[1].tolist()) == set(np.argsort(-energy[0])[:5].tolist())
+        assert not chosen.compensation[1].delta.any() and chosen.compensation[1].delta.shape == (6, 5)
 
 
 def by_text(model, texts, selection):
@@ -817,17 +871,58 @@ def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, en
     config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
 
     def found(*arguments):
-        measured = compare_with_corpus(*arguments)
+        measured = compare_sets(*arguments)
         assert set(measured["0.5"]) == {"0", "1"}
-        return {"0.5": {"0": {"own": 2.0, "corpus": 1.0}, "1": {"own": 1.0, "corpus": 1.0}}}
+        level = {"corpus": [1.0, 1.0], "plain": [3.0, 3.0]}
+        return {"0.5": {"0": {**level, "own": [2.0, 2.0]}, "1": {**level, "own": [1.0, 1.0]}}}
 
-    monkeypatch.setattr("coreinfer_sim.build.builder.compare_with_corpus", found)
+    monkeypatch.setattr("coreinfer_sim.build.builder.compare_sets", found)
     index = build_index(tiny_checkpoint, corpus, tmp_path / "index", config, encoder=encoder)
     assert index.manifest.served_by_corpus(0.5) == [0]
     files = [(tmp_path / "index" / compensation_file(0.5, each)).read_bytes() for each in (None, 0, 1)]
     assert files[0] == files[1] != files[2]
     described = CliRunner().invoke(main, ["info", str(tmp_path / "index")])
     assert "the whole corpus's set in clusters 0," in described.stdout
+
+
+@pytest.mark.parametrize("n_clusters", [1, 2])
+def test_where_compensation_does_harm_plain_neurons_decode(tiny_checkpoint, encoder, tmp_path, monkeypatch, n_clusters):
+    rows = [
+        {"question": f"Tell me of {'stars' if i % 2 else 'bread'}, {i}.", "answer": f"It is {i}."} for i in range(48)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus = CorpusConfig(str(tmp_path / "rows.jsonl"), template="{question} {answer}")
+    config = BuildConfig(clusters=n_clusters, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
+    fit = compensating.fit_layers
+
+    def spoilt(*arguments, **more):
+        fitted = fit(*arguments, **more)
+        return replace(fitted, compensation={k: replace(c, bias=c.bias + 9) for k, c in fitted.compensation.items()})
+
+    monkeypatch.setattr(compensating, "fit_layers", spoilt)
+    lines = []
+
+    class Told(Progress):
+        def say(self, message: str) -> None:
+            lines.append(message)
+
+    out = tmp_path / "index"
+    index = build_index(tiny_checkpoint, corpus, out, config, encoder=encoder, progress=Told(), workers=1)
+    assert any("Keep ratio 0.5: on held-out texts compensation does more harm than good" in line for line in lines)
+    for cluster in (None, *range(n_clusters)):
+        chosen = index.global_selection() if cluster is None else index.cluster_selection(cluster)
+        of = None if n_clusters == 1 else cluster
+        n_kept = index.manifest.compensation[0].n_kept
+        for number, ids in chosen.ids.items():
+            wanted = index.core_neurons(of, n_kept[number] / index.manifest.model.d_ff)[number]
+            assert torch.equal(ids, wanted) and not chosen.compensation[number].delta.any()
+    model = load_model(tiny_checkpoint)
+    plain = make_predictor("global", model.layers, index)
+    run = TextGenerator(model, plain).generate("Tell me of stars.", max_new_tokens=3)
+    assert len(run.token_ids) == 3 and run.mlp_bytes_per_token <= 0.5 * run.dense_mlp_bytes_per_token
+    assert "plain neurons after all" in CliRunner().invoke(main, ["info", str(out)]).stdout
+    verified = CliRunner().invoke(main, ["verify", str(out), "--model", tiny_checkpoint])
+    assert verified.exit_code == 0, verified.output
 
 
 def test_a_single_cluster_holds_the_corpus_set(tiny_checkpoint, encoder, tmp_path):
@@ -963,6 +1058,8 @@ def test_a_profile_of_an_earlier_release_takes_compensated_sets_where_there_are_
         SemanticIndex.load(copy).write_profile(ProfileInfo(keep_ratio, compensated, 0.1, 1.0, 1.0, 1.0, 1, 10))
         manifest = json.loads(path.read_text(encoding="utf-8"))
         del manifest["profile"]["compensated"]
+        for entry in manifest["compensation"]:
+            entry.pop("plain", None)
         path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
         assert SemanticIndex.load(copy).manifest.profile.compensated == compensated
     manifest["profile"]["compensated"] = True

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_sim.architectures import MLPLayer, weight_sketch, weights_checksum
+from coreinfer_sim.build.comparing import Kind, choose_kinds, compare_sets, plain_set
 from coreinfer_sim.build.compensating import (
     Training,
-    compare_with_corpus,
     fitted_path,
     held_out,
     neurons_by_ratio,
@@ -48,6 +48,7 @@ from coreinfer_sim.build.sensitivity import check_ranks
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.build.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
+from coreinfer_sim.compensated import save_compensated
 from coreinfer_sim.compensation import size_of_change
 from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
@@ -69,6 +70,7 @@ from coreinfer_sim.manifest import (
 from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 from coreinfer_sim.progress import Progress, counted, readable_size
+from coreinfer_sim.selection import NeuronSelection
 
 _EMBEDDED_AT_ONCE = 128
 _LIBRARY_BYTES = 900 << 20
@@ -427,41 +429,51 @@ class _Build:
         self._distil(lambda _training: True, "Distilling", n_workers)
 
     def choose_sets(self) -> None:
-        """Stage 10: find the clusters whose texts the whole corpus's set serves better than their own."""
+        """Stage 10: find the clusters that the whole corpus's set serves better, and whether plain neurons serve all better."""
         assert self.clustering is not None and self.config.compensation is not None
-        path = self.folder / "chosen.json"
+        path = self.folder / "compared.json"
+        n_clusters = len(self.clustering.centroids)
         if not path.exists():
             n_ratios = len(self.config.compensation.keep_ratios)
             n_held = int(held_out(self.clustering, self.config.seed).sum())
             self.progress.start("Comparing sets", n_held * n_ratios, "texts")
             try:
-                found = compare_with_corpus(
+                found = compare_sets(
                     self.language_model,
                     self.sentences,
                     self.clustering,
                     self.config,
                     self.job.max_tokens,
                     self.folder,
+                    self._plain_sets(),
                     self.progress.advance,
                 )
             finally:
                 self.progress.finish()
             write_json(path, found)
-        for ratio, clusters in self._served_by_corpus().items() if len(self.clustering.centroids) > 1 else ():
-            if clusters:
-                served = ", ".join(map(str, clusters))
+        for ratio, kinds in self._kinds().items():
+            served = ", ".join(str(c) for c, kind in kinds.items() if kind is Kind.CORPUS)
+            if kinds[None] is Kind.PLAIN:
+                self.progress.say(
+                    f"Keep ratio {ratio:g}: on held-out texts compensation does more harm than good, so plain neurons decode; "
+                    "give more texts, or more --compensate-tokens or --distil-tokens."
+                )
+            elif served and n_clusters > 1:
                 self.progress.say(f"Keep ratio {ratio:g}: the whole corpus's set serves better in clusters {served}.")
 
-    def _served_by_corpus(self) -> dict[float, list[int]]:
-        """Return by keep ratio the clusters that take the whole corpus's set."""
+    def _plain_sets(self) -> Callable[[float, int | None], NeuronSelection]:
+        """Return the function that makes plain sets of the widths of compensated ones."""
+        sums = self._sums()
+        numbers, d_model = [layer.number for layer in self.layers], self.layers[0].d_model
+        n_kept = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8"))
+        return lambda ratio, cluster: plain_set(sums, numbers, n_kept[f"{ratio:g}"], cluster, d_model)
+
+    def _kinds(self) -> dict[float, dict[int | None, Kind]]:
+        """Return by keep ratio what decodes for each cluster and, under None, for the whole corpus."""
         assert self.clustering is not None and self.config.compensation is not None
-        found = json.loads((self.folder / "chosen.json").read_text(encoding="utf-8"))
-        if len(self.clustering.centroids) == 1:  # holds what the whole corpus does, so it has no set of its own
-            return {ratio: [0] for ratio in self.config.compensation.keep_ratios}
-        return {
-            ratio: [int(c) for c, mean in found[f"{ratio:g}"].items() if mean["corpus"] < mean["own"]]
-            for ratio in self.config.compensation.keep_ratios
-        }
+        found = json.loads((self.folder / "compared.json").read_text(encoding="utf-8"))
+        n_clusters = len(self.clustering.centroids)
+        return {ratio: choose_kinds(found[f"{ratio:g}"], n_clusters) for ratio in self.config.compensation.keep_ratios}
 
     def _distil(self, wanted: Callable[[Training], bool], title: str, n_workers: int) -> None:
         assert self.clustering is not None and self.config.compensation is not None
@@ -524,10 +536,7 @@ class _Build:
     def write(self, out: Path) -> None:
         """Last stage: add the shards up and put the index in place in one step."""
         assert self.clustering is not None
-        n_clusters = len(self.clustering.centroids)
-        sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)
-        for number in range(len(shards_of(self.sentences, self.clustering, self.config))):
-            sums.add(PartialSums.load(shard_path(self.folder, number)))
+        sums = self._sums()
         part = out.with_name(f".{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -539,17 +548,35 @@ class _Build:
             }
             if self.config.compensation is not None:
                 shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=link)
-                for ratio, clusters in self._served_by_corpus().items():
-                    for cluster in clusters:
-                        own = part / compensation_file(ratio, cluster)
-                        own.unlink(missing_ok=True)
-                        link(str(part / compensation_file(ratio, None)), str(own))
+                self._put_chosen_sets(part)
             save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
             if out.exists():
                 remove_index(out)
             os.replace(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+    def _sums(self) -> PartialSums:
+        """Add the shards up."""
+        assert self.clustering is not None
+        n_clusters = len(self.clustering.centroids)
+        sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)
+        for number in range(len(shards_of(self.sentences, self.clustering, self.config))):
+            sums.add(PartialSums.load(shard_path(self.folder, number)))
+        return sums
+
+    def _put_chosen_sets(self, part: Path) -> None:
+        """Put in place of a cluster's own compensated set what serves its texts better."""
+        plain = self._plain_sets()
+        for ratio, kinds in self._kinds().items():
+            everywhere = part / compensation_file(ratio, None)
+            for cluster, kind in kinds.items():  # the whole corpus first
+                path = part / compensation_file(ratio, cluster)
+                if kind is Kind.CORPUS:
+                    path.unlink(missing_ok=True)
+                    link(str(everywhere), str(path))
+                elif kind is Kind.PLAIN:
+                    save_compensated(path, plain(ratio, cluster))
 
     def _clusters(self) -> list[Cluster]:
         assert self.clustering is not None
@@ -616,7 +643,7 @@ class _Build:
         settings = self.config.compensation
         if settings is None:
             return []
-        kept = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8"))
+        kept, kinds = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8")), self._kinds()
         return [
             CompensationInfo(
                 keep_ratio=ratio,
@@ -628,6 +655,7 @@ class _Build:
                 distil_tokens=settings.distil_tokens,
                 distil_from=settings.distil_from.value if settings.distil_tokens else None,
                 n_kept=kept[f"{ratio:g}"],
+                plain=kinds[ratio][None] is Kind.PLAIN,
             )
             for ratio in settings.keep_ratios
         ]

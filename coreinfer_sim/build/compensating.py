@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration import CalibrationText, Fit, fit_layers
-from coreinfer_sim.build.distillation import distil, distil_jointly, mean_divergences, training_on
+from coreinfer_sim.build.distillation import distil, distil_jointly, training_on
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
 from coreinfer_sim.build.students import LEARNING_RATE, SPECIALISING_RATE, training_bytes
 from coreinfer_sim.clustering import Clustering
@@ -25,7 +25,6 @@ from coreinfer_sim.manifest import compensation_file
 from coreinfer_sim.memory import free_memory, give_back_memory
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import Projections, compact_model
 
 _GLOBAL_SHARE = 3
 _MEASURED_TOKENS = 10_000
@@ -205,53 +204,6 @@ def trained_together(
     return groups
 
 
-def compare_with_corpus(
-    language_model: LanguageModel,
-    sentences: Sequence[Sentence],
-    clustering: Clustering,
-    config: BuildConfig,
-    max_tokens: int,
-    folder: Path,
-    report: Callable[[int], None],
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Compare each cluster's finished set with the whole corpus's on texts of the cluster that neither was fitted to.
-
-    Args:
-        language_model: the model.
-        sentences: the corpus.
-        clustering: of its sentences.
-        config: of the build.
-        max_tokens: longer texts are cut.
-        folder: the build folder.
-        report: takes 1 after each text.
-
-    Returns:
-        By keep ratio and cluster the mean KL(dense ‖ sparse) a token, "own" and "corpus", each text counting the same;
-        clusters without texts of that kind are left out.
-    """
-    assert config.compensation is not None
-    layers, held = language_model.layers, held_out(clustering, config.seed)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for ratio in config.compensation.keep_ratios:
-
-        def compact(cluster: int | None, ratio: float = ratio) -> dict[int, Projections]:
-            path = folder / compensation_file(ratio, cluster)
-            ids, repairs = load_compensated(path, layers[0].d_model, len(layers))
-            return compact_model(layers, NeuronSelection("compensated", ids, compensation=repairs))
-
-        of_corpus = compact(None)
-        found[f"{ratio:g}"] = by_cluster = {}
-        for cluster in range(len(clustering.centroids)):
-            members = np.flatnonzero(held & (clustering.assignment == cluster))
-            texts = [calibration_text(language_model, sentences[i], max_tokens) for i in members.tolist()]
-            texts = [text for text in texts if len(text.ids) > 1]
-            if not texts:
-                continue
-            own, corpus = mean_divergences(language_model, texts, [compact(cluster), of_corpus], report)
-            by_cluster[str(cluster)] = {"own": own, "corpus": corpus}
-    return found
-
-
 def set_tokens(tokens: int, cluster: int | None) -> int:
     """Return the tokens that a set is fitted or trained on; the set of the whole corpus takes more than a cluster's."""
     return tokens * (_GLOBAL_SHARE if cluster is None else 1)
@@ -342,13 +294,11 @@ def calibration_texts(
 def held_out(clustering: Clustering, seed: int) -> np.ndarray:
     """Return which sentences no set is fitted to, so that sets can be compared on them, bool [n_sentences].
 
-    They are at most an eighth of each cluster. A single cluster holds what the whole corpus does, so there is nothing
-    to compare.
+    They are at most an eighth of each cluster.
     """
     held = np.zeros(len(clustering.assignment), bool)
-    n_clusters = len(clustering.centroids)
     order = np.random.default_rng(seed).permutation(len(held))
-    for cluster in range(n_clusters) if n_clusters > 1 else ():
+    for cluster in range(len(clustering.centroids)):
         members = order[clustering.assignment[order] == cluster]
         held[members[len(members) - min(_MOST_HELD, len(members) // 8) :]] = True
     return held

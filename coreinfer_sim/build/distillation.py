@@ -192,13 +192,13 @@ def n_decoded(text: CalibrationText) -> int:
     return min(max(len(text.ids) - text.n_prompt, _LEAST_READ), len(text.ids) - 1)
 
 
-def mean_divergences(
+def divergences_of(
     language_model: LanguageModel,
     texts: Sequence[CalibrationText],
     contenders: Sequence[dict[int, Projections]],
     report: Callable[[int], None],
-) -> list[float]:
-    """Return each contender's KL(dense ‖ sparse) a completion token in nats, each text counting the same.
+) -> list[list[float]]:
+    """Return each contender's KL(dense ‖ sparse) a completion token in nats, for each text, [n_contenders][n_texts].
 
     Args:
         language_model: the dense model.
@@ -207,7 +207,7 @@ def mean_divergences(
         report: takes 1 after each text.
     """
     model, layers = language_model.model, language_model.layers
-    sums = [0.0] * len(contenders)
+    found: list[list[float]] = [[] for _ in contenders]
     for pack in packs(model, texts):
         group = [texts[place] for place in pack]
         n_last = [n_completion(text) for text in group]
@@ -216,11 +216,11 @@ def mean_divergences(
             for place, compact in enumerate(contenders):
                 whole = install(layers, compact)
                 try:
-                    sums[place] += sum(float(part.mean()) for part in reading.divergences(model).split(n_last))
+                    found[place] += [float(part.mean()) for part in reading.divergences(model).split(n_last)]
                 finally:
                     install(layers, whole)
         report(len(group))
-    return [total / len(texts) for total in sums]
+    return found
 
 
 def _steps(texts: Sequence[CalibrationText], readers: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
