@@ -75,14 +75,14 @@ def build(model: str, data: Path, name: str, out: Path, rows: int, options: tupl
     if resumed:
         click.echo("this build went on from an earlier one, so its time is not recorded.", err=True)
         return
-    bar = 75
+    bar = 75 if name == "Qwen2.5-Coder-1.5B" else None
     record(
         FILE,
         f"{name}: building the compensated index",
         minutes,
         "minutes",
-        f"at most {bar}",
-        minutes <= bar,
+        "for comparison" if bar is None else f"at most {bar}",
+        bar is None or minutes <= bar,
     )
 
 
