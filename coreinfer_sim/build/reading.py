@@ -19,6 +19,9 @@ from coreinfer_sim.build.calibration import CalibrationText
 
 _TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Of a pack, by device: with so many a pass is bound by arithmetic."""
+_LENGTH_STEP = 32
+"""Rows are filled up to multiples of so many tokens: of hundreds of lengths, each would have matrix products prepared for
+itself alone and leave gaps of its own size in memory, among which the next one's are looked for."""
 _COPIES = 4
 """Of float32 predictions, about: dense, sparse, gradient and on the way."""
 
@@ -27,25 +30,22 @@ _COPIES = 4
 class DenseReading:
     """The dense model's cache before the last tokens of some texts, and what it predicts after each of those tokens."""
 
+    n_last: int
+    """Number of the last tokens of all texts."""
     ids: torch.Tensor
-    """Those tokens, text by text, [n_last]."""
+    """Those tokens, text by text, and filling, [n_last and more]."""
     places: torch.Tensor
-    """Their places in their texts, [n_last]."""
+    """Their places in their texts, [n_last and more]."""
     seen: torch.Tensor
-    """Which text each token in the cache is of, and after it each of the last ones, [n_earlier + n_last]."""
+    """Which text each token in the cache is of, and after it each of the last ones, [n_earlier + n_last and more]."""
     cache: Any
     log_probabilities: torch.Tensor
-    """float32 [n_last, vocabulary]."""
-
-    @property
-    def n_last(self) -> int:
-        """Number of the last tokens of all texts."""
-        return len(self.ids)
+    """float32 [n_last and more, vocabulary]."""
 
     def divergences(self, model: Any) -> torch.Tensor:
         """Return KL(dense ‖ the model as it is now) at each of the last tokens, in nats [n_last]."""
         now = _log_probabilities(model, self.ids, self.seen, self.places, copy.deepcopy(self.cache))
-        return F.kl_div(now, self.log_probabilities, reduction="none", log_target=True).sum(-1)
+        return F.kl_div(now, self.log_probabilities, reduction="none", log_target=True).sum(-1)[: self.n_last]
 
 
 def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[int]) -> DenseReading:
@@ -56,11 +56,14 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
         texts: one, or a pack of `packs`.
         n_last: how many of each text's tokens are the last ones, 1 or more and fewer than all.
     """
-    device = model.device
+    device, n_counted = model.device, sum(n_last)
+    n_filling = [-n % _LENGTH_STEP for n in (sum(len(text.ids) for text in texts) - n_counted, n_counted)]
+    if any(n_filling) and sum(len(text.ids) for text in texts) + sum(n_filling) <= _most_at_once(model):
+        texts, n_last = [*texts, CalibrationText([0] * sum(n_filling), 0)], [*n_last, n_filling[1]]
     n_earlier = [len(text.ids) - n for text, n in zip(texts, n_last, strict=True)]
     parts = list(zip(texts, n_earlier, strict=True))
-    before = torch.cat([torch.tensor(text.ids[:n]) for text, n in parts]).to(device)
-    last = torch.cat([torch.tensor(text.ids[n:]) for text, n in parts]).to(device)
+    before = torch.cat([torch.tensor(text.ids[:n], dtype=torch.int64) for text, n in parts]).to(device)
+    last = torch.cat([torch.tensor(text.ids[n:], dtype=torch.int64) for text, n in parts]).to(device)
     places_before = torch.cat([torch.arange(n) for _, n in parts]).to(device)
     places = torch.cat([torch.arange(n, len(text.ids)) for text, n in parts]).to(device)
     numbers = torch.arange(len(texts)).repeat(2)
@@ -69,7 +72,7 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
         beside = _beside(model, seen[: len(before)], places_before)
         cache = model.base_model(input_ids=before[None], use_cache=True, **beside).past_key_values
         dense = _log_probabilities(model, last, seen, places, copy.deepcopy(cache))
-    return DenseReading(last, places, seen, cache, dense)
+    return DenseReading(n_counted, last, places, seen, cache, dense)
 
 
 def packs(model: Any, texts: Sequence[CalibrationText]) -> Iterator[list[int]]:
