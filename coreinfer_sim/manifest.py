@@ -170,11 +170,22 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""
-        return {**dataclasses.asdict(self), "sha256": self.checksum()}
+        return {**self._fields(), "sha256": self.checksum()}
 
     def checksum(self) -> str:
         """Return the sha256 over all fields."""
-        return manifest_checksum(dataclasses.asdict(self))
+        return manifest_checksum(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields without those that say what earlier builds took for granted, so that their checksums stay."""
+        fields = dataclasses.asdict(self)
+        for entry in fields["compensation"]:
+            if not entry["plain"]:
+                del entry["plain"]
+        profile = self.profile
+        if profile is not None and profile.compensated == _holds_sets(self.compensation, profile.keep_ratio):
+            del fields["profile"]["compensated"]
+        return fields
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:
@@ -237,9 +248,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _holds_sets(compensation: Sequence[CompensationInfo], keep_ratio: float) -> bool:
+    """Return whether there are compensated sets of a keep ratio."""
+    return any(math.isclose(info.keep_ratio, keep_ratio) for info in compensation)
+
+
 def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
     """Make the profile from JSON; earlier builds took compensated sets wherever there were some."""
-    there = any(math.isclose(info.keep_ratio, raw["keep_ratio"]) for info in compensation)
+    there = _holds_sets(compensation, raw["keep_ratio"])
     profile: ProfileInfo = _typed(ProfileInfo, {"compensated": there, **raw}, "profile")
     if profile.compensated and not there:
         raise TypeError(f"profile.keep_ratio is {profile.keep_ratio}, of which there are no compensated sets")

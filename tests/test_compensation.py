@@ -1053,18 +1053,18 @@ def test_the_profile_says_what_decodes_where_no_keep_ratio_is_named(
         assert done.exit_code == 0, done.stderr
 
 
-def test_a_profile_of_an_earlier_release_takes_compensated_sets_where_there_are_some(built, encoder, tmp_path):
+def test_manifests_of_earlier_releases_are_read_and_keep_their_checksum(built, tmp_path):
     copy = shutil.copytree(built, tmp_path / "index")
     path = copy / "manifest.json"
-    for keep_ratio, compensated in ((0.5, True), (0.6, False)):
+    for keep_ratio, compensated, told in ((0.5, True, False), (0.6, False, False), (0.5, False, True)):
         SemanticIndex.load(copy).write_profile(ProfileInfo(keep_ratio, compensated, 0.1, 1.0, 1.0, 1.0, 1, 10))
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        del manifest["profile"]["compensated"]
-        for entry in manifest["compensation"]:
-            entry.pop("plain", None)
-        path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
-        assert SemanticIndex.load(copy).manifest.profile.compensated == compensated
-    manifest["profile"]["compensated"] = True
+        assert ("compensated" in manifest["profile"]) == told  # what was taken for granted is not written
+        assert all("plain" not in entry for entry in manifest["compensation"])
+        loaded = SemanticIndex.load(copy).manifest
+        assert loaded.profile.compensated == compensated and not loaded.compensation[0].plain
+        assert loaded.checksum() == manifest["sha256"] == manifest_checksum(manifest)
+    manifest["profile"] |= {"keep_ratio": 0.6, "compensated": True}
     path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
     with pytest.raises(IndexFormatError, match=r"profile.keep_ratio is 0.6, of which there are no compensated sets"):
         SemanticIndex.load(copy)
