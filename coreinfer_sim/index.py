@@ -40,6 +40,7 @@ from coreinfer_sim.manifest import (
     check_file,
     check_files,
     compensation_file,
+    holds_sets,
     read_manifest,
 )
 from coreinfer_sim.memory import give_back_memory
@@ -364,7 +365,7 @@ class SemanticIndex:
 
     def has_compensation(self, keep_ratio: float) -> bool:
         """Return whether the index holds compensated sets of this keep ratio."""
-        return self.fitted_neurons(keep_ratio) is not None
+        return holds_sets(self.manifest.compensation, keep_ratio)
 
     def fitted_neurons(self, keep_ratio: float) -> list[int] | None:
         """Return how many neurons of each layer the compensated sets of this keep ratio hold; None if there are none."""

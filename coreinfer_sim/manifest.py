@@ -183,7 +183,7 @@ class Manifest:
             if not entry["plain"]:
                 del entry["plain"]
         profile = self.profile
-        if profile is not None and profile.compensated == _holds_sets(self.compensation, profile.keep_ratio):
+        if profile is not None and profile.compensated == holds_sets(self.compensation, profile.keep_ratio):
             del fields["profile"]["compensated"]
         return fields
 
@@ -248,14 +248,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _holds_sets(compensation: Sequence[CompensationInfo], keep_ratio: float) -> bool:
+def holds_sets(compensation: Sequence[CompensationInfo], keep_ratio: float) -> bool:
     """Return whether there are compensated sets of a keep ratio."""
     return any(math.isclose(info.keep_ratio, keep_ratio) for info in compensation)
 
 
 def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
     """Make the profile from JSON; earlier builds took compensated sets wherever there were some."""
-    there = _holds_sets(compensation, raw["keep_ratio"])
+    there = holds_sets(compensation, raw["keep_ratio"])
     profile: ProfileInfo = _typed(ProfileInfo, {"compensated": there, **raw}, "profile")
     if profile.compensated and not there:
         raise TypeError(f"profile.keep_ratio is {profile.keep_ratio}, of which there are no compensated sets")
