@@ -27,12 +27,10 @@ from coreinfer_sim.build.calibration import (
     fit_each_alone,
     fit_layers,
 )
+from coreinfer_sim.build.calibration_corpus import CalibrationCorpus, calibration_text
 from coreinfer_sim.build.comparing import Kind, choose_kinds, compare_sets, plain_set
 from coreinfer_sim.build.compensating import (
     Training,
-    calibration_text,
-    calibration_texts,
-    held_out,
     make_distiller,
     make_fitter,
     trained_together,
@@ -738,18 +736,18 @@ def test_strange_shapes_are_refused(tmp_path):
         load_compensated(tmp_path / "none", 6, 2)
 
 
-def test_some_texts_are_held_out_of_every_fit():
+def test_some_texts_are_held_out_of_every_fit(tmp_path):
     assignment = np.array([0] * 40 + [1] * 7 + [2] * 900)
     clustering = Clustering(centroids=np.zeros((3, 2), np.float32), assignment=assignment, similarity=np.ones(947))
-    held = held_out(clustering, 0)
-    assert [int(held[assignment == cluster].sum()) for cluster in range(3)] == [5, 0, 48]
-    assert (
-        held_out(replace(clustering, centroids=np.zeros((1, 2), np.float32), assignment=0 * assignment), 0).sum() == 48
-    )
     sentences = [Sentence(str(i), "p", f"p{i:04d}", 5) for i in range(947)]
     language_model = SimpleNamespace(tokenizer=Letters())
+    corpus = CalibrationCorpus(language_model, sentences, clustering, BuildConfig(), 100, tmp_path)
+    held = corpus.held_out
+    assert [int(held[assignment == cluster].sum()) for cluster in range(3)] == [5, 0, 48]
+    one = replace(clustering, centroids=np.zeros((1, 2), np.float32), assignment=0 * assignment)
+    assert replace(corpus, clustering=one).held_out.sum() == 48
     for cluster in (None, 0, 1, 2):
-        _, texts = calibration_texts(language_model, sentences, clustering, cluster, 10**9, 0, 100)
+        _, texts = corpus.texts(cluster, 10**9)
         read = {int("".join(map(chr, text.ids[1:]))) for text in texts}
         assert read == set(np.flatnonzero(~held & (True if cluster is None else assignment == cluster)))
 
@@ -760,7 +758,8 @@ def test_training_reads_the_fits_own_texts_last_or_not_at_all(tiny_checkpoint, t
     sentences = [Sentence(str(i), f"Tell me of {i}.", f"Tell me of {i}. It is {i} and more.", 9) for i in range(24)]
     clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(24) % 2, np.ones(24))
     settings = replace(COMPENSATION, keep_ratios=(0.5,), tokens=20, distil_tokens=distil_tokens)
-    shared = (language_model, sentences, clustering, BuildConfig(clusters=2, compensation=settings), 64, tmp_path)
+    config = BuildConfig(clusters=2, compensation=settings)
+    corpus = CalibrationCorpus(language_model, sentences, clustering, config, 64, tmp_path)
     fitted, trained = [], []
 
     def watch(name, place, texts):
@@ -775,8 +774,8 @@ def test_training_reads_the_fits_own_texts_last_or_not_at_all(tiny_checkpoint, t
 
     watch("fit_layers", 1, fitted)
     watch("distil", 2, trained)
-    fit = make_fitter(*shared, {"0.5": [language_model.layers[0].d_ff // 2] * N_LAYERS}, None)
-    train = make_distiller(*shared, None, 0.5)
+    fit = make_fitter(corpus, {"0.5": [language_model.layers[0].d_ff // 2] * N_LAYERS}, None)
+    train = make_distiller(corpus, None, 0.5)
     for number in range(3):
         fit(number)
     for number in range(3):
@@ -794,7 +793,8 @@ def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
     clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(48) % 2, np.ones(48))
     config = BuildConfig(clusters=2, compensation=replace(COMPENSATION, keep_ratios=(0.5,)))
     n = [layers[0].d_ff // 2] * N_LAYERS
-    _, texts = calibration_texts(language_model, sentences, clustering, None, 10**6, 0, 64)
+    corpus = CalibrationCorpus(language_model, sentences, clustering, config, 64, tmp_path)
+    _, texts = corpus.texts(None, 10**6)
     good = fit_layers(language_model, texts, n, Fit())
     bad = replace(good, compensation={k: replace(c, left=5 + 0 * c.left) for k, c in good.compensation.items()})
     for cluster, selection in ((None, good), (0, bad), (1, good)):
@@ -807,20 +807,16 @@ def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
         assert ratio == 0.5
         return plain_set(sums, range(N_LAYERS), n, cluster, layers[0].d_model)
 
-    def compare(corpus):
-        arguments = (language_model, corpus, clustering, config, 64, tmp_path, plain, reported.append)
-        return compare_sets(*arguments)["0.5"]
-
-    found = compare(sentences)
+    found = compare_sets(corpus, plain, reported.append)["0.5"]
     means = {c: {kind: np.mean(values) for kind, values in each.items()} for c, each in found.items()}
     assert means["0"]["corpus"] < means["0"]["plain"] < means["0"]["own"]
     assert found["1"]["corpus"] == found["1"]["own"] and len(found["1"]["own"]) == 3
     assert choose_kinds(found, 2) == {None: Kind.OWN, 0: Kind.CORPUS, 1: Kind.OWN}
-    assert sum(reported) == held_out(clustering, 0).sum() == 6
+    assert sum(reported) == corpus.held_out.sum() == 6
     short = [replace(each, text="a") if i % 2 else each for i, each in enumerate(sentences)]
-    assert compare(short) == {"0": found["0"]}  # one token leaves nothing to decode
-    members = np.flatnonzero(held_out(clustering, 0) & (clustering.assignment == 0))
-    held = [calibration_text(language_model, sentences[i], 64) for i in members]
+    compared = compare_sets(replace(corpus, sentences=short), plain, reported.append)
+    assert compared == {"0.5": {"0": found["0"]}}  # one token leaves nothing to decode
+    held = [corpus.text(i) for i in np.flatnonzero(corpus.held_out & (clustering.assignment == 0))]
     for name, selection in (("corpus", good), ("plain", replace(plain(0.5, 0), compensation=None))):
         assert means["0"][name] == pytest.approx(by_text(language_model.model, held, selection), rel=1e-2)
 
@@ -878,7 +874,7 @@ def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, en
         level = {"corpus": [1.0, 1.0], "plain": [3.0, 3.0]}
         return {"0.5": {"0": {**level, "own": [2.0, 2.0]}, "1": {**level, "own": [1.0, 1.0]}}}
 
-    monkeypatch.setattr("coreinfer_sim.build.builder.compare_sets", found)
+    monkeypatch.setattr("coreinfer_sim.build.compensation_stages.compare_sets", found)
     index = build_index(tiny_checkpoint, corpus, tmp_path / "index", config, encoder=encoder)
     assert index.manifest.served_by_corpus(0.5) == [0]
     files = [(tmp_path / "index" / compensation_file(0.5, each)).read_bytes() for each in (None, 0, 1)]
@@ -1092,17 +1088,17 @@ def test_a_keep_ratio_whose_sets_are_trained_is_not_trained_again(tiny_checkpoin
     config = BuildConfig(clusters=1, compensation=COMPENSATION)
     d_ff = language_model.layers[0].d_ff
     n_kept = {f"{ratio:g}": [int(ratio * d_ff)] * N_LAYERS for ratio in COMPENSATION.keep_ratios}
-    shared = (language_model, sentences, clustering, config, 64, tmp_path)
-    fit = make_fitter(*shared, n_kept, None)
+    corpus = CalibrationCorpus(language_model, sentences, clustering, config, 64, tmp_path)
+    fit = make_fitter(corpus, n_kept, None)
     for number in range(len(COMPENSATION.keep_ratios)):
         fit(number)
     trained = [tmp_path / compensation_file(ratio, None) for ratio in COMPENSATION.keep_ratios]
-    make_distiller(*shared, None, 0.5)(0)
+    make_distiller(corpus, None, 0.5)(0)
     wanted = [path.read_bytes() for path in trained]
     trained[0].unlink()
     trained[1].write_bytes(b"trained before")
     reported = []
-    left = make_distiller(*shared, reported.append, 0.5)(0)
+    left = make_distiller(corpus, reported.append, 0.5)(0)
     assert [path.read_bytes() for path in trained] == [wanted[0], b"trained before"]
     assert left + sum(reported) >= COMPENSATION.distil_tokens
 

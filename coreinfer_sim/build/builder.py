@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -13,31 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from coreinfer_sim.architectures import MLPLayer, weight_sketch, weights_checksum
-from coreinfer_sim.build.comparing import Kind, choose_kinds, compare_sets, plain_set
-from coreinfer_sim.build.compensating import (
-    Training,
-    fitted_path,
-    held_out,
-    neurons_by_ratio,
-    set_tokens,
-    sets_to_fit,
-    trainings,
-)
+from coreinfer_sim.architectures import weight_sketch, weights_checksum
+from coreinfer_sim.build.compensation_stages import CompensationStages
+from coreinfer_sim.build.costs import CompensationCosts
 from coreinfer_sim.build.executors import (
+    LIBRARY_BYTES,
     default_threads,
     default_workers,
     n_cores,
     run_shards,
     torch_threads,
 )
-from coreinfer_sim.build.folder import build_folder, check_output, differing, link, read_sentences, save_npy, save_npz
+from coreinfer_sim.build.folder import build_folder, check_output, differing, read_sentences, save_npy, save_npz
 from coreinfer_sim.build.jobs import (
     Job,
-    distiller,
-    distiller_of,
-    fitter,
-    fitter_of,
+    calibration_corpus,
     recorded_layers,
     runner,
     runner_of,
@@ -46,10 +35,7 @@ from coreinfer_sim.build.jobs import (
 )
 from coreinfer_sim.build.sensitivity import check_ranks
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
-from coreinfer_sim.build.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
-from coreinfer_sim.compensated import save_compensated
-from coreinfer_sim.compensation import size_of_change
 from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
@@ -57,7 +43,6 @@ from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
 from coreinfer_sim.files import sha256_of, write_atomic, write_json
 from coreinfer_sim.index import Cluster, SemanticIndex, remove_index, save_parts
 from coreinfer_sim.manifest import (
-    COMPENSATION_FOLDER,
     FORMAT_VERSION,
     CompensationInfo,
     CorpusInfo,
@@ -65,16 +50,12 @@ from coreinfer_sim.manifest import (
     Manifest,
     ModelInfo,
     SettingsInfo,
-    compensation_file,
 )
 from coreinfer_sim.memory import give_back_memory
 from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
 from coreinfer_sim.progress import Progress, counted, readable_size
-from coreinfer_sim.selection import NeuronSelection
 
 _EMBEDDED_AT_ONCE = 128
-_LIBRARY_BYTES = 900 << 20
-"""What Python, torch, the encoder and a batch take, roughly."""
 _BYTES_PER_SUM = 3 * 8
 _BYTES_PER_STATISTIC = 4 + 4 + 4
 _MOST_AUTO_CLUSTERS = 256
@@ -146,17 +127,18 @@ def build_index(
             build.cluster()
         with torch_threads(n_threads):
             build.run(workers)
-        if config.compensation is not None:
+        stages = build.compensation()
+        if stages is not None:
             with torch_threads(n_cores()):
-                build.share_out()
-                build.compensate_globally()
-                build.distil_globally()
+                stages.share_out()
+                stages.compensate_globally()
+                stages.distil_globally()
             with torch_threads(n_threads):
-                build.compensate_clusters(workers)
-                build.distil_clusters(workers)
+                stages.compensate_clusters(workers)
+                stages.distil_clusters(workers)
             with torch_threads(n_cores()):
-                build.choose_sets()
-        build.write(out)
+                stages.choose_sets()
+        build.write(out, stages)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
 
@@ -255,17 +237,11 @@ class _Build:
             )
         n_values = len(self.layers) * self.layers[0].d_ff
         n_shards = -(-n_sentences // config.shard_size)
-        fitted_bytes = self._fitted_bytes() * (n_clusters + 1 if n_clusters > 1 else 1)
-        index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC + fitted_bytes
-        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM
-        if (settings := config.compensation) is not None:
-            if settings.own_fits and n_clusters > 1:
-                build_bytes += self._moment_bytes() * len(self.layers) * len(settings.keep_ratios)
-            if settings.distil_tokens:  # the sets as they were fitted stay until the end
-                build_bytes += fitted_bytes if settings.own_fits else self._fitted_bytes()
-                build_bytes += n_workers * self._of_training(checkpoint_bytes, n_clusters)
+        costs = CompensationCosts(self.layers, config.compensation)
+        index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC + costs.index_disk(n_clusters)
+        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM + costs.build_disk(n_clusters, n_workers)
         model_bytes = self.language_model.model.get_memory_footprint()
-        worker_bytes = model_bytes + max(self._fitting_bytes(), self._training_bytes(n_clusters)) + _LIBRARY_BYTES
+        worker_bytes = model_bytes + max(costs.fitting(), costs.training(n_clusters)) + LIBRARY_BYTES
         memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
@@ -280,41 +256,6 @@ class _Build:
                 f"{readable_size(free)} are free beside {out}, expected {readable_size(index_bytes + build_bytes)}; free "
                 "some space or give fewer --clusters."
             )
-
-    def _fitted_bytes(self) -> int:
-        """Return the disk that one cluster's compensated sets need, of all keep ratios."""
-        settings = self.config.compensation
-        if settings is None:
-            return 0
-        d_ff, d_model = self.layers[0].d_ff, self.layers[0].d_model
-        fitted = 0
-        for ratio in settings.keep_ratios:
-            n_kept = int(ratio * d_ff)
-            change = size_of_change(n_kept, d_model, settings.rank)
-            fitted += 4 * n_kept + 2 * (change + d_model + 2 * settings.bypass_rank * d_model)
-        return fitted * len(self.layers)
-
-    def _moment_bytes(self) -> int:
-        """Return the bytes of one layer's moments of all neurons."""
-        assert self.config.compensation is not None
-        n_features = self.layers[0].d_ff + (self.layers[0].d_model if self.config.compensation.bypass_rank else 0)
-        return 4 * n_features * (n_features + self.layers[0].d_model)
-
-    def _fitting_bytes(self) -> int:
-        """Return the memory that fitting a set takes beside the model, texts aside: moments, and copies to factor them."""
-        return 0 if self.config.compensation is None else 4 * self._moment_bytes()
-
-    def _training_bytes(self, n_clusters: int) -> int:
-        """Return the memory that one training takes beside the model, texts aside."""
-        return self._of_training(training_bytes, n_clusters)
-
-    def _of_training(self, n_bytes: Callable[[list[MLPLayer], float, int | None, int], int], n_clusters: int) -> int:
-        """Add up over the keep ratios what a training of the build takes of something."""
-        settings = self.config.compensation
-        if settings is None or not settings.distil_tokens:
-            return 0
-        n_sharing = max(len(training.clusters) for training in trainings(settings, n_clusters))
-        return sum(n_bytes(self.layers, ratio, settings.rank, n_sharing) for ratio in settings.keep_ratios)
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""
@@ -374,7 +315,7 @@ class _Build:
         open_shards = [i for i in range(len(shards)) if not shard_path(self.folder, i).exists()]
         n_open = sum(self.sentences[i].n_tokens for shard in open_shards for i in shards[shard])
         model_bytes = self.language_model.model.get_memory_footprint()
-        worker_bytes = 2 * model_bytes + _LIBRARY_BYTES
+        worker_bytes = 2 * model_bytes + LIBRARY_BYTES
         n_workers = workers or default_workers(self.job.device, self.job.n_threads, worker_bytes)
         run = runner(self.job, self.language_model, self.sentences, self.clustering)
         self.progress.start("Language model", self.report.n_tokens, "tokens", self.report.n_tokens - n_open)
@@ -383,157 +324,15 @@ class _Build:
         finally:
             self.progress.finish()
 
-    def share_out(self) -> None:
-        """Stage 5: measure the layers' sensitivity, and share the neurons of compensated sets out among them."""
+    def compensation(self) -> CompensationStages | None:
+        """Return the stages that make compensated sets, if they are wanted."""
+        if self.config.compensation is None:
+            return None
         assert self.clustering is not None
-        path = self.folder / "neurons.json"
-        if not path.exists():
-            n_layers = len(self.language_model.layers)
-            self.progress.start("Measuring layers", n_layers, "layers")
-            try:
-                numbers = [layer.number for layer in self.layers]
-                kept = neurons_by_ratio(
-                    self.language_model,
-                    numbers,
-                    self.sentences,
-                    self.clustering,
-                    self.config,
-                    self.job.max_tokens,
-                    self.progress.advance,
-                )
-            finally:
-                self.progress.finish()
-            write_json(path, kept)
+        corpus = calibration_corpus(self.job, self.language_model, self.sentences, self.clustering)
+        return CompensationStages(self.job, corpus, self._sums(), self.progress)
 
-    def compensate_globally(self) -> None:
-        """Stage 6: fit the sets of the whole corpus, towards which the clusters' are shrunk."""
-        self._fit(lambda cluster: cluster is None, "Compensating, whole corpus", 1)
-
-    def distil_globally(self) -> None:
-        """Stage 7: train the whole corpus's sets on, if no other set could be trained beside them."""
-        assert self.config.compensation is not None and self.clustering is not None
-        if not self.config.compensation.own_fits or len(self.clustering.centroids) == 1:
-            self._distil(lambda training: training.clusters == (None,), "Distilling, whole corpus", 1)
-
-    def compensate_clusters(self, workers: int | None) -> None:
-        """Stage 8: fit each cluster's set, unless the trained set of the whole corpus will be specialised."""
-        assert self.config.compensation is not None
-        if self.config.compensation.own_fits:
-            n_workers = workers or self._workers_within(self._fitting_bytes())
-            self._fit(lambda cluster: cluster is not None, "Compensating clusters", n_workers)
-
-    def distil_clusters(self, workers: int | None) -> None:
-        """Stage 9: train each cluster's set on; the whole corpus's beside them, unless that has been done."""
-        assert self.clustering is not None
-        n_workers = workers or self._workers_within(self._training_bytes(len(self.clustering.centroids)))
-        self._distil(lambda _training: True, "Distilling", n_workers)
-
-    def choose_sets(self) -> None:
-        """Stage 10: find the clusters that the whole corpus's set serves better, and whether plain neurons serve all better."""
-        assert self.clustering is not None and self.config.compensation is not None
-        path = self.folder / "compared.json"
-        n_clusters = len(self.clustering.centroids)
-        if not path.exists():
-            n_ratios = len(self.config.compensation.keep_ratios)
-            n_held = int(held_out(self.clustering, self.config.seed).sum())
-            self.progress.start("Comparing sets", n_held * n_ratios, "texts")
-            try:
-                found = compare_sets(
-                    self.language_model,
-                    self.sentences,
-                    self.clustering,
-                    self.config,
-                    self.job.max_tokens,
-                    self.folder,
-                    self._plain_sets(),
-                    self.progress.advance,
-                )
-            finally:
-                self.progress.finish()
-            write_json(path, found)
-        for ratio, kinds in self._kinds().items():
-            served = ", ".join(str(c) for c, kind in kinds.items() if kind is Kind.CORPUS)
-            if kinds[None] is Kind.PLAIN:
-                self.progress.say(
-                    f"Keep ratio {ratio:g}: on held-out texts compensation does more harm than good, so plain neurons decode; "
-                    "give more texts, or more --compensate-tokens or --distil-tokens."
-                )
-            elif served and n_clusters > 1:
-                self.progress.say(f"Keep ratio {ratio:g}: the whole corpus's set serves better in clusters {served}.")
-
-    def _plain_sets(self) -> Callable[[float, int | None], NeuronSelection]:
-        """Return the function that makes plain sets of the widths of compensated ones."""
-        sums = self._sums()
-        numbers, d_model = [layer.number for layer in self.layers], self.layers[0].d_model
-        n_kept = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8"))
-        return lambda ratio, cluster: plain_set(sums, numbers, n_kept[f"{ratio:g}"], cluster, d_model)
-
-    def _kinds(self) -> dict[float, dict[int | None, Kind]]:
-        """Return by keep ratio what decodes for each cluster and, under None, for the whole corpus."""
-        assert self.clustering is not None and self.config.compensation is not None
-        found = json.loads((self.folder / "compared.json").read_text(encoding="utf-8"))
-        n_clusters = len(self.clustering.centroids)
-        return {ratio: choose_kinds(found[f"{ratio:g}"], n_clusters) for ratio in self.config.compensation.keep_ratios}
-
-    def _distil(self, wanted: Callable[[Training], bool], title: str, n_workers: int) -> None:
-        assert self.clustering is not None and self.config.compensation is not None
-        settings = self.config.compensation
-        if not settings.distil_tokens:
-            return
-        every = trainings(settings, len(self.clustering.centroids))
-        n_tokens = {i: self._tokens_of(training.clusters) for i, training in enumerate(every) if wanted(training)}
-        unfinished = [
-            i
-            for i in n_tokens
-            if not all(
-                (self.folder / compensation_file(ratio, cluster)).exists()
-                for ratio in settings.keep_ratios
-                for cluster in every[i].clusters
-            )
-        ]
-        if not unfinished:
-            return
-        done = sum(n_tokens.values()) - sum(n_tokens[i] for i in unfinished)
-        alone = min(n_workers, len(unfinished)) == 1
-        run = distiller(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance, alone)
-        self.progress.start(title, sum(n_tokens.values()), "tokens", done)
-        try:
-            run_shards(unfinished, run, n_workers, distiller_of, self.job, self.progress.advance)
-        finally:
-            self.progress.finish()
-
-    def _workers_within(self, own_bytes: int) -> int:
-        """Return how many processes fit that take ``own_bytes`` each beside the model and the libraries."""
-        worker_bytes = self.language_model.model.get_memory_footprint() + _LIBRARY_BYTES + own_bytes
-        return default_workers(self.job.device, self.job.n_threads, worker_bytes, own_bytes)
-
-    def _fit(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:
-        assert self.clustering is not None and self.config.compensation is not None
-        settings = self.config.compensation
-        sets = sets_to_fit(settings, len(self.clustering.centroids))
-        numbers = [number for number, (_ratio, cluster) in enumerate(sets) if wanted(cluster)]
-        if not numbers:
-            return
-        unfinished = [i for i in numbers if not fitted_path(self.folder, settings, *sets[i]).exists()]
-        run = fitter(self.job, self.language_model, self.sentences, self.clustering, self.progress.advance)
-        n_layers = len(self.language_model.layers)
-        self.progress.start(title, len(numbers) * n_layers, "layers", (len(numbers) - len(unfinished)) * n_layers)
-        try:
-            run_shards(unfinished, run, n_workers, fitter_of, self.job, self.progress.advance)
-        finally:
-            self.progress.finish()
-
-    def _tokens_of(self, clusters: Sequence[int | None]) -> int:
-        """Return how many tokens the sets of some clusters will be trained on in one go, about."""
-        assert self.clustering is not None and self.config.compensation is not None
-        members = ~held_out(self.clustering, self.config.seed)
-        cluster = clusters[0] if len(clusters) == 1 else None
-        if cluster is not None:
-            members &= self.clustering.assignment == cluster
-        there = np.array([min(s.n_tokens, self.job.max_tokens) for s in self.sentences])[members].sum()
-        return min(int(there), set_tokens(self.config.compensation.distil_tokens, cluster))
-
-    def write(self, out: Path) -> None:
+    def write(self, out: Path, stages: CompensationStages | None) -> None:
         """Last stage: add the shards up and put the index in place in one step."""
         assert self.clustering is not None
         sums = self._sums()
@@ -546,10 +345,10 @@ class _Build:
                 "energy": (sums.energy * ENERGY_UNIT).astype(np.float32),
                 "activation": (sums.activation * ACTIVATION_UNIT).astype(np.float32),
             }
-            if self.config.compensation is not None:
-                shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=link)
-                self._put_chosen_sets(part)
-            save_parts(part, self.clustering.centroids, self._clusters(), statistics, self._manifest())
+            if stages is not None:
+                stages.put_sets(part)
+            manifest = self._manifest([] if stages is None else stages.described())
+            save_parts(part, self.clustering.centroids, self._clusters(), statistics, manifest)
             if out.exists():
                 remove_index(out)
             os.replace(part, out)
@@ -564,19 +363,6 @@ class _Build:
         for number in range(len(shards_of(self.sentences, self.clustering, self.config))):
             sums.add(PartialSums.load(shard_path(self.folder, number)))
         return sums
-
-    def _put_chosen_sets(self, part: Path) -> None:
-        """Put in place of a cluster's own compensated set what serves its texts better."""
-        plain = self._plain_sets()
-        for ratio, kinds in self._kinds().items():
-            everywhere = part / compensation_file(ratio, None)
-            for cluster, kind in kinds.items():  # the whole corpus first
-                path = part / compensation_file(ratio, cluster)
-                if kind is Kind.CORPUS:
-                    path.unlink(missing_ok=True)
-                    link(str(everywhere), str(path))
-                elif kind is Kind.PLAIN:
-                    save_compensated(path, plain(ratio, cluster))
 
     def _clusters(self) -> list[Cluster]:
         assert self.clustering is not None
@@ -600,7 +386,7 @@ class _Build:
             )
         return clusters
 
-    def _manifest(self) -> Manifest:
+    def _manifest(self, compensation: list[CompensationInfo]) -> Manifest:
         assert self.clustering is not None
         language_model, encoder, config, layers = self.language_model, self.encoder, self.config, self.layers
         n_clusters = len(self.clustering.centroids)
@@ -634,28 +420,7 @@ class _Build:
                 shard_size=config.shard_size,
                 n_threads=self.job.n_threads,
             ),
-            compensation=self._compensation(),
+            compensation=compensation,
             profile=None,
             files={},
         )
-
-    def _compensation(self) -> list[CompensationInfo]:
-        settings = self.config.compensation
-        if settings is None:
-            return []
-        kept, kinds = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8")), self._kinds()
-        return [
-            CompensationInfo(
-                keep_ratio=ratio,
-                rank=settings.rank,
-                bypass_rank=settings.bypass_rank,
-                ranking=settings.ranking.value,
-                budget=settings.budget.value,
-                tokens=settings.tokens,
-                distil_tokens=settings.distil_tokens,
-                distil_from=settings.distil_from.value if settings.distil_tokens else None,
-                n_kept=kept[f"{ratio:g}"],
-                plain=kinds[ratio][None] is Kind.PLAIN,
-            )
-            for ratio in settings.keep_ratios
-        ]

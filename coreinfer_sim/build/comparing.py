@@ -9,22 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from coreinfer_sim.build.compensating import calibration_text, held_out
+from coreinfer_sim.build.calibration_corpus import CalibrationCorpus
 from coreinfer_sim.build.distillation import divergences_of
 from coreinfer_sim.build.shards import PartialSums
-from coreinfer_sim.clustering import Clustering
-from coreinfer_sim.compensated import load_compensated
 from coreinfer_sim.compensation import LayerCompensation
-from coreinfer_sim.config import BuildConfig
 from coreinfer_sim.core_neurons import top_ids
-from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.manifest import compensation_file
-from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import Projections, compact_model
 
@@ -66,24 +60,12 @@ def plain_set(
 
 
 def compare_sets(
-    language_model: LanguageModel,
-    sentences: Sequence[Sentence],
-    clustering: Clustering,
-    config: BuildConfig,
-    max_tokens: int,
-    folder: Path,
-    plain: Callable[[float, int | None], NeuronSelection],
-    report: Callable[[int], None],
+    corpus: CalibrationCorpus, plain: Callable[[float, int | None], NeuronSelection], report: Callable[[int], None]
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Measure each cluster's finished set, the whole corpus's, and plain neurons on texts of the cluster that were held out.
 
     Args:
-        language_model: the model.
-        sentences: the corpus.
-        clustering: of its sentences.
-        config: of the build.
-        max_tokens: longer texts are cut.
-        folder: the build folder.
+        corpus: of the build.
         plain: gives the plain set of a keep ratio and cluster; None: the whole corpus's.
         report: takes 1 after each text.
 
@@ -91,30 +73,26 @@ def compare_sets(
         By keep ratio and cluster the KL(dense ‖ sparse) a token of each text, "own", "corpus" and "plain", [n_texts]; clusters
         without such texts are left out. A single cluster has no set of its own, and the corpus's plain neurons.
     """
-    assert config.compensation is not None
-    layers, held = language_model.layers, held_out(clustering, config.seed)
-    n_clusters = len(clustering.centroids)
+    layers = corpus.language_model.layers
 
     def fitted(ratio: float, cluster: int | None) -> dict[int, Projections]:
-        path = folder / compensation_file(ratio, cluster)
-        ids, repairs = load_compensated(path, layers[0].d_model, len(layers))
-        return compact_model(layers, NeuronSelection("compensated", ids, compensation=repairs))
+        return compact_model(layers, corpus.load(corpus.folder / compensation_file(ratio, cluster)))
 
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for ratio in config.compensation.keep_ratios:
+    for ratio in corpus.settings.keep_ratios:
         of_corpus = fitted(ratio, None)
         found[f"{ratio:g}"] = by_cluster = {}
-        for cluster in range(n_clusters):
-            members = np.flatnonzero(held & (clustering.assignment == cluster))
-            texts = [calibration_text(language_model, sentences[i], max_tokens) for i in members.tolist()]
+        for cluster in range(corpus.n_clusters):
+            members = np.flatnonzero(corpus.held_out & (corpus.clustering.assignment == cluster))
+            texts = [corpus.text(i) for i in members.tolist()]
             texts = [text for text in texts if len(text.ids) > 1]
             if not texts:
                 continue
-            own = cluster if n_clusters > 1 else None
+            own = cluster if corpus.n_clusters > 1 else None
             contenders = {Kind.CORPUS: of_corpus, Kind.PLAIN: compact_model(layers, plain(ratio, own))}
             if own is not None:
                 contenders[Kind.OWN] = fitted(ratio, own)
-            measured = divergences_of(language_model, texts, list(contenders.values()), report)
+            measured = divergences_of(corpus.language_model, texts, list(contenders.values()), report)
             by_cluster[str(cluster)] = dict(zip(map(str, contenders), measured, strict=True))
     return found
 

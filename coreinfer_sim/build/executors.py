@@ -16,6 +16,8 @@ import torch
 
 from coreinfer_sim.errors import BuildError
 
+LIBRARY_BYTES = 900 << 20
+"""What Python, torch, the encoder and a batch take of a process, roughly."""
 RunShard = Callable[[int], int]
 """Runs one shard by number, leaves its sums on disk, returns its number of tokens."""
 

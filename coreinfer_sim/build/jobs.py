@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.build.calibration_corpus import CalibrationCorpus
 from coreinfer_sim.build.compensating import make_distiller, make_fitter
 from coreinfer_sim.build.executors import RunShard
 from coreinfer_sim.build.folder import read_sentences
@@ -86,39 +87,32 @@ def load_again(job: Job) -> tuple[LanguageModel, list[Sentence], Clustering]:
     return language_model, read_sentences(job.folder / "corpus.jsonl"), clustering
 
 
-def fitter(
-    job: Job,
-    language_model: LanguageModel,
-    sentences: list[Sentence],
-    clustering: Clustering,
-    report: Callable[[int], None] | None = None,
-) -> RunShard:
+def calibration_corpus(
+    job: Job, language_model: LanguageModel, sentences: list[Sentence], clustering: Clustering
+) -> CalibrationCorpus:
+    """Return what compensated sets are fitted to."""
+    return CalibrationCorpus(language_model, sentences, clustering, job.config, job.max_tokens, job.folder)
+
+
+def fitter(corpus: CalibrationCorpus, report: Callable[[int], None] | None = None) -> RunShard:
     """Return the function that fits one compensated set by number."""
-    n_kept = json.loads((job.folder / "neurons.json").read_text(encoding="utf-8"))
-    return make_fitter(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, n_kept, report)
+    n_kept = json.loads((corpus.folder / "neurons.json").read_text(encoding="utf-8"))
+    return make_fitter(corpus, n_kept, report)
 
 
 def fitter_of(job: Job) -> RunShard:
     """Load in a further process what the compensated sets need."""
-    return fitter(job, *load_again(job))
+    return fitter(calibration_corpus(job, *load_again(job)))
 
 
-def distiller(
-    job: Job,
-    language_model: LanguageModel,
-    sentences: list[Sentence],
-    clustering: Clustering,
-    report: Callable[[int], None] | None = None,
-    alone: bool = False,
-) -> RunShard:
+def distiller(corpus: CalibrationCorpus, report: Callable[[int], None] | None = None, alone: bool = False) -> RunShard:
     """Return the function that does one of the build's trainings, by its number in `trainings`.
 
     ``alone`` says that no other process trains meanwhile; else another may be about to take half of the free memory.
     """
-    share = _ROOM_ALONE if alone else 0.5
-    return make_distiller(language_model, sentences, clustering, job.config, job.max_tokens, job.folder, report, share)
+    return make_distiller(corpus, report, _ROOM_ALONE if alone else 0.5)
 
 
 def distiller_of(job: Job) -> RunShard:
     """Load in a further process what training needs."""
-    return distiller(job, *load_again(job))
+    return distiller(calibration_corpus(job, *load_again(job)))
