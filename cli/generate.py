@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.progress import counted
 
 from . import budgeted, llamacpp, options
 from .console import print_json, quiet_libraries, size_text, status
@@ -311,7 +312,7 @@ def _facts(run: Generation) -> str:
             parts.append("unfamiliar prompt")
     parts += [
         f"keeps {run.keep_ratio:.2f}" + (f", {run.n_refreshes} times anew" if run.n_refreshes else ""),
-        f"{len(run.token_ids)} tokens" + ("" if speed is None else f" at {speed:.1f} tokens/s"),
+        counted(len(run.token_ids), "token") + ("" if speed is None else f" at {speed:.1f} tokens/s"),
         f"reads {size_text(run.mlp_bytes_per_token)} of {size_text(run.dense_mlp_bytes_per_token)} MLP weights a token",
     ]
     return " · ".join(parts)

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.progress import counted
 
 from . import options
 
@@ -131,7 +132,7 @@ def _facts(run: LlamaCppGeneration) -> str:
         parts.append(f"cluster {run.cluster} ({run.label}), similarity {run.similarity:.3f}")
     speed = run.tokens_per_second
     parts += [
-        f"{run.model}, {run.prefill} prefill of {run.n_prompt_tokens} tokens in {run.prefill_seconds:.2f} s",
-        f"{run.n_new_tokens} tokens" + ("" if speed is None else f" at {speed:.1f} tokens/s"),
+        f"{run.model}, {run.prefill} prefill of {counted(run.n_prompt_tokens, 'token')} in {run.prefill_seconds:.2f} s",
+        counted(run.n_new_tokens, "token") + ("" if speed is None else f" at {speed:.1f} tokens/s"),
     ]
     return " · ".join(parts)

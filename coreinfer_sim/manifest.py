@@ -214,7 +214,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise IndexFormatError(f"{path} is no readable manifest ({error}); {REBUILD}.") from error
+        reason = "it states no format_version" if isinstance(error, KeyError) else error
+        raise IndexFormatError(f"{path} is no readable manifest ({reason}); {REBUILD}.") from error
     if type(version) is not int or version != FORMAT_VERSION:
         raise IndexFormatError(
             f"{folder} has format version {version!r}, this release reads version {FORMAT_VERSION}; "

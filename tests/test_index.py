@@ -405,7 +405,7 @@ def test_an_unknown_format_version_raises(index_folder, version):
 @pytest.mark.parametrize("raw", [[], "manifest", 1, None, {}])
 def test_a_manifest_of_another_kind_raises(index_folder, raw):
     rewrite(index_folder, raw)
-    with pytest.raises(IndexFormatError, match="no readable manifest"):
+    with pytest.raises(IndexFormatError, match="no readable manifest" + (".*it states no format" if raw == {} else "")):
         SemanticIndex.load(index_folder)
 
 
