@@ -60,9 +60,10 @@ def info(index: str, as_json: bool) -> None:
     for each in m.compensation:
         rank = "full rank" if each.rank is None else f"rank {each.rank}"
         bypass = f", bypass of rank {each.bypass_rank}" if each.bypass_rank else ""
+        trained = f", and trained on up to {each.distil_tokens:,}" if each.distil_tokens else ""
         click.echo(
             f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(each.n_kept)} to "
-            f"{max(each.n_kept)} neurons a layer), {each.tokens:,} tokens a cluster"
+            f"{max(each.n_kept)} neurons a layer), up to {each.tokens:,} tokens a cluster{trained}"
         )
         served = m.served_by_corpus(each.keep_ratio)
         if each.plain:
@@ -78,7 +79,7 @@ def info(index: str, as_json: bool) -> None:
             f"{p.high - 1:+.1%}) on {counted(p.n_rows, 'row')}, at most {p.max_increase:+.1%} promised"
         )
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
-    click.echo(f"{len(loaded)} clusters:")
+    click.echo(f"{counted(len(loaded), 'cluster')}:")
     print_clusters(loaded)
 
 

@@ -936,6 +936,7 @@ def test_a_single_cluster_holds_the_corpus_set(tiny_checkpoint, encoder, tmp_pat
         assert torch.equal(own.ids[0], everywhere.ids[0]) and own.compensation is not None
     told = CliRunner().invoke(main, ["info", str(tmp_path / "index")])
     assert told.exit_code == 0 and "keep ratio 0.5" in told.stdout and "serves better" not in told.stdout
+    assert "up to 300 tokens a cluster, and trained on up to 200\n" in told.stdout and "\n1 cluster:\n" in told.stdout
 
 
 def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
