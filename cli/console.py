@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from coreinfer_sim.index import SemanticIndex
 
 
 class _Rate(ProgressColumn):
@@ -109,3 +112,13 @@ def quiet_libraries() -> None:
 def size_text(n_bytes: float) -> str:
     """Return megabytes for people."""
     return f"{n_bytes / 1e6:,.1f} MB"
+
+
+def note_plain_sets(index: SemanticIndex, keep_ratio: float | None) -> None:
+    """Say that an index with compensated sets has none of the keep ratio that was asked for; None: its own was taken."""
+    fitted = [info.keep_ratio for info in index.manifest.compensation]
+    if fitted and keep_ratio is not None and not index.has_compensation(keep_ratio):
+        there = ", ".join(f"{ratio:g}" for ratio in fitted)
+        click.echo(
+            f"Note: the index has compensated sets at {there}, not at {keep_ratio:g}, which takes plain ones.", err=True
+        )

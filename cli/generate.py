@@ -14,11 +14,10 @@ from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
 from coreinfer_sim.progress import counted
 
 from . import budgeted, llamacpp, options
-from .console import print_json, quiet_libraries, size_text, status
+from .console import note_plain_sets, print_json, quiet_libraries, size_text, status
 
 if TYPE_CHECKING:
     from coreinfer_sim.generation import Generation, TextGenerator
-    from coreinfer_sim.index import SemanticIndex
 
 _D = {"show_default": True}
 _EFFECTIVE = {
@@ -177,17 +176,6 @@ def _note_ineffective(ctx: click.Context, mode: str) -> None:
             click.echo(f"Note: --{name.replace('_', '-')} has no effect in mode {mode}.", err=True)
 
 
-def _note_plain_sets(index: SemanticIndex, given: dict[str, Any]) -> None:
-    """Say that an index with compensated sets has none of the keep ratio that was asked for."""
-    fitted, wanted = [info.keep_ratio for info in index.manifest.compensation], given["keep_ratio"]
-    asked = given["compensation"] and given["score"] == "energy" and wanted is not None
-    if asked and fitted and not index.has_compensation(wanted):
-        there = ", ".join(f"{ratio:g}" for ratio in fitted)
-        click.echo(
-            f"Note: the index has compensated sets at {there}, not at {wanted:g}, which takes plain ones.", err=True
-        )
-
-
 def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both.")
@@ -245,8 +233,13 @@ def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGe
         )
         for mode in modes
     ]
-    if index is not None and modes[0] in ("similarity", "global"):
-        _note_plain_sets(index, given)
+    if (
+        index is not None
+        and modes[0] in ("similarity", "global")
+        and given["compensation"]
+        and given["score"] == "energy"
+    ):
+        note_plain_sets(index, given["keep_ratio"])
     refreshes = [given["refresh"], None]  # not where --compare decodes densely
     return [
         TextGenerator(

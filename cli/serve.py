@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from coreinfer_sim.errors import ConfigError
 
 from . import llamacpp, options
-from .console import quiet_libraries, status
+from .console import note_plain_sets, quiet_libraries, status
 
 _D = {"show_default": True}
 _TRANSFORMERS_ONLY = ("keep_ratio", "model", "dtype", "device", "engine", "weights", "cluster_cache")
@@ -134,6 +134,7 @@ def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
     name = given["model"] or loaded.manifest.model.name
     language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "compiled")
     loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
+    note_plain_sets(loaded, given["keep_ratio"])
     runtime = {"engine": given["engine"], "weights": given["weights"], "cache_bytes": given["cluster_cache"]}
     backend = TransformersBackend(
         language_model, loaded, given["mode"], runtime, keep_ratio=given["keep_ratio"], fallback=given["fallback"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -1154,6 +1155,12 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
         asked = ["generate", "stars", "--index", str(copy), "--model", tiny_checkpoint, "--max-new-tokens", "2"]
         answer = CliRunner().invoke(main, [*asked, "--keep-ratio", ratio])
         assert answer.exit_code == 0 and ("compensated sets at 0.5, 0.7, not at 0.6" in answer.stderr) == noted
+        with socket.create_server(("127.0.0.1", 0)) as taken:  # so that serving ends before it begins
+            port = str(taken.getsockname()[1])
+            serving = ["serve", "--index", str(copy), "--model", tiny_checkpoint, "--port", port, "--keep-ratio", ratio]
+            answer = CliRunner().invoke(main, serving)
+        assert answer.exit_code == 1 and "cannot be opened" in answer.stderr
+        assert ("compensated sets at 0.5, 0.7, not at 0.6" in answer.stderr) == noted
     described = CliRunner().invoke(main, ["info", str(copy)])
     assert "keep ratio 0.5, rank 3, bypass of rank 2" in described.stdout and "profile" in described.stdout
     assert CliRunner().invoke(main, ["verify", str(copy)]).exit_code == 0
