@@ -351,7 +351,7 @@ def test_distillation_learns_in_every_family(model, fit):
     reported = []
     weight = linear_parameters(language_model.layers[0].output)[0]
     rate = 3e-3 / float(weight.square().mean().sqrt())  # tiny models' weights are smaller than what there is to learn
-    settings = Distillation(learning_rate=rate, tokens_per_step=200)
+    settings = Distillation(learning_rate=rate, rate_of_change=None, tokens_per_step=200)
     (distilled,) = distil(language_model, [fitted], texts * 3, settings, reported.append)
     bar = 0.9 if fit.rank is None else 0.99  # three directions can learn little
     assert divergence(model, texts, distilled) < bar * divergence(model, texts, fitted)
@@ -381,6 +381,32 @@ def test_sets_that_are_trained_together_learn_what_each_would_alone(tiny_checkpo
             assert not torch.equal(repair.left, start.compensation[number].left)
 
 
+@pytest.mark.parametrize("jointly", [False, True], ids=["alone", "jointly"])
+def test_training_moves_weights_by_what_the_fit_moved_them(tiny_checkpoint, jointly):
+    language_model = load_model(tiny_checkpoint, dtype="float32")
+    texts, d_ff = some_texts(20), language_model.layers[0].d_ff
+    fitted = fit_layers(language_model, texts, [d_ff // 2] * N_LAYERS, Fit())
+
+    def moved(share, settings):
+        """How far training moves a layer's weights, over how far a fit did that is ``share`` of the true one."""
+        small = {n: replace(c, left=share * c.left) for n, c in fitted.compensation.items()}
+        start = replace(fitted, compensation=small)
+        if jointly:
+            ((found,),) = distil_jointly(language_model, [[start]], texts, [0] * len(texts), settings)
+        else:
+            (found,) = distil(language_model, [start], texts, settings)
+        steps = [found.compensation[n].left - small[n].left for n in range(N_LAYERS)]
+        return [float(step.norm() / small[n].left.norm()) for n, step in enumerate(steps)]
+
+    settings = Distillation(tokens_per_step=1)
+    most = settings.rate_of_change * len(texts)  # one text a step, all steps in one direction
+    for share in (1e-3, 1e-4):
+        assert all(0.1 * most < each <= most for each in moved(share, settings))
+        assert min(moved(share, replace(settings, rate_of_change=None))) > 2 * most
+    unbound = moved(1e3, replace(settings, rate_of_change=None))
+    assert moved(1e3, settings) == unbound  # the rate that goes by the weights is the most
+
+
 def fitted_blankly(language_model, texts, n_sets):
     """Sets of different neurons whose compensation adds nothing yet, and a rate that suits so small a model."""
     layers = language_model.layers
@@ -393,7 +419,7 @@ def fitted_blankly(language_model, texts, n_sets):
         for each in fitted
     ]
     rate = 3e-3 / float(linear_parameters(layers[0].output)[0].square().mean().sqrt())
-    return blank, Distillation(learning_rate=rate, tokens_per_step=200)
+    return blank, Distillation(learning_rate=rate, rate_of_change=None, tokens_per_step=200)
 
 
 def test_sets_that_learn_jointly_share_what_they_learn_in_every_family(model):

@@ -44,8 +44,11 @@ class Distillation:
     """How the compensation is trained."""
 
     learning_rate: float = LEARNING_RATE
-    """Of Adam at its highest, as a share of the root mean square of a layer's output weights, which differs among models
+    """Of Adam at the most, as a share of the root mean square of a layer's output weights, which differs among models
     by more than ten times. A set that has been trained already is specialised at SPECIALISING_RATE."""
+    rate_of_change: float | None = 0.01
+    """And as a share of the root mean square of what the fit changed in the layer, which is the less where few neurons are
+    dropped: there a higher rate undoes what the fit has won. None: no such bound."""
     tokens_per_step: int = 125
     """Decoded tokens whose gradients make one step."""
     warm_up: float = 0.1
@@ -110,9 +113,11 @@ class Student(ABC):
         self._settings, self._n_steps, self._n_done = settings, n_steps, 0
         self._groups: list[dict[str, Any]] = []
 
-    def _learn(self, parameters: Iterable[nn.Parameter], weights: torch.Tensor) -> None:
-        """Let parameters learn that are added to ``weights``."""
-        highest = self._settings.learning_rate * float(weights.float().square().mean().sqrt())
+    def _learn(self, parameters: Iterable[nn.Parameter], weights: torch.Tensor, change: float) -> None:
+        """Let parameters learn that are added to ``weights``, which the fit has changed by ``change``, root mean square."""
+        highest = self._settings.learning_rate * _rms(weights)
+        if self._settings.rate_of_change is not None:
+            highest = min(highest, self._settings.rate_of_change * change)
         self._groups.append({"params": [*parameters], "highest": highest})
 
     @cached_property
@@ -199,7 +204,7 @@ class Alone(Student):
                 self._plain[number] = learnt["left"]
                 learnt["left"].grad = torch.zeros_like(learnt["left"])
             self._rows[number] = _output_rows(layer).index_select(0, ids.to(self.device))
-            self._learn(learnt.values(), self._rows[number])
+            self._learn(learnt.values(), self._rows[number], _rms(fitted.delta))
             self._inputs[number] = compact_inputs(layer, ids, fitted)
 
     def compact(self, place: int) -> dict[int, Projections]:
@@ -272,7 +277,8 @@ class Joint(Student):
             self._change[number] = nn.Parameter(torch.zeros(layer.d_ff, layer.d_model, device=self.device))
             self._change[number].grad = torch.zeros_like(self._change[number])
             self._bias[number] = nn.Parameter(torch.zeros(layer.d_model, device=self.device))
-            self._learn((self._change[number], self._bias[number]), self._rows[number])
+            changes = [_rms(fitted[number].delta) for fitted in self._fitted if number in fitted]
+            self._learn((self._change[number], self._bias[number]), self._rows[number], sum(changes) / len(changes))
 
     def compact(self, place: int) -> dict[int, Projections]:
         """Return the compact MLPs of the selection that reads this text."""
@@ -312,6 +318,10 @@ class Joint(Student):
         fitted = self._fitted[reader][number]
         left = fitted.delta + self._change[number].detach().index_select(0, self._ids[reader][number]).T
         return replace(fitted, bias=fitted.bias + self._bias[number], left=left, right=None)
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.detach().float().square().mean().sqrt())
 
 
 def _output_rows(layer: MLPLayer) -> torch.Tensor:
