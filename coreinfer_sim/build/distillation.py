@@ -43,7 +43,8 @@ def training_on(device: str, texts: Sequence[CalibrationText], learning_rate: fl
     if device != "cuda":
         return Distillation(learning_rate)
     n_tokens = sum(max(0, n_decoded(text)) for text in texts)
-    return Distillation(learning_rate, min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // _ENOUGH_STEPS)))
+    tokens_per_step = min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // _ENOUGH_STEPS))
+    return Distillation(learning_rate, tokens_per_step=tokens_per_step)
 
 
 def distil(
