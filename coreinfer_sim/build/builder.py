@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -330,12 +330,12 @@ class _Build:
             return None
         assert self.clustering is not None
         corpus = calibration_corpus(self.job, self.language_model, self.sentences, self.clustering)
-        return CompensationStages(self.job, corpus, self._sums(), self.progress)
+        return CompensationStages(self.job, corpus, lambda: self.sums, self.progress)
 
     def write(self, out: Path, stages: CompensationStages | None) -> None:
         """Last stage: add the shards up and put the index in place in one step."""
         assert self.clustering is not None
-        sums = self._sums()
+        sums = self.sums
         part = out.with_name(f".{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -355,8 +355,9 @@ class _Build:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _sums(self) -> PartialSums:
-        """Add the shards up."""
+    @cached_property
+    def sums(self) -> PartialSums:
+        """All shards added up."""
         assert self.clustering is not None
         n_clusters = len(self.clustering.centroids)
         sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)

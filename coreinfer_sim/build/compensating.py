@@ -1,4 +1,4 @@
-"""The compensation stages of a build: sets fitted in closed form, and trained on from there if the build asks for it."""
+"""What makes compensated sets: fits in closed form, and training on from there if the build asks for it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from coreinfer_sim.build.compensating import (
 )
 from coreinfer_sim.build.costs import CompensationCosts
 from coreinfer_sim.build.executors import LIBRARY_BYTES, default_workers, run_shards
-from coreinfer_sim.build.folder import link
+from coreinfer_sim.build.folder import KEPT_NEURONS, link, read_kept_neurons
 from coreinfer_sim.build.jobs import Job, distiller, distiller_of, fitter, fitter_of, recorded_layers
 from coreinfer_sim.build.shards import PartialSums
 from coreinfer_sim.compensated import save_compensated
@@ -34,13 +34,15 @@ from coreinfer_sim.selection import NeuronSelection
 class CompensationStages:
     """The stages in their order, and what an index takes from them."""
 
-    def __init__(self, job: Job, corpus: CalibrationCorpus, sums: PartialSums, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, corpus: CalibrationCorpus, sums: Callable[[], PartialSums], progress: Progress
+    ) -> None:
         """Prepare to run.
 
         Args:
             job: of the build.
             corpus: to fit to.
-            sums: statistics of all clusters, for plain sets.
+            sums: gives the statistics of all clusters, which plain sets are made from once all else is done.
             progress: takes messages and progress.
         """
         self.job, self.corpus, self.progress = job, corpus, progress
@@ -51,7 +53,7 @@ class CompensationStages:
 
     def share_out(self) -> None:
         """Measure the layers' sensitivity, and share the neurons of compensated sets out among them."""
-        path = self.folder / "neurons.json"
+        path = self.folder / KEPT_NEURONS
         if not path.exists():
             self.progress.start("Measuring layers", len(self.corpus.language_model.layers), "layers")
             try:
@@ -117,7 +119,7 @@ class CompensationStages:
 
     def described(self) -> list[CompensationInfo]:
         """Return what an index says of its sets."""
-        kept, kinds = self._n_kept(), self._kinds()
+        kept, kinds = read_kept_neurons(self.folder), self._kinds()
         return [
             CompensationInfo(
                 keep_ratio=ratio,
@@ -137,12 +139,8 @@ class CompensationStages:
     def _plain(self, ratio: float, cluster: int | None) -> NeuronSelection:
         """Return the plain set of the widths of a compensated one."""
         numbers, d_model = [layer.number for layer in self._layers], self._layers[0].d_model
-        return plain_set(self._sums, numbers, self._n_kept()[f"{ratio:g}"], cluster, d_model)
-
-    def _n_kept(self) -> dict[str, list[int]]:
-        """Return the neurons of each layer that stay, by keep ratio."""
-        kept: dict[str, list[int]] = json.loads((self.folder / "neurons.json").read_text(encoding="utf-8"))
-        return kept
+        n_kept = read_kept_neurons(self.folder)[f"{ratio:g}"]
+        return plain_set(self._sums(), numbers, n_kept, cluster, d_model)
 
     def _kinds(self) -> dict[float, dict[int | None, Kind]]:
         """Return by keep ratio what decodes for each cluster and, under None, for the whole corpus."""

@@ -18,6 +18,8 @@ from coreinfer_sim.corpus import Sentence
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError, CorpusError
 from coreinfer_sim.manifest import MANIFEST_FILE
 
+KEPT_NEURONS = "neurons.json"
+
 
 def check_output(out: Path, force: bool) -> None:
     """Raise BuildError if something stands where the index shall go that may not be replaced."""
@@ -93,3 +95,9 @@ def save_npz(path: Path, **arrays: Any) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     path.write_bytes(buffer.getbuffer())
+
+
+def read_kept_neurons(folder: Path) -> dict[str, list[int]]:
+    """Read by keep ratio how many neurons each layer keeps, [n_layers]."""
+    kept: dict[str, list[int]] = json.loads((folder / KEPT_NEURONS).read_text(encoding="utf-8"))
+    return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from coreinfer_sim.architectures import MLPLayer
 from coreinfer_sim.build.calibration_corpus import CalibrationCorpus
 from coreinfer_sim.build.compensating import make_distiller, make_fitter
 from coreinfer_sim.build.executors import RunShard
-from coreinfer_sim.build.folder import read_sentences
+from coreinfer_sim.build.folder import read_kept_neurons, read_sentences
 from coreinfer_sim.build.shards import cut_into_shards, run_shard
 from coreinfer_sim.clustering import Clustering
 from coreinfer_sim.config import BuildConfig, parse_layers
@@ -96,8 +95,7 @@ def calibration_corpus(
 
 def fitter(corpus: CalibrationCorpus, report: Callable[[int], None] | None = None) -> RunShard:
     """Return the function that fits one compensated set by number."""
-    n_kept = json.loads((corpus.folder / "neurons.json").read_text(encoding="utf-8"))
-    return make_fitter(corpus, n_kept, report)
+    return make_fitter(corpus, read_kept_neurons(corpus.folder), report)
 
 
 def fitter_of(job: Job) -> RunShard:
