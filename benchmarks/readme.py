@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-_BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+# "with bars" leaves out the figures that are there for comparison alone
+_BLOCK = re.compile(r"(<!-- figures: (\S+)( with bars)? -->\n).*?(<!-- /figures -->)", re.DOTALL)
+_NO_BAR = "for comparison"
 
 
-def table(path: Path) -> str:
+def table(path: Path, bars_only: bool = False) -> str:
     """Return a result file as a Markdown table, with a note for figures that were measured elsewhere."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if "bandwidth_gb_per_s" in content:
@@ -24,6 +26,8 @@ def table(path: Path) -> str:
     lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
     elsewhere: list[str] = []
     for figure in content["figures"]:
+        if bars_only and figure["bar"] == _NO_BAR:
+            continue
         note = ""
         if "measured" in figure:
             place = _where(figure["measured"])
@@ -31,7 +35,7 @@ def table(path: Path) -> str:
                 elsewhere.append(place)
             note = f" ({elsewhere.index(place) + 1})"
         value = f"{figure['value']:,}" if isinstance(figure["value"], int | float) else figure["value"]
-        holds = "yes" if figure["holds"] else "**no**"
+        holds = "–" if figure["bar"] == _NO_BAR else "yes" if figure["holds"] else "**no**"
         lines.append(f"| {figure['name']}{note} | {value} {figure['unit']} | {figure['bar']} | {holds} |")
     lines += ["", *(f"({number}) {place}.  " for number, place in enumerate(elsewhere, 1))] if elsewhere else []
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -100,7 +104,7 @@ def _where(measured: dict[str, Any]) -> str:
 
 def filled(readme: str) -> str:
     """Return the README with every block of figures made anew."""
-    return _BLOCK.sub(lambda m: m[1] + table(ROOT / "benchmarks" / "results" / m[2]) + m[3], readme)
+    return _BLOCK.sub(lambda m: m[1] + table(ROOT / "benchmarks" / "results" / m[2], bool(m[3])) + m[4], readme)
 
 
 def main() -> None:

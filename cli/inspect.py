@@ -21,9 +21,12 @@ _INDEX = click.argument("index", type=click.Path())
 
 def index_summary(index: SemanticIndex) -> dict[str, Any]:
     """Return what is in an index as plain JSON types, without the weight sketch."""
-    manifest = index.manifest.as_dict()
-    del manifest["model"]["weight_sketch"], manifest["encoder"]["probe"]
-    return {"index": index.name, **manifest, "clusters": [asdict(cluster) for cluster in index.clusters]}
+    m = index.manifest
+    summary = {"index": index.name, **asdict(m), "sha256": m.checksum()}
+    del summary["model"]["weight_sketch"], summary["encoder"]["probe"]
+    for entry in summary["compensation"]:
+        entry["served_by_corpus"] = m.served_by_corpus(entry["keep_ratio"])
+    return {**summary, "clusters": [asdict(cluster) for cluster in index.clusters]}
 
 
 def print_clusters(index: SemanticIndex) -> None:

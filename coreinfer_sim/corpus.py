@@ -207,6 +207,10 @@ def open_rows(config: CorpusConfig) -> Iterator[dict[str, Any]]:
         raise
     except Exception as error:  # datasets raises the errors of a dozen libraries
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            raise CorpusError(
+                f"the corpus {config.source} is not UTF-8 ({cause.reason}), expected UTF-8 text; convert it first."
+            ) from error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise CorpusError(
             f"the corpus {config.source} cannot be read ({reason}); expected a hub id, a {', '.join(_LOADERS)} file or a "

@@ -908,6 +908,8 @@ def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, en
     assert files[0] == files[1] != files[2]
     described = CliRunner().invoke(main, ["info", str(tmp_path / "index")])
     assert "the whole corpus's set in clusters 0," in described.stdout
+    (told,) = json.loads(CliRunner().invoke(main, ["info", str(tmp_path / "index"), "--json"]).stdout)["compensation"]
+    assert told["served_by_corpus"] == [0] and told["plain"] is False
 
 
 @pytest.mark.parametrize("n_clusters", [1, 2])

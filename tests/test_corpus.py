@@ -336,7 +336,6 @@ def test_a_missing_file_is_said_to_be_missing(source):
     [
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": "b\n{"prompt": "c"}\n'),
         ("broken.json", b'[{"prompt": "a"}, {"prompt": '),
-        ("latin.jsonl", '{"prompt": "café"}\n'.encode("latin-1")),
         ("text.parquet", b"this is no parquet file"),
     ],
 )
@@ -345,6 +344,13 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, content):
     with pytest.raises(CorpusError, match=rf"{name} cannot be read \(.+\); expected a hub id") as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["latin.jsonl", "latin.csv", "latin.txt"])
+def test_a_file_in_another_encoding_is_to_be_converted(tmp_path, name):
+    (tmp_path / name).write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+    with pytest.raises(CorpusError, match=rf"{name} is not UTF-8 \(.+\), expected UTF-8 text; convert it first"):
+        read(tmp_path / name)
 
 
 def test_a_truncated_parquet_file_is_an_error(tmp_path):

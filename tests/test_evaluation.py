@@ -356,6 +356,9 @@ def test_rows_by_part(tmp_path):
     path.write_text("nothing\n")
     with pytest.raises(CorpusError, match="is no JSONL"):
         read_rows(path, range(0, 100), None)
+    path.write_bytes('{"id": "1", "prompt": "café", "completion": "c"}'.encode("latin-1"))
+    with pytest.raises(CorpusError, match="is not UTF-8 .* convert it first"):
+        read_rows(path, range(0, 100), None)
     with pytest.raises(CorpusError, match="1 row, .* none whose id hashes .* wider --part"):
         path.write_text(json.dumps(raw[0]))
         read_rows(path, range(hash_percent("t0") + 1, 100), None)

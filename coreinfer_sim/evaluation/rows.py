@@ -52,6 +52,8 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
                     rows.append(row)
                 if len(rows) == limit:
                     break
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 ({error.reason}), expected UTF-8 text; convert it first.") from error
     except ValueError as error:
         raise CorpusError(f"{path} is no JSONL ({error}); expected one object a line.") from error
     if not rows:
