@@ -312,7 +312,9 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
     cases = [case for path in paths for case in _cases(language_model, path, rows)]
     costs = layer_costs(language_model, texts[::4], texts[1::16], Fit())
     path = RESULTS / f"ablation-{name.lower()}-{keep_ratio:g}.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["ratios"] if path.exists() else {}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = (earlier.get("tokens"), earlier.get("rows_per_set")) == (tokens, rows)  # else they cannot be compared
+    known = earlier["ratios"] if same else {}
     for title in only or VARIANTS:
         settings = dict(VARIANTS[title])
         budget = settings.pop("budget", "sensitivity")

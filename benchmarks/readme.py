@@ -45,7 +45,7 @@ def _contenders(content: dict[str, Any]) -> str:
     """Return what `evaluate` wrote: a row a contender, the geometric mean first and then each set."""
     rows = content["contenders"]
     sets = list(rows[0]["sets"])
-    lines = [f"{_where(content)}; {content['rows_per_set']} rows of each set.", ""]
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
     lines += [f"| contender | mean | {' | '.join(sets)} |", "|---|" + "--:|" * (len(sets) + 1)]
     for row in rows:
         values = [row["ratio"], *(row["sets"][each]["ratio"] for each in sets)]
@@ -55,16 +55,17 @@ def _contenders(content: dict[str, Any]) -> str:
 
 def _points(content: dict[str, Any]) -> str:
     """Return what `frontier` wrote: a row a point, by bytes; bold, what no point with fewer bytes does as well as."""
-    lines = [f"{_where(content)}; {content['rows_per_set']} rows of each set.", ""]
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
     lines += ["| contender | MB a token | of the MLPs | perplexity ratio | 95 % interval |", "|---|--:|--:|--:|--:|"]
     best = float("inf")
     for row in content["points"]:
         mark = "**" if row["ratio"] < best else ""
         best = min(best, row["ratio"])
-        low, high = row["ratio_interval"]
+        interval = row["ratio_interval"]
+        spread = "–" if interval is None else f"{interval[0]:,.2f}–{interval[1]:,.2f}"
         lines.append(
             f"| {mark}{row['contender']}{mark} | {row['total_bytes_per_token'] / 1e6:,.0f} | "
-            f"{row['mlp_bytes_per_token'] / 1e6:,.0f} | {row['ratio']:,.3f} | {low:,.2f}–{high:,.2f} |"
+            f"{row['mlp_bytes_per_token'] / 1e6:,.0f} | {row['ratio']:,.3f} | {spread} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -75,9 +75,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 )
 @options.part("0:100")
 @click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
-@click.option(
-    "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
-)
+@options.max_tokens
 @click.option("--generate", is_flag=True, help="Also generate texts and score them against the completions.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, **_D, help="Most tokens of a generated text.")
 @click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
@@ -170,14 +168,14 @@ def score_with_log(
     """
     from coreinfer_sim.architectures import weights_checksum
     from coreinfer_sim.evaluation.evaluate import evaluate as run
-    from coreinfer_sim.evaluation.evaluate import open_log, read_results
+    from coreinfer_sim.evaluation.evaluate import most_tokens, open_log, read_results
 
     log: Path | None = given["log"]
     setup = {
         "model": weights_checksum(language_model.layers),
         "dtype": language_model.dtype_name,
         "index": replace(index.manifest, profile=None).checksum() if index is not None else None,  # no score's business
-        "max_tokens": given["max_tokens"],
+        "max_tokens": most_tokens(language_model, given["max_tokens"]),
         "seed": given["seed"],
         "prefill": "sparse" if sparse_prefill else None,
     }
@@ -189,7 +187,7 @@ def score_with_log(
             contenders,
             rows,
             index,
-            max_tokens=given["max_tokens"],
+            max_tokens=setup["max_tokens"],
             max_new_tokens=max_new_tokens,
             seed=given["seed"],
             sparse_prefill=sparse_prefill,
@@ -213,9 +211,10 @@ def print_table(summary: list[dict[str, Any]]) -> None:
         f"{'contender':{width}s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
     )
     for row in summary:
-        low, high = row["ratio_interval"]
+        interval = row["ratio_interval"]
+        spread = "" if interval is None else f"({interval[0]:.3f}-{interval[1]:.3f})"
         click.echo(
-            f"{row['contender']:{width}s} {row['ratio']:9.3f} ({low:.3f}-{high:.3f}){'':3s} {row['kl']:7.3f} "
+            f"{row['contender']:{width}s} {row['ratio']:9.3f} {spread:16s} {row['kl']:7.3f} "
             f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
         )
 

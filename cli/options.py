@@ -29,6 +29,11 @@ encoder = click.option(
 log = click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on."
 )
+max_tokens = click.option(
+    "--max-tokens",
+    type=click.IntRange(4),
+    help="Cut prompt and completion to half each.  [default: 1024, or the model's context]",
+)
 prefill = click.option(
     "--prefill",
     type=click.Choice(["dense", "sparse"]),

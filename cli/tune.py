@@ -47,9 +47,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 )
 @options.part("70:85")
 @click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
-@click.option(
-    "--max-tokens", type=click.IntRange(4), default=1024, **_D, help="Cut prompt and completion to half each."
-)
+@options.max_tokens
 @click.option("--seed", type=int, default=0, **_D, help="Of the bootstrap.")
 @options.log
 @options.model_options
@@ -62,7 +60,7 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     on the first quarter of each set's rows is not tried on the others.
     """
     from coreinfer_sim.evaluation.contenders import bytes_per_token
-    from coreinfer_sim.evaluation.evaluate import check_scored, summarise
+    from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
     from coreinfer_sim.files import check_folder
@@ -78,12 +76,11 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     loaded = SemanticIndex.load(index)
     contenders = candidates(loaded, given["keep_ratios"])
     rows = read_sets(sets, given["part"], given["limit"])
-    check_rows(len(rows))
+    check_rows(row.set_name for row in rows)
     with status("Loading the model"):
         language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
     first, further = first_and_further(rows)
     results = score_with_log(language_model, contenders, first, loaded, given)
-    check_scored(results, len(first))
     left = hopeful(contenders, summarise(results, given["seed"]), given["max_increase"])
     if left and further:
         if len(left) < len(contenders) and not as_json:
@@ -91,6 +88,8 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
                 f"{len(contenders) - len(left)} of {len(contenders)} candidates are dropped after {len(first)} rows."
             )
         results += score_with_log(language_model, left, further, loaded, given)
+    scored = {(result.set_name, result.row_id) for result in results}
+    check_rows(set_name for set_name, _ in scored)  # some were too short
     summary = summarise(results, given["seed"])
     dense_bytes, _ = bytes_per_token(language_model, NeuronSelection("dense"), "16bit")
     profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -248,6 +249,12 @@ class BuildConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types."""
         return dataclasses.asdict(self)
+
+
+def layers_slice(numbers: Sequence[int]) -> str:
+    """Return the slice that `parse_layers` turns into ``numbers``, rising and evenly spaced."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    return f"{numbers[0]}:{numbers[-1] + 1}:{step}"
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:

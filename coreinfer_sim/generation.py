@@ -191,7 +191,7 @@ class TextGenerator:
         )
         end = time.perf_counter()
         new = output[0, ids.shape[1] :].tolist()
-        first = clock.first_token or end
+        first = clock.first_token or self.sparse.decode_began or end  # beams do not stream
         selection, layers = self.sparse.selections[0], self.sparse.layers
         generated = self.language_model.tokenizer.decode(new, skip_special_tokens=True)
         if write is not None and not streams:

@@ -109,6 +109,8 @@ class SparseModel:
         """Of the last call: to choose the neurons before prefill, and to put the compact weights in place."""
         self.swapped_in_decode = False
         """Whether that was after prefill, as it is unless prefill is sparse or the weights lie on disk."""
+        self.decode_began: float | None = None
+        """When its first pass after prefill began, by `time.perf_counter`; None: there was none."""
         self.engine_used = Engine.TRANSFORMERS
         """What decoded in the last call."""
         self._engine, self._weights = Engine(engine), Weights(weights)
@@ -379,7 +381,7 @@ class _Call:
     def __init__(self, sparse: SparseModel, n_prompt: int, mask: torch.Tensor, prompts: Sequence[str] | None) -> None:
         self._sparse, self._n_prompt, self._mask, self._prompts = sparse, n_prompt, mask, prompts
         sparse.n_refreshes, sparse.swap_seconds, sparse.engine_used = 0, 0.0, Engine.TRANSFORMERS
-        sparse.swapped_in_decode = True
+        sparse.swapped_in_decode, sparse.decode_began = True, None
         begin = time.perf_counter()
         known = sparse.predictor.select(prompts, None, len(mask))
         sparse.lookup_seconds = time.perf_counter() - begin
@@ -435,6 +437,7 @@ class _Call:
     def _begin_decode(self, cache: Any, kwargs: dict[str, Any]) -> None:
         self._decoding = True
         sparse = self._sparse
+        sparse.decode_began = time.perf_counter()
         if self.reader is not None:
             self.reader.pause()
             sparse.selections = sparse._select(self._prompts, self.reader.statistics, len(self._mask))

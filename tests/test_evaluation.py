@@ -1,5 +1,6 @@
 """Evaluation: forced sparse decode, the same numbers as a plain loop, and sums that add up."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -12,11 +13,15 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 from tiny_index import PROMPTS, tiny_index
+from tiny_models import tiny_model
+from transformers.pytorch_utils import Conv1D
 
+from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.config import Fallback
 from coreinfer_sim.errors import ConfigError, CorpusError
 from coreinfer_sim.evaluation.contenders import (
     BITS,
+    NAMES,
     Chooser,
     Contender,
     bytes_per_token,
@@ -29,9 +34,10 @@ from coreinfer_sim.evaluation.plot import families, plot
 from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import normalised, text_scores, token_f1
-from coreinfer_sim.evaluation.tune import choose_profile, first_and_further, hopeful
-from coreinfer_sim.models import load_model
+from coreinfer_sim.evaluation.tune import check_rows, choose_profile, first_and_further, hopeful
+from coreinfer_sim.models import LanguageModel, load_model
 from coreinfer_sim.predictors import FixedPredictor, make_predictor, random_selection
+from coreinfer_sim.progress import Progress
 from coreinfer_sim.runtime import SparseModel
 from coreinfer_sim.selection import NeuronSelection
 from coreinfer_sim.sparse_mlp import installed
@@ -223,6 +229,25 @@ def test_rounding_is_closer_with_more_bits_and_leaves_the_original_alone(languag
     assert own is variant.model.get_submodule(_path(variant.model, variant.layers[0].output)).weight
 
 
+@pytest.mark.parametrize("key", ["llama", "gpt2"])
+def test_of_4_bits_all_matrices_but_the_head_have_4(key):
+    model = tiny_model(key)
+    whole = LanguageModel(model, None, key, find_mlps(model))
+    variant = rounded_model(whole, "q4_0").model
+    matrices = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    assert len(matrices) > 6
+    for name, weight in matrices.items():
+        kind = "q8_0" if name == "lm_head" else "q4_0"
+        flat = isinstance(model.get_submodule(name), Conv1D)
+        wanted = rounded(weight.data.T, kind).T if flat else rounded(weight.data, kind)
+        assert torch.equal(variant.get_submodule(name).weight, wanted) and not torch.equal(wanted, weight)
+    head, dense = model.lm_head.weight.numel(), NeuronSelection("dense")
+    mlp, total = bytes_per_token(whole, dense, "q4_0")
+    assert mlp == round(sum(layer.n_bytes for layer in whole.layers) * 4.5 / 32)
+    _, in_8_bits = bytes_per_token(whole, dense, "q8_0")
+    assert total - head * 8.5 / 8 == pytest.approx((in_8_bits - head * 8.5 / 8) * 4.5 / 8.5, abs=2)
+
+
 def _path(model, wanted) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
@@ -266,7 +291,8 @@ def test_sums_by_hand():
     results = [
         _result("a", "one", "1", 2, 2.0, 1.0),
         _result("a", "one", "2", 2, 4.0, 3.0),
-        _result("a", "two", "3", 10, 30.0, 10.0),
+        _result("a", "two", "3", 4, 12.0, 4.0),
+        _result("a", "two", "4", 6, 18.0, 6.0),
     ]
     (row,) = summarise(results)
     assert row["sets"]["one"]["ratio"] == pytest.approx(math.exp(0.5), abs=1e-4)
@@ -275,7 +301,7 @@ def test_sums_by_hand():
     assert row["ratio"] == pytest.approx(math.exp(1.25), abs=1e-3)
     low, high = row["ratio_interval"]
     assert low <= row["ratio"] <= high
-    assert (row["kl"], row["same_top"], row["mlp_bytes_per_token"], row["n_rows"]) == (0.5, 0.5, 40, 3)
+    assert (row["kl"], row["same_top"], row["mlp_bytes_per_token"], row["n_rows"]) == (0.5, 0.5, 40, 4)
 
 
 GENERATE = {"max_new_tokens": 12}
@@ -488,6 +514,80 @@ def test_what_would_be_lost_or_mixed_up_is_refused_before_the_model_loads(tmp_pa
     assert "two sets are called things" in refused(things, str(tmp_path / "a" / "things.jsonl"))
     assert "two rows of twice have the id '1'" in refused(str(tmp_path / "twice.jsonl"))
     assert "keep ratio is 1.5" in refused(things, "--keep-ratio", "1.5")
+
+
+def test_scores_of_other_texts_under_the_same_name_are_not_taken(language_model):
+    contenders = parse_contenders(["dense"], [0.5], ["energy"], ["16bit"])
+    first = evaluate(language_model, contenders, ROWS)
+    (owls,) = (Row("things", "1", "What do owls do?", "Most owls hunt at night, and some by day."),)
+    said = []
+
+    class Told(Progress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    again = evaluate(language_model, contenders, [ROWS[0], owls], finished=first, progress=Told())
+    assert said == ["Not taken from the earlier run, as they are of other texts: 1 score."]
+    assert [r.row_digest for r in again] == [ROWS[0].digest, owls.digest]
+    assert again[0] == first[0] and again[1].n_tokens > first[1].n_tokens
+
+
+def test_an_interval_needs_two_rows_of_every_set_and_is_as_wide_as_their_difference():
+    pair = [_result("a", "one", str(n), 1, loss, 0.0) for n, loss in enumerate((0.0, 2.0))]
+    (row,) = summarise(pair)
+    low, high = row["ratio_interval"]
+    spread = math.sqrt(2)  # draws are 0, 1 or 2 away; of two rows the variance of the mean is twice theirs
+    assert (low, high) == (pytest.approx(math.exp(1 - spread), abs=1e-3), pytest.approx(math.exp(1 + spread), abs=1e-3))
+    (row,) = summarise([*pair, _result("a", "two", "1", 1, 1.0, 0.0)])
+    assert row["ratio_interval"] is None
+
+
+def test_tuning_wants_rows_of_every_set():
+    check_rows(["a"] * 8 + ["b"] * 2)
+    with pytest.raises(ConfigError, match="there are 9 rows to tune on, expected 10"):
+        check_rows(["a"] * 9)
+    with pytest.raises(ConfigError, match="there is one row of b, expected 2 or more of every set"):
+        check_rows(["a"] * 9 + ["b"])
+
+
+def test_a_long_prompt_keeps_the_token_that_stands_before_every_text(language_model):
+    tokenizer = language_model.tokenizer
+    row = Row("long", "1", "one two three four " * 20, "five six seven")
+    plain = Case(language_model, row, 16, 0.4)._ids[0].tolist()
+    ids = tokenizer(joined(row.prompt, row.completion)[0])["input_ids"]
+    assert plain == ids[-8:]
+    begins = dataclasses.replace(language_model, tokenizer=WithBeginning(tokenizer))
+    cut = Case(begins, row, 16, 0.4)._ids[0].tolist()
+    assert cut == [WithBeginning.bos_token_id, *ids[-7:]]
+
+
+class WithBeginning:
+    """A tokenizer that puts a token before every text, as Llama's does."""
+
+    bos_token_id = 3
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+def test_texts_longer_than_the_context_are_refused(language_model):
+    with pytest.raises(ConfigError, match="max_tokens is 100000, but the model's context is"):
+        evaluate(language_model, [Contender("dense")], ROWS, max_tokens=100_000)
+
+
+def test_all_contenders_leave_dense_what_the_index_did_not_record(language_model, encoder):
+    index = tiny_index(language_model.layers, encoder, [1, 2])
+    chooser = Chooser(language_model, index, seed=0)
+    case = Case(language_model, ROWS[0], 256, 0.4)
+    for contender in parse_contenders(["random", *NAMES[2:]], [0.5], ["energy"], ["16bit"]):
+        assert sorted(chooser.choose(contender, case).ids) == [1, 2], contender
 
 
 def test_a_log_goes_on_only_with_the_same_setup(tmp_path):

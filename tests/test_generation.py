@@ -269,6 +269,7 @@ def test_beams_are_written_at_the_end(generator):
     result = generator.generate(PROMPT, max_new_tokens=8, num_beams=3, write=pieces.append)
     assert pieces == [result.text]
     assert len(result.token_ids) == 8
+    assert result.decode_seconds > 0 < result.prefill_seconds  # they do not stream, but decode begins all the same
 
 
 def test_generation_stops_at_the_end_token(generator):

@@ -15,11 +15,14 @@ PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide 
 QUANTILES = {"0": 0.2, "0.01": 0.21, "0.05": 0.25, "0.25": 0.4, "0.5": 0.5, "0.75": 0.6, "1": 0.9}
 
 
-def tiny_index(layers: Sequence[MLPLayer], encoder: SentenceEncoder) -> SemanticIndex:
-    """Return an index of three clusters whose centroids are PROMPTS."""
+def tiny_index(
+    layers: Sequence[MLPLayer], encoder: SentenceEncoder, recorded: Sequence[int] | None = None
+) -> SemanticIndex:
+    """Return an index of three clusters whose centroids are PROMPTS; None: of all layers."""
     d_ff = layers[0].d_ff
+    recorded = range(len(layers)) if recorded is None else recorded
     random = np.random.default_rng(0)
-    shape = (3, len(layers), d_ff)
+    shape = (3, len(recorded), d_ff)
     statistics = {
         "counts": random.integers(0, 9, shape).astype(np.int32),
         "energy": random.random(shape, np.float32) ** 4,
@@ -42,7 +45,7 @@ def tiny_index(layers: Sequence[MLPLayer], encoder: SentenceEncoder) -> Semantic
         ),
         encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
         corpus=CorpusInfo("prompts.jsonl", "1" * 64, 2997, 45_000),
-        settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(range(len(layers))), 16, 64, 1),
+        settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(recorded), 16, 64, 1),
         compensation=[],
         profile=None,
         files={},

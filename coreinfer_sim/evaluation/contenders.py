@@ -14,9 +14,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.architectures import MLPLayer, find_mlps, module_bytes, other_bytes
-from coreinfer_sim.config import Fallback, Score, check_ratio
+from coreinfer_sim.config import Fallback, Score, check_ratio, layers_slice
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
@@ -44,6 +45,9 @@ COMPENSATED = "compensated"
 """Stands where a score does for sets that were fitted with their compensation."""
 WEIGHTS = ("16bit", "int8", "q8_0", "q4_0")
 """Precision of the weights: int8 as the lean engine holds it, one scale a row; q8_0 and q4_0 are llama.cpp's formats."""
+_OF_HEAD = {"q4_0": "q8_0"}
+"""Precision of the output head where it is another: llama.cpp keeps it at 6 or, where its width does not go into blocks of 256,
+8 bits in a file of 4, as much of the quality is there."""
 BITS = {"16bit": 16.0, "int8": 8.05, "q8_0": 8.5, "q4_0": 4.5}
 """Bits a weight, scales included: of int8 for rows of 640 weights, more than which the longer rows of larger models share."""
 _FORMATS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
@@ -108,11 +112,16 @@ class Contender:
 
 
 class Chooser:
-    """Makes the selections of contenders for a case, each cluster's only once."""
+    """Makes the selections of contenders for a case, each cluster's only once.
+
+    All make the layers sparse that the index recorded, so that they are compared at equal bytes; without an index, all layers.
+    """
 
     def __init__(self, language_model: LanguageModel, index: SemanticIndex | None, seed: int) -> None:
         """Choose among the neurons of ``language_model``; ``index`` is needed by those that route by meaning."""
         self._language_model, self._index = language_model, index
+        self._numbers = list(range(len(language_model.layers))) if index is None else index.manifest.settings.layers
+        self._layers = layers_slice(self._numbers)
         self._seed = seed
         self._known: dict[tuple[Any, ...], NeuronSelection] = {}
         self._predictors: dict[Contender, Predictor] = {}
@@ -146,7 +155,7 @@ class Chooser:
             score = s.counts if counted else s.energy
             return torch.from_numpy(top_ids(score[0], s.activation[0], n_kept(contender.keep_ratio, score.shape[1])))
 
-        return NeuronSelection(contender.name, {layer: ids(s) for layer, s in statistics.items()})
+        return NeuronSelection(contender.name, {number: ids(statistics[number]) for number in self._numbers})
 
     def _routed(self, contender: Contender, case: Case) -> NeuronSelection:
         if contender not in self._predictors:
@@ -161,9 +170,11 @@ class Chooser:
         ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
         compensated = contender.compensated
         if contender.name == "hybrid":
-            return HybridPredictor(index, ratio, score, ":", alpha, contender.nearest)
-        fallback = make_fallback(contender.fallback, index, ratio, score, ":", alpha, contender.nearest, compensated)
-        return SimilarityPredictor(index, ratio, score, ":", contender.nearest, fallback, compensated)
+            return HybridPredictor(index, ratio, score, self._layers, alpha, contender.nearest)
+        fallback = make_fallback(
+            contender.fallback, index, ratio, score, self._layers, alpha, contender.nearest, compensated
+        )
+        return SimilarityPredictor(index, ratio, score, self._layers, contender.nearest, fallback, compensated)
 
     def _cluster(self, contender: Contender, case: Case) -> int | None:
         if contender.name != "random-cluster" or self._index is None:
@@ -174,13 +185,15 @@ class Chooser:
     def _make(self, contender: Contender, cluster: int | None) -> NeuronSelection:
         layers = self._language_model.layers
         if contender.name == "random":
-            return random_selection(layers, range(len(layers)), contender.keep_ratio, self._seed)
+            return random_selection(layers, self._numbers, contender.keep_ratio, self._seed)
         if self._index is None:
             raise ConfigError(f"the contender {contender.name} needs an index; give --index.")
         if cluster is None:
-            return self._index.global_selection(contender.keep_ratio, contender.score, ":", contender.compensated)
+            return self._index.global_selection(
+                contender.keep_ratio, contender.score, self._layers, contender.compensated
+            )
         chosen = self._index.cluster_selection(
-            cluster, contender.keep_ratio, contender.score, ":", contender.compensated
+            cluster, contender.keep_ratio, contender.score, self._layers, contender.compensated
         )
         return replace(chosen, mode=contender.name)
 
@@ -210,13 +223,20 @@ def rounded(weight: torch.Tensor, weights: str) -> torch.Tensor:
 
 
 def rounded_model(language_model: LanguageModel, weights: str) -> LanguageModel:
-    """Return a model whose matrices, output head included, are rounded to a format; the same one for 16 bits."""
+    """Return a model whose matrices are rounded to a format, the output head to that of `_OF_HEAD`; the same one for 16 bits."""
     if weights == "16bit":
         return language_model
     model = copy.deepcopy(language_model.model)
+    head = model.get_output_embeddings()
     for module in model.modules():
+        kind = _OF_HEAD.get(weights, weights) if module is head else weights
         if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(rounded(module.weight.data, weights), requires_grad=False)
+            made = rounded(module.weight.data, kind)
+        elif isinstance(module, Conv1D):  # its weight lies the other way round
+            made = rounded(module.weight.data.T, kind).T.contiguous()
+        else:
+            continue
+        module.weight = torch.nn.Parameter(made, requires_grad=False)
     return replace(language_model, model=model, layers=find_mlps(model))
 
 
@@ -262,9 +282,12 @@ def bytes_per_token(language_model: LanguageModel, selection: NeuronSelection, w
     Weights count as stored in their precision, whatever type computes; see `other_bytes`.
     """
     model, layers = language_model.model, language_model.layers
-    share = BITS[weights] / 8 / model.dtype.itemsize
+    bits = 8 * model.dtype.itemsize
+    share, of_head = BITS[weights] / bits, BITS[_OF_HEAD.get(weights, weights)] / bits
+    head = model.get_output_embeddings()
+    head_bytes = 0 if head is None else module_bytes(head)
     mlp = selection.mlp_bytes(layers) * share
-    return round(mlp), round(mlp + other_bytes(model, layers) * share)
+    return round(mlp), round(mlp + (other_bytes(model, layers) - head_bytes) * share + head_bytes * of_head)
 
 
 def parse_contenders(

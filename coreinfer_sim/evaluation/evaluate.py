@@ -33,7 +33,9 @@ from coreinfer_sim.progress import Progress, counted
 from coreinfer_sim.sparse_mlp import install
 
 _N_RESAMPLES = 1000
+_MAX_TOKENS = 1024
 _ALPHA = 0.4
+"""Where there is no index, which has its own."""
 _ROWS_AT_ONCE = 4
 """Each holds its dense logits, [n_tokens, vocabulary]."""
 
@@ -59,6 +61,8 @@ class Result:
     """The row's completion, beside a generated text."""
     max_new_tokens: int | None = None
     """Under which the text was generated."""
+    row_digest: str = ""
+    """Of the texts that were scored, `Row.digest`."""
 
 
 def evaluate(
@@ -67,7 +71,7 @@ def evaluate(
     rows: Sequence[Row],
     index: SemanticIndex | None = None,
     *,
-    max_tokens: int = 1024,
+    max_tokens: int | None = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
     sparse_prefill: bool = False,
@@ -82,31 +86,38 @@ def evaluate(
         contenders: what to compare.
         rows: prompts with completions; those with fewer than two completion tokens are left out.
         index: for contenders that route by meaning; checked to belong to the model.
-        max_tokens: prompt and completion are cut to half of this each.
+        max_tokens: prompt and completion are cut to half of this each; None: see `most_tokens`.
         max_new_tokens: also generate a text of at most this many tokens in place of each completion; None: no text.
         seed: of random choices.
         sparse_prefill: read each prompt with the kept neurons too. Not for contenders that choose by the prompt's
             activations.
-        finished: results of an earlier run, which are not computed again unless they lack the text that is asked for; of
-            several for one row and contender, the last counts.
+        finished: results of an earlier run, which are not computed again unless they lack the text that is asked for, or
+            are of another row under the same name; of several for one row and contender, the last counts.
         log: takes every result as a line of JSON, as it comes.
         progress: takes progress.
 
     Raises:
-        ConfigError: prompt and generated text do not fit into the model's context, or a contender knows its neurons only
-            after a dense prefill.
+        ConfigError: prompt and completion, or generated text, do not fit into the model's context, or a contender knows its
+            neurons only after a dense prefill.
     """
     if sparse_prefill:
         check_known_before(contenders)
+    max_tokens = most_tokens(language_model, max_tokens)
     _check_length(language_model, max_tokens, max_new_tokens)
     progress = progress or Progress()
     if index is not None:
         index.check_model(language_model.layers)
+    digests = {(row.set_name, row.id): row.digest for row in rows}
+    finished = list(finished)
     known = {
         (r.contender, r.set_name, r.row_id): r
         for r in finished
-        if max_new_tokens is None or r.max_new_tokens == max_new_tokens
+        if (max_new_tokens is None or r.max_new_tokens == max_new_tokens)
+        and r.row_digest == digests.get((r.set_name, r.row_id))
     }
+    others = sum(digests.get((r.set_name, r.row_id), r.row_digest) != r.row_digest for r in finished)
+    if others:
+        progress.say(f"Not taken from the earlier run, as they are of other texts: {counted(others, 'score')}.")
     results = list(known.values())
     kinds = list(dict.fromkeys(c.weights for c in contenders))
     compactor = Compactor(language_model.layers)
@@ -145,6 +156,7 @@ class _Rounded:
 
     def __init__(self, language_model: LanguageModel, kind: str, index: SemanticIndex | None, seed: int) -> None:
         self._whole, self._kind, self._index, self._seed = language_model, kind, index, seed
+        self._alpha = _ALPHA if index is None else index.manifest.settings.alpha
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -176,12 +188,26 @@ class _Rounded:
         found: dict[Row, Case] = {}
         for row in rows:
             try:
-                case = Case(self._whole, row, max_tokens, _ALPHA)
+                case = Case(self._whole, row, max_tokens, self._alpha)
             except CorpusError:
                 short.add(row)
                 continue
-            found[row] = case if self.model is self._whole else Case(self.model, row, max_tokens, _ALPHA, case)
+            found[row] = case if self.model is self._whole else Case(self.model, row, max_tokens, self._alpha, case)
         return found
+
+
+def most_tokens(language_model: LanguageModel, max_tokens: int | None) -> int:
+    """Return to how many tokens rows are cut: by default 1,024, or the model's context where that is smaller.
+
+    Raises:
+        ConfigError: more were asked for than the context holds.
+    """
+    limit = language_model.context_length
+    if max_tokens is None:
+        return _MAX_TOKENS if limit is None else min(_MAX_TOKENS, limit)
+    if limit is not None and max_tokens > limit:
+        raise ConfigError(f"max_tokens is {max_tokens}, but the model's context is {limit}; lower it.")
+    return max_tokens
 
 
 def _check_length(language_model: LanguageModel, max_tokens: int, max_new_tokens: int | None) -> None:
@@ -228,6 +254,7 @@ def _score(
         text,
         None if text is None else case.row.completion,
         max_new_tokens,
+        case.row.digest,
     )
 
 
@@ -292,7 +319,8 @@ def summarise(results: Sequence[Result], seed: int = 0, *, generated: bool = Fal
 
     Returns:
         For each contender: perplexity, its ratio to dense, KL and top-1 agreement per set; the geometric mean of the
-        ratios over sets with a 95 % bootstrap interval (rows resampled within sets); bytes per token, mean over rows;
+        ratios over sets with a 95 % bootstrap interval (rows resampled within sets; None where a set has one row, which tells
+        nothing of how rows differ); bytes per token, mean over rows;
         under "text" the scores of `text_scores`, per set and their mean over sets.
     """
     summary = []
@@ -302,11 +330,11 @@ def summarise(results: Sequence[Result], seed: int = 0, *, generated: bool = Fal
         for result in own:
             by_set.setdefault(result.set_name, []).append(result)
         sets = {set_name: _set_summary(group) for set_name, group in sorted(by_set.items())}
-        low, high = _interval(list(by_set.values()), seed)
+        interval = _interval(list(by_set.values()), seed)
         row: dict[str, Any] = {
             "contender": name,
             "ratio": round(_geometric_mean([s["ratio"] for s in sets.values()]), 4),
-            "ratio_interval": [round(low, 4), round(high, 4)],
+            "ratio_interval": None if interval is None else [round(bound, 4) for bound in interval],
             "kl": round(float(np.mean([s["kl"] for s in sets.values()])), 4),
             "same_top": round(float(np.mean([s["same_top"] for s in sets.values()])), 4),
             "mlp_bytes_per_token": round(float(np.mean([r.mlp_bytes for r in own]))),
@@ -339,13 +367,20 @@ def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(float(np.mean(np.log(values))))
 
 
-def _interval(groups: Sequence[Sequence[Result]], seed: int) -> tuple[float, float]:
-    """Bootstrap the geometric mean over sets of the perplexity ratio."""
+def _interval(groups: Sequence[Sequence[Result]], seed: int) -> tuple[float, float] | None:
+    """Bootstrap the geometric mean over sets of the perplexity ratio.
+
+    Of n rows a bootstrap draws a variance that is (n − 1) / n of the unbiased one (Efron and Tibshirani, 1993), half of it for
+    two, so each set's draws are spread by the root of the inverse.
+    """
+    if any(len(group) == 1 for group in groups):
+        return None
     rng = np.random.default_rng(seed)
     logs = np.zeros(_N_RESAMPLES)
     for group in groups:
         gap = np.array([r.loss - r.dense_loss for r in group])
         tokens = np.array([r.n_tokens for r in group], dtype=float)
         drawn = rng.integers(len(group), size=(_N_RESAMPLES, len(group)))
-        logs += gap[drawn].sum(1) / tokens[drawn].sum(1) / len(groups)
+        mean, n = gap.sum() / tokens.sum(), len(group)
+        logs += (mean + (gap[drawn].sum(1) / tokens[drawn].sum(1) - mean) * math.sqrt(n / (n - 1))) / len(groups)
     return float(np.exp(np.quantile(logs, 0.025))), float(np.exp(np.quantile(logs, 0.975)))

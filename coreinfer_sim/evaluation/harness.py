@@ -2,11 +2,13 @@
 
 A context is read densely and, as text, routes; it is what the harness hands over, few-shot examples included. Its last
 token is then decoded: were it part of the dense prefill, it would predict the continuation's first token, and a task whose
-choices are single tokens would measure the dense model. So every token of a continuation comes from the compact MLPs.
+choices are single tokens would measure the dense model. So every token of a continuation that is scored comes from the
+compact MLPs. Texts of `generate_until` are those of `generate`: their first token is the dense prefill's, which a task whose
+answers are one token would measure.
 
 A rolling log-likelihood has no context: the document's own beginning is its prompt. The prefix token and the document's
-first tokens are read densely (`rolling_prompt` positions, which predict as many tokens) and choose the neurons; the rest of
-the document, and every later window with all its positions, runs under the compact MLPs.
+first tokens are read densely (`rolling_prompt` positions, which predict as many tokens, and these count) and choose the
+neurons; the rest of the document, and every later window with all its positions, runs under the compact MLPs.
 """
 
 from __future__ import annotations

@@ -47,9 +47,10 @@ def _draw(grouped: dict[str, list[tuple[Contender, dict[str, Any]]]], axes: Any)
         marker, line = _STYLES["16bit" if family == "dense" else contender.weights]
         x = [row["total_bytes_per_token"] / 1e6 for _, row in points]
         y = [row["ratio"] for _, row in points]
+        intervals = [row["ratio_interval"] or [row["ratio"]] * 2 for _, row in points]
         bars = [
-            [max(0.0, row["ratio"] - row["ratio_interval"][0]) for _, row in points],
-            [max(0.0, row["ratio_interval"][1] - row["ratio"]) for _, row in points],
+            [max(0.0, at - low) for at, (low, _) in zip(y, intervals, strict=True)],
+            [max(0.0, high - at) for at, (_, high) in zip(y, intervals, strict=True)],
         ]
         axes.errorbar(
             x,

@@ -84,6 +84,14 @@ def decoded_logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0].float()
 
 
+def _cut(tokenizer: Any, ids: list[int], most: int) -> list[int]:
+    """Cut a prompt on the left; a first token that stands before every text, without which models fail, stays."""
+    if len(ids) <= most:
+        return ids
+    first = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return [*first, *ids[len(ids) - most + len(first) :]]
+
+
 class Case:
     """One row, tokenised, with its dense prefill and dense scores."""
 
@@ -95,7 +103,8 @@ class Case:
         Args:
             language_model: the dense model.
             row: prompt and completion.
-            max_tokens: the prompt is cut on the left, the completion on the right, to half of this each.
+            max_tokens: the prompt is cut on the left, behind what the tokenizer puts first, the completion on the right, to
+                half of this each.
             alpha: of the prompt's own token-wise core neurons.
             reference: the same row under the model that all are compared with; None: under this one.
         """
@@ -105,7 +114,7 @@ class Case:
         ends = self._model.generation_config.eos_token_id
         self._ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
         prompt, completion = joined(row.prompt, row.completion)
-        ids = tokenizer(prompt)["input_ids"][-max_tokens // 2 :]
+        ids = _cut(tokenizer, tokenizer(prompt)["input_ids"], -(-max_tokens // 2))
         new = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_tokens // 2]
         device = self._model.device
         if not ids or len(new) < 2:

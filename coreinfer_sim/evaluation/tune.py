@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coreinfer_sim.config import Fallback
@@ -18,15 +19,25 @@ _FIRST_SHARE = 4
 _FAR = 2.0
 """A candidate is dropped early if its whole interval is beyond so many times the promise: on few rows it is too narrow."""
 FEWEST_ROWS = 10
-"""From fewer a bootstrap draws intervals that are too narrow: from one, none at all."""
+"""From fewer a bootstrap draws intervals that are too narrow."""
+FEWEST_OF_SET = 2
+"""One row of a set tells nothing of how its rows differ."""
 
 
-def check_rows(n_rows: int) -> None:
-    """Raise ConfigError if there are too few rows to promise anything on."""
-    if n_rows < FEWEST_ROWS:
+def check_rows(set_names: Iterable[str]) -> None:
+    """Raise ConfigError if there are too few rows to promise anything on; of each row the set's name is given."""
+    n_rows = Counter(set_names)
+    remedy = "give more sets, longer completions, a higher --limit or a wider --part."
+    if n_rows.total() < FEWEST_ROWS:
         raise ConfigError(
-            f"there are {n_rows} rows to tune on, expected {FEWEST_ROWS} or more, as a promise needs an interval; give more "
-            "sets, a higher --limit or a wider --part."
+            f"there are {n_rows.total()} rows to tune on, expected {FEWEST_ROWS} or more with two completion tokens, as a "
+            f"promise needs an interval; {remedy}"
+        )
+    few = sorted(name for name, n in n_rows.items() if n < FEWEST_OF_SET)
+    if few:
+        raise ConfigError(
+            f"there is one row of {', '.join(few)}, expected {FEWEST_OF_SET} or more of every set with two completion tokens, as "
+            f"a promise needs an interval; leave the set out, or {remedy}"
         )
 
 
@@ -60,7 +71,7 @@ def first_and_further(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     by_set: dict[str, list[Row]] = {}
     for row in rows:
         by_set.setdefault(row.set_name, []).append(row)
-    n_first = {name: -(-len(group) // _FIRST_SHARE) for name, group in by_set.items()}
+    n_first = {name: max(FEWEST_OF_SET, -(-len(group) // _FIRST_SHARE)) for name, group in by_set.items()}
     if sum(n_first.values()) < FEWEST_ROWS:
         return list(rows), []
     first = [row for name, group in by_set.items() for row in group[: n_first[name]]]
@@ -69,8 +80,8 @@ def first_and_further(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def hopeful(contenders: Sequence[Contender], summary: Sequence[dict[str, Any]], max_increase: float) -> list[Contender]:
     """Return the candidates that may yet keep the promise; arguments as for `choose_profile`."""
-    low = {row["contender"]: row["ratio_interval"][0] for row in summary}
-    return [contender for contender in contenders if low[str(contender)] <= 1 + _FAR * max_increase]
+    low = {row["contender"]: row["ratio_interval"][0] for row in summary if row["ratio_interval"] is not None}
+    return [contender for contender in contenders if low.get(str(contender), 0.0) <= 1 + _FAR * max_increase]
 
 
 def choose_profile(
@@ -80,7 +91,7 @@ def choose_profile(
 
     Args:
         contenders: the candidates.
-        summary: of `summarise`, for them.
+        summary: of `summarise`, for them, on rows that `check_rows` has passed.
         max_increase: allowed increase of perplexity, as a share of the dense model's.
         dense_bytes: MLP bytes a token of the dense model.
     """
