@@ -71,7 +71,9 @@ def _refuse_compensation_options(ctx: click.Context) -> None:
 @click.option("--alpha", type=float, default=0.4, **_D, help="Share of positive activations: token-wise core.")
 @click.option("--beta", type=float, default=0.4, **_D, help="Share of d_ff: sentence-wise core.")
 @click.option("--gamma", type=float, default=0.8, **_D, help="Default keep ratio of the index; free to change later.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, **_D, help="Seed of k-means.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, **_D, help="Of clustering and of the texts' order."
+)
 @click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers to record, such as '4:'.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, **_D, help="Texts in one forward pass.")
 @click.option("--shard-size", type=click.IntRange(1), default=64, **_D, help="Texts in one shard.")
@@ -147,7 +149,7 @@ def _refuse_compensation_options(ctx: click.Context) -> None:
 )
 @options.encoder
 @options.model_options
-@click.option("--force", is_flag=True, help="Replace an index; start a broken-off build anew.")
+@click.option("--force", is_flag=True, help="Replace an index; start a broken-off build of other settings anew.")
 @click.option("--quiet", is_flag=True, help="No plan and no progress.")
 @options.as_json
 @click.pass_context
@@ -174,6 +176,8 @@ def build_index(
     if given["compensate"] is None:
         _refuse_compensation_options(ctx)
     else:
+        if not given["distil_tokens"] and ctx.get_parameter_source("distil_from") is not ParameterSource.DEFAULT:
+            raise click.UsageError("--distil-from does nothing without --distil-tokens.")
         compensation = CompensationConfig(
             keep_ratios=given["keep_ratios"],
             rank=None if given["compensate"] == "full" else given["compensate"],

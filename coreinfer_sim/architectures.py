@@ -99,6 +99,11 @@ class MLPLayer:
         return self.store is not None or isinstance(self.output, HostLinear)
 
     @property
+    def post_norm(self) -> bool:
+        """Whether a norm stands behind the MLP, in OPT-350m even behind the residual sum."""
+        return self.family.post_norm or not getattr(self.owner, "do_layer_norm_before", True)
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """Names of all projections in the owner."""
         return (*self.family.inputs, self.family.output)

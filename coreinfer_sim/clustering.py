@@ -13,7 +13,7 @@ from coreinfer_sim.errors import ClusteringError
 N_ITERATIONS = 25
 N_RESTARTS = 8  # fewer may leave a field of a small corpus without a cluster of its own
 _SAMPLE = 2000
-_CANDIDATES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+CANDIDATES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192)
 _SMALLEST_MEAN_SIZE = 8
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
 
@@ -133,7 +133,7 @@ def choose_n_clusters(
         sample = embeddings[np.sort(np.random.default_rng(seed).choice(len(embeddings), _SAMPLE, replace=False))]
     curve: dict[int, float] = {}
     n_different = len(np.unique(sample, axis=0))
-    for k in _CANDIDATES:
+    for k in CANDIDATES:
         if k * _SMALLEST_MEAN_SIZE > len(sample) or k > n_different:
             break
         assignment = cluster_embeddings(sample, k, seed).assignment
@@ -145,7 +145,7 @@ def choose_n_clusters(
     if not curve:
         raise ClusteringError(
             f"--clusters auto needs at least {2 * _SMALLEST_MEAN_SIZE} different prompts, the corpus holds "
-            f"{len(embeddings)}; name the number with --clusters N."
+            f"{n_different}; name the number with --clusters N."
         )
     return max(curve, key=lambda k: (curve[k], -k)), curve
 

@@ -197,6 +197,10 @@ class CompensationConfig:
             check_ratio("keep ratio", ratio)
             if ratio == 1.0:
                 raise ConfigError("the keep ratio is 1, where nothing is dropped and nothing can be compensated.")
+        names = [f"{ratio:g}" for ratio in self.keep_ratios]  # as an index tells them apart
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"the keep ratio {twice} was given twice, expected each once; leave one out.")
         _check_at_least("rank", self.rank, 1)
         _check_at_least("bypass rank", self.bypass_rank, 0)
         _check_at_least("tokens", self.tokens, 1)
@@ -222,7 +226,7 @@ class BuildConfig:
     gamma: float = 0.8
     """Keep ratio used where the reader of the index names none."""
     seed: int = 0
-    """Seed of k-means."""
+    """Seed of k-means, of what is held out, and of the order of texts that sets are fitted to and trained on."""
     layers: str = ":"
     """Slice of the layers that are recorded, such as ``4:``."""
     batch_size: int = 16

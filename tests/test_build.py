@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.build import Progress, build_index
 from coreinfer_sim.build.executors import interrupts_held, run_shards
-from coreinfer_sim.config import BuildConfig, CorpusConfig
+from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig
 from coreinfer_sim.corpus import read_corpus
 from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError, CorpusError, IndexFormatError
 from coreinfer_sim.files import sha256_of
@@ -523,6 +524,41 @@ def test_force_starts_a_broken_off_build_anew(build, built, tmp_path):
     assert contents(out) == contents(built)
 
 
+def test_a_forced_build_goes_on_when_it_is_repeated(build, built, tmp_path):
+    out = tmp_path / "index"
+    build(out, BuildConfig(clusters=2))
+    with pytest.raises(KeyboardInterrupt):
+        build(out, force=True, progress=StopAt(LANGUAGE_MODEL_STAGE, end=True))
+    shards = sorted((tmp_path / "index.build" / "shards").iterdir())
+    before = [path.stat().st_mtime_ns for path in shards]
+    with pytest.raises(KeyboardInterrupt):
+        build(out, force=True, progress=StopAt(LANGUAGE_MODEL_STAGE))
+    assert before == [path.stat().st_mtime_ns for path in shards] and before
+    assert len(SemanticIndex.load(out)) == 2
+    build(out, force=True)
+    assert contents(out) == contents(built)
+
+
+def test_other_compensation_is_made_from_the_statistics_that_are_there(build, tmp_path):
+    def config(tokens: int) -> BuildConfig:
+        return replace(CONFIG, compensation=CompensationConfig((0.5,), budget=Budget.UNIFORM, tokens=tokens))
+
+    out = tmp_path / "index"
+    with pytest.raises(KeyboardInterrupt):
+        build(out, config(200), progress=StopAt("Compensating clusters", end=True))
+    folder = tmp_path / "index.build"
+    (before,) = {path.stat().st_mtime_ns for path in [folder / "shards" / "000000.safetensors"]}
+    with pytest.raises(BuildError, match="holds a build with another tokens, .* --force to start anew – where only"):
+        build(out, config(300))
+    with pytest.raises(KeyboardInterrupt):
+        build(out, config(300), force=True, progress=StopAt("Compensating clusters"))
+    assert before == (folder / "shards" / "000000.safetensors").stat().st_mtime_ns
+    assert not list((folder / "compensation").rglob("0*.safetensors"))
+    anew = build(tmp_path / "anew", config(300))
+    index = build(out, config(300), force=True)
+    assert index.manifest.files == anew.manifest.files and index.manifest.compensation[0].tokens == 300
+
+
 def test_an_edited_corpus_is_not_mixed_with_the_old_one(build, tmp_path):
     rows = [{"prompt": f"What do {noun} do?"} for nouns in TOPICS.values() for noun in nouns]
     source = write_rows(tmp_path / "corpus.jsonl", rows)
@@ -762,6 +798,40 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(build, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(BuildError, match=r"1000 B are free beside .*index, expected \d+\.\d KiB; free some space"):
         build(tmp_path / "index")
+
+
+def test_what_a_build_has_written_is_not_asked_of_the_disk_again(build, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    with pytest.raises(KeyboardInterrupt):
+        build(out, progress=StopAt(LANGUAGE_MODEL_STAGE, end=True))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+
+    def wanted(out: Path) -> float:
+        with pytest.raises(BuildError, match="0 B are free") as refused:
+            build(out)
+        return float(re.search(r"expected ([\d.]+) KiB", str(refused.value))[1])
+
+    written = sum(path.stat().st_size for path in (tmp_path / "index.build" / "shards").iterdir()) / 1024
+    assert wanted(tmp_path / "other") - wanted(out) == pytest.approx(written, abs=0.2)
+
+
+def test_a_build_with_auto_clusters_looks_at_the_disk_once_they_are_chosen(build, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(BuildError, match="1000 B are free beside"):
+        build(tmp_path / "index", BuildConfig())
+
+
+def test_what_a_kill_cut_short_does_not_get_into_the_index(build, built, tmp_path):
+    out = tmp_path / "index"
+    with pytest.raises(KeyboardInterrupt):
+        build(out, progress=StopAt(LANGUAGE_MODEL_STAGE))
+    left = tmp_path / "index.build" / "shards" / ".000000.safetensors.77.part"
+    left.write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt):
+        build(out, progress=StopAt(LANGUAGE_MODEL_STAGE))
+    assert not left.exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks here")

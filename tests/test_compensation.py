@@ -13,7 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
-from tiny_models import N_LAYERS, VOCABULARY
+from tiny_models import BY_KEY, N_LAYERS, VOCABULARY, tiny_model
+from transformers import OPTForCausalLM
 
 from coreinfer_sim.architectures import find_mlps
 from coreinfer_sim.build import build_index, compensating
@@ -32,6 +33,7 @@ from coreinfer_sim.build.calibration_corpus import CalibrationCorpus, calibratio
 from coreinfer_sim.build.comparing import Kind, choose_kinds, compare_sets, plain_set
 from coreinfer_sim.build.compensating import (
     Training,
+    _begun,
     make_distiller,
     make_fitter,
     trained_together,
@@ -59,6 +61,7 @@ from coreinfer_sim.compensation import (
     best_ridge,
     compensate,
     left_over,
+    size_of_change,
     surgeon_score,
 )
 from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Mode, Ranking, Score, Start
@@ -682,7 +685,8 @@ class Letters:
         ("ab", "ab", 99, "ab", 1),
         ("ab", "Q: ab A: c", 99, "Q: ab A: c", 5),
         ("abcdef", "abcdefgh", 6, "adefgh", 4),
-        ("ab", "ab" + "c" * 50, 10, "ab" + "c" * 5, 2),
+        ("ab", "ab" + "c" * 50, 10, "ab" + "c" * 8, 2),
+        ("abcdefgh", "abcdefgh" + "c" * 50, 10, "aefgh" + "c" * 5, 5),
         ("other", "abcd", 3, "abc", 1),
     ],
 )
@@ -1111,6 +1115,37 @@ def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
         assert trained_together(layers, COMPENSATION.keep_ratios, COMPENSATION.rank, room) == groups
 
 
+def test_trainings_that_were_broken_off_keep_their_groups(tmp_path):
+    for name in ("0-0.2-0.4", "1-0.2", "0-0.6-0.7"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert _begun(tmp_path, 0, (0.2, 0.4, 0.6)) == [[0.2, 0.4]]  # 0.7 has been trained since
+    assert _begun(tmp_path, 0, (0.6, 0.7)) == [[0.6, 0.7]]
+    assert _begun(tmp_path, 1, (0.4,)) == [] == _begun(tmp_path / "none", 0, (0.2, 0.4))
+
+
+def test_a_norm_behind_the_residual_sum_is_a_norm_behind_the_mlp():
+    config = BY_KEY["opt"].config()
+    config.do_layer_norm_before = False
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).eval()
+    language_model, texts = language_model_of(model), some_texts(40)
+    assert all(layer.post_norm for layer in language_model.layers)
+    assert not any(layer.post_norm for layer in find_mlps(tiny_model("opt")))
+    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
+    fitted = fit_layers(language_model, texts, n, Fit(ridge=RIDGE))
+    assert divergence(model, texts, fitted) < 0.95 * divergence(model, texts, replace(fitted, compensation=None))
+
+
+def test_factors_are_stored_only_where_they_are_smaller(correlated):
+    z, weight, _ = correlated
+    moments = moments_of(z, z @ weight.T).centred()
+    ids = torch.arange(8)
+    for rank, n_numbers in ((2, 2 * (8 + 6)), (4, 8 * 6)):  # 4 (8 + 6) are more than 8 · 6
+        repair = compensate(moments, ids, weight, None, rank, 0, ridge=0.1)
+        parts = [part for part in (repair.left, repair.right) if part is not None]
+        assert sum(part.numel() for part in parts) == n_numbers == size_of_change(8, 6, rank)
+
+
 def test_a_keep_ratio_whose_sets_are_trained_is_not_trained_again(tiny_checkpoint, tmp_path):
     language_model = load_model(tiny_checkpoint)
     sentences = [Sentence(str(i), f"Tell me of {i}.", f"Tell me of {i}. It is {i} and more.", 9) for i in range(24)]
@@ -1216,6 +1251,8 @@ def test_impossible_ranks_are_refused(value, tmp_path):
     [
         {"keep_ratios": ()},
         {"keep_ratios": (1.0,)},
+        {"keep_ratios": (0.4, 0.5, 0.4)},
+        {"keep_ratios": (0.4, 0.4 + 1e-9)},
         {"rank": 0},
         {"bypass_rank": -1},
         {"tokens": 0},

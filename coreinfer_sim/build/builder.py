@@ -9,11 +9,12 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coreinfer_sim.architectures import weight_sketch, weights_checksum
-from coreinfer_sim.build.compensation_stages import CompensationStages
+from coreinfer_sim.build.compensation_stages import CompensationStages, forget_sets
 from coreinfer_sim.build.costs import CompensationCosts
 from coreinfer_sim.build.executors import (
     LIBRARY_BYTES,
@@ -23,7 +24,17 @@ from coreinfer_sim.build.executors import (
     run_shards,
     torch_threads,
 )
-from coreinfer_sim.build.folder import build_folder, check_output, differing, read_sentences, save_npy, save_npz
+from coreinfer_sim.build.folder import (
+    FORCED,
+    PLAN,
+    build_folder,
+    check_output,
+    clear,
+    differing,
+    read_sentences,
+    save_npy,
+    save_npz,
+)
 from coreinfer_sim.build.jobs import (
     Job,
     calibration_corpus,
@@ -35,7 +46,14 @@ from coreinfer_sim.build.jobs import (
 )
 from coreinfer_sim.build.sensitivity import check_ranks
 from coreinfer_sim.build.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
-from coreinfer_sim.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings, distinctive_terms
+from coreinfer_sim.clustering import (
+    CANDIDATES,
+    N_RESTARTS,
+    Clustering,
+    choose_n_clusters,
+    cluster_embeddings,
+    distinctive_terms,
+)
 from coreinfer_sim.config import BuildConfig, CorpusConfig
 from coreinfer_sim.corpus import CorpusReport, Sentence, check_corpus, read_corpus
 from coreinfer_sim.embeddings import DEFAULT_ENCODER, SentenceEncoder
@@ -43,6 +61,7 @@ from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError
 from coreinfer_sim.files import sha256_of, write_atomic, write_json
 from coreinfer_sim.index import Cluster, SemanticIndex, remove_index, save_parts
 from coreinfer_sim.manifest import (
+    COMPENSATION_FOLDER,
     FORMAT_VERSION,
     CompensationInfo,
     CorpusInfo,
@@ -58,7 +77,8 @@ from coreinfer_sim.progress import Progress, counted, readable_size
 _EMBEDDED_AT_ONCE = 128
 _BYTES_PER_SUM = 3 * 8
 _BYTES_PER_STATISTIC = 4 + 4 + 4
-_MOST_AUTO_CLUSTERS = 256
+_LARGE = ("shards", "moments", "fitted", "training", COMPENSATION_FOLDER)
+"""What is counted of a build folder when its need of disk is estimated."""
 _N_EXEMPLARS = 3
 _EXEMPLAR_LENGTH = 160
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
@@ -80,7 +100,7 @@ def build_index(
 ) -> SemanticIndex:
     """Run a corpus through a model and store each semantic cluster's core neurons.
 
-    A killed build is continued by the same call: stages and shards that are finished are found in ``OUT.build``.
+    A killed build is continued by the same call, ``force`` included: what is finished is found in ``OUT.build``.
 
     Args:
         model: hub id, checkpoint folder, GGUF file, or a loaded model (then ``workers`` must be 1).
@@ -93,7 +113,8 @@ def build_index(
         workers: processes that share the shards; None fills the cores. More than one needs the caller's
             ``if __name__ == "__main__"``, as always with Python's multiprocessing.
         threads: torch threads of each process; None a quarter of the cores. Part of the build, unlike ``workers``.
-        force: replace an index that exists, and start anew where a build was broken off.
+        force: replace an index that exists, and start anew where a build without it or of other settings was broken off; if
+            only those of compensation are others, statistics are kept.
         progress: takes messages and progress.
 
     Raises:
@@ -113,18 +134,19 @@ def build_index(
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
     if not isinstance(model, str) and workers != 1:
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
-    kind = language_model.model.device.type
+    kind = str(language_model.model.device)
     sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
     n_threads = threads or default_threads(kind)
     job = Job(language_model.name, language_model.dtype_name, kind, folder, config, corpus.max_tokens, n_threads)
-    with build_folder(folder, force):
+    with build_folder(folder):
         build = _Build(job, corpus, language_model, sentence_encoder, progress)
-        build.check_plan()
+        build.check_plan(force)
         build.read()
         build.check_room(out, workers)
         with torch_threads(n_cores()):
             build.embed()
             build.cluster()
+        build.check_disk(build.n_clusters, out, workers)
         with torch_threads(n_threads):
             build.run(workers)
         stages = build.compensation()
@@ -141,6 +163,11 @@ def build_index(
         build.write(out, stages)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
+
+
+def _without_compensation(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what statistics depend on of a plan."""
+    return {**plan, "config": {**plan["config"], "compensation": None}}
 
 
 class _Build:
@@ -165,7 +192,7 @@ class _Build:
         self.embeddings = np.zeros((0, encoder.dimension), np.float32)
         self.clustering: Clustering | None = None
 
-    def check_plan(self) -> None:
+    def check_plan(self, force: bool) -> None:
         """Compare the settings with those of a build that was broken off here, or write them down."""
         limit = self.language_model.context_length
         if limit is not None and self.corpus.max_tokens > limit:
@@ -178,24 +205,31 @@ class _Build:
             "config": self.config.as_dict(),
             "model": self.language_model.name,
             "dtype": self.job.dtype,
-            "device": self.job.device,
+            "device": self.language_model.model.device.type,
             "n_threads": self.job.n_threads,
             "weights": weights_checksum(self.language_model.layers),
             "encoder": self.encoder.probe(),
         }
         plan = json.loads(json.dumps(plan))  # as it will be read
-        path = self.folder / "plan.json"
-        if not path.exists():
-            write_json(path, plan)
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        different = differing(found, plan)
-        if different:
+        path, forced = self.folder / PLAN, self.folder / FORCED
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        different = [] if found is None else differing(found, plan)
+        if different and not force:
             raise BuildError(
                 f"{self.folder} holds a build with another {', '.join(different)}, expected the same settings; repeat them "
-                "to go on, or give --force to start anew."
+                "to go on, or give --force to start anew – where only compensation differs, behind the statistics."
             )
-        self.progress.say(f"Continuing the build in {self.folder}.")
+        if found is not None and not different and (forced.exists() or not force):
+            self.progress.say(f"Continuing the build in {self.folder}.")
+            return
+        if found is not None and different and _without_compensation(found) == _without_compensation(plan):
+            forget_sets(self.folder)
+            self.progress.say(f"Making other compensated sets from the statistics in {self.folder}.")
+        else:
+            clear(self.folder)
+        if force:
+            forced.touch()
+        write_json(path, plan)
 
     def read(self) -> None:
         """Stage 1: draw the sentences from the corpus into ``corpus.jsonl``."""
@@ -224,38 +258,62 @@ class _Build:
             self.progress.finish()
 
     def check_room(self, out: Path, workers: int | None) -> None:
-        """Print the plan and refuse a disk that is too small."""
-        n_workers = workers or max(1, n_cores() // self.job.n_threads)
+        """Print the plan and refuse a disk that is too small, unless the number of clusters is still to be chosen."""
         n_sentences, config = self.report.n_kept, self.config
         n_clusters = config.clusters
         if isinstance(n_clusters, str):
-            n_clusters = min(_MOST_AUTO_CLUSTERS, max(2, n_sentences // 8))
+            n_clusters = min(CANDIDATES[-1], max(1, n_sentences // 8))
         if n_clusters > n_sentences:
             raise ClusteringError(
                 f"{counted(n_clusters, 'cluster')} were asked for, but the corpus holds "
                 f"{counted(n_sentences, 'prompt')}; give a smaller --clusters or a larger corpus."
             )
         n_values = len(self.layers) * self.layers[0].d_ff
-        n_shards = -(-n_sentences // config.shard_size)
         costs = CompensationCosts(self.layers, config.compensation)
-        index_bytes = n_clusters * n_values * _BYTES_PER_STATISTIC + costs.index_disk(n_clusters)
-        build_bytes = (n_shards + n_clusters) * n_values * _BYTES_PER_SUM + costs.build_disk(n_clusters, n_workers)
-        model_bytes = self.language_model.model.get_memory_footprint()
-        worker_bytes = model_bytes + max(costs.fitting(), costs.training(n_clusters)) + LIBRARY_BYTES
-        memory = worker_bytes + n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
+        index_bytes, build_bytes = self._disk(n_clusters, workers)
+        model_bytes = self.language_model.model.get_memory_footprint() + LIBRARY_BYTES
+        worker_bytes = max(costs.fitting(), costs.training(n_clusters))
+        memory = model_bytes + max(worker_bytes, costs.comparing())
+        memory += n_clusters * n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
+        worker_bytes += model_bytes
         at_most = "at most " if config.clusters == "auto" else ""
         self.progress.say(
             f"Plan: {counted(n_sentences, 'prompt')}, {counted(self.report.n_tokens, 'token')}, "
-            f"{at_most}{counted(n_clusters, 'cluster')}, {counted(n_shards, 'shard')}; "
+            f"{at_most}{counted(n_clusters, 'cluster')}, {counted(self._n_shards, 'shard')}; "
             f"disk {at_most}{readable_size(index_bytes)} for the index and {readable_size(build_bytes)} while building; "
             f"memory about {readable_size(memory)} and {readable_size(worker_bytes)} for every further worker."
         )
-        free = shutil.disk_usage(self.folder).free
-        if free < index_bytes + build_bytes and config.clusters != "auto":
+        if config.clusters != "auto":
+            self.check_disk(n_clusters, out, workers)
+
+    def check_disk(self, n_clusters: int, out: Path, workers: int | None) -> None:
+        """Refuse a disk that is too small for what this build has not written yet.
+
+        Raises:
+            BuildError: so it is.
+        """
+        written = (path for name in _LARGE for path in (self.folder / name).rglob("*") if path.is_file())
+        taken = sum(path.stat().st_size for path in written)
+        free, needed = shutil.disk_usage(self.folder).free, sum(self._disk(n_clusters, workers)) - taken
+        if free < needed:
             raise BuildError(
-                f"{readable_size(free)} are free beside {out}, expected {readable_size(index_bytes + build_bytes)}; free "
-                "some space or give fewer --clusters."
+                f"{readable_size(free)} are free beside {out}, expected {readable_size(needed)}; free some space, or start "
+                "anew with fewer --clusters."
             )
+
+    @property
+    def _n_shards(self) -> int:
+        return -(-self.report.n_kept // self.config.shard_size)
+
+    def _disk(self, n_clusters: int, workers: int | None) -> tuple[int, int]:
+        """Return the bytes that the index takes, and what the build takes beside it until its end."""
+        n_workers = workers or max(1, n_cores() // self.job.n_threads)
+        n_values = len(self.layers) * self.layers[0].d_ff
+        costs = CompensationCosts(self.layers, self.config.compensation)
+        return (
+            n_clusters * n_values * _BYTES_PER_STATISTIC + costs.index_disk(n_clusters),
+            (self._n_shards + n_clusters) * n_values * _BYTES_PER_SUM + costs.build_disk(n_clusters, n_workers),
+        )
 
     def embed(self) -> None:
         """Stage 2: embed the prompts, in pieces that are kept."""
@@ -266,14 +324,16 @@ class _Build:
         paths = [folder / f"{begin:09d}.npy" for begin in begins]
         done = sum(min(_EMBEDDED_AT_ONCE, n - b) for b, path in zip(begins, paths, strict=True) if path.exists())
         self.progress.start("Embedding", n, "prompts", done)
-        for begin, path in zip(begins, paths, strict=True):
-            if not path.exists():
-                block = [sentence.prompt for sentence in self.sentences[begin : begin + _EMBEDDED_AT_ONCE]]
-                vectors = self.encoder.encode(block)
-                write_atomic(path, partial(save_npy, vectors))
-                give_back_memory()
-                self.progress.advance(len(block))
-        self.progress.finish()
+        try:
+            for begin, path in zip(begins, paths, strict=True):
+                if not path.exists():
+                    block = [sentence.prompt for sentence in self.sentences[begin : begin + _EMBEDDED_AT_ONCE]]
+                    vectors = self.encoder.encode(block)
+                    write_atomic(path, partial(save_npy, vectors))
+                    give_back_memory()
+                    self.progress.advance(len(block))
+        finally:
+            self.progress.finish()
         self.embeddings = np.concatenate([np.load(path) for path in paths])
 
     def cluster(self) -> None:
@@ -306,6 +366,12 @@ class _Build:
             self.progress.finish()
         say(f"Chosen: {best} clusters.")
         return best
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of clusters, once they are known."""
+        assert self.clustering is not None
+        return len(self.clustering.centroids)
 
     def run(self, workers: int | None) -> None:
         """Stage 4: the language model over every shard that is not finished yet."""
@@ -349,6 +415,7 @@ class _Build:
                 stages.put_sets(part)
             manifest = self._manifest([] if stages is None else stages.described())
             save_parts(part, self.clustering.centroids, self._clusters(), statistics, manifest)
+            SemanticIndex.load(part, self.encoder)  # what cannot be read replaces nothing
             if out.exists():
                 remove_index(out)
             os.replace(part, out)
@@ -359,8 +426,7 @@ class _Build:
     def sums(self) -> PartialSums:
         """All shards added up."""
         assert self.clustering is not None
-        n_clusters = len(self.clustering.centroids)
-        sums = PartialSums.zeros(np.arange(n_clusters), len(self.layers), self.layers[0].d_ff)
+        sums = PartialSums.zeros(np.arange(self.n_clusters), len(self.layers), self.layers[0].d_ff)
         for number in range(len(shards_of(self.sentences, self.clustering, self.config))):
             sums.add(PartialSums.load(shard_path(self.folder, number)))
         return sums

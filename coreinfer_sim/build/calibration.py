@@ -276,7 +276,7 @@ def _moments(
         finally:
             install(here, whole)
         z = tape.z[tokens]
-        if not layer.family.post_norm:  # the residual stream takes the MLP's output as it is
+        if not layer.post_norm:  # the residual stream takes the MLP's output as it is
             gap = (batch.dense_out - after_sparse).reshape(-1, layer.d_model)[tokens]
             target = target + fit.carry * (gap - (target - tape.y[tokens]))
         weights = batch.weights[tokens]

@@ -104,7 +104,7 @@ class CalibrationCorpus:
 def calibration_text(language_model: LanguageModel, sentence: Sentence, max_tokens: int) -> CalibrationText:
     """Tokenise a sentence and find where its prompt ends; where the text is the prompt alone, in its middle.
 
-    A text that is too long loses the prompt's beginning, so that a completion is left.
+    A text that is too long loses the prompt's beginning and the completion's end, so that of either half is left.
     """
     tokenizer = language_model.tokenizer
     place = sentence.text.find(sentence.prompt)
@@ -114,6 +114,6 @@ def calibration_text(language_model: LanguageModel, sentence: Sentence, max_toke
         ids = ids[:max_tokens]
         return CalibrationText(ids, len(ids) // 2)
     n_prompt = min(len(tokenizer(sentence.text[:end], verbose=False)["input_ids"]), len(ids) - 1)
-    ids = ids[: n_prompt + max_tokens // 2]
+    ids = ids[: max(n_prompt + max_tokens // 2, max_tokens)]
     n_cut = max(0, len(ids) - max_tokens)
     return CalibrationText([*ids[:1], *ids[n_cut + 1 :]], max(0, n_prompt - n_cut))

@@ -94,6 +94,7 @@ def compare_sets(
                 contenders[Kind.OWN] = fitted(ratio, own)
             measured = divergences_of(corpus.language_model, texts, list(contenders.values()), report)
             by_cluster[str(cluster)] = dict(zip(map(str, contenders), measured, strict=True))
+            del contenders  # before the next ones take memory
     return found
 
 

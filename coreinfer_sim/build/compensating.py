@@ -128,14 +128,17 @@ def make_distiller(
             ratio: [folder / compensation_file(ratio, each) for each in clusters] for ratio in settings.keep_ratios
         }
         ratios = [ratio for ratio, paths in files.items() if not all(path.exists() for path in paths)]
-        parts = trained_together(language_model.layers, ratios, settings.rank, room, len(clusters))
+        checkpoints = folder / "training"
+        parts = _begun(checkpoints, number, ratios)
+        left = [ratio for ratio in ratios if not any(ratio in part for part in parts)]
+        parts += trained_together(language_model.layers, left, settings.rank, room, len(clusters))
 
         def advance(n_tokens: int) -> None:
             if report is not None:
                 report(n_tokens // len(parts))
 
         for part in parts:
-            checkpoint = folder / "training" / f"{number}-{'-'.join(f'{ratio:g}' for ratio in part)}.safetensors"
+            checkpoint = checkpoints / f"{number}-{'-'.join(f'{ratio:g}' for ratio in part)}.safetensors"
             starts = [[corpus.load(training.start(folder, ratio, each)) for each in clusters] for ratio in part]
             if together:
                 readers = corpus.clustering.assignment[places].tolist()
@@ -152,6 +155,17 @@ def make_distiller(
         return sum(len(text.ids) for text in texts) - n_reported
 
     return run
+
+
+def _begun(checkpoints: Path, number: int, ratios: Sequence[float]) -> list[list[float]]:
+    """Return the groups of keep ratios whose training was broken off, whatever memory was free when they were made."""
+    groups: list[list[float]] = []
+    for path in sorted(checkpoints.glob(f"{number}-*.safetensors")):
+        names = path.stem.split("-")[1:]
+        group = [ratio for ratio in ratios if f"{ratio:g}" in names]
+        if len(group) == len(names) and not any(ratio in other for other in groups for ratio in group):
+            groups.append(group)
+    return groups
 
 
 def trained_together(

@@ -21,7 +21,7 @@ from coreinfer_sim.build.compensating import (
 )
 from coreinfer_sim.build.costs import CompensationCosts
 from coreinfer_sim.build.executors import LIBRARY_BYTES, default_workers, run_shards
-from coreinfer_sim.build.folder import KEPT_NEURONS, link, read_kept_neurons
+from coreinfer_sim.build.folder import KEPT_NEURONS, link, read_kept_neurons, remove
 from coreinfer_sim.build.jobs import Job, distiller, distiller_of, fitter, fitter_of, recorded_layers
 from coreinfer_sim.build.shards import PartialSums
 from coreinfer_sim.compensated import save_compensated
@@ -29,6 +29,15 @@ from coreinfer_sim.files import write_json
 from coreinfer_sim.manifest import COMPENSATION_FOLDER, CompensationInfo, compensation_file
 from coreinfer_sim.progress import Progress
 from coreinfer_sim.selection import NeuronSelection
+
+_COMPARED = "compared.json"
+_LEFT_BEHIND = (KEPT_NEURONS, _COMPARED, "moments", "fitted", "training", COMPENSATION_FOLDER)
+
+
+def forget_sets(folder: Path) -> None:
+    """Take away what the stages have left in a build folder."""
+    for name in _LEFT_BEHIND:
+        remove(folder / name)
 
 
 class CompensationStages:
@@ -85,7 +94,7 @@ class CompensationStages:
 
     def choose_sets(self) -> None:
         """Find the clusters that the whole corpus's set serves better, and whether plain neurons serve all better."""
-        path = self.folder / "compared.json"
+        path = self.folder / _COMPARED
         if not path.exists():
             n_texts = int(self.corpus.held_out.sum()) * len(self.settings.keep_ratios)
             self.progress.start("Comparing sets", n_texts, "texts")
@@ -106,7 +115,10 @@ class CompensationStages:
 
     def put_sets(self, part: Path) -> None:
         """Put the sets into an index: each cluster's own, or what serves its texts better."""
-        shutil.copytree(self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=link)
+        unfinished = shutil.ignore_patterns(".*")
+        shutil.copytree(
+            self.folder / COMPENSATION_FOLDER, part / COMPENSATION_FOLDER, copy_function=link, ignore=unfinished
+        )
         for ratio, kinds in self._kinds().items():
             everywhere = part / compensation_file(ratio, None)
             for cluster, kind in kinds.items():  # the whole corpus first
@@ -144,7 +156,7 @@ class CompensationStages:
 
     def _kinds(self) -> dict[float, dict[int | None, Kind]]:
         """Return by keep ratio what decodes for each cluster and, under None, for the whole corpus."""
-        found = json.loads((self.folder / "compared.json").read_text(encoding="utf-8"))
+        found = json.loads((self.folder / _COMPARED).read_text(encoding="utf-8"))
         return {ratio: choose_kinds(found[f"{ratio:g}"], self.n_clusters) for ratio in self.settings.keep_ratios}
 
     def _fit(self, wanted: Callable[[int | None], bool], title: str, n_workers: int) -> None:

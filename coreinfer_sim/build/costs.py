@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coreinfer_sim.architectures import MLPLayer
+from coreinfer_sim.architectures import MLPLayer, dense_bytes
 from coreinfer_sim.build.compensating import trainings
 from coreinfer_sim.build.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.compensation import size_of_change
@@ -43,6 +43,10 @@ class CompensationCosts:
     def training(self, n_clusters: int) -> int:
         """Return the memory that one training takes beside the model, texts aside."""
         return self._of_training(training_bytes, n_clusters)
+
+    def comparing(self) -> int:
+        """Return the memory that sets take side by side when they are compared: a cluster's, the corpus's and plain neurons."""
+        return 0 if self.settings is None else 3 * int(max(self.settings.keep_ratios) * dense_bytes(self.layers))
 
     def _of_cluster(self) -> int:
         """Return the disk that one cluster's sets need, of all keep ratios."""

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -119,12 +121,20 @@ def _help(
 ) -> None:
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
     try:
         run = make_run(job)
-        while os.getppid() == parent and (shard := _take(taken, shards)) is not None:
+        while (shard := _take(taken, shards)) is not None:
             results.put(run(shard))
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def _end_without(parent: int) -> None:
+    """End this process when its parent is gone: a shard may take an hour and gigabytes that the next build wants."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @contextmanager

@@ -19,6 +19,9 @@ from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError, Corpu
 from coreinfer_sim.manifest import MANIFEST_FILE
 
 KEPT_NEURONS = "neurons.json"
+PLAN = "plan.json"
+FORCED = "forced"
+"""Left where --force began a build, which goes on when it is repeated as it was, --force included."""
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -30,8 +33,16 @@ def check_output(out: Path, force: bool) -> None:
             raise BuildError(f"{out} exists and is no index, so --force does not replace it; name another folder.")
 
 
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
-def build_folder(folder: Path, force: bool) -> Iterator[None]:
+def build_folder(folder: Path) -> Iterator[None]:
     """Hold the build folder for this process alone; a failed start leaves none behind in the way of the next one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -41,11 +52,9 @@ def build_folder(folder: Path, force: bool) -> Iterator[None]:
             raise BuildError(
                 f"another build is at work in {folder}, expected none; wait for it or name another folder."
             ) from error
-        if force:
-            for path in folder.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        new = not (folder / "plan.json").exists()
+        for path in folder.rglob(".*.part"):  # what a kill cut short
+            path.unlink()
+        new = not (folder / PLAN).exists()
         try:
             yield
         except (ConfigError, CorpusError, ClusteringError):
@@ -53,8 +62,15 @@ def build_folder(folder: Path, force: bool) -> Iterator[None]:
                 shutil.rmtree(folder)
             raise
         finally:
-            if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", "plan.json"}:
+            if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", PLAN, FORCED}:
                 shutil.rmtree(folder)
+
+
+def clear(folder: Path) -> None:
+    """Empty the build folder, whose lock stays held."""
+    for path in folder.iterdir():
+        if path.name != "lock":
+            remove(path)
 
 
 def differing(found: Any, plan: dict[str, Any]) -> list[str]:

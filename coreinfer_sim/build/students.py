@@ -33,8 +33,8 @@ _LEARNING_BYTES = 4 * 4
 """For a number that learns: itself, its gradient and Adam's two averages."""
 _DELTA_BYTES = 4
 """For the change of a kept output weight, where it is the product of two factors."""
-_FITTED_BYTES = 2
-"""For a number of a set as it was fitted, bfloat16."""
+_FITTED_BYTES = 2 + 2
+"""For a number of a set as it was fitted, and at the end as it will be stored, bfloat16."""
 _COMPACT_COPIES = 5
 """Of the kept weights, about: gate, up, output before and after merging, and its gradient."""
 
@@ -309,15 +309,20 @@ class Joint(Student):
 
     def trained(self) -> list[NeuronSelection]:
         """Return all selections."""
-        return [
-            _changed(selection, {number: self._repair(reader, number) for number in selection.ids})
-            for reader, selection in enumerate(self._selections)
-        ]
+        return [_changed(selection, self._stored(reader)) for reader, selection in enumerate(self._selections)]
 
     def _repair(self, reader: int, number: int) -> LayerCompensation:
         fitted = self._fitted[reader][number]
         left = fitted.delta + self._change[number].detach().index_select(0, self._ids[reader][number]).T
         return replace(fitted, bias=fitted.bias + self._bias[number], left=left, right=None)
+
+    def _stored(self, reader: int) -> dict[int, LayerCompensation]:
+        """Return a selection's compensation in bfloat16, as it is stored: of all at once, float32 may not fit into memory."""
+        found = {}
+        for number in self._selections[reader].ids:
+            repair = self._repair(reader, number)
+            found[number] = replace(repair, left=repair.left.bfloat16())
+        return found
 
 
 def _rms(values: torch.Tensor) -> float:
