@@ -149,6 +149,11 @@ def _evaluated(
 @click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
 @click.option("--max-tokens", default=512, show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
+@click.option(
+    "--stored",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="GGUF file that MODEL's weights came from: if they were quantised there, 16 bits are no better than it is.",
+)
 def frontier(
     model: str,
     data: Path,
@@ -158,6 +163,7 @@ def frontier(
     keep_ratios: tuple[float, ...],
     max_tokens: int,
     dtype: str,
+    stored: Path | None,
 ) -> None:
     """Plot quality over bytes a token: similarity mode at several keep ratios beside dense, each on 16 bits, int8, 4 bits.
 
@@ -188,7 +194,13 @@ def frontier(
         summary.update({row["contender"]: row for row in found})
         for each in parse_contenders(names, wanted, (score,), weights, (1,), ("none",)):
             drawn[str(each)] = each
-    plot([summary[title] for title in drawn], list(drawn.values()), RESULTS / f"{stem}.svg")
+    found = [summary[title] for title in drawn]
+    marks = {}
+    if stored is not None:
+        row = _as_stored(stored)
+        summary[row["contender"]] = row
+        marks = {row["contender"]: (row["total_bytes_per_token"], row["ratio"])}
+    plot(found, list(drawn.values()), RESULTS / f"{stem}.svg", marks)
     content = {
         **header(),
         "command": running_command(),
@@ -218,6 +230,26 @@ def frontier(
         },
         rows_per_set=rows,
     )
+
+
+def _as_stored(path: Path) -> dict[str, Any]:
+    """Return the row of a GGUF file whose weights, as they come back, are the dense model's; bytes are its own."""
+    from collections import Counter
+
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    mlp = [tensor for name, tensor in tensors.items() if ".ffn_" in name and "norm" not in name]
+    if "output.weight" in tensors:
+        del tensors["token_embd.weight"]  # a token reads one row of it
+    ((kind, _),) = Counter(tensor.tensor_type.name for tensor in mlp).most_common(1)
+    return {
+        "contender": f"dense, the file that it came from ({kind})",
+        "ratio": 1.0,
+        "ratio_interval": [1.0, 1.0],
+        "mlp_bytes_per_token": sum(int(tensor.n_bytes) for tensor in mlp),
+        "total_bytes_per_token": sum(int(tensor.n_bytes) for tensor in tensors.values()),
+    }
 
 
 @main.command()

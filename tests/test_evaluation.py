@@ -474,11 +474,11 @@ def test_a_plot_has_a_line_a_family():
 
 def test_a_plot_is_written_whole_and_names_what_it_shows(tmp_path):
     plot(_summary(), CONTENDERS, tmp_path / "a.png")
-    plot(_summary(), CONTENDERS, tmp_path / "a.svg")
+    plot(_summary(), CONTENDERS, tmp_path / "a.svg", {"as it came": (5e7, 1.0)})
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
     text = (tmp_path / "a.svg").read_text()
-    for shown in ("dense", "similarity/energy q4_0", "weights read per decoded token (MB)"):
+    for shown in ("dense", "similarity/energy q4_0", "as it came", "weights read per decoded token (MB)"):
         assert f"<!-- {shown} -->" in text  # matplotlib draws text as paths and keeps it in a comment
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,24 @@ def families(
     return dict(sorted(grouped.items(), key=lambda item: (item[0] != "dense", item[0])))
 
 
-def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], path: Path) -> None:
+def plot(
+    summary: Sequence[dict[str, Any]],
+    contenders: Sequence[Contender],
+    path: Path,
+    marks: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """Draw a line a family: perplexity ratio to dense with its 95 % interval over MB of weights read a token.
 
     Args:
         summary: rows of `summarise`.
         contenders: those that the rows are of.
         path: a .png or .svg file; replaced in one step.
+        marks: further points by their names, bytes a token and ratio.
     """
     with drawing(path) as (figure, axes):
         _draw(families(summary, contenders), axes)
+        for name, (n_bytes, ratio) in (marks or {}).items():
+            axes.plot(n_bytes / 1e6, ratio, "*", color="black", markersize=9, linestyle="", label=name)
         figure.legend(loc="outside right upper", fontsize=8)
 
 
