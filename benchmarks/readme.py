@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from figures_quality import UNSEEN
 
 ROOT = Path(__file__).parent.parent
 # "with bars" leaves out the figures that are there for comparison alone
@@ -42,13 +45,16 @@ def table(path: Path, bars_only: bool = False) -> str:
 
 
 def _contenders(content: dict[str, Any]) -> str:
-    """Return what `evaluate` wrote: a row a contender, the geometric mean first and then each set."""
+    """Return what `evaluate` wrote: a row a contender, geometric means first and then each set, those last that no index has."""
     rows = content["contenders"]
-    sets = list(rows[0]["sets"])
+    seen, unseen = ([each for each in rows[0]["sets"] if (each in UNSEEN) is apart] for apart in (False, True))
     lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
-    lines += [f"| contender | mean | {' | '.join(sets)} |", "|---|" + "--:|" * (len(sets) + 1)]
+    titles = [f"the {len(seen)} indexed", f"the {len(unseen)} unseen", *seen, *unseen]
+    lines += [f"| contender | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
     for row in rows:
-        values = [row["ratio"], *(row["sets"][each]["ratio"] for each in sets)]
+        ratios = {each: found["ratio"] for each, found in row["sets"].items()}
+        means = [math.exp(sum(math.log(ratios[each]) for each in group) / len(group)) for group in (seen, unseen)]
+        values = [*means, *(ratios[each] for each in [*seen, *unseen])]
         lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
     return "\n".join(lines) + "\n"
 

@@ -69,9 +69,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     "--weights",
     multiple=True,
     type=click.Choice(["16bit", "int8", "q8_0", "q4_0"]),
-    default=("16bit",),
-    **_D,
-    help="Precision of all weights; may be repeated.",
+    help="Precision of all weights; may be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
 )
 @options.part("0:100")
 @click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
@@ -80,6 +78,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, **_D, help="Most tokens of a generated text.")
 @click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
 @options.log
+@click.option("--per-set", is_flag=True, help="Also print a line for each contender and set.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
 @click.option(
     "--plot",
@@ -130,8 +129,15 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     excluded = (*(NEED_INDEX if index is None else ()), *(READS_PROMPT if sparse_prefill else ()))
     names = given["contenders"] or [name for name in _NAMES if name not in excluded]
     contenders = parse_contenders(
-        names, given["keep_ratios"], given["scores"], given["weights"], given["nearest"], given["fallbacks"]
+        names,
+        given["keep_ratios"],
+        given["scores"],
+        given["weights"] or ["16bit"],
+        given["nearest"],
+        given["fallbacks"],
     )
+    if not given["contenders"] and not given["weights"]:  # what one would take instead of any of them
+        contenders += parse_contenders(["dense"], [1.0], ["energy"], ["int8", "q4_0"])
     if sparse_prefill:
         check_known_before(contenders)
     with status("Loading the model"):
@@ -148,6 +154,8 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         print_json(summary)
     else:
         print_table(summary)
+        if given["per_set"]:
+            print_set_table(summary)
         if given["generate"]:
             print_text_table(summary)
 
@@ -217,6 +225,20 @@ def print_table(summary: list[dict[str, Any]]) -> None:
             f"{row['contender']:{width}s} {row['ratio']:9.3f} {spread:16s} {row['kl']:7.3f} "
             f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
         )
+
+
+def print_set_table(summary: list[dict[str, Any]]) -> None:
+    """Print a line for each contender and set."""
+    width = _width(summary)
+    click.echo(
+        f"\n{'contender':{width}s} {'set':18s} {'perplexity':>10s} {'ratio to dense':>14s} {'KL':>7s} {'top-1':>6s} {'rows':>5s}"
+    )
+    for row in summary:
+        for name, group in row["sets"].items():
+            click.echo(
+                f"{row['contender']:{width}s} {name:18.18s} {group['perplexity']:10.2f} {group['ratio']:14.3f} "
+                f"{group['kl']:7.3f} {group['same_top']:6.3f} {group['n_rows']:5d}"
+            )
 
 
 def print_text_table(summary: list[dict[str, Any]]) -> None:

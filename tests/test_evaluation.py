@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import asdict
@@ -110,7 +111,13 @@ def test_sparse_prefill_goes_through_the_command(tiny_checkpoint, tmp_path):
     command = ["evaluate", str(tmp_path / "things.jsonl"), "--model", tiny_checkpoint, "--log", str(log), "--json"]
     done = CliRunner().invoke(main, [*command, "--prefill", "sparse"])
     assert done.exit_code == 0, done.output
-    assert [row["contender"] for row in json.loads(done.stdout)] == ["dense 16bit", "random 0.4"]
+    found = [row["contender"] for row in json.loads(done.stdout)]
+    assert found == [
+        "dense 16bit",
+        "random 0.4",
+        "dense int8",
+        "dense q4_0",
+    ]  # what one would take instead is there unasked
     dense = CliRunner().invoke(main, [*command, "--contender", "random"])
     assert dense.exit_code == 1 and "another prefill" in dense.stderr
     refused = CliRunner().invoke(main, [*command, "--prefill", "sparse", "--contender", "griffin"])
@@ -438,6 +445,13 @@ def test_the_command_generates(tiny_checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "a.svg").exists()
     table = CliRunner().invoke(main, arguments)
     assert table.exit_code == 0 and table.stdout.count("mean over sets") == 2
+    each = CliRunner().invoke(main, [*arguments, "--per-set"])
+    assert each.exit_code == 0 and len(each.stdout.splitlines()) == len(table.stdout.splitlines()) + 2 + 4
+    (line,) = [
+        line.split() for line in each.stdout.splitlines() if re.match(r"griffin 0.4 +things +\d+\.\d\d +\d", line)
+    ]
+    assert float(line[3]) == pytest.approx(griffin["sets"]["things"]["perplexity"], abs=0.01)
+    assert line[-1] == str(len(ROWS))
     monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
     refused = CliRunner().invoke(main, arguments)
     assert refused.exit_code == 1 and "scoring generated texts needs sacrebleu" in refused.stderr
