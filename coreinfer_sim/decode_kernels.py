@@ -80,9 +80,21 @@ def _power_of_two(_context, exponent):  # noqa: ANN001, ANN202
     return types.float32(types.int32), code
 
 
+def _kept_on_disk(**options: Any) -> Any:
+    """Compile a function; where there is no place for it on the disk, in every process anew."""
+
+    def compiled(function: Any) -> Any:
+        try:
+            return numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True, **options)(function)
+        except RuntimeError:
+            return numba.njit(nogil=True, fastmath=True, error_model="numpy", **options)(function)
+
+    return compiled
+
+
 _inline: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", inline="never")
-_serial: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)  # but for the loops that it calls
-_parallel: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", parallel=True, cache=True)
+_serial: Any = _kept_on_disk()  # but for the loops that it calls
+_parallel: Any = _kept_on_disk(parallel=True)
 
 
 @_inline

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from coreinfer_sim.architectures import dense_bytes
@@ -39,16 +40,20 @@ def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: boo
     """Return the ids [1, n_positions] that a model reads for a text, or for messages or a chat in its template.
 
     Raises:
-        PromptError: the model, called ``name``, has no chat template.
+        PromptError: the model, called ``name``, has no chat template, or that refuses the messages.
     """
     if not chat and isinstance(prompt, str):
         return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
     if tokenizer.chat_template is None:
         raise PromptError(f"{name} has no chat template; leave out --chat.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:  # of roles, or of their order
+        raise PromptError(f"{name}'s chat template refuses the conversation ({error}); send another one.") from error
+    return encoded["input_ids"]
 
 
 @dataclass(frozen=True)

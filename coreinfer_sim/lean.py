@@ -53,6 +53,15 @@ def unsupported(model: Any) -> str | None:
         return f"its rotary positions are of type {rope}"
     if _activation_kind(model) is None:
         return f"its activation is {config.hidden_act}"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]) and getattr(
+        config, "sliding_window", None
+    ):
+        return f"it attends to the {config.sliding_window} latest positions alone"
+    attentions = [block.self_attn for block in model.get_decoder().layers]
+    products = [getattr(attention, f"{name}_proj") for attention in attentions for name in "qkvo"]
+    for product in (*products, model.get_output_embeddings()):
+        if type(product) is not torch.nn.Linear:  # an adapter adds to what its weights give
+            return f"it holds a {type(product).__name__} where a Linear was expected"
     return None
 
 

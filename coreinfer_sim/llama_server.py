@@ -80,12 +80,20 @@ class LlamaServer:
             {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
         )
         try:
-            return urllib.request.urlopen(request)
+            return _DIRECT.open(request)
         except urllib.error.HTTPError as error:
             answer = error.read().decode("utf-8", "replace")
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 answer = json.loads(answer)["error"]["message"]
             raise GenerationError(f"llama.cpp refused a request to {self.path.name} ({answer[:200]}).") from error
+        except urllib.error.URLError as error:
+            raise GenerationError(
+                f"llama.cpp does not answer for {self.path.name} ({error.reason}), expected its server in this process; start "
+                "again."
+            ) from error
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is not asked for what runs here
 
 
 def library() -> Any:

@@ -395,6 +395,8 @@ class _Call:
         self._decoding = False
         self._is_compiled = sparse._engine is Engine.COMPILED
         self._dense: dict[int, Projections] = {}
+        self._fetched: list[tuple[Any, list[int]]] = []
+        """Compact MLPs that sparse prefill has put in place, which cannot be cut again before they are taken out."""
         self._text: TextReader | None = None
         self._lean_rows: list[tuple[list[int], dict[int, lean.NeuronMLP]]] | None = None
         self._finished = np.zeros(0, bool)
@@ -409,6 +411,7 @@ class _Call:
         engine = Engine.TRANSFORMERS if sparse._lean is None else Engine.LEAN
         groups = [(sparse._compact(each, engine), rows) for each, rows in sparse._groups()]
         if sparse.prefill == "sparse":
+            self._fetched = groups
             modules = [lean.modules(sparse.layers, c) if engine is Engine.LEAN else c for c, _ in groups]
             compacts = grouped_model(sparse.layers, modules, [rows for _, rows in groups])
             self._dense = install(sparse.layers, self._in_place(compacts))
@@ -449,9 +452,9 @@ class _Call:
         if reason is None:
             sparse.engine_used = Engine.LEAN
             n_copies = len(kwargs["input_ids"]) // len(self._mask)  # beams, or several texts of one prompt
+            groups = self._fetched or [(sparse._compact(each, Engine.LEAN), rows) for each, rows in sparse._groups()]
             self._lean_rows = [
-                ([row * n_copies + i for row in rows for i in range(n_copies)], sparse._compact(each, Engine.LEAN))
-                for each, rows in sparse._groups()
+                ([row * n_copies + i for row in rows for i in range(n_copies)], compact) for compact, rows in groups
             ]
             self._starts = self._mask.long().argmax(1).repeat_interleave(n_copies).cpu().numpy()
             self._finished = np.zeros(len(self._starts), bool)
@@ -486,7 +489,8 @@ class _Call:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.full((1, 1), int(cache.get_seq_length()))
-        self._finished |= torch.isin(input_ids[:, -1], self._sparse._ends).numpy()
+        if len(input_ids) == len(self._mask):  # among the beams of a prompt rows change places
+            self._finished |= torch.isin(input_ids[:, -1], self._sparse._ends).numpy()
         groups = [([row for row in rows if not self._finished[row]], mlps) for rows, mlps in self._lean_rows]
         positions = positions.reshape(-1).expand(len(input_ids))
         logits = decoder.step(input_ids, cache, positions, self._starts, [group for group in groups if group[0]])

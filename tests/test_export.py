@@ -77,6 +77,18 @@ def test_plain_sets_load_in_stock_transformers(model, tmp_path):
     assert (tmp_path / "out/tokenizer.json").exists() and (tmp_path / "out/generation_config.json").exists()
 
 
+def test_square_matrices_of_gpt2_are_laid_out_as_it_stores_them(tmp_path):
+    config = transformers.GPT2Config(vocab_size=80, n_positions=64, n_embd=64, n_layer=N_LAYERS, n_head=4, n_inner=256)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    language_model = exportable(model)
+    kept = torch.arange(0, 256, 4)  # as many as the model is wide
+    selection = NeuronSelection("t", dict.fromkeys(range(N_LAYERS), kept))
+    export_hf(language_model, compact_weights(language_model, selection, one_width=True), SOURCE, tmp_path / "out")
+    _, logits = stock_logits(tmp_path / "out", IDS)
+    assert torch.allclose(logits, logits_of(language_model, selection, IDS), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("fit", [Fit(), Fit(rank=3, bypass_rank=2)], ids=["full", "rank 3, bypass"])
 def test_compensated_sets_load_in_stock_transformers_or_are_refused(model, fit, tmp_path):
     language_model = exportable(model)

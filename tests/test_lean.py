@@ -319,10 +319,55 @@ def test_what_the_lean_engine_cannot_serve(models):
     assert sparse.engine_used is Engine.TRANSFORMERS
     with pytest.raises(GenerationError, match="StaticCache that does not grow"):
         generate(SparseModel(model, random_predictor(model), engine="lean"), token_ids(1, 5), **options)
-    with pytest.raises(GenerationError, match="DynamicCache that does not grow"):
-        generate(SparseModel(models["mistral"], random_predictor(models["mistral"]), engine="lean"), token_ids(1, 5))
+    with pytest.raises(ConfigError, match="it attends to the 6 latest positions alone"):
+        SparseModel(models["mistral"], random_predictor(models["mistral"]), engine="lean")
+    adapted = tiny_model("llama")
+    attention = adapted.model.layers[1].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    generate(sparse := SparseModel(adapted, random_predictor(adapted)), token_ids(1, 5))
+    assert sparse.engine_used is Engine.TRANSFORMERS
+    with pytest.raises(ConfigError, match="holds a Adapted where a Linear was expected"):
+        SparseModel(adapted, random_predictor(adapted), engine="lean")
     with pytest.raises(GenerationError, match="attentions or hidden states"):
         generate(SparseModel(model, random_predictor(model), engine="lean"), token_ids(1, 5), output_hidden_states=True)
+
+
+class Adapted(torch.nn.Module):
+    """What an adapter makes of a projection: its weight is still the base's, its output is not."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def test_a_beam_may_take_the_row_of_one_that_has_ended(models):
+    model, end, ids = models["llama"], 7, token_ids(1, 5)
+
+    def allowed(_row, text):
+        n_new = len(text) - ids.shape[1]
+        if n_new == 0:
+            return [3, 4]
+        if n_new == 1:  # one beam must end; the other goes on and then fills both rows
+            return [end] if int(text[-1]) == 3 else [5]
+        return [8, 9, 11]
+
+    options = {"num_beams": 2, "prefix_allowed_tokens_fn": allowed, "eos_token_id": end, "length_penalty": 9.0}
+    options |= {"output_logits": False, "return_dict_in_generate": False}
+    lean, stock = both(model, random_predictor(model), ids, **options)
+    assert torch.equal(lean, stock)
+
+
+def test_sparse_prefill_of_more_than_the_cache_holds(models):
+    model, ids = models["llama"], token_ids(2, 5)
+    predictor = RowPredictor(selection(model, seed=0), selection(model, seed=1))
+    lean, stock = (
+        generate(SparseModel(model, predictor, engine=engine, prefill="sparse", cache_bytes=1), ids)
+        for engine in ("lean", "transformers")
+    )
+    assert_same_output(lean, stock)
 
 
 def test_weights_prepared_ahead(models):

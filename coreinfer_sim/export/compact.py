@@ -52,6 +52,8 @@ class CompactWeights:
     """Neurons that are zeros, over all layers."""
     has_bias: bool
     """Whether the MLPs have biases that the dense ones lack."""
+    mlp_weights: frozenset[str]
+    """Names of the MLPs' matrices, which are upright whatever the model stores."""
 
 
 def exported_selection(
@@ -94,6 +96,7 @@ def compact_weights(language_model: LanguageModel, selection: NeuronSelection, o
     had_bias = any(
         getattr(layer.owner, name).bias is not None for layer in language_model.layers for name in layer.projections
     )
+    mlp_weights = []
     for layer, width in zip(language_model.layers, widths, strict=True):
         prefix = _name_of(language_model, layer)
         for name, module in compact[layer.number].items():
@@ -105,9 +108,11 @@ def compact_weights(language_model: LanguageModel, selection: NeuronSelection, o
                 weight = torch.cat([_padded(part, width, 0) for part in weight.chunk(parts)])
                 bias = None if bias is None else torch.cat([_padded(part, width, 0) for part in bias.chunk(parts)])
             parameters[f"{prefix}.{name}.weight"] = weight
+            mlp_weights.append(f"{prefix}.{name}.weight")
             if bias is not None:
                 parameters[f"{prefix}.{name}.bias"] = bias
-    return CompactWeights(parameters, widths, sum(widths) - sum(needed), biased and not had_bias)
+    n_padding = sum(widths) - sum(needed)
+    return CompactWeights(parameters, widths, n_padding, biased and not had_bias, frozenset(mlp_weights))
 
 
 def needed_bytes(weights: CompactWeights, bytes_per_value: float) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.errors import ExportError
 from coreinfer_sim.export.compact import CompactWeights, Source
@@ -53,7 +54,7 @@ def export_hf(language_model: LanguageModel, weights: CompactWeights, source: So
     config = _target_of(language_model).config(language_model.model.config, weights.widths[0], weights.has_bias)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=language_model.model.dtype)
-    model.load_state_dict(_fitting(model, weights.parameters), strict=True, assign=True)
+    model.load_state_dict(_fitting(model, weights), strict=True, assign=True)
     model.tie_weights()
     model.generation_config = copy.deepcopy(language_model.model.generation_config)
     model.save_pretrained(out)
@@ -61,16 +62,18 @@ def export_hf(language_model: LanguageModel, weights: CompactWeights, source: So
     (out / SOURCE_FILE).write_text(json.dumps(asdict(source), indent=2) + "\n", encoding="utf-8")
 
 
-def _fitting(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _fitting(model: Any, weights: CompactWeights) -> dict[str, torch.Tensor]:
     """Return parameters as a model of the target's architecture lays them out; biases that it adds are zero."""
-    fitting = {}
+    fitting, parameters = {}, weights.parameters
+    lying = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     for name, expected in model.state_dict().items():
         value = parameters.get(name)
         if value is None:
             assert name.endswith(".bias"), name
             value = torch.zeros(expected.shape, dtype=expected.dtype)
         value = value.clone() if value.is_inference() else value  # which cannot become a parameter
-        fitting[name] = value if value.shape == expected.shape else value.T.contiguous()  # Conv1D
+        lies = name in lying and name in weights.mlp_weights  # by its shape a square one would not be known
+        fitting[name] = value.T.contiguous() if lies else value
     return fitting
 
 

@@ -259,8 +259,6 @@ async def _stream(
         if usage:
             yield line(frame.usage(event))
     except Exception as error:
-        if not isinstance(error, (Busy, Stopping, TimedOut, CoreInferSimError)):
-            _log.error("a streamed request failed", exc_info=error)
         yield line(json.loads(bytes(_refusal(error).body)))
     yield "data: [DONE]\n\n"
 
@@ -327,6 +325,7 @@ def _refusal(error: Exception) -> JSONResponse:
         return _error(400, str(error), "context_length_exceeded" if too_long else None)
     if isinstance(error, ConfigError):
         return _error(400, str(error))
+    _log.error("a request failed", exc_info=error)
     return _error(500, "the server failed; its log says why.")
 
 
