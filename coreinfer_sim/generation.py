@@ -36,6 +36,11 @@ def last_user_message(messages: list[Message]) -> str:
     return found
 
 
+def within(context: int | None, n_prompt: int, max_new_tokens: int) -> int:
+    """Return how many new tokens, at most ``max_new_tokens`` and at least one, a context has room for behind a prompt."""
+    return max_new_tokens if context is None else max(1, min(max_new_tokens, context - n_prompt))
+
+
 def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: bool) -> torch.Tensor:
     """Return the ids [1, n_positions] that a model reads for a text, or for messages or a chat in its template.
 
@@ -162,6 +167,7 @@ class TextGenerator:
         *,
         chat: bool = False,
         max_new_tokens: int = 128,
+        shorten: bool = False,
         write: Callable[[str], None] | None = None,
         routed_by: str | None = None,
         **options: Any,
@@ -172,6 +178,7 @@ class TextGenerator:
             prompt: a text, or the messages of a conversation. Routing looks at the last user message.
             chat: put a text into the model's chat template.
             max_new_tokens: most tokens to generate.
+            shorten: where the context has no room for as many, generate fewer, rather than refuse.
             write: takes the new text piece by piece, as it comes.
             routed_by: text that routes in place of the last user message.
             **options: of transformers' ``generate``.
@@ -180,6 +187,8 @@ class TextGenerator:
             PromptError: the prompt is empty, or does not fit into the context together with ``max_new_tokens``.
         """
         text, ids = self._encode(prompt, chat)
+        if shorten:
+            max_new_tokens = within(self.language_model.context_length, ids.shape[1], max_new_tokens)
         self._check_length(ids.shape[1], max_new_tokens)
         clock = _Clock(self.language_model.tokenizer, write)
         beams = options.get("num_beams") or self.language_model.model.generation_config.num_beams or 1

@@ -21,7 +21,7 @@ from coreinfer_sim.config import UNFAMILIAR, Fallback
 from coreinfer_sim.errors import ConfigError, GenerationError, ModelError, PromptError
 from coreinfer_sim.export.compact import DENSE, GLOBAL
 from coreinfer_sim.export.exporting import ROUTER_FILE
-from coreinfer_sim.generation import Message, last_user_message
+from coreinfer_sim.generation import Message, last_user_message, within
 from coreinfer_sim.index import Match, SemanticIndex
 from coreinfer_sim.llama_server import LlamaServer
 from coreinfer_sim.progress import readable_size
@@ -189,6 +189,7 @@ class LlamaCppGenerator:
         *,
         chat: bool = False,
         max_new_tokens: int = 128,
+        shorten: bool = False,
         write: Callable[[str], None] | None = None,
         routed_by: str | None = None,
         mode: str | None = None,
@@ -200,6 +201,7 @@ class LlamaCppGenerator:
             prompt: text, or messages of a chat; routing looks at the last user's message.
             chat: put the prompt into the model's chat template.
             max_new_tokens: at most.
+            shorten: where the context has no room for as many, generate fewer, rather than refuse.
             write: takes the text as it comes.
             routed_by: text that routes in place of the last user message.
             mode: for this call; None takes the generator's.
@@ -221,6 +223,8 @@ class LlamaCppGenerator:
         loaded = time.perf_counter()
         text = model.post("/apply-template", {"messages": messages})["prompt"] if chat else str(prompt)
         ids = model.post("/tokenize", {"content": text, "add_special": True, "parse_special": chat})["tokens"]
+        if shorten:
+            max_new_tokens = within(self._context, len(ids), max_new_tokens)
         if len(ids) + max_new_tokens > self._context:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones exceed the context of "

@@ -203,6 +203,19 @@ def test_bad_requests_are_told_in_the_clients_words(client, served):
     assert httpx.get(f"{served.url}/nothing").json()["error"]["message"] == "Not Found."
 
 
+def test_without_a_limit_an_answer_is_as_long_as_the_context_allows(client, language_model):
+    context = language_model.context_length
+    ids = language_model.tokenizer("How do stars form? " * 400)["input_ids"][: context - 20]
+    prompt = language_model.tokenizer.decode(ids, skip_special_tokens=True)
+    answer = client.completions.create(model=NAME, prompt=prompt, temperature=0)
+    assert context - 64 < answer.usage.prompt_tokens < context and answer.usage.completion_tokens > 0
+    if answer.choices[0].finish_reason == "length":
+        assert answer.usage.total_tokens == context
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=NAME, prompt=prompt, temperature=0, max_tokens=64)
+    assert error.value.code == "context_length_exceeded"
+
+
 def test_a_key_guards_all_but_page_and_health(language_model, index):  # noqa: F811
     with Served(make_app(backend_of(language_model, index), NAME, api_key="secret")) as server:
         with pytest.raises(openai.AuthenticationError):

@@ -120,6 +120,7 @@ def make_app(
             1.0 if request.top_p is None else request.top_p,
             request.seed,
             request.stops,
+            shorten=limit is None,
         )
 
     async def respond(request: ChatRequest | CompletionRequest) -> Response:

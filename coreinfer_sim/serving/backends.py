@@ -10,7 +10,7 @@ import torch
 
 from coreinfer_sim.config import Mode
 from coreinfer_sim.errors import ConfigError
-from coreinfer_sim.generation import Message, TextGenerator, last_user_message
+from coreinfer_sim.generation import Message, TextGenerator, last_user_message, within
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.llamacpp import LlamaCppGenerator
 from coreinfer_sim.models import LanguageModel
@@ -30,6 +30,8 @@ class Asked:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    shorten: bool = False
+    """Whether fewer tokens will do where the context has no room for ``max_new_tokens``, which nobody named."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +122,20 @@ class TransformersBackend:
             asked.prompt,
             chat=not isinstance(asked.prompt, str),
             max_new_tokens=asked.max_new_tokens,
+            shorten=asked.shorten,
             write=write,
             routed_by=routing_text(self.index, asked.prompt),
             num_beams=1,
             **options,
         )
         facts = run.as_dict()
+        most = within(self._model.context_length, run.n_prompt_tokens, asked.max_new_tokens)
         kept = ("mode", "cluster", "label", "similarity", "confidence", "confident", "keep_ratio", "tokens_per_second")
         return Answered(
             run.text,
             run.n_prompt_tokens,
             len(run.token_ids),
-            len(run.token_ids) < asked.max_new_tokens or self._is_end(run.token_ids[-1]),
+            len(run.token_ids) < most or self._is_end(run.token_ids[-1]),
             {**{name: facts[name] for name in kept}, "mlp_bytes_per_token": run.mlp_bytes_per_token},
         )
 
@@ -165,6 +169,7 @@ class LlamaCppBackend:
             asked.prompt,
             chat=not isinstance(asked.prompt, str),
             max_new_tokens=asked.max_new_tokens,
+            shorten=asked.shorten,
             write=write,
             routed_by=routing_text(self.index, asked.prompt),
             mode=asked.mode,
