@@ -258,6 +258,28 @@ def test_full_queues_and_slow_answers_are_refused(language_model, index):  # noq
         assert error.value.status_code == 504
 
 
+def test_an_answer_that_nobody_waits_for_is_broken_off(language_model, index):  # noqa: F811
+    backend = backend_of(language_model, index)
+    answer = backend.answer
+
+    def slowly(asked, write):
+        def wait(text):
+            time.sleep(0.1)
+            write(text)
+
+        return answer(asked, wait)
+
+    backend.answer = slowly
+    with Served(make_app(backend, NAME, max_new_tokens=900)) as server:
+        asked = {"prompt": PROMPTS[0], "max_tokens": 900, "temperature": 0}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=asked, timeout=0.3)
+        give_up = time.monotonic() + 10
+        while 'outcome="' not in (told := httpx.get(f"{server.url}/metrics").text) and time.monotonic() < give_up:
+            time.sleep(0.05)
+    assert 'outcome="hung up"' in told and 'outcome="answered"' not in told
+
+
 def test_llama_cpp_serves_the_same_answers(client, index, exported):  # noqa: F811
     generator = LlamaCppGenerator(index, exported, fallback="none", context=256)
     with Served(make_app(LlamaCppBackend(generator), NAME)) as server:

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, Lookup
 
 PAGE = Path(__file__).parent / "page.html"
 _OPEN = ("/", "/health")
+_CLIENT_GONE = 499
+"""Nobody reads it; nginx's word in its log for such a request."""
 _log = logging.getLogger(__name__)
 
 
@@ -123,7 +125,7 @@ def make_app(
             shorten=limit is None,
         )
 
-    async def respond(request: ChatRequest | CompletionRequest) -> Response:
+    async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
         chat = isinstance(request, ChatRequest)
         try:
             asked = asked_of(request)
@@ -133,24 +135,19 @@ def make_app(
                 first = await anext(events)  # so that a refusal still has its status
                 usage = request.stream_options is not None and request.stream_options.include_usage
                 return StreamingResponse(_stream(frame, first, events, usage), media_type="text/event-stream")
-            text = ""
-            async for event in events:
-                if isinstance(event, Answered):
-                    return JSONResponse(frame.whole(text, event))
-                text += event
+            return await _while_there(http, _whole(frame, events))
         except (_Refused, Busy, Stopping, TimedOut, CoreInferSimError) as error:
             return _refusal(error)
-        raise AssertionError("an answer ended without its end")
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest) -> Response:
+    async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
-        return await respond(request)
+        return await respond(request, http)
 
     @app.post("/v1/completions")
-    async def completions(request: CompletionRequest) -> Response:
+    async def completions(request: CompletionRequest, http: Request) -> Response:
         """Go on from a text."""
-        return await respond(request)
+        return await respond(request, http)
 
     def model_facts() -> dict[str, Any]:
         facts = {"modes": list(backend.modes), "clusters": len(backend.index)}
@@ -262,6 +259,30 @@ async def _stream(
     except Exception as error:
         yield line(json.loads(bytes(_refusal(error).body)))
     yield "data: [DONE]\n\n"
+
+
+async def _whole(frame: _Frame, events: AsyncIterator[str | Answered]) -> Response:
+    """Return an answer that is not streamed."""
+    text = ""
+    async for event in events:
+        if isinstance(event, Answered):
+            return JSONResponse(frame.whole(text, event))
+        text += event
+    raise AssertionError("an answer ended without its end")
+
+
+async def _while_there(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+    """Wait for an answer as long as its client does: nobody tells a handler that the connection is gone."""
+    answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(http.receive())  # after the body, the end
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else Response(status_code=_CLIENT_GONE)
+    finally:
+        open_ends = {task for task in (answer, gone) if not task.done()}
+        for task in open_ends:
+            task.cancel()
+        if open_ends:
+            await asyncio.wait(open_ends)
 
 
 async def _without_stops(
