@@ -138,8 +138,13 @@ class _Clock(TextStreamer):
         self._n_puts += 1
         if self._n_puts == 2:  # the first put is the prompt
             self.first_token = time.perf_counter()
-        if self._write is not None:
-            super().put(value)
+        if self._write is None:
+            return
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if not is_prompt and not self.token_cache:  # a line has ended, and with it what its last token is decoded with
+            self.token_cache = [int(value.flatten()[-1])]
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
     def end(self) -> None:
         if self._write is not None:

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import save_tiny_checkpoint, tiny_model
-from transformers import DynamicCache
+from tokenizers import Tokenizer, decoders, models
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from coreinfer_sim import generation
 from coreinfer_sim.architectures import dense_bytes, find_mlps
 from coreinfer_sim.errors import GenerationError, PromptError
-from coreinfer_sim.generation import Generation, TextGenerator
+from coreinfer_sim.generation import Generation, TextGenerator, _Clock
 from coreinfer_sim.models import LanguageModel, load_model
 from coreinfer_sim.predictors import FixedPredictor, make_predictor
 from coreinfer_sim.selection import NeuronSelection
@@ -270,6 +271,20 @@ def test_beams_are_written_at_the_end(generator):
     assert pieces == [result.text]
     assert len(result.token_ids) == 8
     assert result.decode_seconds > 0 < result.prefill_seconds  # they do not stream, but decode begins all the same
+
+
+def test_a_stream_keeps_the_spaces_that_begin_a_line():
+    vocabulary = {token: i for i, token in enumerate(["<s>", "▁def", "\n", "▁▁▁▁", "▁return", "x"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # as SentencePiece's: a text loses its first space
+    ids, pieces = [1, 2, 3, 4, 5, 2, 2, 3, 5], []
+    clock = _Clock(fast, pieces.append)
+    clock.put(torch.tensor([[1, 1]]))  # the prompt
+    for token in ids:
+        clock.put(torch.tensor([token]))
+    clock.end()
+    assert "".join(pieces) == fast.decode(ids) == "def\n     returnx\n\n    x"
 
 
 def test_generation_stops_at_the_end_token(generator):
