@@ -16,13 +16,14 @@ from coreinfer_sim_cli.main import main
 from test_compensation import language_model_of, some_texts
 from tiny_index import PROMPTS
 from tiny_models import N_LAYERS, save_tiny_checkpoint
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from coreinfer_sim.build import build_index
 from coreinfer_sim.build.calibration import Fit, fit_layers
 from coreinfer_sim.config import BuildConfig
 from coreinfer_sim.errors import ExportError
 from coreinfer_sim.export.compact import Source, compact_weights, needed_bytes
-from coreinfer_sim.export.gguf import bits_per_value, export_gguf
+from coreinfer_sim.export.gguf import _pre_tokenizer, bits_per_value, export_gguf
 from coreinfer_sim.export.hf import check_exportable, export_hf
 from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.models import load_model
@@ -196,7 +197,7 @@ def test_the_command_writes_models_and_their_router(index, checkpoint, tmp_path)
         logits, logits_of(lm, loaded.cluster_selection(1, 128 / 192), ids), atol=1e-3
     )  # 96, rounded up
     written = (out / "cluster-0000/model.safetensors").stat().st_mtime_ns
-    again = run("export", *given, "--cluster", "all")
+    again = run("export", f"{given[0]}/", *given[1:], "--cluster", "all")  # the same index in other words
     assert again.exit_code == 0 and f"{n_clusters} of {n_clusters} models there already" in again.output
     assert (out / "cluster-0000/model.safetensors").stat().st_mtime_ns == written
     other = run("export", *given[:3], "--keep-ratio", 0.4, "--out", out, "--cluster", 0)
@@ -234,6 +235,22 @@ def test_a_broken_off_export_goes_on(index, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "cluster-0001.gguf").write_bytes(b"something else")
     result = run(*given)
     assert result.exit_code == 1 and "cluster-0001.gguf exists already and holds something else" in result.output
+
+
+def test_byte_pairs_are_merged_as_the_tokenizer_cuts_text_or_not_at_all():
+    def name_of(pre_tokenizer):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizer
+        return _pre_tokenizer(SimpleNamespace(tokenizer=SimpleNamespace(backend_tokenizer=tokenizer)))
+
+    cut = pre_tokenizers
+    assert name_of(cut.ByteLevel(add_prefix_space=False)) == "gpt-2"
+    assert name_of(cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel()])) == "smollm"
+    single = cut.Split(
+        Regex(r"\p{N}| ?[^\s\p{L}\p{N}]+"), "isolated"
+    )  # digits one by one, in another way than smollm's
+    with pytest.raises(ExportError, match="cuts text in a way unknown here"):
+        name_of(cut.Sequence([single, cut.ByteLevel(use_regex=False)]))
 
 
 def test_what_cannot_be_exported(index, checkpoint, tmp_path, monkeypatch):

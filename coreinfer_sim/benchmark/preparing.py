@@ -15,7 +15,7 @@ from coreinfer_sim.benchmark.specs import LLAMACPP, OFFLOAD, Spec
 from coreinfer_sim.benchmark.worker import one_sentence
 from coreinfer_sim.errors import ModelError, PromptError
 from coreinfer_sim.export.compact import DENSE, Source, compact_weights
-from coreinfer_sim.export.gguf import check_exportable, export_gguf
+from coreinfer_sim.export.gguf import check_exportable, export_gguf, facts_of, source_of
 from coreinfer_sim.models import LanguageModel, load_tokenizer
 from coreinfer_sim.selection import NeuronSelection
 
@@ -91,10 +91,10 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
 
 def _gguf(language_model: LanguageModel, spec: Spec, folder: Path) -> Written:
     path = folder / f"dense-{spec.dtype}.gguf"
-    if not path.exists():
+    source = Source(language_model.name, "none", "none", DENSE, 1.0, False, spec.dtype)
+    if not path.exists() or source_of(path) != facts_of(source):  # another model's
         check_exportable(language_model, spec.dtype)
         weights = compact_weights(language_model, NeuronSelection(DENSE), one_width=False)
-        source = Source(language_model.name, "none", "none", DENSE, 1.0, False, spec.dtype)
         part = path.with_suffix(".part")
         export_gguf(language_model, weights, source, part, spec.dtype)
         part.rename(path)

@@ -26,7 +26,7 @@ class Source:
     model: str
     index: str
     index_sha256: str
-    """Of the index's manifest."""
+    """Of the index's manifest without the profile, which says nothing of what is in a set."""
     which: int | str
     """A cluster's number, GLOBAL or DENSE."""
     keep_ratio: float

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from coreinfer_sim.config import UNFAMILIAR, check_ratio
@@ -74,7 +74,7 @@ def export(
     keep_ratio, compensated = index.wanted_sets(keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
     written_as = weights if kind == "gguf" else language_model.dtype_name
-    name, sha256 = index.manifest.model.name, index.manifest.checksum()
+    name, sha256 = index.manifest.model.name, replace(index.manifest, profile=None).checksum()
     sources = [Source(name, index.name, sha256, each, keep_ratio, compensated, written_as) for each in sets]
     paths = [out / (source.title + (".gguf" if kind == "gguf" else "")) for source in sources]
     missing = [place for place, path in enumerate(paths) if force or not path.exists()]
@@ -144,8 +144,11 @@ def _write(
 
 
 def _holds(path: Path, source: Source, kind: str) -> bool:
-    """Return whether a model is the one that would be written."""
-    return gguf.source_of(path) == gguf.facts_of(source) if kind == "gguf" else hf.source_of(path) == asdict(source)
+    """Return whether a model is the one that would be written, however the index's place was put in words."""
+    found, wanted = (
+        (gguf.source_of(path), gguf.facts_of(source)) if kind == "gguf" else (hf.source_of(path), asdict(source))
+    )
+    return {**found, "index": None} == {**wanted, "index": None}
 
 
 def router_of(

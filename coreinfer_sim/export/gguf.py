@@ -39,10 +39,9 @@ _PRE_TOKENIZERS = {
     "llama-bpe": r"\p{N}{1,3}",
     "qwen2": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
     "smollm": '"Digits"',
-    "gpt-2": '"ByteLevel"',
 }
 """Names that llama.cpp gives to ways of cutting text before byte pairs are merged, and what each one's description holds;
-the first that fits counts."""
+the first that fits counts. Bytes cut by their own pattern alone are "gpt-2"."""
 
 
 def bits_per_value(kind: str) -> float:
@@ -227,6 +226,8 @@ def _pre_tokenizer(language_model: LanguageModel) -> str:
     for name, part in _PRE_TOKENIZERS.items():
         if part in description.replace("\\\\", "\\"):
             return name
+    if backend["pre_tokenizer"].get("type") == "ByteLevel" and backend["pre_tokenizer"].get("use_regex", True):
+        return "gpt-2"
     raise ExportError(
         f"the tokenizer cuts text in a way unknown here ({description[:120]}); export --format hf and convert that with "
         "llama.cpp's own script."
