@@ -21,6 +21,11 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
     from coreinfer_sim.generation import prompt_ids
     from coreinfer_sim.memory import peak_bytes, resident_bytes
 
+    if given["weights"] == "int8":
+        raise ConfigError(
+            "int8 weights are copies beside the stored ones, for which a memory budget has no plan; leave out --weights or "
+            "--memory-budget."
+        )
     keep_ratio, compensated = _sets(given, modes, index)
     fitted = index.fitted_neurons(keep_ratio) if index is not None and compensated else None
     on_cpu = given["device"] in ("auto", "cpu")

@@ -781,6 +781,7 @@ def test_an_impossible_memory_budget_is_refused_before_loading(index, stores):
     ("options", "says"),
     [
         (["--memory-budget", "64GiB", "--dtype", "bfloat16"], "leave --dtype out"),
+        (["--memory-budget", "64GiB", "--weights", "int8"], "for which a memory budget has no plan"),
         pytest.param(
             ["--memory-budget", "64GiB", "--device", "cuda"],
             "no GPU that this torch can use",
