@@ -37,15 +37,20 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     "'similarity/compensated else global', for which --score, --nearest and --fallback do not count. May be "
     "repeated.  [default: all names]",
 )
-@click.option("--keep-ratio", "keep_ratios", multiple=True, type=float, default=(0.4,), **_D, help="May be repeated.")
+@click.option(
+    "--keep-ratio",
+    "keep_ratios",
+    multiple=True,
+    type=float,
+    help="May be repeated.  [default: those that the index compensates; else 0.4]",
+)
 @click.option(
     "--score",
     "scores",
     multiple=True,
     type=click.Choice(["energy", "paper", "compensated"]),
-    default=("energy",),
-    **_D,
-    help="What ranks a cluster's neurons, or the sets that the index compensates; may be repeated.",
+    help="What ranks a cluster's neurons, or the sets that the index compensates; may be repeated.  [default: energy; unless "
+    "contenders are named, also compensated where the index has that]",
 )
 @click.option(
     "--nearest",
@@ -103,7 +108,13 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     """
     from coreinfer_sim.drawing import check_plot
     from coreinfer_sim.embeddings import SentenceEncoder
-    from coreinfer_sim.evaluation.contenders import NEED_INDEX, READS_PROMPT, check_known_before, parse_contenders
+    from coreinfer_sim.evaluation.contenders import (
+        FITTED,
+        NEED_INDEX,
+        READS_PROMPT,
+        check_known_before,
+        parse_contenders,
+    )
     from coreinfer_sim.evaluation.evaluate import check_scored, summarise
     from coreinfer_sim.evaluation.plot import plot
     from coreinfer_sim.evaluation.rows import read_sets
@@ -128,14 +139,16 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     sparse_prefill = given["prefill"] == "sparse"
     excluded = (*(NEED_INDEX if index is None else ()), *(READS_PROMPT if sparse_prefill else ()))
     names = given["contenders"] or [name for name in _NAMES if name not in excluded]
+    fitted = [] if index is None else [info.keep_ratio for info in index.manifest.compensation]
+    ratios, weights = given["keep_ratios"] or fitted or [0.4], given["weights"] or ["16bit"]
     contenders = parse_contenders(
-        names,
-        given["keep_ratios"],
-        given["scores"],
-        given["weights"] or ["16bit"],
-        given["nearest"],
-        given["fallbacks"],
+        names, ratios, given["scores"] or ["energy"], weights, given["nearest"], given["fallbacks"]
     )
+    if index is not None and not given["contenders"] and not given["scores"]:
+        there = [ratio for ratio in ratios if index.has_compensation(ratio)]
+        contenders += parse_contenders(
+            [name for name in FITTED if there], there, ["compensated"], weights, (1,), given["fallbacks"]
+        )
     if not given["contenders"] and not given["weights"]:  # what one would take instead of any of them
         contenders += parse_contenders(["dense"], [1.0], ["energy"], ["int8", "q4_0"])
     if sparse_prefill:

@@ -70,7 +70,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 @click.option(
     "--refresh", metavar="every:N|drift", help="Derive the set anew from the text so far, in stability and hybrid."
 )
-@click.option("--layers", default=":", **_D, metavar="SLICE", help="Layers that become sparse, such as '4:'.")
+@click.option(
+    "--layers", metavar="SLICE", help="Layers that become sparse, such as '4:'.  [default: those of the index, or all]"
+)
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--compare", is_flag=True, help="Decode densely too, and show both.")
@@ -210,6 +212,8 @@ def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGe
         raise ConfigError("neither a model nor an index was given, expected --model, or --index to take it from.")
     name = given["model"] or index.manifest.model.name
     modes = [given["mode"]] + (["dense"] if compare and given["mode"] != "dense" else [])
+    if given["layers"] is None:
+        given["layers"] = ":" if index is None else index.recorded
     if given["prefill"] == "sparse" and given["fallback"] is None:
         given["fallback"] = "global"
     if given["memory_budget"] is None:

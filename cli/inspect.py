@@ -63,10 +63,12 @@ def info(index: str, as_json: bool) -> None:
     for each in m.compensation:
         rank = "full rank" if each.rank is None else f"rank {each.rank}"
         bypass = f", bypass of rank {each.bypass_rank}" if each.bypass_rank else ""
+        kept = [each.n_kept[layer] for layer in s.layers]
         trained = f", and trained on up to {each.distil_tokens:,}" if each.distil_tokens else ""
+        among = ", the bypass among them" if bypass else ""
         click.echo(
-            f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(each.n_kept)} to "
-            f"{max(each.n_kept)} neurons a layer), up to {each.tokens:,} tokens a cluster{trained}"
+            f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(kept)} to {max(kept)} "
+            f"neurons a layer{among}), up to {each.tokens:,} tokens a cluster{trained}"
         )
         served = m.served_by_corpus(each.keep_ratio)
         if each.plain:
@@ -134,11 +136,11 @@ def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool
 @click.option("-k", default=3, show_default=True, type=click.IntRange(1), help="Number of clusters to show.")
 @click.option("--keep-ratio", type=float, help="Share of d_ff to show.  [default: the index's]")
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", show_default=True)
-@click.option("--layers", default=":", show_default=True, metavar="SLICE", help="Layers whose ids are shown.")
+@click.option("--layers", metavar="SLICE", help="Layers whose ids are shown.  [default: those of the index]")
 @click.option("--ids", is_flag=True, help="Show the core-neuron ids; --json always holds them.")
 @options.as_json
 def lookup(
-    index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str, ids: bool, as_json: bool
+    index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str | None, ids: bool, as_json: bool
 ) -> None:
     """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
     from coreinfer_sim.errors import PromptError
@@ -149,7 +151,7 @@ def lookup(
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     matches = loaded.lookup(prompt, k=min(k, len(loaded)))
-    chosen = loaded.selection(matches[0], keep_ratio, score, _within(loaded, layers))
+    chosen = loaded.selection(matches[0], keep_ratio, score, layers or loaded.recorded)
     neurons = chosen.ids
     if as_json:
         print_json(
@@ -173,10 +175,3 @@ def lookup(
         listed = values.tolist()
         shown = listed if ids else listed[:12]
         click.echo(f"  layer {layer:3d}: {', '.join(map(str, shown))}{'' if ids else ', …'}")
-
-
-def _within(index: SemanticIndex, layers: str) -> str:
-    """Take ':' as all recorded layers, so that an index over some layers can be looked into."""
-    recorded = index.manifest.settings.layers
-    whole = recorded == list(range(recorded[0], recorded[-1] + 1))
-    return f"{recorded[0]}:{recorded[-1] + 1}" if layers == ":" and whole else layers

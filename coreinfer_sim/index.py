@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from coreinfer_sim.architectures import MLPLayer, check_same_weights
 from coreinfer_sim.clustering import faiss_index, nearest
 from coreinfer_sim.compensated import StoredCompensation, load_compensated
-from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, parse_layers
+from coreinfer_sim.config import UNFAMILIAR, Score, check_ratio, layers_slice, parse_layers
 from coreinfer_sim.core_neurons import n_kept, top_ids
 from coreinfer_sim.embeddings import SentenceEncoder
 from coreinfer_sim.errors import ConfigError, IndexFormatError, IndexMismatchError
@@ -256,6 +256,11 @@ class SemanticIndex:
             layer: torch.from_numpy(top_ids(values[row], ties[row], n))
             for layer, row in self.rows_of_layers(layers).items()
         }
+
+    @property
+    def recorded(self) -> str:
+        """The layers that are in the index, as a slice."""
+        return layers_slice(self.manifest.settings.layers)
 
     def rows_of_layers(self, layers: str = ":") -> dict[int, int]:
         """Return the row of each layer of a slice in the statistics.

@@ -205,7 +205,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
-        raise IndexFormatError(f"there is no folder {folder}, expected an index; {REBUILD}.")
+        begun = folder.with_name(f"{folder.name}.build")
+        remedy = f"finish the build in {begun} by the same command" if begun.is_dir() else REBUILD
+        raise IndexFormatError(f"there is no folder {folder}, expected an index; {remedy}.")
     if not path.is_file():
         raise IndexFormatError(
             f"{folder} has no {MANIFEST_FILE}, expected a finished index; name another folder or {REBUILD}."

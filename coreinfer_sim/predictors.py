@@ -311,7 +311,7 @@ def make_predictor(
     *,
     keep_ratio: float | None = None,
     score: Score | str = Score.ENERGY,
-    sparse_layers: str = ":",
+    sparse_layers: str | None = None,
     alpha: float | None = None,
     seed: int = 0,
     nearest: int = 1,
@@ -326,7 +326,8 @@ def make_predictor(
         index: needed by similarity, hybrid and global, which then must belong to the model.
         keep_ratio: share of d_ff that is kept; None takes that of `default_sets`.
         score: energy or paper.
-        sparse_layers: slice of the layers that become sparse, such as ``4:``.
+        sparse_layers: slice of the layers that become sparse, such as ``4:``; None: those that the index recorded, without
+            one all.
         alpha: for stability and hybrid; None takes the index's α, or 0.4.
         seed: for random.
         nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
@@ -340,6 +341,8 @@ def make_predictor(
         IndexMismatchError: the index belongs to another model.
     """
     mode, score = Mode(mode), Score(score)
+    if sparse_layers is None:
+        sparse_layers = ":" if index is None else index.recorded
     numbers = sorted(parse_layers(sparse_layers, len(layers)))
     if not numbers:
         raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")

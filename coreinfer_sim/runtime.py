@@ -95,7 +95,7 @@ class SparseModel:
         if prefill == "sparse" and predictor.alpha is not None:
             raise ConfigError(
                 f"sparse prefill needs the set before the prompt is read, but {predictor.mode} mode may take it from the "
-                "prompt's own activations; choose similarity with another fallback than hybrid, global or random."
+                "prompt's own activations; choose global, random, or similarity with the fallback global, dense or none."
             )
         self.prefill = prefill
         self.model, self.predictor, self.tokenizer = model, predictor, tokenizer

@@ -1210,6 +1210,11 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
         "similarity/compensated 0.5 q8_0",
     )
     assert fitted["kl"] < plain["kl"]
+    unasked = CliRunner().invoke(main, ["evaluate", *arguments, "--limit", "1"])
+    names = {row["contender"] for row in json.loads(unasked.stdout)}
+    ways = {f"{name}/{score} {ratio}" for name in ("global", "similarity", "random-cluster")
+            for score in ("energy", "compensated") for ratio in (0.5, 0.7)}  # fmt: skip
+    assert ways | {"dense 16bit", "dense int8", "dense q4_0", "griffin 0.5", "oracle 0.7"} <= names
     missing = CliRunner().invoke(
         main, ["evaluate", *arguments, "--score", "compensated", "--keep-ratio", "0.6", "--contender", "global"]
     )

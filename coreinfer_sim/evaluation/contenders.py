@@ -17,7 +17,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.architectures import MLPLayer, find_mlps, module_bytes, other_bytes
-from coreinfer_sim.config import Fallback, Score, check_ratio, layers_slice
+from coreinfer_sim.config import Fallback, Score, check_ratio
 from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
 from coreinfer_sim.errors import ConfigError
 from coreinfer_sim.evaluation.scoring import Case
@@ -121,7 +121,7 @@ class Chooser:
         """Choose among the neurons of ``language_model``; ``index`` is needed by those that route by meaning."""
         self._language_model, self._index = language_model, index
         self._numbers = list(range(len(language_model.layers))) if index is None else index.manifest.settings.layers
-        self._layers = layers_slice(self._numbers)
+        self._layers = ":" if index is None else index.recorded
         self._seed = seed
         self._known: dict[tuple[Any, ...], NeuronSelection] = {}
         self._predictors: dict[Contender, Predictor] = {}

@@ -64,7 +64,7 @@ class CoreInferLM(HFLM):
         mode: str = Mode.SIMILARITY.value,
         keep_ratio: float | None = None,
         score: str = Score.ENERGY.value,
-        sparse_layers: str = ":",
+        sparse_layers: str | None = None,
         alpha: float | None = None,
         seed: int = 0,
         encoder: str | None = None,
@@ -81,7 +81,7 @@ class CoreInferLM(HFLM):
             mode: similarity, stability, global, random or dense.
             keep_ratio: share of d_ff that is kept; None takes the index's default, as `make_predictor` does.
             score: energy or paper.
-            sparse_layers: slice of the layers that become sparse.
+            sparse_layers: slice of the layers that become sparse; None: as `make_predictor` does.
             alpha: for stability.
             seed: for random.
             encoder: sentence encoder, hub id or folder; None: the index's.
@@ -114,7 +114,7 @@ class CoreInferLM(HFLM):
             loaded,
             keep_ratio=keep_ratio,
             score=score,
-            sparse_layers=str(sparse_layers),  # lm-eval turns the argument "3" into a number
+            sparse_layers=None if sparse_layers is None else str(sparse_layers),  # lm-eval makes a number of "3"
             alpha=alpha,
             seed=seed,
         )

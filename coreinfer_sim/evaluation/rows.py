@@ -50,7 +50,12 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
     try:
         with path.open(encoding="utf-8") as file:
             for n_lines, line in enumerate(file, 1):
-                row = _row(path, n_lines, json.loads(line))
+                try:
+                    row = _row(path, n_lines, json.loads(line))
+                except ValueError as error:
+                    raise CorpusError(
+                        f"{path}, line {n_lines}, is no JSON ({error}); expected one object a line; mend or remove it."
+                    ) from error
                 if not row.prompt.strip() or not row.completion.strip():
                     n_empty += 1
                 elif hash_percent(row.id) in part:
@@ -59,8 +64,6 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
                     break
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 ({error.reason}), expected UTF-8 text; convert it first.") from error
-    except ValueError as error:
-        raise CorpusError(f"{path} is no JSONL ({error}); expected one object a line.") from error
     if not rows:
         if not n_lines:
             raise CorpusError(f"{path} is empty, expected one object a line; give a file with rows.")
