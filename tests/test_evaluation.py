@@ -640,7 +640,8 @@ def test_the_profile_is_the_fewest_bytes_that_keep_the_promise():
 def test_of_as_many_bytes_the_profile_takes_the_sets_that_cost_less():
     tried = [Contender("similarity", 0.6, compensated=compensated) for compensated in (True, False)]
     for highs in ((1.04, 1.02), (1.02, 1.04)):
-        summary = summary_of(**{str(each): (high, 60) for each, high in zip(tried, highs, strict=True)})
+        rounded_off = zip(tried, highs, (60_001, 60_000), strict=True)
+        summary = summary_of(**{str(each): (high, n_bytes) for each, high, n_bytes in rounded_off})
         found = choose_profile(tried, summary, 0.05, 100)
         assert (found.compensated, found.high) == (highs[0] < highs[1], 1.02)
 

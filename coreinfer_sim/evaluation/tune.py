@@ -18,6 +18,8 @@ KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _FIRST_SHARE = 4
 _FAR = 2.0
 """A candidate is dropped early if its whole interval is beyond so many times the promise: on few rows it is too narrow."""
+_SAME_BYTES = 1.005
+"""Up to so many times the fewest bytes count as the same: sets of one keep ratio differ by rounded numbers of neurons."""
 FEWEST_ROWS = 10
 """From fewer a bootstrap draws intervals that are too narrow."""
 FEWEST_OF_SET = 2
@@ -89,6 +91,8 @@ def choose_profile(
 ) -> ProfileInfo:
     """Return the contender with the fewest MLP bytes whose whole 95 % interval keeps the promise, or dense decode.
 
+    Of those with about as few, it is the one of the lowest ratio.
+
     Args:
         contenders: the candidates.
         summary: of `summarise`, for them, on rows that `check_rows` has passed.
@@ -104,7 +108,8 @@ def choose_profile(
     if not kept:
         n_rows = max(row["n_rows"] for row in summary)
         return ProfileInfo(1.0, False, max_increase, 1.0, 1.0, 1.0, dense_bytes, n_rows)
-    n_bytes, ratio, chosen = min(kept, key=lambda found: found[:2])
+    fewest = min(n_bytes for n_bytes, _, _ in kept)
+    n_bytes, ratio, chosen = min((f for f in kept if f[0] <= _SAME_BYTES * fewest), key=lambda found: found[1])
     row = by_name[str(chosen)]
     low, high = row["ratio_interval"]
     return ProfileInfo(chosen.keep_ratio, chosen.compensated, max_increase, ratio, low, high, n_bytes, row["n_rows"])
