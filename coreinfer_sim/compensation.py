@@ -208,9 +208,8 @@ def compensate(
         mean_bypass = bypass_out @ (bypass_in @ moments.mean_features[d_ff:])
     delta = torch.cholesky_solve(open_cross, factor).T  # [d_model, n_kept]
     right = None
-    if (
-        rank is not None and size_of_change(delta.shape[1], delta.shape[0], rank) < delta.numel()
-    ):  # else factors would take more
+    d_model, n_kept = delta.shape
+    if rank is not None and size_of_change(n_kept, d_model, rank) < delta.numel():  # else factors would take more
         right, left = _cut(gram, delta.T, rank, ridge)
         delta = left @ right
     else:
