@@ -308,7 +308,7 @@ def _facts(run: Generation) -> str:
         if selection.confident is False:
             parts.append("unfamiliar prompt")
     parts += [
-        f"keeps {run.keep_ratio:.2f}" + (f", {run.n_refreshes} times anew" if run.n_refreshes else ""),
+        f"keeps {run.keep_ratio:.2f}" + (f", {counted(run.n_refreshes, 'time')} anew" if run.n_refreshes else ""),
         counted(len(run.token_ids), "token") + ("" if speed is None else f" at {speed:.1f} tokens/s"),
         f"reads {size_text(run.mlp_bytes_per_token)} of {size_text(run.dense_mlp_bytes_per_token)} MLP weights a token",
     ]
