@@ -53,10 +53,9 @@ def unsupported(model: Any) -> str | None:
         return f"its rotary positions are of type {rope}"
     if _activation_kind(model) is None:
         return f"its activation is {config.hidden_act}"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]) and getattr(
-        config, "sliding_window", None
-    ):
-        return f"it attends to the {config.sliding_window} latest positions alone"
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window and (kinds is None or "sliding_attention" in kinds):
+        return f"it attends to the {window} latest positions alone"
     attentions = [block.self_attn for block in model.get_decoder().layers]
     products = [getattr(attention, f"{name}_proj") for attention in attentions for name in "qkvo"]
     for product in (*products, model.get_output_embeddings()):
