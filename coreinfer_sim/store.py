@@ -6,12 +6,14 @@ the rows of the input projections, gate before up, and the column of the output 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -217,7 +219,10 @@ def open_or_make(
         StoreError: there is no room, the store is damaged, or it has another shape.
     """
     if not path.exists():
-        make_store(path, checkpoint, layers, shape, progress or Progress())
+        progress = progress or Progress()
+        with _alone(path, progress):
+            if not path.exists():  # another process may have made it meanwhile
+                make_store(path, checkpoint, layers, shape, progress)
     store = NeuronStore(path)
     if store.shape != shape:
         store.close()
@@ -234,8 +239,8 @@ def make_store(
 ) -> None:
     """Write a store in one step; in memory are one projection at a time and a block of neurons."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        for part in path.parent.glob(f".{path.name}.*.part"):  # what a killed process left
+            part.unlink(missing_ok=True)
         progress.say(f"Writing the model's MLPs neuron by neuron to {path}: {readable_size(shape.file_bytes)}, once.")
         free = shutil.disk_usage(path.parent).free
         if free < shape.file_bytes:
@@ -318,19 +323,23 @@ def _again(path: Path) -> str:
     return f"delete it, and it is made anew from the checkpoint: rm '{path}'"
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Delete what a killed process left half written."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        number = part.name.split(".")[-2]
-        if number.isdigit() and not _runs(int(number)):
-            part.unlink(missing_ok=True)
-
-
-def _runs(pid: int) -> bool:
+@contextmanager
+def _alone(path: Path, progress: Progress) -> Iterator[None]:
+    """Let one process at a time make stores in a folder, in whatever container: process numbers would not tell those apart."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(
+            f"{path.parent} cannot be used ({error}), expected a folder for the model's MLPs; name another in "
+            "COREINFER_SIM_CACHE."
+        ) from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.say(f"Another process is writing to {path.parent}; waiting for it.")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

@@ -181,6 +181,43 @@ def test_an_interrupted_creation_leaves_nothing_that_loads(tmp_path, monkeypatch
     assert torch.equal(NeuronStore(path).layers[0].read_range(0, 50), expected[0])
 
 
+def test_two_processes_make_a_store_once(tmp_path):
+    import fcntl
+    import threading
+
+    from coreinfer_sim.progress import Progress
+    from coreinfer_sim.store import open_or_make
+
+    other_made = tmp_path / "x.neurons"
+    checkpoint, sources, shape, expected = random_store(other_made)
+    make_store(other_made, checkpoint, sources, shape, Progress())
+    path = tmp_path / "cache" / "x.neurons"
+    path.parent.mkdir()
+    half_written = path.with_name(f".{path.name}.7.part")  # in two containers two processes may have this number
+    half_written.touch()
+    waits = threading.Event()
+
+    class Heard(Progress):
+        def say(self, text):
+            if "Another process is writing to" in text:
+                waits.set()
+
+    found = []
+    other = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: found.append(open_or_make(path, checkpoint, sources, shape, Heard())))
+        thread.start()
+        assert waits.wait(60)
+        assert half_written.exists() and not found
+        other_made.rename(path)
+    finally:
+        os.close(other)
+    thread.join(60)
+    assert half_written.exists()  # nothing was written again
+    assert torch.equal(found[0].layers[0].read_range(0, 50), expected[0])
+
+
 def test_a_full_disk_is_said_before_writing(tmp_path, monkeypatch):
     import shutil
 
