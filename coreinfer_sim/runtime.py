@@ -67,6 +67,7 @@ class SparseModel:
         engine: Engine | str = Engine.AUTO,
         weights: Weights | str = Weights.STORED,
         cache_bytes: int = DEFAULT_BYTES,
+        compacts: CompactCache | None = None,
     ) -> None:
         """Wrap ``model``.
 
@@ -84,6 +85,8 @@ class SparseModel:
             weights: ``int8`` rounds what decode reads to 8 bits, one scale a row; it needs the lean engine.
             cache_bytes: compact weights of recent selections that are kept for later prompts. A model whose MLPs stay on
                 disk keeps one.
+            compacts: holds them, in place of a cache of ``cache_bytes``; for several wrappers of one model with the same
+                ``weights``.
 
         Raises:
             ConfigError: ``refresh`` or ``prefill`` cannot be read, or does not go with the predictor; the lean engine was
@@ -117,7 +120,7 @@ class SparseModel:
         self.must_be_lean = self._engine is Engine.LEAN or self._weights is Weights.INT8
         """Whether a call that the lean engine cannot serve is an error."""
         self._ends = torch.zeros(0, dtype=torch.int64)
-        self._compacts = CompactCache(cache_bytes)
+        self._compacts = compacts or CompactCache(cache_bytes)
         self._fixed = FixedShapes(model)
         self._lean = self._make_lean()
         on_cpu = model.device.type == "cpu"

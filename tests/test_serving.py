@@ -27,7 +27,7 @@ from coreinfer_sim.llamacpp import LlamaCppGenerator
 from coreinfer_sim.models import load_model
 from coreinfer_sim.predictors import make_predictor
 from coreinfer_sim.serving.app import _overlap, _without_stops, make_app
-from coreinfer_sim.serving.backends import Answered, LlamaCppBackend, TransformersBackend, routing_text
+from coreinfer_sim.serving.backends import Answered, Asked, LlamaCppBackend, TransformersBackend, routing_text
 
 NAME = "tiny"
 AS_JSON = {"Content-Type": "application/json"}
@@ -85,6 +85,21 @@ def chat(client, text=PROMPTS[0], **options):
     return client.chat.completions.create(
         model=NAME, messages=messages, **{"max_tokens": 8, "temperature": 0, **options}
     )
+
+
+def test_all_modes_share_one_cache_of_compact_weights(language_model, index):  # noqa: F811
+    backend = TransformersBackend(
+        language_model, index, keep_ratio=RATIO, fallback="none", runtime={"cache_bytes": 1, "engine": "transformers"}
+    )
+    one = n_held = 0
+    for mode in ("similarity", "global", "random"):
+        backend.answer(Asked(PROMPTS[0], 4, mode, temperature=0), lambda _text: None)
+        caches = {id(each.sparse._compacts): each.sparse._compacts for each in backend._generators.values()}
+        n_held = sum(cache.n_bytes for cache in caches.values())
+        one = one or n_held
+    assert 0 < n_held <= 1.1 * one  # a mode's own one would have kept its set beside the others'
+    backend.close()
+    assert not sum(cache.n_bytes for cache in caches.values())
 
 
 def test_chat_gives_what_generate_gives(client, language_model, index):  # noqa: F811

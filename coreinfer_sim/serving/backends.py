@@ -15,6 +15,7 @@ from coreinfer_sim.index import SemanticIndex
 from coreinfer_sim.llamacpp import LlamaCppGenerator
 from coreinfer_sim.models import LanguageModel
 from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.swapping import DEFAULT_BYTES, CompactCache
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ class TransformersBackend:
         """Serve a model; ``runtime`` goes to `SparseModel`, ``predictor`` are the further arguments of `make_predictor`."""
         self.index = index
         self._model = language_model
-        self._runtime, self._settings = runtime or {}, predictor
+        self._runtime, self._settings = dict(runtime or {}), predictor
+        self._runtime["compacts"] = CompactCache(
+            self._runtime.pop("cache_bytes", DEFAULT_BYTES)
+        )  # of all modes together
         self.modes = tuple(dict.fromkeys([mode, *(each.value for each in Mode)]))
         self._generators: dict[str, TextGenerator] = {}
         self._generator(mode)  # what is wrong with the settings is known before anything is served
