@@ -314,7 +314,11 @@ class LeanDecoder:
             or len(keys) != len(first)
             or n_past + 1 > first.shape[2]
         ):
-            self._buffers = [(_roomy(layer.keys, n_past), _roomy(layer.values, n_past)) for layer in cache.layers]
+            self._buffers = []
+            for layer in cache.layers:  # each lets go of what it held before the next one is copied
+                buffers = _roomy(layer.keys, n_past), _roomy(layer.values, n_past)
+                self._buffers.append(buffers)
+                layer.keys, layer.values = (buffer[:, :, :n_past] for buffer in buffers)
         return n_past
 
     def release(self) -> None:

@@ -220,6 +220,30 @@ def test_the_cache_grows_past_its_room(models, monkeypatch):
     assert_same_output(*both(model, random_predictor(model), token_ids(2, 5), max_new_tokens=30), 1e-4)
 
 
+def test_a_growing_cache_is_held_twice_in_one_layer_only(models, monkeypatch):
+    model = models["llama"]
+    monkeypatch.setattr(lean, "_SPARE", 2)
+    copy, calls = lean._roomy, []
+
+    def noting(states, n_past):
+        held = [layer.keys.untyped_storage().nbytes() for layer in cache.layers]
+        calls.append((n_past, held))
+        return copy(states, n_past)
+
+    monkeypatch.setattr(lean, "_roomy", noting)
+    cache = DynamicCache()
+    sparse = SparseModel(model, random_predictor(model, 0.5), engine="lean")
+    generate(sparse, token_ids(1, 3), 12, past_key_values=cache)
+    n_layers = len(cache.layers)
+    grown = [calls[i : i + 2 * n_layers] for i in range(0, len(calls), 2 * n_layers)]
+    assert len(grown) > 2
+    for growth in grown:  # keys and values of layer 0, of layer 1, …
+        for place, (_, held) in enumerate(growth):
+            done = place // 2
+            assert len(set(held[:done])) <= 1 and len(set(held[done:])) <= 1  # those before have grown, the others not
+            assert not done or held[0] > held[-1]
+
+
 def test_finished_rows_cost_nothing(models, monkeypatch):
     model = models["llama"]
     ids = token_ids(3, 6)
