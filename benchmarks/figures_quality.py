@@ -341,7 +341,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
             )
             kept = prompt[-256:]
             texts.append(CalibrationText([*kept, *completion[:256]], len(kept)))
-    cases = [case for path in paths for case in _cases(language_model, path, rows)]
+    cases = [case for path in paths for case in cases_of(language_model, path, rows)]
     costs = layer_costs(language_model, texts[::4], texts[1::16], Fit())
     path = RESULTS / f"ablation-{name.lower()}-{keep_ratio:g}.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -373,7 +373,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _cases(language_model: Any, path: Path, n: int) -> list[Any]:
+def cases_of(language_model: Any, path: Path, n: int) -> list[Any]:
     """Return the first ``n`` rows of a set that have tokens to decode, from those that choices may see."""
     from coreinfer_sim.errors import CorpusError
     from coreinfer_sim.evaluation.rows import read_rows

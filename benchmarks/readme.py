@@ -26,6 +26,10 @@ def table(path: Path, bars_only: bool = False) -> str:
         return _points(content)
     if "contenders" in content:
         return _contenders(content)
+    if "groupings" in content:
+        return _groupings(content)
+    if "ratios" in content:
+        return _ratios(content)
     lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
     elsewhere: list[str] = []
     for figure in content["figures"]:
@@ -56,6 +60,28 @@ def _contenders(content: dict[str, Any]) -> str:
         means = [math.exp(sum(math.log(ratios[each]) for each in group) / len(group)) for group in (seen, unseen)]
         values = [*means, *(ratios[each] for each in [*seen, *unseen])]
         lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _groupings(content: dict[str, Any]) -> str:
+    """Return what `figures_clusters.py` wrote: a row a way of grouping, beside one set for all."""
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
+    lines += ["| groups | how many | of one data set | the 15 indexed | log gap over one set's | the 4 unseen |"]
+    lines += ["|---|--:|--:|--:|--:|--:|"]
+    one = content["groupings"]["one set"]
+    for way, found in content["groupings"].items():
+        lines.append(
+            f"| {way} | {found['groups']} | {found['of_leading_set']:.0%} | {math.exp(found['log_gap']):.2f} | "
+            f"{found['log_gap'] / one['log_gap']:.2f} | {math.exp(found['log_gap_unseen']):.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ratios(content: dict[str, Any]) -> str:
+    """Return what `ablate` wrote: a row a variant."""
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
+    lines += ["| one set for all texts | perplexity ratio |", "|---|--:|"]
+    lines += [f"| {variant} | {ratio:.2f} |" for variant, ratio in content["ratios"].items()]
     return "\n".join(lines) + "\n"
 
 
