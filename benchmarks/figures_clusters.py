@@ -14,7 +14,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,25 @@ class Corpus:
             found.append(self.texts[place])
         return found
 
-    def fitted(self, places: Sequence[int], prior_tokens: float) -> Any:
+    @cached_property
+    def plain_moments(self) -> Any:
+        """Moments of the whole corpus by layer whose targets take no earlier layer's error back."""
+        from coreinfer_sim.build.calibration import Fit, fit_layers
+
+        found: dict[int, Any] = {}
+        of_all = self._first(range(len(self.texts)), 3 * self.tokens)
+        fit_layers(self.language_model, of_all, self.n_kept, Fit(carry=0.0), keep=found.__setitem__)
+        return found
+
+    def fitted(self, places: Sequence[int], prior_tokens: float, plain: bool) -> Any:
         """Return the set of the texts at some places."""
         from coreinfer_sim.build.calibration import Fit, fit_layers
 
-        key = (tuple(places), prior_tokens)
+        key = (tuple(places), prior_tokens, plain)
         if key not in self._fitted:
             texts, fit = self._first(places, self.tokens), Fit(prior_tokens=prior_tokens)
-            self._fitted[key] = fit_layers(self.language_model, texts, self.n_kept, fit, prior=self.moments.__getitem__)
+            prior = self.plain_moments if plain else self.moments
+            self._fitted[key] = fit_layers(self.language_model, texts, self.n_kept, fit, prior=prior.__getitem__)
         return self._fitted[key]
 
     def gaps(self, selection: Any, cases: Sequence[int]) -> dict[int, tuple[float, int]]:
@@ -147,6 +158,8 @@ class Grouping:
     """[n_cases]."""
     prior_tokens: float = _PRIOR_TOKENS
     """That shrinkage counts the whole corpus as."""
+    plain_prior: bool = False
+    """Whether it is shrunk towards moments whose targets take no error back."""
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -176,6 +189,10 @@ def _by_prompt_centroid(corpus: Corpus, groups: np.ndarray) -> Grouping:
 def _encoded(corpus: Corpus, k: int, prior_tokens: float = _PRIOR_TOKENS) -> Grouping:
     texts, cases = (corpus.sentence_encoder.encode(prompts) for prompts in _prompts(corpus))
     return _k_means(texts, cases, k, prior_tokens)
+
+
+def _plainly(corpus: Corpus, prior_tokens: float) -> Grouping:
+    return replace(_encoded(corpus, 16, prior_tokens), plain_prior=True)
 
 
 def _last_words(corpus: Corpus) -> Grouping:
@@ -251,6 +268,9 @@ WAYS: dict[str, Callable[[Corpus], Grouping]] = {
     "16 clusters, shrunk a fifth as much (1,000 tokens)": lambda corpus: _encoded(corpus, 16, 1_000),
     "16 clusters, shrunk four times as much (20,000 tokens)": lambda corpus: _encoded(corpus, 16, 20_000),
     "16 clusters, shrunk a twenty-fifth as much (200 tokens)": lambda corpus: _encoded(corpus, 16, 200),
+    "16 clusters, 5,000 tokens without errors taken back": lambda corpus: _plainly(corpus, 5_000),
+    "16 clusters, 1,000 tokens without errors taken back": lambda corpus: _plainly(corpus, 1_000),
+    "16 clusters, not shrunk": lambda corpus: _encoded(corpus, 16, 0),
 }
 """Of grouping texts and sending prompts to groups."""
 
@@ -263,7 +283,11 @@ def _measured(corpus: Corpus, grouping: Grouping) -> dict[str, Any]:
         cases = np.flatnonzero(grouping.cases == group).tolist()
         if cases:
             places = np.flatnonzero(grouping.texts == group).tolist()
-            selection = corpus.set_of_all if n_groups == 1 else corpus.fitted(places, grouping.prior_tokens)
+            selection = (
+                corpus.set_of_all
+                if n_groups == 1
+                else corpus.fitted(places, grouping.prior_tokens, grouping.plain_prior)
+            )
             gaps |= corpus.gaps(selection, cases)
     sums: dict[str, tuple[float, int]] = {}
     for i, case in enumerate(corpus.cases):

@@ -58,8 +58,8 @@ class Fit:
     """Share of the earlier layers' error that a layer tries to take back."""
     ridge: float | None = None
     """λ of the regression; None: each layer takes that of `best_ridge`, on texts held out of it."""
-    prior_tokens: float = 1000.0
-    """Tokens that the prior counts as. Its moments are of another set's sparse stream, whose errors their targets take back."""
+    prior_tokens: float = 200.0
+    """Tokens that the prior counts as: few, as its moments are of another set's sparse stream."""
     ranking_tokens: int | None = None
     """Tokens of the first texts that rank the neurons; None: every text does. The others are read for the neurons that
     stay."""
