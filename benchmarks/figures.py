@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ _PLACES = ("model", "index", "data", "out", "name")
 """Options that name something of whoever repeats the command."""
 
 
-def running_command() -> str:
-    """Return the command that is running as another machine would repeat it, with all that it was given."""
+def running_command(**instead: tuple[str, ...]) -> str:
+    """Return the command that is running as another machine would repeat it, with all that it was given.
+
+    Args:
+        **instead: by parameter, values that stand in place of those given.
+    """
     running = click.get_current_context()
     words, arguments = ["python", f"benchmarks/{Path(sys.argv[0]).name}", str(running.info_name)], []
     for parameter in running.command.params:
         name = str(parameter.name)
-        if running.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        if name not in instead and running.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
-        value = running.params[name]
+        value = instead.get(name, running.params[name])
         values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
         if isinstance(parameter, click.Argument):
             arguments += values
@@ -33,7 +38,7 @@ def running_command() -> str:
             words += [word for _ in values for word in (parameter.opts[0], option.upper())]
         else:
             words += [word for each in values for word in (parameter.opts[0], each)]
-    return " ".join([*words, *arguments])
+    return shlex.join([*words, *arguments])
 
 
 def record(file: str, name: str, value: Any, unit: str, bar: str, holds: bool, **details: Any) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def compare(
     scored = {way: json.loads(path.read_text(encoding="utf-8")) for way, path in paths.items() if path.exists()}
     content = {
         **header(),
-        "command": running_command(),
+        "command": running_command(only=() if len(scored) == len(WAYS) else tuple(scored)),
         "keep_ratio": keep_ratio,
         "tokens": tokens,
         "rows_per_set": scored_rows,
