@@ -28,8 +28,18 @@ from figures_quality import UNSEEN, cases_of, data_option, model_option, name_op
 
 _LONGEST = 128
 """Tokens of a prompt's end and of a completion's beginning that are read."""
-_PRIOR_TOKENS = 5_000.0
-"""That shrinkage counts the whole corpus as, unless the way says otherwise."""
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What holds a group's set near the whole corpus's."""
+
+    prior_tokens: float = 5_000.0
+    """That the whole corpus's moments count as."""
+    plain: bool = False
+    """Whether these are moments whose targets take no error back."""
+    tokens_of_others: int = 0
+    """Of texts outside the group that its set is fitted to beside its own, so that their moments are of its own stream."""
 
 
 class Corpus:
@@ -83,15 +93,25 @@ class Corpus:
         fit_layers(self.language_model, of_all, self.n_kept, Fit(carry=0.0), keep=found.__setitem__)
         return found
 
-    def fitted(self, places: Sequence[int], prior_tokens: float, plain: bool) -> Any:
+    def fitted(self, places: Sequence[int], shrinkage: Shrinkage) -> Any:
         """Return the set of the texts at some places."""
         from coreinfer_sim.build.calibration import Fit, fit_layers
 
-        key = (tuple(places), prior_tokens, plain)
+        key = (tuple(places), shrinkage)
         if key not in self._fitted:
-            texts, fit = self._first(places, self.tokens), Fit(prior_tokens=prior_tokens)
-            prior = self.plain_moments if plain else self.moments
-            self._fitted[key] = fit_layers(self.language_model, texts, self.n_kept, fit, prior=prior.__getitem__)
+            texts = self._first(places, self.tokens)
+            own = set(places)
+            texts += self._first([i for i in range(len(self.texts)) if i not in own], shrinkage.tokens_of_others)
+            if shrinkage.tokens_of_others:  # every eighth is held out, of either kind
+                texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+            prior = self.plain_moments if shrinkage.plain else self.moments
+            self._fitted[key] = fit_layers(
+                self.language_model,
+                texts,
+                self.n_kept,
+                Fit(prior_tokens=shrinkage.prior_tokens),
+                prior=prior.__getitem__,
+            )
         return self._fitted[key]
 
     def gaps(self, selection: Any, cases: Sequence[int]) -> dict[int, tuple[float, int]]:
@@ -156,10 +176,7 @@ class Grouping:
     """[n_texts]."""
     cases: np.ndarray
     """[n_cases]."""
-    prior_tokens: float = _PRIOR_TOKENS
-    """That shrinkage counts the whole corpus as."""
-    plain_prior: bool = False
-    """Whether it is shrunk towards moments whose targets take no error back."""
+    shrinkage: Shrinkage = Shrinkage()
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -171,12 +188,12 @@ def _prompts(corpus: Corpus) -> tuple[list[str], list[str]]:
     return [row.prompt for row in corpus.rows], [case.row.prompt for case in corpus.cases]
 
 
-def _k_means(texts: np.ndarray, cases: np.ndarray, k: int, prior_tokens: float = _PRIOR_TOKENS) -> Grouping:
+def _k_means(texts: np.ndarray, cases: np.ndarray, k: int) -> Grouping:
     """Group by vectors of the prompts and send each row to the nearest centroid, as an index does."""
     from coreinfer_sim.clustering import cluster_embeddings
 
     found = cluster_embeddings(texts, k, 0)
-    return Grouping(found.assignment, (cases @ found.centroids.T).argmax(1), prior_tokens)
+    return Grouping(found.assignment, (cases @ found.centroids.T).argmax(1))
 
 
 def _by_prompt_centroid(corpus: Corpus, groups: np.ndarray) -> Grouping:
@@ -186,13 +203,13 @@ def _by_prompt_centroid(corpus: Corpus, groups: np.ndarray) -> Grouping:
     return Grouping(groups, (cases @ means.T).argmax(1))
 
 
-def _encoded(corpus: Corpus, k: int, prior_tokens: float = _PRIOR_TOKENS) -> Grouping:
+def _encoded(corpus: Corpus, k: int) -> Grouping:
     texts, cases = (corpus.sentence_encoder.encode(prompts) for prompts in _prompts(corpus))
-    return _k_means(texts, cases, k, prior_tokens)
+    return _k_means(texts, cases, k)
 
 
-def _plainly(corpus: Corpus, prior_tokens: float) -> Grouping:
-    return replace(_encoded(corpus, 16, prior_tokens), plain_prior=True)
+def _shrunk(*values: Any, **by_name: Any) -> Callable[[Corpus], Grouping]:
+    return lambda corpus: replace(_encoded(corpus, 16), shrinkage=Shrinkage(*values, **by_name))
 
 
 def _last_words(corpus: Corpus) -> Grouping:
@@ -265,12 +282,14 @@ WAYS: dict[str, Callable[[Corpus], Grouping]] = {
     "16 clusters, the prompt's last 12 words": _last_words,
     "16 clusters, the model's own hidden states": _by_own_hidden_states,
     "16 clusters, letters and terms": _by_terms,
-    "16 clusters, shrunk a fifth as much (1,000 tokens)": lambda corpus: _encoded(corpus, 16, 1_000),
-    "16 clusters, shrunk four times as much (20,000 tokens)": lambda corpus: _encoded(corpus, 16, 20_000),
-    "16 clusters, shrunk a twenty-fifth as much (200 tokens)": lambda corpus: _encoded(corpus, 16, 200),
-    "16 clusters, 5,000 tokens without errors taken back": lambda corpus: _plainly(corpus, 5_000),
-    "16 clusters, 1,000 tokens without errors taken back": lambda corpus: _plainly(corpus, 1_000),
-    "16 clusters, not shrunk": lambda corpus: _encoded(corpus, 16, 0),
+    "16 clusters, shrunk a fifth as much (1,000 tokens)": _shrunk(1_000),
+    "16 clusters, shrunk four times as much (20,000 tokens)": _shrunk(20_000),
+    "16 clusters, shrunk a twenty-fifth as much (200 tokens)": _shrunk(200),
+    "16 clusters, 5,000 tokens without errors taken back": _shrunk(5_000, plain=True),
+    "16 clusters, 1,000 tokens without errors taken back": _shrunk(1_000, plain=True),
+    "16 clusters, not shrunk": _shrunk(0),
+    "16 clusters, 500 tokens of other texts": _shrunk(0, tokens_of_others=500),
+    "16 clusters, 2,000 tokens of other texts": _shrunk(0, tokens_of_others=2_000),
 }
 """Of grouping texts and sending prompts to groups."""
 
@@ -283,11 +302,7 @@ def _measured(corpus: Corpus, grouping: Grouping) -> dict[str, Any]:
         cases = np.flatnonzero(grouping.cases == group).tolist()
         if cases:
             places = np.flatnonzero(grouping.texts == group).tolist()
-            selection = (
-                corpus.set_of_all
-                if n_groups == 1
-                else corpus.fitted(places, grouping.prior_tokens, grouping.plain_prior)
-            )
+            selection = corpus.set_of_all if n_groups == 1 else corpus.fitted(places, grouping.shrinkage)
             gaps |= corpus.gaps(selection, cases)
     sums: dict[str, tuple[float, int]] = {}
     for i, case in enumerate(corpus.cases):

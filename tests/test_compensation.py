@@ -817,6 +817,47 @@ def test_training_reads_the_fits_own_texts_last_or_not_at_all(tiny_checkpoint, t
         assert sum(again) == (len(of_fit) if distil_tokens == 10**6 else 0)
 
 
+def test_clusters_begin_to_learn_jointly_with_what_the_corpus_set_has_learnt(tiny_checkpoint, tmp_path, monkeypatch):
+    language_model = load_model(tiny_checkpoint)
+    texts = ["{0}, {0}! 12345 + 67890 = {0}?" if i % 2 else "Tell me of it. It is this and more." for i in range(24)]
+    sentences = [Sentence(str(i), text.format(i)[:12], text.format(i), 9) for i, text in enumerate(texts)]
+    clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(24) % 2, np.ones(24))
+    settings = replace(COMPENSATION, keep_ratios=(0.5,), rank=None, distil_from=Start.JOINT)
+    config = BuildConfig(clusters=2, compensation=settings)
+    corpus = CalibrationCorpus(language_model, sentences, clustering, config, 64, tmp_path)
+    begun = []
+
+    def watched(language_model, families, *args):
+        begun.extend(families)
+        return distil_jointly(language_model, families, *args)
+
+    monkeypatch.setattr(compensating, "distil_jointly", watched)
+    fit = make_fitter(corpus, {"0.5": [language_model.layers[0].d_ff // 2] * N_LAYERS}, None)
+    train = make_distiller(corpus, None, 0.5)
+    for number in range(3):
+        fit(number)
+    train(0)
+    before, after = (corpus.load(folder / compensation_file(0.5, None)) for folder in (tmp_path / "fitted", tmp_path))
+    fitted = [corpus.load(tmp_path / "fitted" / compensation_file(0.5, c)) for c in range(2)]
+    train(1)
+    assert len(begun) == 1
+    n_apart = 0
+    for own, start in zip(fitted, begun[0], strict=True):
+        for number, ids in own.ids.items():
+            of_all = before.ids[number].tolist()
+            common = [(i, of_all.index(n)) for i, n in enumerate(ids.tolist()) if n in of_all]
+            n_apart += len(ids) - len(common)
+            assert torch.equal(start.ids[number], ids)
+            mine, theirs = zip(*common, strict=True)
+            was, found, old, new = (each.compensation[number] for each in (own, start, before, after))
+            wanted = was.left.float()
+            wanted[:, list(mine)] += (new.left.float() - old.left.float())[:, list(theirs)]
+            assert not torch.equal(wanted, was.left.float()) and torch.equal(found.left, wanted.bfloat16())
+            assert torch.equal(found.bias, was.bias.float() + new.bias.float() - old.bias.float())
+            assert torch.equal(found.bypass_in, was.bypass_in)
+    assert n_apart > 0
+
+
 def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
     language_model = load_model(tiny_checkpoint)
     layers = language_model.layers

@@ -14,13 +14,14 @@ from coreinfer_sim.build.calibration import Fit, fit_layers
 from coreinfer_sim.build.calibration_corpus import CalibrationCorpus
 from coreinfer_sim.build.distillation import distil, distil_jointly, training_on
 from coreinfer_sim.build.sensitivity import layer_costs, neurons_of
-from coreinfer_sim.build.students import LEARNING_RATE, SPECIALISING_RATE, training_bytes
+from coreinfer_sim.build.students import LEARNING_RATE, SPECIALISING_RATE, taught, training_bytes
 from coreinfer_sim.compensated import save_compensated
 from coreinfer_sim.compensation import Moments
 from coreinfer_sim.config import Budget, CompensationConfig, Start
 from coreinfer_sim.files import write_atomic
 from coreinfer_sim.manifest import compensation_file
 from coreinfer_sim.memory import free_memory, give_back_memory
+from coreinfer_sim.selection import NeuronSelection
 
 _GLOBAL_SHARE = 3
 _MEASURED_TOKENS = 10_000
@@ -50,11 +51,21 @@ class Training:
     from_corpus: bool = False
     """Whether a cluster's set begins as the whole corpus's trained one, which it specialises."""
 
-    def start(self, folder: Path, ratio: float, cluster: int | None) -> Path:
-        """Return where a set is before, in the folder of the build."""
+    @property
+    def together(self) -> bool:
+        """Whether several clusters share what they learn."""
+        return len(self.clusters) > 1
+
+    def starts(self, corpus: CalibrationCorpus, ratio: float) -> list[NeuronSelection]:
+        """Return the sets as they are before, from the folder of the build."""
+        trained, fitted = corpus.folder / compensation_file(ratio, None), corpus.folder / "fitted"
         if self.from_corpus:
-            return folder / compensation_file(ratio, None)
-        return folder / "fitted" / compensation_file(ratio, cluster)
+            return [corpus.load(trained)]
+        own = [corpus.load(fitted / compensation_file(ratio, each)) for each in self.clusters]
+        if not self.together:
+            return own
+        before, after = corpus.load(fitted / compensation_file(ratio, None)), corpus.load(trained)
+        return [taught(each, before, after) for each in own]
 
 
 def trainings(config: CompensationConfig, n_clusters: int) -> list[Training]:
@@ -115,8 +126,7 @@ def make_distiller(
     def run(number: int) -> int:
         training = all_trainings[number]
         clusters = training.clusters
-        together = len(clusters) > 1
-        cluster = None if together else clusters[0]
+        cluster = None if training.together else clusters[0]
         n_tokens = set_tokens(settings.distil_tokens, cluster)
         # from the end, so that the fit's own texts, which no longer show what is wrong with it, come last or not at all
         places, texts = corpus.texts(cluster, n_tokens, from_end=True)
@@ -139,8 +149,8 @@ def make_distiller(
 
         for part in parts:
             checkpoint = checkpoints / f"{number}-{'-'.join(f'{ratio:g}' for ratio in part)}.safetensors"
-            starts = [[corpus.load(training.start(folder, ratio, each)) for each in clusters] for ratio in part]
-            if together:
+            starts = [training.starts(corpus, ratio) for ratio in part]
+            if training.together:
                 readers = corpus.clustering.assignment[places].tolist()
                 found = distil_jointly(language_model, starts, texts, readers, how, advance, checkpoint)
             else:

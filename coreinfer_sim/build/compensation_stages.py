@@ -25,6 +25,7 @@ from coreinfer_sim.build.folder import KEPT_NEURONS, link, read_kept_neurons, re
 from coreinfer_sim.build.jobs import Job, distiller, distiller_of, fitter, fitter_of, recorded_layers
 from coreinfer_sim.build.shards import PartialSums
 from coreinfer_sim.compensated import save_compensated
+from coreinfer_sim.config import Start
 from coreinfer_sim.files import write_json
 from coreinfer_sim.manifest import COMPENSATION_FOLDER, CompensationInfo, compensation_file
 from coreinfer_sim.progress import Progress
@@ -77,8 +78,8 @@ class CompensationStages:
         self._fit(lambda cluster: cluster is None, "Compensating, whole corpus", 1)
 
     def distil_globally(self) -> None:
-        """Train the whole corpus's sets on, if no other set could be trained beside them."""
-        if not self.settings.own_fits or self.n_clusters == 1:
+        """Train the whole corpus's sets on, if others begin with what these learn; else all go on side by side."""
+        if self.settings.distil_from is not Start.CLUSTER or self.n_clusters == 1:
             self._distil(lambda training: training.clusters == (None,), "Distilling, whole corpus", 1)
 
     def compensate_clusters(self, workers: int | None) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -323,6 +324,26 @@ class Joint(Student):
             repair = self._repair(reader, number)
             found[number] = replace(repair, left=repair.left.bfloat16())
         return found
+
+
+def taught(fitted: NeuronSelection, before: NeuronSelection, after: NeuronSelection) -> NeuronSelection:
+    """Return a fitted set with what training has changed in another one: the bias, and the output weights of common neurons.
+
+    Args:
+        fitted: with compensation at full rank.
+        before: the other one as it was fitted, of the same layers.
+        after: the same, trained.
+    """
+    assert fitted.compensation is not None and before.compensation is not None and after.compensation is not None
+    repairs = {}
+    for number, ids in fitted.ids.items():
+        own, old, new = (each.compensation[number] for each in (fitted, before, after))  # type: ignore[index]
+        _, places, other_places = np.intersect1d(ids, before.ids[number], assume_unique=True, return_indices=True)
+        left = own.delta.clone()
+        left[:, places] += (new.delta - old.delta)[:, other_places]
+        bias = own.bias.float() + new.bias.float() - old.bias.float()
+        repairs[number] = replace(own, left=left.to(own.left.dtype), bias=bias)
+    return replace(fitted, compensation=repairs)
 
 
 def _rms(values: torch.Tensor) -> float:
