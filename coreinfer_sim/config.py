@@ -48,7 +48,7 @@ class Start(str, Enum):
     CLUSTER = "cluster"
     """The set that was fitted to the cluster, with neurons of its own."""
     JOINT = "joint"
-    """The sets that were fitted to the clusters, all of which share what they learn."""
+    """The sets that were fitted to the clusters, with what the whole corpus's has learnt; all share what they learn."""
 
 
 class Mode(str, Enum):
