@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from coreinfer_sim.benchmark.machine import header
 
 RESULTS = Path(__file__).parent / "results"
-_PLACES = ("model", "index", "data", "out", "name")
+_PLACES = ("model", "index", "data", "out", "name", "stored")
 """Options that name something of whoever repeats the command."""
 
 
