@@ -492,7 +492,9 @@ def test_other_settings_in_the_same_folder_are_refused(build, built, tmp_path, c
     with pytest.raises(KeyboardInterrupt):
         build(out, progress=StopAt(LANGUAGE_MODEL_STAGE))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(BuildError, match=rf"holds a build with another .*{named}.*, expected the same .*--force"):
+    with pytest.raises(
+        BuildError, match=rf"holds a build with other settings – .*{named}.* –, expected the same; .*--force"
+    ):
         build(out, **changed)
     assert sorted(tmp_path.rglob("*")) == before
     build(out)
@@ -503,11 +505,11 @@ def test_another_corpus_or_model_in_the_same_folder_is_refused(build, corpus, ti
     out = tmp_path / "index"
     with pytest.raises(KeyboardInterrupt):
         build(out, progress=StopAt(LANGUAGE_MODEL_STAGE))
-    with pytest.raises(BuildError, match="another limit"):
+    with pytest.raises(BuildError, match=r"– limit \(not given there, 50 here\) –"):
         build(out, source=CorpusConfig(corpus, limit=50))
-    with pytest.raises(BuildError, match="another model, weights"):
+    with pytest.raises(BuildError, match="– model, weights –"):
         build(out, model=save_tiny_checkpoint(tmp_path / "other", seed=1))
-    with pytest.raises(BuildError, match="another weights"):
+    with pytest.raises(BuildError, match="– weights –"):
         moved = shutil.copytree(tiny_checkpoint, tmp_path / "moved")
         save_tiny_checkpoint(tmp_path / "other", seed=1)
         language_model = load_model(str(moved))
@@ -548,7 +550,8 @@ def test_other_compensation_is_made_from_the_statistics_that_are_there(build, tm
         build(out, config(200), progress=StopAt("Compensating clusters", end=True))
     folder = tmp_path / "index.build"
     (before,) = {path.stat().st_mtime_ns for path in [folder / "shards" / "000000.safetensors"]}
-    with pytest.raises(BuildError, match="holds a build with another tokens, .* --force to start anew – where only"):
+    found = r"other settings – compensation tokens \(200 there, 300 here\) –, .* --force to start anew – where only"
+    with pytest.raises(BuildError, match=found):
         build(out, config(300))
     with pytest.raises(KeyboardInterrupt):
         build(out, config(300), force=True, progress=StopAt("Compensating clusters"))

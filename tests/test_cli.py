@@ -633,7 +633,7 @@ def test_an_output_folder_that_exists(build, index, tmp_path):
     refused(build(out=index), "exists already", "expected a new folder", "--force")
     assert {path.name: path.read_bytes() for path in index.iterdir()} == before
     (tmp_path / "file").write_text("dear")
-    refused(build(out=tmp_path / "file", source="/nowhere"), "exists already")
+    refused(build(out=tmp_path / "file", source="/nowhere"), "exists already and is no index")
     refused(build("--force", out=tmp_path / "file"), "is no index")
     assert (tmp_path / "file").read_text() == "dear"
 
@@ -646,7 +646,12 @@ def test_other_settings_than_those_of_a_broken_off_build(build, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("coreinfer_sim.build.builder._Build.run", interrupt)
         assert build("--clusters", 2).exit_code != 0
-    refused(build("--clusters", 3, "--alpha", 0.7), "another clusters, alpha", "expected the same settings", "--force")
+    refused(
+        build("--clusters", 3, "--alpha", 0.7),
+        r"clusters \(2 there, 3 here\), alpha \(0.4 there, 0.7 here\)",
+        "expected the same",
+        "--force",
+    )
     assert build("--clusters", 3, "--force").exit_code == 0
 
 

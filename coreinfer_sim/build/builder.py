@@ -216,7 +216,7 @@ class _Build:
         different = [] if found is None else differing(found, plan)
         if different and not force:
             raise BuildError(
-                f"{self.folder} holds a build with another {', '.join(different)}, expected the same settings; repeat them "
+                f"{self.folder} holds a build with other settings – {', '.join(different)} –, expected the same; repeat them "
                 "to go on, or give --force to start anew – where only compensation differs, behind the statistics."
             )
         if found is not None and not different and (forced.exists() or not force):

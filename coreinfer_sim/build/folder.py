@@ -20,6 +20,8 @@ from coreinfer_sim.manifest import MANIFEST_FILE
 
 KEPT_NEURONS = "neurons.json"
 PLAN = "plan.json"
+_SHORT = 40
+"""Characters of two values that a message can show."""
 FORCED = "forced"
 """Left where --force began a build, which goes on when it is repeated as it was, --force included."""
 
@@ -27,10 +29,12 @@ FORCED = "forced"
 def check_output(out: Path, force: bool) -> None:
     """Raise BuildError if something stands where the index shall go that may not be replaced."""
     if out.exists():
+        if not (out / MANIFEST_FILE).is_file():
+            raise BuildError(
+                f"{out} exists already and is no index, which --force would replace, expected a new folder; name another one."
+            )
         if not force:
             raise BuildError(f"{out} exists already, expected a new folder; name another one or give --force.")
-        if not (out / MANIFEST_FILE).is_file():
-            raise BuildError(f"{out} exists and is no index, so --force does not replace it; name another folder.")
 
 
 def remove(path: Path) -> None:
@@ -73,15 +77,17 @@ def clear(folder: Path) -> None:
             remove(path)
 
 
-def differing(found: Any, plan: dict[str, Any]) -> list[str]:
-    """Return the names of settings that differ, those inside a group by their own name."""
+def differing(found: Any, plan: dict[str, Any], group: str = "") -> list[str]:
+    """Return the settings that differ: their names, and both values where these are short."""
     names: list[str] = []
     for name, value in plan.items():
         other = found.get(name) if isinstance(found, dict) else None
         if isinstance(value, dict) and isinstance(other, dict):
-            names += differing(other, value)
+            names += differing(other, value, "compensation " if name == "compensation" else group)
         elif other != value:
-            names.append(name)
+            there, here = ("not given" if each is None else str(each) for each in (other, value))
+            values = "" if len(there + here) > _SHORT else f" ({there} there, {here} here)"
+            names.append(f"{group}{name}{values}")
     return names
 
 

@@ -338,7 +338,7 @@ def _parts(way: str) -> tuple[str, str, int, str]:
         and (found["fallback"] is None or found["name"] == "similarity")
     ):
         raise ConfigError(
-            f"there is no contender {way!r}, expected one of {', '.join(NAMES)}, or a way as the table names it, such as "
-            "'similarity/compensated else global'."
+            f"there is no contender {way!r}, expected one of {', '.join(NAMES)}, or a way as the table names it "
+            "without its keep ratio, such as 'similarity/compensated else global'."
         )
     return found["name"], found["score"] or "energy", int(found["nearest"] or 1), found["fallback"] or "none"

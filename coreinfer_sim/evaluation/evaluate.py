@@ -278,7 +278,7 @@ def open_log(path: Path, setup: dict[str, Any]) -> TextIO:
         different = differing(found, setup)
         if different:
             raise ConfigError(
-                f"{path} holds scores that were made with another {', '.join(different)}, expected the same to go on; name "
+                f"{path} holds scores of other settings – {', '.join(different)} –, expected the same to go on; name "
                 "another --log."
             )
     whole = found is None or _ends_a_line(path)
