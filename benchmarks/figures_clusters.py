@@ -38,8 +38,6 @@ class Shrinkage:
     """That the whole corpus's moments count as."""
     plain: bool = False
     """Whether these are moments whose targets take no error back."""
-    tokens_of_others: int = 0
-    """Of texts outside the group that its set is fitted to beside its own, so that their moments are of its own stream."""
 
 
 class Corpus:
@@ -99,19 +97,9 @@ class Corpus:
 
         key = (tuple(places), shrinkage)
         if key not in self._fitted:
-            texts = self._first(places, self.tokens)
-            own = set(places)
-            texts += self._first([i for i in range(len(self.texts)) if i not in own], shrinkage.tokens_of_others)
-            if shrinkage.tokens_of_others:  # every eighth is held out, of either kind
-                texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+            texts, fit = self._first(places, self.tokens), Fit(prior_tokens=shrinkage.prior_tokens)
             prior = self.plain_moments if shrinkage.plain else self.moments
-            self._fitted[key] = fit_layers(
-                self.language_model,
-                texts,
-                self.n_kept,
-                Fit(prior_tokens=shrinkage.prior_tokens),
-                prior=prior.__getitem__,
-            )
+            self._fitted[key] = fit_layers(self.language_model, texts, self.n_kept, fit, prior=prior.__getitem__)
         return self._fitted[key]
 
     def gaps(self, selection: Any, cases: Sequence[int]) -> dict[int, tuple[float, int]]:
@@ -208,8 +196,8 @@ def _encoded(corpus: Corpus, k: int) -> Grouping:
     return _k_means(texts, cases, k)
 
 
-def _shrunk(*values: Any, **by_name: Any) -> Callable[[Corpus], Grouping]:
-    return lambda corpus: replace(_encoded(corpus, 16), shrinkage=Shrinkage(*values, **by_name))
+def _shrunk(prior_tokens: float, plain: bool = False) -> Callable[[Corpus], Grouping]:
+    return lambda corpus: replace(_encoded(corpus, 16), shrinkage=Shrinkage(prior_tokens, plain))
 
 
 def _last_words(corpus: Corpus) -> Grouping:
@@ -287,9 +275,6 @@ WAYS: dict[str, Callable[[Corpus], Grouping]] = {
     "16 clusters, shrunk a twenty-fifth as much (200 tokens)": _shrunk(200),
     "16 clusters, 5,000 tokens without errors taken back": _shrunk(5_000, plain=True),
     "16 clusters, 1,000 tokens without errors taken back": _shrunk(1_000, plain=True),
-    "16 clusters, not shrunk": _shrunk(0),
-    "16 clusters, 500 tokens of other texts": _shrunk(0, tokens_of_others=500),
-    "16 clusters, 2,000 tokens of other texts": _shrunk(0, tokens_of_others=2_000),
 }
 """Of grouping texts and sending prompts to groups."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -27,8 +28,8 @@ from figures import RESULTS, header, record, running_command
 
 FILE = "figures-quality.json"
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
-ON_GPU = "-GPU"
-"""Ends the name of a model whose index was built on a GPU, beside one that was built on a CPU."""
+_BUILT_ON = re.compile("-(GPU|two-cores)$")
+"""Ends the name of a model of which another index was built elsewhere; the bars are the model's."""
 UNSEEN = ("dialogsum", "mbpp", "nq_open", "xsum")
 data_option = click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_1.gguf", show_default=True)
@@ -408,7 +409,7 @@ def _record_all(summary: dict[str, Any], name: str, keep_ratio: float, rows: int
     bars = {"SmolLM2-135M": {0.4: 2.0, 0.6: 1.4}, "Qwen2.5-Coder-1.5B": {0.4: 1.3, 0.6: 1.08}}
     at_0_4 = {"SmolLM2-135M": 1.2, "Qwen2.5-Coder-1.5B": 1.08} if keep_ratio == 0.4 else {}
     interval = summary[f"{own} {keep_ratio:g}"]["ratio_interval"]
-    of_model = name.removesuffix(ON_GPU)
+    of_model = _BUILT_ON.sub("", name)
     put(
         "similarity, compensated",
         mean(own, seen),
