@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries
@@ -65,8 +65,8 @@ def bench(model: str | None, shape: str | None, contenders: tuple[str, ...], as_
     coreinfer-sim bench --model ./my-model --contender dense:float32 --contender random:0.4 --contender llamacpp:q8_0
     coreinfer-sim bench --shape llama-3.1-8b:layers=4 --plot speed.png --out speed.json
     """
-    from coreinfer_sim.benchmark.shapes import parse_shape
-    from coreinfer_sim.benchmark.specs import parse_specs
+    from coreinfer_sim.bench.shapes import parse_shape
+    from coreinfer_sim.bench.specs import parse_specs
 
     try:
         specs = parse_specs(contenders)
@@ -75,12 +75,12 @@ def bench(model: str | None, shape: str | None, contenders: tuple[str, ...], as_
         raise click.UsageError(str(error)) from error
     if (model is None) == (shape is None):
         raise click.UsageError("give --model or --shape, one of them.")
-    from coreinfer_sim.benchmark.bench import Setup, default_specs
-    from coreinfer_sim.benchmark.bench import bench as run
-    from coreinfer_sim.benchmark.contenders import Subject
-    from coreinfer_sim.benchmark.plot import plot
-    from coreinfer_sim.drawing import check_plot
-    from coreinfer_sim.files import write_json
+    from coreinfer_sim.base.files import write_json
+    from coreinfer_sim.base.plots import check_plot
+    from coreinfer_sim.bench.bench import Setup, default_specs
+    from coreinfer_sim.bench.bench import bench as run
+    from coreinfer_sim.bench.contenders import Subject
+    from coreinfer_sim.bench.plot import plot
 
     quiet_libraries()
     if given["plot_path"] is not None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError
 
 from . import options
 from .console import ConsoleProgress
 
 if TYPE_CHECKING:
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import LanguageModel
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import LanguageModel
 
 
 def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticIndex | None, first: str) -> LanguageModel:
     """Load a model under the command's budget; the longest text that is planned for begins with the prompt ``first``."""
-    from coreinfer_sim.budget import Use, load_on_device, load_within, most_kept
-    from coreinfer_sim.config import Fallback, Mode
-    from coreinfer_sim.generation import prompt_ids
-    from coreinfer_sim.memory import peak_bytes, resident_bytes
+    from coreinfer_sim.base.memory import peak_bytes, resident_bytes
+    from coreinfer_sim.base.settings import Fallback, Mode
+    from coreinfer_sim.generation.memory_plan import Use, load_on_device, load_within, most_kept
+    from coreinfer_sim.generation.text import prompt_ids
 
     if given["weights"] == "int8":
         raise ConfigError(
@@ -65,8 +65,8 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
 
 def _sets(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> tuple[float, bool]:
     """Return the keep ratio, and whether compensated sets may be taken."""
-    from coreinfer_sim.config import Mode, Score
-    from coreinfer_sim.predictors import default_sets
+    from coreinfer_sim.base.settings import Mode, Score
+    from coreinfer_sim.choosing.predictors import default_sets
 
     score = Score(given["score"])
     if given["keep_ratio"] is not None:

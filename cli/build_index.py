@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from coreinfer_sim.progress import counted
+from coreinfer_sim.base.progress import counted
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries
@@ -165,9 +165,9 @@ def build_index(
     coreinfer-sim build-index rajpurkar/squad --prompt-column question \\
         --template 'Question: {question}\\nContext: {context}' --limit 2000 --model ./my-model --out squad-index
     """
-    from coreinfer_sim.build import build_index as build
-    from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
-    from coreinfer_sim.embeddings import DEFAULT_ENCODER
+    from coreinfer_sim.base.settings import Budget, BuildConfig, CompensationConfig, CorpusConfig, Ranking, Start
+    from coreinfer_sim.building.build import build_index as build
+    from coreinfer_sim.index.encoder import DEFAULT_ENCODER
 
     quiet_libraries()
     of_corpus = ("name", "split", "prompt_column", "template", "limit", "max_tokens", "deduplicate")

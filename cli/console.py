@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.index.index import SemanticIndex
 
 
 class _Rate(ProgressColumn):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from coreinfer_sim.evaluation.contenders import Contender
     from coreinfer_sim.evaluation.evaluate import Result
     from coreinfer_sim.evaluation.rows import Row
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import LanguageModel
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import LanguageModel
 
 _D = {"show_default": True}
 _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
@@ -106,8 +106,8 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
         --contender dense --contender similarity --contender griffin --keep-ratio 0.4 --keep-ratio 0.6
     """
-    from coreinfer_sim.drawing import check_plot
-    from coreinfer_sim.embeddings import SentenceEncoder
+    from coreinfer_sim.base.files import check_folder, write_json
+    from coreinfer_sim.base.plots import check_plot
     from coreinfer_sim.evaluation.contenders import (
         FITTED,
         NEED_INDEX,
@@ -119,9 +119,9 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     from coreinfer_sim.evaluation.plot import plot
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.text_scores import check_text_scores
-    from coreinfer_sim.files import check_folder, write_json
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import load_model
+    from coreinfer_sim.index.encoder import SentenceEncoder
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import load_model
 
     quiet_libraries()
     plot_path: Path | None = given["plot_path"]
@@ -187,9 +187,9 @@ def score_with_log(
     Returns:
         The results in the order of the contenders.
     """
-    from coreinfer_sim.architectures import weights_checksum
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import most_tokens, open_log, read_results
+    from coreinfer_sim.models.mlps import weights_checksum
 
     log: Path | None = given["log"]
     setup = {

@@ -64,8 +64,8 @@ def export(
     coreinfer-sim export my-index --cluster all --cluster dense --format gguf --type q8_0 --manifest --out exported
     """
     from coreinfer_sim.export.exporting import export as write
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import load_model
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import load_model
 
     if given["kind"] == "hf" and ctx.get_parameter_source("weights") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--type is of GGUF files; give --format gguf, or --dtype for a checkpoint.")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
-from coreinfer_sim.progress import counted
+from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.base.progress import counted
 
 from . import budgeted, llamacpp, options
 from .console import note_plain_sets, print_json, quiet_libraries, size_text, status
 
 if TYPE_CHECKING:
-    from coreinfer_sim.generation import Generation, TextGenerator
+    from coreinfer_sim.generation.text import Generation, TextGenerator
 
 _D = {"show_default": True}
 _EFFECTIVE = {
@@ -198,11 +198,11 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGenerator]:
     """Load index and model, and return the sparse generator, after it the dense one if both are wanted."""
-    from coreinfer_sim.embeddings import SentenceEncoder
-    from coreinfer_sim.generation import TextGenerator
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import load_model, tokenizer_hash
-    from coreinfer_sim.predictors import make_predictor
+    from coreinfer_sim.choosing.predictors import make_predictor
+    from coreinfer_sim.generation.text import TextGenerator
+    from coreinfer_sim.index.encoder import SentenceEncoder
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import load_model, tokenizer_hash
 
     index = None
     if given["index"] is not None:

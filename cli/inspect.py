@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coreinfer_sim.progress import counted
+from coreinfer_sim.base.progress import counted
 
 from . import options
 from .console import print_json, quiet_libraries, status
 
 if TYPE_CHECKING:
-    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.index.index import SemanticIndex
 
 _INDEX = click.argument("index", type=click.Path())
 
@@ -42,7 +42,7 @@ def print_clusters(index: SemanticIndex) -> None:
 @options.as_json
 def info(index: str, as_json: bool) -> None:
     """Show what is in an index."""
-    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.index.index import SemanticIndex
 
     loaded = SemanticIndex.load(index)
     if as_json:
@@ -106,8 +106,8 @@ def _ranges(numbers: list[int]) -> str:
 @options.as_json
 def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool) -> None:
     """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.manifest import INDEX_FILES, check_files
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.index.manifest import INDEX_FILES, check_files
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
@@ -118,7 +118,7 @@ def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool
         _ = loaded.encoder
     checks.append("encoder")
     if model is not None:
-        from coreinfer_sim.models import load_model, tokenizer_hash
+        from coreinfer_sim.models.loading import load_model, tokenizer_hash
 
         with status("Loading the model"):
             language_model = load_model(model, dtype, device)
@@ -143,8 +143,8 @@ def lookup(
     index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str | None, ids: bool, as_json: bool
 ) -> None:
     """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
-    from coreinfer_sim.errors import PromptError
-    from coreinfer_sim.index import SemanticIndex
+    from coreinfer_sim.base.errors import PromptError
+    from coreinfer_sim.index.index import SemanticIndex
 
     if not options.readable(prompt).strip():
         raise PromptError("the prompt is empty, expected some text.")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from coreinfer_sim.errors import ConfigError
-from coreinfer_sim.progress import counted
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.progress import counted
 
 from . import options
 
 if TYPE_CHECKING:
-    from coreinfer_sim.llamacpp import LlamaCppGeneration, LlamaCppGenerator
+    from coreinfer_sim.engines.llamacpp.generator import LlamaCppGeneration, LlamaCppGenerator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,9 +70,9 @@ def refuse_only_options(ctx: click.Context) -> None:
 
 def runner(ctx: click.Context, compare: bool) -> Callable[[str, bool, int], list[LlamaCppGeneration]]:
     """Return the function that generates for one prompt on llama.cpp, and densely as well if both are wanted."""
-    from coreinfer_sim.embeddings import SentenceEncoder
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.llamacpp import LlamaCppGenerator
+    from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
+    from coreinfer_sim.index.encoder import SentenceEncoder
+    from coreinfer_sim.index.index import SemanticIndex
 
     given = ctx.params
     for name in given:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from coreinfer_sim.errors import CoreInferSimError
+from coreinfer_sim.base.errors import CoreInferSimError
 
 from .bench import bench
 from .build_index import build_index

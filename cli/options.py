@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from coreinfer_sim.config import parse_size
-from coreinfer_sim.errors import ConfigError, PromptError
+from coreinfer_sim.base.errors import ConfigError, PromptError
+from coreinfer_sim.base.settings import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError
 
 from . import llamacpp, options
 from .console import note_plain_sets, quiet_libraries, status
@@ -121,9 +121,9 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
-    from coreinfer_sim.embeddings import SentenceEncoder
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import load_model, tokenizer_hash
+    from coreinfer_sim.index.encoder import SentenceEncoder
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import load_model, tokenizer_hash
     from coreinfer_sim.serving.backends import TransformersBackend
 
     given = ctx.params
@@ -143,9 +143,9 @@ def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
 
 
 def _llama_cpp(ctx: click.Context, index: str) -> tuple[Any, str]:
-    from coreinfer_sim.embeddings import SentenceEncoder
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.llamacpp import LlamaCppGenerator
+    from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
+    from coreinfer_sim.index.encoder import SentenceEncoder
+    from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.serving.backends import LlamaCppBackend
 
     given = ctx.params

@@ -59,14 +59,14 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     report. Each keep ratio is tried with plain sets and, where the index has some, with compensated ones; what is hopeless
     on the first quarter of each set's rows is not tried on the others.
     """
+    from coreinfer_sim.base.files import check_folder
+    from coreinfer_sim.choosing.selection import NeuronSelection
     from coreinfer_sim.evaluation.contenders import bytes_per_token
     from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
-    from coreinfer_sim.files import check_folder
-    from coreinfer_sim.index import SemanticIndex
-    from coreinfer_sim.models import load_model
-    from coreinfer_sim.selection import NeuronSelection
+    from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.models.loading import load_model
 
     from .evaluate import print_table, score_with_log
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import TINY_FAMILIES, TinyFamily, save_tiny_checkpoint, tiny_model
 
-from coreinfer_sim.embeddings import SentenceEncoder
+from coreinfer_sim.index.encoder import SentenceEncoder
 
 torch.set_num_threads(1)
 

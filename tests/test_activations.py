@@ -7,11 +7,11 @@ import torch
 from tiny_models import N_LAYERS, VOCABULARY
 from torch import nn
 
-from coreinfer_sim.activations import recorded_activations
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.errors import ModelError
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import installed
+from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.taps import recorded_activations
 
 
 def token_ids(n_rows, n_positions, seed=0):

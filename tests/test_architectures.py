@@ -9,7 +9,8 @@ import torch
 from tiny_models import N_LAYERS, tiny_mixtral, tiny_model, tiny_mpt, tiny_t5
 from torch import nn
 
-from coreinfer_sim.architectures import (
+from coreinfer_sim.base.errors import IndexMismatchError, ModelError, UnsupportedModelError
+from coreinfer_sim.models.mlps import (
     FAMILIES,
     check_same_weights,
     dense_bytes,
@@ -17,7 +18,6 @@ from coreinfer_sim.architectures import (
     weight_shape,
     weight_sketch,
 )
-from coreinfer_sim.errors import IndexMismatchError, ModelError, UnsupportedModelError
 
 
 def test_every_layer_is_found(tiny, model):

@@ -15,21 +15,21 @@ from coreinfer_sim_cli.main import main
 from tiny_index import PROMPTS
 from tiny_models import N_LAYERS, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from coreinfer_sim.architectures import dense_bytes, find_mlps, other_bytes
-from coreinfer_sim.benchmark import bench as benchmark
-from coreinfer_sim.benchmark.bench import Setup
-from coreinfer_sim.benchmark.contenders import Subject
-from coreinfer_sim.benchmark.machine import ReadBandwidth
-from coreinfer_sim.benchmark.plot import plot_growth
-from coreinfer_sim.benchmark.preparing import gguf_bytes, make_prompts
-from coreinfer_sim.benchmark.prompts import cut_prompts
-from coreinfer_sim.benchmark.shapes import SHAPES, byte_tokenizer, parse_shape, random_model
-from coreinfer_sim.benchmark.specs import GGUF_TYPES, parse_spec, parse_specs
-from coreinfer_sim.benchmark.worker import in_process
-from coreinfer_sim.build import build_index
-from coreinfer_sim.config import BuildConfig, Mode
-from coreinfer_sim.errors import ConfigError, GenerationError, PromptError
-from coreinfer_sim.models import load_model
+from coreinfer_sim.base.errors import ConfigError, GenerationError, PromptError
+from coreinfer_sim.base.settings import BuildConfig, Mode
+from coreinfer_sim.bench import bench as benchmark
+from coreinfer_sim.bench.bench import Setup
+from coreinfer_sim.bench.contenders import Subject
+from coreinfer_sim.bench.machine import ReadBandwidth
+from coreinfer_sim.bench.plot import plot_growth
+from coreinfer_sim.bench.preparing import gguf_bytes, make_prompts
+from coreinfer_sim.bench.prompts import cut_prompts
+from coreinfer_sim.bench.shapes import SHAPES, byte_tokenizer, parse_shape, random_model
+from coreinfer_sim.bench.specs import GGUF_TYPES, parse_spec, parse_specs
+from coreinfer_sim.bench.worker import in_process
+from coreinfer_sim.building.build import build_index
+from coreinfer_sim.models.loading import load_model
+from coreinfer_sim.models.mlps import dense_bytes, find_mlps, other_bytes
 
 needs_llamacpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the extra llamacpp")
 SHORT = ["--prompt-tokens", "12", "--new-tokens", "4", "--rounds", "2", "--threads", "1"]

@@ -34,14 +34,15 @@ from coreinfer_sim_cli.main import main
 from safetensors.numpy import load_file
 from tiny_models import save_tiny_checkpoint
 
-from coreinfer_sim.build import Progress, build_index
-from coreinfer_sim.build.executors import interrupts_held, run_shards
-from coreinfer_sim.config import Budget, BuildConfig, CompensationConfig, CorpusConfig
-from coreinfer_sim.corpus import read_corpus
-from coreinfer_sim.errors import BuildError, ClusteringError, ConfigError, CorpusError, IndexFormatError
-from coreinfer_sim.files import sha256_of
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import load_model, tokenizer_hash
+from coreinfer_sim.base.corpus import read_corpus
+from coreinfer_sim.base.errors import BuildError, ClusteringError, ConfigError, CorpusError, IndexFormatError
+from coreinfer_sim.base.files import sha256_of
+from coreinfer_sim.base.processes import interrupts_held, run_shards
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.settings import Budget, BuildConfig, CompensationConfig, CorpusConfig
+from coreinfer_sim.building.build import build_index
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import load_model, tokenizer_hash
 
 FILES = ("centroids.faiss", "neurons.safetensors", "clusters.jsonl", "manifest.json")
 TOPICS = {

@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 from coreinfer_sim_cli.main import main
 from tiny_models import save_tiny_checkpoint
 
-from coreinfer_sim.errors import IndexFormatError
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import load_model
+from coreinfer_sim.base.errors import IndexFormatError
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import load_model
 
 COMMANDS = ["build-index", "info", "verify", "lookup", "generate", "evaluate"]
 MODES = ["similarity", "hybrid", "stability", "global", "random", "dense"]
@@ -644,7 +644,7 @@ def test_other_settings_than_those_of_a_broken_off_build(build, tmp_path, monkey
 
     refused(build("--clusters", 46), "46 clusters")  # leaves nothing
     with monkeypatch.context() as patch:
-        patch.setattr("coreinfer_sim.build.builder._Build.run", interrupt)
+        patch.setattr("coreinfer_sim.building.build._Build.run", interrupt)
         assert build("--clusters", 2).exit_code != 0
     refused(
         build("--clusters", 3, "--alpha", 0.7),

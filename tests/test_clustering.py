@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coreinfer_sim import clustering as clustering_module
-from coreinfer_sim.clustering import (
+from coreinfer_sim.base.errors import ClusteringError, ConfigError
+from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.index import clustering as clustering_module
+from coreinfer_sim.index.clustering import (
     Clustering,
     choose_n_clusters,
     cluster_embeddings,
@@ -14,8 +16,6 @@ from coreinfer_sim.clustering import (
     faiss_index,
     nearest,
 )
-from coreinfer_sim.config import BuildConfig
-from coreinfer_sim.errors import ClusteringError, ConfigError
 
 
 def planted(sizes: list[int], spread: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

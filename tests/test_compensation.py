@@ -16,9 +16,18 @@ from coreinfer_sim_cli.main import main
 from tiny_models import BY_KEY, N_LAYERS, VOCABULARY, tiny_model
 from transformers import OPTForCausalLM
 
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.build import build_index, compensating
-from coreinfer_sim.build.calibration import (
+from coreinfer_sim.base.corpus import Sentence
+from coreinfer_sim.base.errors import BuildError, ConfigError, IndexFormatError
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig, Mode, Ranking, Score, Start
+from coreinfer_sim.building.build import build_index
+from coreinfer_sim.building.shards import PartialSums
+from coreinfer_sim.choosing.predictors import default_sets, make_predictor
+from coreinfer_sim.choosing.selection import NeuronSelection, compact_bytes, n_within
+from coreinfer_sim.engines.compact import compact_model, install, installed, linear_parameters
+from coreinfer_sim.fitting import sets as compensating
+from coreinfer_sim.fitting.budgets import PROBE, check_ranks, layer_costs, neurons_of, share_out
+from coreinfer_sim.fitting.calibration import (
     CalibrationText,
     Fit,
     _advance,
@@ -29,31 +38,8 @@ from coreinfer_sim.build.calibration import (
     fit_each_alone,
     fit_layers,
 )
-from coreinfer_sim.build.calibration_corpus import CalibrationCorpus, calibration_text
-from coreinfer_sim.build.comparing import Kind, choose_kinds, compare_sets, plain_set
-from coreinfer_sim.build.compensating import (
-    Training,
-    _begun,
-    make_distiller,
-    make_fitter,
-    trained_together,
-    trainings,
-)
-from coreinfer_sim.build.distillation import (
-    _sound_gradients,
-    distil,
-    distil_jointly,
-    divergences_of,
-    n_decoded,
-    training_on,
-)
-from coreinfer_sim.build.reading import packs, read_densely
-from coreinfer_sim.build.sensitivity import PROBE, check_ranks, layer_costs, neurons_of, share_out
-from coreinfer_sim.build.shards import PartialSums
-from coreinfer_sim.build.students import Distillation, training_bytes
-from coreinfer_sim.clustering import Clustering
-from coreinfer_sim.compensated import load_compensated, save_compensated
-from coreinfer_sim.compensation import (
+from coreinfer_sim.fitting.comparing import Kind, choose_kinds, compare_sets, plain_set
+from coreinfer_sim.fitting.least_squares import (
     RIDGE,
     RIDGES,
     LayerCompensation,
@@ -64,17 +50,32 @@ from coreinfer_sim.compensation import (
     size_of_change,
     surgeon_score,
 )
-from coreinfer_sim.config import BuildConfig, CompensationConfig, CorpusConfig, Mode, Ranking, Score, Start
-from coreinfer_sim.corpus import Sentence
-from coreinfer_sim.errors import BuildError, ConfigError, IndexFormatError
-from coreinfer_sim.generation import TextGenerator
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.manifest import ProfileInfo, compensation_file, manifest_checksum
-from coreinfer_sim.models import LanguageModel, load_model
-from coreinfer_sim.predictors import default_sets, make_predictor
-from coreinfer_sim.progress import Progress
-from coreinfer_sim.selection import NeuronSelection, compact_bytes, n_within
-from coreinfer_sim.sparse_mlp import compact_model, install, installed, linear_parameters
+from coreinfer_sim.fitting.reading import packs, read_densely
+from coreinfer_sim.fitting.sets import (
+    Training,
+    _begun,
+    make_distiller,
+    make_fitter,
+    trained_together,
+    trainings,
+)
+from coreinfer_sim.fitting.students import Distillation, training_bytes
+from coreinfer_sim.fitting.texts import CalibrationCorpus, calibration_text
+from coreinfer_sim.fitting.training import (
+    _sound_gradients,
+    distil,
+    distil_jointly,
+    divergences_of,
+    n_decoded,
+    training_on,
+)
+from coreinfer_sim.generation.text import TextGenerator
+from coreinfer_sim.index.clustering import Clustering
+from coreinfer_sim.index.compensated import load_compensated, save_compensated
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import ProfileInfo, compensation_file, manifest_checksum
+from coreinfer_sim.models.loading import LanguageModel, load_model
+from coreinfer_sim.models.mlps import find_mlps
 
 COMPENSATION = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300, distil_tokens=200)
 
@@ -95,7 +96,7 @@ def moments_of(features, targets, weights=None):
 @pytest.fixture
 def correlated(monkeypatch):
     """Neurons that say much of each other, with next to no ridge: z [500, 12], W [6, 12], bias [6]."""
-    monkeypatch.setattr("coreinfer_sim.compensation.RIDGE", 1e-7)
+    monkeypatch.setattr("coreinfer_sim.fitting.least_squares.RIDGE", 1e-7)
     z = drawn(500, 5, seed=1) @ drawn(5, 12, seed=2) + 0.3 * drawn(500, 12, seed=3) + 1.0
     return z, drawn(6, 12, seed=4), drawn(6, seed=5)
 
@@ -457,7 +458,7 @@ def test_texts_of_a_pack_and_filling_are_read_as_one_by_one_in_every_family(mode
         return
     together = read_densely(model, texts, n_last)
     assert (len(together.ids) % 32, len(together.seen) % 32) == (0, 0)
-    monkeypatch.setattr("coreinfer_sim.build.reading._LENGTH_STEP", 1)
+    monkeypatch.setattr("coreinfer_sim.fitting.reading._LENGTH_STEP", 1)
     alone = [read_densely(model, [text], [n]) for text, n in zip(texts, n_last, strict=True)]
     wanted = torch.cat([reading.log_probabilities for reading in alone])
     assert together.n_last == len(wanted) == sum(n_last) < len(together.ids)
@@ -472,7 +473,7 @@ def test_texts_of_a_pack_and_filling_are_read_as_one_by_one_in_every_family(mode
 
 
 def test_packs_hold_what_fits_and_long_texts_are_read_alone(models, monkeypatch):
-    monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": 100})
+    monkeypatch.setattr("coreinfer_sim.fitting.reading._TOKENS_AT_ONCE", {"cpu": 100})
     texts = [CalibrationText([1] * n, n // 2) for n in (40, 60, 1, 300, 30, 70)]
     assert list(packs(models["llama"], texts)) == [[0, 1], [2], [3], [4, 5]]
     assert list(packs(models["bloom"], texts)) == [[i] for i in range(6)]
@@ -486,7 +487,7 @@ def test_training_on_packs_learns_what_it_does_one_by_one(models, monkeypatch, j
     settings = replace(settings, tokens_per_step=100_000)  # a step for each reader
 
     def train(most):
-        monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": most})
+        monkeypatch.setattr("coreinfer_sim.fitting.reading._TOKENS_AT_ONCE", {"cpu": most})
         if not joint:
             return distil(language_model, sets, texts, settings)
         return distil_jointly(language_model, [sets], texts, [i % 2 for i in range(20)], settings)[0]
@@ -500,7 +501,7 @@ def test_training_on_packs_learns_what_it_does_one_by_one(models, monkeypatch, j
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, monkeypatch, joint):
-    monkeypatch.setattr("coreinfer_sim.build.distillation._KEPT_EVERY", 0.0)
+    monkeypatch.setattr("coreinfer_sim.fitting.training._KEPT_EVERY", 0.0)
     language_model, texts = language_model_of(models["llama"]), some_texts(20)
     sets, settings = fitted_blankly(language_model, texts, 2)
     settings = replace(settings, tokens_per_step=50)
@@ -521,7 +522,7 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
         return read_densely(*arguments)
 
     n_read = []
-    monkeypatch.setattr("coreinfer_sim.build.distillation.read_densely", counted)
+    monkeypatch.setattr("coreinfer_sim.fitting.training.read_densely", counted)
     wanted = train(None)
     assert sum(n_read) == len(texts)
     with pytest.raises(KeyboardInterrupt):
@@ -546,7 +547,7 @@ def test_divergences_of_packs_are_those_of_texts_one_by_one(models, monkeypatch)
     reported = []
     together = divergences_of(language_model, texts, compact, reported.append)
     assert sum(reported) == 20 > len(reported)
-    monkeypatch.setattr("coreinfer_sim.build.reading._TOKENS_AT_ONCE", {"cpu": 0})
+    monkeypatch.setattr("coreinfer_sim.fitting.reading._TOKENS_AT_ONCE", {"cpu": 0})
     alone = divergences_of(language_model, texts, compact, lambda _n: None)
     assert np.min(alone) > 0
     np.testing.assert_allclose(together, alone, rtol=1e-4)
@@ -556,7 +557,7 @@ def test_steps_are_larger_on_a_gpu_where_there_are_enough(monkeypatch):
     texts = some_texts(20)
     n_tokens = sum(n_decoded(text) for text in texts)
     assert training_on("cpu", texts, 1.0) == training_on("cuda", texts, 1.0) == Distillation(1.0)
-    monkeypatch.setattr("coreinfer_sim.build.distillation._ENOUGH_STEPS", 2)
+    monkeypatch.setattr("coreinfer_sim.fitting.training._ENOUGH_STEPS", 2)
     large = training_on("cuda", texts, 1.0)
     assert large.tokens_per_step == min(1000, n_tokens // 2) > Distillation.tokens_per_step
 
@@ -946,7 +947,7 @@ def test_clusters_that_the_corpus_serves_better_hold_its_set(tiny_checkpoint, en
         level = {"corpus": [1.0, 1.0], "plain": [3.0, 3.0]}
         return {"0.5": {"0": {**level, "own": [2.0, 2.0]}, "1": {**level, "own": [1.0, 1.0]}}}
 
-    monkeypatch.setattr("coreinfer_sim.build.compensation_stages.compare_sets", found)
+    monkeypatch.setattr("coreinfer_sim.fitting.stages.compare_sets", found)
     index = build_index(tiny_checkpoint, corpus, tmp_path / "index", config, encoder=encoder)
     assert index.manifest.served_by_corpus(0.5) == [0]
     files = [(tmp_path / "index" / compensation_file(0.5, each)).read_bytes() for each in (None, 0, 1)]

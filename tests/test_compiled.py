@@ -7,11 +7,11 @@ import torch
 from tiny_models import tiny_model
 from transformers import CompileConfig
 
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.config import Engine
-from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.predictors import FixedPredictor, make_predictor
-from coreinfer_sim.runtime import SparseModel
+from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.base.settings import Engine
+from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.models.mlps import find_mlps
 
 
 @pytest.fixture(autouse=True)

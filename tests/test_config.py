@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from coreinfer_sim.config import BuildConfig, CorpusConfig, Fallback, Mode, Score, parse_layers, template_fields
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import BuildConfig, CorpusConfig, Fallback, Mode, Score, parse_layers, template_fields
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])

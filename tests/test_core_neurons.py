@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coreinfer_sim.core_neurons import (
+from coreinfer_sim.base.errors import ConfigError, CoreInferSimError
+from coreinfer_sim.choosing.statistics import (
     SentenceStatistics,
     n_kept,
     sentence_statistics,
@@ -18,7 +19,6 @@ from coreinfer_sim.core_neurons import (
     top_ids,
     top_mask,
 )
-from coreinfer_sim.errors import ConfigError, CoreInferSimError
 
 
 def ids_of(mask):

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import pytest
 
-from coreinfer_sim.config import CorpusConfig
-from coreinfer_sim.corpus import CorpusReport, Sentence, read_corpus
-from coreinfer_sim.errors import CoreInferSimError, CorpusError
+from coreinfer_sim.base.corpus import CorpusReport, Sentence, read_corpus
+from coreinfer_sim.base.errors import CoreInferSimError, CorpusError
+from coreinfer_sim.base.settings import CorpusConfig
 
 Rows = list[dict[str, Any]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coreinfer_sim.embeddings import SentenceEncoder
-from coreinfer_sim.errors import IndexMismatchError, ModelError
+from coreinfer_sim.base.errors import IndexMismatchError, ModelError
+from coreinfer_sim.index.encoder import SentenceEncoder
 
 ROOM = 254
 """Tokens of a text that fit into all-MiniLM-L6-v2's window of 256; the words below are one token each."""

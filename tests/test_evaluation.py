@@ -17,9 +17,12 @@ from tiny_index import PROMPTS, tiny_index
 from tiny_models import tiny_model
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.config import Fallback
-from coreinfer_sim.errors import ConfigError, CorpusError
+from coreinfer_sim.base.errors import ConfigError, CorpusError
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.settings import Fallback
+from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor, random_selection
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.evaluation.contenders import (
     BITS,
     NAMES,
@@ -36,12 +39,9 @@ from coreinfer_sim.evaluation.rows import Row, hash_percent, joined, read_rows
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import normalised, text_scores, token_f1
 from coreinfer_sim.evaluation.tune import check_rows, choose_profile, first_and_further, hopeful
-from coreinfer_sim.models import LanguageModel, load_model
-from coreinfer_sim.predictors import FixedPredictor, make_predictor, random_selection
-from coreinfer_sim.progress import Progress
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.models.loading import LanguageModel, load_model
+from coreinfer_sim.models.mlps import find_mlps
 
 ROWS = [
     Row("things", str(n), f"What do {noun} do?", f"Most {noun} sleep at night.")

@@ -18,17 +18,17 @@ from tiny_index import PROMPTS
 from tiny_models import N_LAYERS, save_tiny_checkpoint
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from coreinfer_sim.build import build_index
-from coreinfer_sim.build.calibration import Fit, fit_layers
-from coreinfer_sim.config import BuildConfig
-from coreinfer_sim.errors import ExportError
+from coreinfer_sim.base.errors import ExportError
+from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.building.build import build_index
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.export.compact import Source, compact_weights, needed_bytes
 from coreinfer_sim.export.gguf import _pre_tokenizer, bits_per_value, export_gguf
 from coreinfer_sim.export.hf import check_exportable, export_hf
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import load_model
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.fitting.calibration import Fit, fit_layers
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import load_model
 
 SOURCE = Source("some-model", "some-index", "abc", 3, 0.5, True, "f32")
 WITHOUT_BIASES = ("Mistral", "Qwen3", "Gemma", "Gemma 2", "Gemma 3", "Phi-3", "OLMo-2")

@@ -13,14 +13,14 @@ from tiny_models import save_tiny_checkpoint, tiny_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from coreinfer_sim import generation
-from coreinfer_sim.architectures import dense_bytes, find_mlps
-from coreinfer_sim.errors import GenerationError, PromptError
-from coreinfer_sim.generation import Generation, TextGenerator, _Clock
-from coreinfer_sim.models import LanguageModel, load_model
-from coreinfer_sim.predictors import FixedPredictor, make_predictor
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.base.errors import GenerationError, PromptError
+from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import installed
+from coreinfer_sim.generation import text as generation
+from coreinfer_sim.generation.text import Generation, TextGenerator, _Clock
+from coreinfer_sim.models.loading import LanguageModel, load_model
+from coreinfer_sim.models.mlps import dense_bytes, find_mlps
 
 PROMPT = "How do stars form?"
 MESSAGES = [

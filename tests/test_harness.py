@@ -13,14 +13,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from coreinfer_sim.build import build_index
-from coreinfer_sim.config import BuildConfig
-from coreinfer_sim.errors import ConfigError, PromptError
+from coreinfer_sim.base.errors import ConfigError, PromptError
+from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.building.build import build_index
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.evaluation.harness import CoreInferLM
-from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import make_predictor
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.models.loading import load_model
 
 QUESTIONS = ["What do owls do?", "What do stars do?", "What do courts do?", "What do cats do?"]
 CHOICES = [" They sleep at night.", " They shine.", " They judge."]

@@ -17,12 +17,11 @@ import torch
 from tiny_models import save_tiny_checkpoint, tiny_model
 
 import coreinfer_sim
-from coreinfer_sim.architectures import find_mlps, weight_sketch
-from coreinfer_sim.config import Score
-from coreinfer_sim.errors import ConfigError, IndexFormatError, IndexMismatchError
-from coreinfer_sim.files import sha256_of
-from coreinfer_sim.index import Cluster, Match, SemanticIndex, remove_index, save_parts
-from coreinfer_sim.manifest import (
+from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError
+from coreinfer_sim.base.files import sha256_of
+from coreinfer_sim.base.settings import Score
+from coreinfer_sim.index.index import Cluster, Match, SemanticIndex, remove_index, save_parts
+from coreinfer_sim.index.manifest import (
     CENTROIDS_FILE,
     CLUSTERS_FILE,
     INDEX_FILES,
@@ -35,7 +34,8 @@ from coreinfer_sim.manifest import (
     SettingsInfo,
     manifest_checksum,
 )
-from coreinfer_sim.models import LanguageModel, load_model, tokenizer_hash
+from coreinfer_sim.models.loading import LanguageModel, load_model, tokenizer_hash
+from coreinfer_sim.models.mlps import find_mlps, weight_sketch
 
 PACKAGE = Path(coreinfer_sim.__file__).parent
 PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]

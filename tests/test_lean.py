@@ -23,14 +23,16 @@ from test_runtime import (
 from tiny_models import VOCABULARY, tiny_model
 from transformers import DynamicCache
 
-from coreinfer_sim import SparseModel, decode_kernels, lean, make_predictor
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.compensation import LayerCompensation
-from coreinfer_sim.config import Engine
-from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.predictors import FixedPredictor
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import compact_projections
+from coreinfer_sim import SparseModel, make_predictor
+from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.base.settings import Engine
+from coreinfer_sim.choosing.predictors import FixedPredictor
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import compact_projections
+from coreinfer_sim.engines.lean import decoder as lean
+from coreinfer_sim.engines.lean import loops as decode_kernels
+from coreinfer_sim.fitting.least_squares import LayerCompensation
+from coreinfer_sim.models.mlps import find_mlps
 
 LEAN = ("llama", "llama-relu-bias", "mistral", "qwen2", "qwen3")
 

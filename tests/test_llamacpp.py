@@ -10,15 +10,15 @@ from coreinfer_sim_cli.main import main
 from tiny_index import PROMPTS
 from tiny_models import save_tiny_checkpoint
 
-from coreinfer_sim.build import build_index
-from coreinfer_sim.config import BuildConfig, parse_size
-from coreinfer_sim.errors import ConfigError, GenerationError, ModelError, PromptError
+from coreinfer_sim.base.errors import ConfigError, GenerationError, ModelError, PromptError
+from coreinfer_sim.base.settings import BuildConfig, parse_size
+from coreinfer_sim.building.build import build_index
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
 from coreinfer_sim.export.exporting import export
-from coreinfer_sim.generation import TextGenerator
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.llamacpp import LlamaCppGenerator
-from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.generation.text import TextGenerator
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import load_model
 
 pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")
 RATIO = 64 / 192
@@ -143,9 +143,9 @@ def test_bad_prompts_and_bad_files(index, exported, tmp_path):
 
 def test_a_cache_of_another_shape_is_refused(index, exported, tmp_path):
     other = load_model(save_tiny_checkpoint(tmp_path / "deep", intermediate_size=192, num_hidden_layers=2), "float32")
+    from coreinfer_sim.choosing.selection import NeuronSelection
     from coreinfer_sim.export.compact import Source, compact_weights
     from coreinfer_sim.export.gguf import export_gguf
-    from coreinfer_sim.selection import NeuronSelection
 
     for path in exported.iterdir():
         (tmp_path / path.name).symlink_to(path)

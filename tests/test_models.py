@@ -7,8 +7,8 @@ import torch
 from tiny_models import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from coreinfer_sim.errors import ModelError
-from coreinfer_sim.models import load_model, usable
+from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.models.loading import load_model, usable
 
 SUPPORTED = {
     torch.float32: True,

@@ -10,11 +10,11 @@ import torch
 from tiny_models import TINY_FAMILIES, save_tiny_checkpoint, tiny_model
 
 from coreinfer_sim import SparseModel, make_predictor
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.budget import MIB, Use, _keep_on_host, load_on_device
-from coreinfer_sim.errors import BudgetError, ModelError
-from coreinfer_sim.models import load_model
-from coreinfer_sim.offload import HostLinear, Staging
+from coreinfer_sim.base.errors import BudgetError, ModelError
+from coreinfer_sim.generation.memory_plan import MIB, Use, _keep_on_host, load_on_device
+from coreinfer_sim.models.loading import load_model
+from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.offload import HostLinear, Staging
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -92,8 +92,8 @@ def test_sparse_prefill_brings_no_dense_layer(device):
 
 
 def test_a_compensated_bypass_is_cut_in_host_memory(device):
-    from coreinfer_sim.compensation import LayerCompensation
-    from coreinfer_sim.sparse_mlp import compact_projections
+    from coreinfer_sim.engines.compact import compact_projections
+    from coreinfer_sim.fitting.least_squares import LayerCompensation
 
     model = tiny_model("qwen2")
     layer = find_mlps(model)[0]

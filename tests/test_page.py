@@ -8,7 +8,7 @@ import pytest
 from test_llamacpp import PROMPTS, RATIO, checkpoint, index  # noqa: F401
 from test_serving import NAME, Served
 
-from coreinfer_sim.models import load_model
+from coreinfer_sim.models.loading import load_model
 from coreinfer_sim.serving.app import make_app
 from coreinfer_sim.serving.backends import TransformersBackend
 

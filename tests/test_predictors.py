@@ -10,15 +10,15 @@ import torch
 from tiny_index import PROMPTS, QUANTILES, tiny_index
 from tiny_models import VOCABULARY, tiny_model
 
-from coreinfer_sim import predictors, prompt_reader
-from coreinfer_sim.activations import recorded_activations
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
-from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.index import Cluster, Match, SemanticIndex
-from coreinfer_sim.predictors import make_predictor, prior_weight
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.selection import NeuronSelection
+from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.choosing import predictors, prompt_reader
+from coreinfer_sim.choosing.predictors import make_predictor, prior_weight
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.index.index import Cluster, Match, SemanticIndex
+from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.taps import recorded_activations
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from tiny_models import TINY_FAMILIES, tiny_model
 from torch import nn
 
 from coreinfer_sim import SparseModel, make_predictor
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.models import usable
-from coreinfer_sim.products import _MANY, KERNELS, Products, _Product
+from coreinfer_sim.engines.products import _MANY, KERNELS, Products, _Product
+from coreinfer_sim.models.loading import usable
+from coreinfer_sim.models.mlps import find_mlps
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_what_was_measured_is_kept_on_disk_and_not_measured_again(cache, monkeyp
     def again(group, n_rows):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr("coreinfer_sim.products._measure", again)
+    monkeypatch.setattr("coreinfer_sim.engines.products._measure", again)
     Products().choose([_linear()], 1)
     with pytest.raises(AssertionError, match="twice"):
         Products().choose([_linear(n_out=100)], 1)

@@ -21,15 +21,15 @@ from tiny_index import PROMPTS, tiny_index
 from tiny_models import tiny_model
 from transformers import DynamicCache, StoppingCriteriaList
 
-import coreinfer_sim.runtime as runtime
-from coreinfer_sim.architectures import find_mlps
-from coreinfer_sim.core_neurons import SentenceStatistics
-from coreinfer_sim.errors import ConfigError, GenerationError
-from coreinfer_sim.predictors import FixedPredictor, make_predictor
-from coreinfer_sim.refresh import Refresh, drifted, lost_energy, parse_refresh
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+import coreinfer_sim.generation.sparse_model as runtime
+from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.statistics import SentenceStatistics
+from coreinfer_sim.engines.compact import installed
+from coreinfer_sim.generation.refresh import Refresh, drifted, lost_energy, parse_refresh
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.models.mlps import find_mlps
 
 N_NEW, EVERY = 12, 4
 

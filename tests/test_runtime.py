@@ -11,15 +11,15 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-import coreinfer_sim.runtime as runtime
-from coreinfer_sim.activations import recorded_activations
-from coreinfer_sim.architectures import find_mlps, weight_shape
-from coreinfer_sim.core_neurons import n_kept, sentence_statistics, top_ids
-from coreinfer_sim.errors import ConfigError, GenerationError, IndexMismatchError, UnsupportedModelError
-from coreinfer_sim.predictors import FixedPredictor, make_predictor
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+import coreinfer_sim.generation.sparse_model as runtime
+from coreinfer_sim.base.errors import ConfigError, GenerationError, IndexMismatchError, UnsupportedModelError
+from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.statistics import n_kept, sentence_statistics, top_ids
+from coreinfer_sim.engines.compact import installed
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.models.mlps import find_mlps, weight_shape
+from coreinfer_sim.models.taps import recorded_activations
 
 N_NEW = 7
 SOME = ["llama", "phi3", "opt", "gpt2", "bloom"]

@@ -22,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_llamacpp import PROMPTS, RATIO, checkpoint, exported, index  # noqa: F401
 
-from coreinfer_sim.generation import TextGenerator
-from coreinfer_sim.llamacpp import LlamaCppGenerator
-from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import make_predictor
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
+from coreinfer_sim.generation.text import TextGenerator
+from coreinfer_sim.models.loading import load_model
 from coreinfer_sim.serving.app import _overlap, _without_stops, make_app
 from coreinfer_sim.serving.backends import Answered, Asked, LlamaCppBackend, TransformersBackend, routing_text
 

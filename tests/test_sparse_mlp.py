@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import N_LAYERS, VOCABULARY, tiny_model
 
-from coreinfer_sim.architectures import dense_bytes, find_mlps, weight_shape
-from coreinfer_sim.errors import IndexMismatchError
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import compact_model, grouped_model, install, installed
+from coreinfer_sim.base.errors import IndexMismatchError
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import compact_model, grouped_model, install, installed
+from coreinfer_sim.models.mlps import dense_bytes, find_mlps, weight_shape
 
 
 def token_ids(n_rows, n_positions, seed=0):
@@ -284,8 +284,8 @@ def test_bytes_and_keep_ratio_are_those_of_the_installed_modules(tiny, model):
 def test_merging_compensation_makes_no_copy_of_the_output_weights():
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from coreinfer_sim.compensation import LayerCompensation
-    from coreinfer_sim.sparse_mlp import MERGED_ROWS, merge_delta
+    from coreinfer_sim.engines.compact import MERGED_ROWS, merge_delta
+    from coreinfer_sim.fitting.least_squares import LayerCompensation
 
     sizes = []
 

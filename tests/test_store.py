@@ -13,17 +13,17 @@ import pytest
 import torch
 from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from coreinfer_sim.architectures import find_mlps, weight_sketch
-from coreinfer_sim.budget import MIB, ModelShape, Use, load_within, most_kept, plan_budget
-from coreinfer_sim.checkpoint import Checkpoint
-from coreinfer_sim.config import Fallback, Mode
-from coreinfer_sim.errors import BudgetError, ConfigError, ModelError, StoreError
-from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import make_predictor
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.sparse_mlp import compact_projections
-from coreinfer_sim.store import NeuronStore, PartSource, StoreShape, make_store
-from coreinfer_sim.streaming import Scratch
+from coreinfer_sim.base.errors import BudgetError, ConfigError, ModelError, StoreError
+from coreinfer_sim.base.settings import Fallback, Mode
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.engines.compact import compact_projections
+from coreinfer_sim.generation.memory_plan import MIB, ModelShape, Use, load_within, most_kept, plan_budget
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.models.checkpoint import Checkpoint
+from coreinfer_sim.models.loading import load_model
+from coreinfer_sim.models.mlps import find_mlps, weight_sketch
+from coreinfer_sim.models.store import NeuronStore, PartSource, StoreShape, make_store
+from coreinfer_sim.models.streaming import Scratch
 
 AMPLE = 64 << 30
 USE = Use(n_kept=[24] * 3, n_prompt=8, n_new=16)
@@ -69,7 +69,7 @@ def random_store(path: Path, n_layers: int = 2, d_ff: int = 50, d_model: int = 8
 
 @pytest.fixture
 def written(tmp_path):
-    from coreinfer_sim.progress import Progress
+    from coreinfer_sim.base.progress import Progress
 
     checkpoint, sources, shape, expected = random_store(tmp_path / "x.neurons")
     make_store(tmp_path / "x.neurons", checkpoint, sources, shape, Progress())
@@ -92,7 +92,7 @@ def test_neurons_come_in_the_order_of_their_ids(written, ids):
 
 def test_many_small_tasks_read_the_same(written, monkeypatch):
     path, expected = written
-    monkeypatch.setattr("coreinfer_sim.store._TASK", 200)  # two neurons
+    monkeypatch.setattr("coreinfer_sim.models.store._TASK", 200)  # two neurons
     ids = torch.tensor([0, 1, 2, 3, 4, 5, 8, 10, 11, 12, 40, 49, 48])
     assert torch.equal(NeuronStore(path).layers[1].read_neurons(ids), expected[1, ids])
 
@@ -156,8 +156,8 @@ def test_a_store_that_shrinks_while_open(written):
 
 
 def test_an_interrupted_creation_leaves_nothing_that_loads(tmp_path, monkeypatch):
-    import coreinfer_sim.store as module
-    from coreinfer_sim.progress import Progress
+    import coreinfer_sim.models.store as module
+    from coreinfer_sim.base.progress import Progress
 
     path = tmp_path / "x.neurons"
     checkpoint, sources, shape, expected = random_store(path)
@@ -185,8 +185,8 @@ def test_two_processes_make_a_store_once(tmp_path):
     import fcntl
     import threading
 
-    from coreinfer_sim.progress import Progress
-    from coreinfer_sim.store import open_or_make
+    from coreinfer_sim.base.progress import Progress
+    from coreinfer_sim.models.store import open_or_make
 
     other_made = tmp_path / "x.neurons"
     checkpoint, sources, shape, expected = random_store(other_made)
@@ -221,7 +221,7 @@ def test_two_processes_make_a_store_once(tmp_path):
 def test_a_full_disk_is_said_before_writing(tmp_path, monkeypatch):
     import shutil
 
-    from coreinfer_sim.progress import Progress
+    from coreinfer_sim.base.progress import Progress
 
     checkpoint, sources, shape, _ = random_store(tmp_path / "x.neurons")
     usage = shutil.disk_usage(tmp_path)
@@ -289,7 +289,7 @@ def test_sparse_prefill_needs_the_set_before_the_prompt(models):
 
 
 def test_blocks_of_few_neurons_and_bfloat16_compute_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("coreinfer_sim.streaming._RAW", 2000)
+    monkeypatch.setattr("coreinfer_sim.models.streaming._RAW", 2000)
     folder = tmp_path / "model"
     tiny_model("llama").bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -418,10 +418,10 @@ _PROCESS = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from coreinfer_sim.budget import Use, load_within
-from coreinfer_sim.memory import peak_bytes
-from coreinfer_sim.predictors import make_predictor
-from coreinfer_sim.runtime import SparseModel
+from coreinfer_sim.generation.memory_plan import Use, load_within
+from coreinfer_sim.base.memory import peak_bytes
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.generation.sparse_model import SparseModel
 use = Use(n_kept=[6144] * 8, n_prompt=20, n_new=8)
 lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
 sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coreinfer_sim.architectures import MLPLayer, weight_sketch
-from coreinfer_sim.embeddings import SentenceEncoder
-from coreinfer_sim.index import Cluster, SemanticIndex
-from coreinfer_sim.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
+from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.index.index import Cluster, SemanticIndex
+from coreinfer_sim.index.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
+from coreinfer_sim.models.mlps import MLPLayer, weight_sketch
 
 PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]
 QUANTILES = {"0": 0.2, "0.01": 0.21, "0.05": 0.25, "0.25": 0.4, "0.5": 0.5, "0.75": 0.6, "1": 0.9}

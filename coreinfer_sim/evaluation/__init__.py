@@ -1,1 +1,1 @@
-"""Evaluation that cannot flatter: forced sparse decode, on rows that the index has not seen, beside the baselines."""
+"""Quality under forced sparse decode, beside what one would take instead."""

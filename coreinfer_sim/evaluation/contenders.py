@@ -16,15 +16,9 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.architectures import MLPLayer, find_mlps, module_bytes, other_bytes
-from coreinfer_sim.config import Fallback, Score, check_ratio
-from coreinfer_sim.core_neurons import SentenceStatistics, n_kept, top_ids
-from coreinfer_sim.errors import ConfigError
-from coreinfer_sim.evaluation.scoring import Case
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.lean import quantized
-from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import (
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Fallback, Score, check_ratio
+from coreinfer_sim.choosing.predictors import (
     HybridPredictor,
     Predictor,
     PromptStatistics,
@@ -32,8 +26,14 @@ from coreinfer_sim.predictors import (
     make_fallback,
     random_selection,
 )
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import Projections, compact_model
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.statistics import SentenceStatistics, n_kept, top_ids
+from coreinfer_sim.engines.compact import Projections, compact_model
+from coreinfer_sim.engines.lean.decoder import quantized
+from coreinfer_sim.evaluation.scoring import Case
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import MLPLayer, find_mlps, module_bytes, other_bytes
 
 NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
 """stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""

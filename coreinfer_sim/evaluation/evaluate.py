@@ -14,8 +14,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from coreinfer_sim.build.folder import differing
-from coreinfer_sim.errors import ConfigError, CorpusError
+from coreinfer_sim.base.errors import ConfigError, CorpusError
+from coreinfer_sim.base.progress import Progress, counted
+from coreinfer_sim.building.folder import differing
+from coreinfer_sim.engines.compact import install
 from coreinfer_sim.evaluation.contenders import (
     Chooser,
     Compactor,
@@ -27,10 +29,8 @@ from coreinfer_sim.evaluation.contenders import (
 from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.evaluation.text_scores import text_scores
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.progress import Progress, counted
-from coreinfer_sim.sparse_mlp import install
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel
 
 _N_RESAMPLES = 1000
 _MAX_TOKENS = 1024

@@ -27,16 +27,16 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from coreinfer_sim.config import Mode, Score
-from coreinfer_sim.embeddings import SentenceEncoder
-from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.base.settings import Mode, Score
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.evaluation.scoring import Prefill, decoded_logits, prefill
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import load_model
-from coreinfer_sim.predictors import make_predictor
-from coreinfer_sim.runtime import SparseModel
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import installed
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import load_model
 
 _log = logging.getLogger(__name__)
 

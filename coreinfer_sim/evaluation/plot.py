@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.drawing import drawing
+from coreinfer_sim.base.plots import drawing
 from coreinfer_sim.evaluation.contenders import Contender
 
 _STYLES = {"16bit": ("o", "-"), "int8": ("D", "-."), "q8_0": ("s", "--"), "q4_0": ("^", ":")}

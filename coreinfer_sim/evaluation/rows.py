@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.errors import CorpusError
-from coreinfer_sim.progress import counted
+from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.progress import counted
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coreinfer_sim.activations import recorded_activations
-from coreinfer_sim.core_neurons import SentenceStatistics, sentence_statistics
-from coreinfer_sim.errors import CorpusError
+from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.choosing.predictors import PromptStatistics
+from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
 from coreinfer_sim.evaluation.rows import Row, joined
-from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import PromptStatistics
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.taps import recorded_activations
 
 _SCORED_AT_ONCE = 8
 """Tokens; what is made of their logits over a large vocabulary then stays in the cache."""

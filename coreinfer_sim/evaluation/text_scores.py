@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coreinfer_sim.extra import require
+from coreinfer_sim.base.extra import require
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from coreinfer_sim.config import Fallback
-from coreinfer_sim.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Fallback
 from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.evaluation.rows import Row
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.manifest import ProfileInfo
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import ProfileInfo
 
 KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Tried beside those of the index's compensated sets."""

@@ -1,1 +1,1 @@
-"""A cluster with its compact MLPs as an ordinary, smaller model that other programs load."""
+"""A cluster as an ordinary, smaller model: a checkpoint or a GGUF file."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from coreinfer_sim.architectures import MLPLayer, weight_shape
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.selection import NeuronSelection
-from coreinfer_sim.sparse_mlp import Projections, compact_projections, linear_parameters
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.compact import Projections, compact_projections, linear_parameters
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import MLPLayer, weight_shape
 
 WIDTH_STEP = 64
 """Widths are multiples of this, which kernels like."""

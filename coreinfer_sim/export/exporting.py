@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from coreinfer_sim.config import UNFAMILIAR, check_ratio
-from coreinfer_sim.errors import ExportError
+from coreinfer_sim.base.errors import ExportError
+from coreinfer_sim.base.files import write_json
+from coreinfer_sim.base.progress import Progress, counted, readable_size
+from coreinfer_sim.base.settings import UNFAMILIAR, check_ratio
 from coreinfer_sim.export import gguf, hf
 from coreinfer_sim.export.compact import (
     DENSE,
@@ -21,10 +23,8 @@ from coreinfer_sim.export.compact import (
     exported_selection,
     needed_bytes,
 )
-from coreinfer_sim.files import write_json
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.progress import Progress, counted, readable_size
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel
 
 ROUTER_FILE = "router.json"
 FORMATS = ("hf", "gguf")

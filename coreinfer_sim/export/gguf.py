@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 import torch
 
-from coreinfer_sim.errors import ExportError
+from coreinfer_sim.base.errors import ExportError
 from coreinfer_sim.export.compact import CompactWeights, Source
-from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.models.loading import LanguageModel
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.errors import ExportError
+from coreinfer_sim.base.errors import ExportError
 from coreinfer_sim.export.compact import CompactWeights, Source
-from coreinfer_sim.models import LanguageModel
+from coreinfer_sim.models.loading import LanguageModel
 
 SOURCE_FILE = "coreinfer_sim.json"
 

@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from coreinfer_sim.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, PromptError
 from coreinfer_sim.serving.backends import Answered, Asked, Backend
 from coreinfer_sim.serving.engine import Busy, Engine, Stopping, TimedOut
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
-from coreinfer_sim.config import Mode
-from coreinfer_sim.errors import ConfigError
-from coreinfer_sim.generation import Message, TextGenerator, last_user_message, within
-from coreinfer_sim.index import SemanticIndex
-from coreinfer_sim.llamacpp import LlamaCppGenerator
-from coreinfer_sim.models import LanguageModel
-from coreinfer_sim.predictors import make_predictor
-from coreinfer_sim.swapping import DEFAULT_BYTES, CompactCache
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Mode
+from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.engines.cache import DEFAULT_BYTES, CompactCache
+from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
+from coreinfer_sim.generation.text import Message, TextGenerator, last_user_message, within
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel
 
 
 @dataclass(frozen=True)

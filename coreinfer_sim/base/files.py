@@ -1,0 +1,67 @@
+"""Writing that survives a kill, and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coreinfer_sim.base.errors import ConfigError
+
+
+def check_folder(path: Path) -> None:
+    """Raise ConfigError unless the folder of a file that is to be written is there, before the work that it would hold."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} for {path.name}; make it first.")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Force a file's or folder's contents to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; it takes the real name only if the block ends well."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        flush_to_disk(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write(temporary path)`` make a file, then move it to ``path`` in one step."""
+    with atomic_path(path) as part:
+        write(part)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as readable JSON, in one step."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def cache_folder(part: str) -> Path:
+    """Return where what can be made anew is kept: ``$COREINFER_SIM_CACHE`` or ``~/.cache/coreinfer_sim``, in it ``part``."""
+    base = os.environ.get("COREINFER_SIM_CACHE")
+    return (Path(base) if base else Path.home() / ".cache" / "coreinfer_sim") / part

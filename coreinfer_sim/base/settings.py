@@ -1,0 +1,280 @@
+"""Settings of a build: plain data, checked when made; no I/O and no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from coreinfer_sim.base.errors import ConfigError
+
+
+class Score(str, Enum):
+    """What ranks the neurons of a cluster."""
+
+    ENERGY = "energy"
+    """Sum over tokens of (z_n / ‖z‖₂)²; sign-blind (the GRIFFIN statistic)."""
+    PAPER = "paper"
+    """Number of sentences whose sentence-wise core neurons hold the neuron (CoreInfer)."""
+
+
+class Ranking(str, Enum):
+    """What ranks the neurons of a set that is compensated."""
+
+    SURGEON = "surgeon"
+    """Squared error that compensation by all others cannot repair (optimal brain surgeon)."""
+    ENERGY = "energy"
+    """As in `Score`."""
+
+
+class Budget(str, Enum):
+    """How the neurons are shared out among the layers of a set that is compensated."""
+
+    UNIFORM = "uniform"
+    """The same share of every layer."""
+    SENSITIVITY = "sensitivity"
+    """More where dropping neurons was measured to cost more, under the same mean."""
+
+
+class Start(str, Enum):
+    """What a cluster's set is before it is trained on."""
+
+    CORPUS = "corpus"
+    """The trained set of the whole corpus: its neurons and its weights, which the cluster's texts then specialise."""
+    CLUSTER = "cluster"
+    """The set that was fitted to the cluster, with neurons of its own."""
+    JOINT = "joint"
+    """The sets that were fitted to the clusters, with what the whole corpus's has learnt; all share what they learn."""
+
+
+class Mode(str, Enum):
+    """Where a selection comes from."""
+
+    SIMILARITY = "similarity"
+    HYBRID = "hybrid"
+    STABILITY = "stability"
+    GLOBAL = "global"
+    RANDOM = "random"
+    DENSE = "dense"
+
+
+class Engine(str, Enum):
+    """What computes a decode step."""
+
+    AUTO = "auto"
+    LEAN = "lean"
+    """Compiled loops, for Llama-like models on a CPU."""
+    COMPILED = "compiled"
+    """The model's own forward code through `torch.compile`, with a static cache: CUDA graphs on a GPU."""
+    TRANSFORMERS = "transformers"
+    """The model's own forward code."""
+
+
+class Weights(str, Enum):
+    """How decode holds the weights that it reads."""
+
+    STORED = "stored"
+    INT8 = "int8"
+
+
+class Fallback(str, Enum):
+    """What similarity mode does for a prompt that is unfamiliar to its cluster."""
+
+    HYBRID = "hybrid"
+    DENSE = "dense"
+    GLOBAL = "global"
+    NONE = "none"
+
+
+UNFAMILIAR = 0.05
+"""A prompt is unfamiliar if fewer than this share of its cluster's own prompts lie as far from the centroid."""
+
+
+def check_ratio(name: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` lies in (0, 1]."""
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} is {value}, expected a number above 0 and at most 1.")
+
+
+def _check_at_least(name: str, value: int | None, smallest: int) -> None:
+    if value is not None and value < smallest:
+        raise ConfigError(f"{name} is {value}, expected {smallest} or more.")
+
+
+def parse_size(text: str) -> int:
+    """Turn ``"2GiB"``, ``"500 MB"`` or a number of bytes into bytes.
+
+    Raises:
+        ConfigError: the text is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"{text!r} is no size, expected for example 2GiB, 500MB or a number of bytes.")
+    power = " kmgt".index((found[2] or " ").lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the column names that a template such as ``"Question: {question}"`` reads."""
+    try:
+        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ConfigError(f"the template {template!r} cannot be read ({error}); write {{column}}.") from error
+    names = [str(name) for name, _, _ in parsed]
+    if not names or not all(str(name).isidentifier() and not form and not how for name, form, how in parsed):
+        raise ConfigError(f"the template {template!r} names no column; write for example 'Question: {{question}}'.")
+    return names
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the prompts come from and how a row becomes text."""
+
+    source: str
+    """Hub id, or the path of a JSONL, JSON, CSV, Parquet or text file, or of a ``save_to_disk`` folder."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set or of a ``save_to_disk`` folder with several."""
+    prompt_column: str | None = None
+    """Column that is embedded: what a user would type. None: "prompt", "text", or the only text column; where there is none
+    of these beside a template, what that renders."""
+    template: str | None = None
+    """What the language model reads, with ``{column}`` fields. None: the prompt itself."""
+    limit: int | None = None
+    """Keep at most this many prompts."""
+    max_tokens: int = 512
+    """Longer texts are cut to this many tokens; the report says how many were."""
+    deduplicate: bool = True
+    """Drop a row whose text has been seen."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and the template."""
+        _check_at_least("limit", self.limit, 1)
+        _check_at_least("max_tokens", self.max_tokens, 2)
+        if self.template is not None:
+            template_fields(self.template)
+
+
+@dataclass(frozen=True)
+class CompensationConfig:
+    """How sets of neurons are fitted so that the kept ones make up for the dropped ones."""
+
+    keep_ratios: tuple[float, ...] = (0.4,)
+    """Share of the dense MLPs' bytes, compensation included, on average over the layers; one fitted set for each."""
+    rank: int | None = None
+    """Rank of the change of the output weights; None: full."""
+    bypass_rank: int = 0
+    """Directions of each MLP's input that go straight to its output, as neurons among the kept ones."""
+    ranking: Ranking = Ranking.SURGEON
+    """What ranks the neurons."""
+    budget: Budget = Budget.SENSITIVITY
+    """How neurons are shared out among the layers."""
+    tokens: int = 20_000
+    """Tokens that each cluster's set is fitted on; the whole corpus's set takes three times as many."""
+    ranking_tokens: int | None = None
+    """Tokens among those that rank a set's neurons; None: all."""
+    distil_tokens: int = 0
+    """Tokens of the texts that each cluster's set is trained on from there, the whole corpus's again on three times as
+    many, as are clusters that learn jointly; 0: the closed form stays as it is."""
+    distil_from: Start = Start.CLUSTER
+    """What training begins with."""
+
+    @property
+    def own_fits(self) -> bool:
+        """Whether clusters have sets fitted to them."""
+        return not self.distil_tokens or self.distil_from is not Start.CORPUS
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not self.keep_ratios:
+            raise ConfigError("compensation was given no keep ratio, expected one or more.")
+        for ratio in self.keep_ratios:
+            check_ratio("keep ratio", ratio)
+            if ratio == 1.0:
+                raise ConfigError("the keep ratio is 1, where nothing is dropped and nothing can be compensated.")
+        names = [f"{ratio:g}" for ratio in self.keep_ratios]  # as an index tells them apart
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"the keep ratio {twice} was given twice, expected each once; leave one out.")
+        _check_at_least("rank", self.rank, 1)
+        _check_at_least("bypass rank", self.bypass_rank, 0)
+        _check_at_least("tokens", self.tokens, 1)
+        _check_at_least("ranking tokens", self.ranking_tokens, 1)
+        _check_at_least("distil tokens", self.distil_tokens, 0)
+        if self.distil_tokens and self.distil_from is Start.JOINT and self.rank is not None:
+            raise ConfigError(
+                f"the change of the output weights is kept at rank {self.rank}, but clusters that learn jointly need it at "
+                "full rank; give --compensate full or --distil-from cluster."
+            )
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything that decides what is in an index, apart from corpus and model."""
+
+    clusters: int | str = "auto"
+    """Number of semantic clusters, or "auto": the best silhouette on a sample."""
+    alpha: float = 0.4
+    """Share of the positive activations that makes a token's core neurons."""
+    beta: float = 0.4
+    """Share of d_ff that makes a sentence's core neurons."""
+    gamma: float = 0.8
+    """Keep ratio used where the reader of the index names none."""
+    seed: int = 0
+    """Seed of k-means, of what is held out, and of the order of texts that sets are fitted to and trained on."""
+    layers: str = ":"
+    """Slice of the layers that are recorded, such as ``4:``."""
+    batch_size: int = 16
+    """Sentences in one forward pass."""
+    shard_size: int = 64
+    """Sentences in one shard, the unit of restart and of sharing among processes."""
+    compensation: CompensationConfig | None = None
+    """Fit compensated sets as well; None: store statistics alone."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("alpha", "beta", "gamma"):
+            check_ratio(name, getattr(self, name))
+        if isinstance(self.clusters, str):
+            if self.clusters != "auto":
+                raise ConfigError(f"clusters is {self.clusters!r}, expected a number or 'auto'.")
+        else:
+            _check_at_least("clusters", self.clusters, 1)
+        _check_at_least("seed", self.seed, 0)
+        _check_at_least("batch_size", self.batch_size, 1)
+        _check_at_least("shard_size", self.shard_size, 1)
+        parse_layers(self.layers, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def layers_slice(numbers: Sequence[int]) -> str:
+    """Return the slice that `parse_layers` turns into ``numbers``, rising and evenly spaced."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    return f"{numbers[0]}:{numbers[-1] + 1}:{step}"
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """Turn ``"4:"``, ``"2:10"``, ``"3"`` or ``":"`` into layer numbers, with Python's slice rules.
+
+    Raises:
+        ConfigError: the text is not a slice or number.
+    """
+    parts = text.strip().split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError as error:
+        raise ConfigError(f"layers is {text!r}, expected a slice such as '4:' or one layer's number.") from error
+    if len(numbers) == 1 and numbers[0] is not None:
+        layer = numbers[0]
+        return [layer % n_layers] if -n_layers <= layer < n_layers else []
+    if len(numbers) in (2, 3) and numbers[2:] != [0]:
+        return list(range(n_layers))[slice(*numbers)]
+    raise ConfigError(f"layers is {text!r}, expected a slice such as '4:' or one layer's number.")

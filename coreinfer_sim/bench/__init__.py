@@ -1,0 +1,1 @@
+"""Speed beside other programs, in turns, each in a process of its own."""

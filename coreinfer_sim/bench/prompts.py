@@ -1,0 +1,73 @@
+"""Prompts of one length, the same tokens for every contender."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from coreinfer_sim.base.errors import PromptError
+from coreinfer_sim.bench.contenders import Prompt
+
+TEXT = (
+    "Stars form when a cold cloud of gas and dust collapses under its own weight, heats up and begins to fuse hydrogen.",
+    "Bread rises because yeast eats the sugar in the dough and gives off carbon dioxide, which the gluten holds back.",
+    "A judge reads the contract as a whole and asks what two reasonable people would have meant by each of its clauses.",
+    "The heart pumps blood through arteries that branch again and again until single cells pass in file.",
+    "A function that calls itself needs a case in which it does not, or the stack of unfinished calls grows until it breaks.",
+    "Interest rates rise when the central bank wants fewer loans to be taken up, so that prices climb more slowly.",
+    "The defender steps up at the moment of the pass, and the forward behind her is left standing offside.",
+    "In the spring of that year the fleet sailed north, met the storms of the channel and lost a third of its ships.",
+    "A syncopated rhythm puts its weight where the ear does not expect it, between the beats or on the weak ones.",
+    "Irises that have grown too dense are lifted after they flower, cut into pieces with one fan each and set anew.",
+    "Water boils at a lower temperature on a mountain, for the air above it presses less on its surface.",
+    "The translator looks for a word that carries the same weight, and often finds that no single one does.",
+)
+"""What prompts are cut from unless a text is given; each line begins another topic."""
+
+
+def cut_prompts(tokenizer: Any, text: str | None, n_tokens: int, n_prompts: int) -> list[Prompt]:
+    """Cut prompts of ``n_tokens`` tokens from a text; each begins at another of its lines.
+
+    Args:
+        tokenizer: of the model.
+        text: what to cut from, read in circles if it is short; None takes `TEXT`.
+        n_tokens: of each prompt, special tokens included.
+        n_prompts: how many.
+
+    Raises:
+        PromptError: the text is empty, or no part of it has just that many tokens.
+    """
+    lines = [line.strip() for line in (text.splitlines() if text is not None else TEXT) if line.strip()]
+    if not lines:
+        raise PromptError("the text that prompts are cut from is empty, expected some lines of text.")
+    return [_cut(tokenizer, lines, number % len(lines), n_tokens) for number in range(n_prompts)]
+
+
+def _cut(tokenizer: Any, lines: list[str], first: int, n_tokens: int) -> Prompt:
+    """Cut a prompt from the line ``first`` on: a tokenizer may join what a cut parts, so lengths near it are tried too."""
+    n_characters = sum(len(line) + 1 for line in lines)
+    n_circles = 1 + 32 * n_tokens // n_characters  # no token is that long on average
+    whole = " ".join([*lines[first:], *(lines * n_circles)])
+    encoded = tokenizer(whole, return_offsets_mapping=True, verbose=False)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    n_found = len(ends)
+    for shift in (0, -1, 1, -2, 2, -3, 3, -4, 4):
+        at = n_tokens - 1 + shift
+        if 0 <= at < n_found and ends[at] > 0:
+            cut = whole[: ends[at]]
+            ids = tokenizer(cut, verbose=False)["input_ids"]
+            if len(ids) == n_tokens:
+                return Prompt(cut, ids)
+    raise PromptError(
+        f"no prompt of just {n_tokens} tokens can be cut from line {first + 1} of the text, expected a text of which that can; "
+        "ask for another number of tokens or give another text."
+    )
+
+
+def random_prompts(n_tokens: int, n_prompts: int, seed: int) -> list[Prompt]:
+    """Draw prompts for `byte_tokenizer`, whose tokens are the characters."""
+    from coreinfer_sim.bench.shapes import byte_tokenizer
+
+    chance, tokenizer = random.Random(seed), byte_tokenizer()
+    texts = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=n_tokens)) for _ in range(n_prompts)]
+    return [Prompt(text, tokenizer(text)["input_ids"]) for text in texts]

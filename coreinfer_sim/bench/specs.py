@@ -1,0 +1,124 @@
+"""What a contender is asked for, as text such as ``sparse:0.4:int8``; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Mode, check_ratio, parse_size
+
+DENSE, OURS_DENSE, OFFLOAD, LLAMACPP = "dense", "ours-dense", "offload", "llamacpp"
+_MODES = {"sparse": Mode.SIMILARITY, **{mode.value: mode for mode in Mode if mode is not Mode.DENSE}}
+KINDS = (DENSE, OURS_DENSE, *_MODES, OFFLOAD, LLAMACPP)
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "bf16": "bfloat16", "f32": "float32"}
+GGUF_TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
+_CONVERT: dict[str, Any] = {
+    **dict.fromkeys(("engine", "weights", "prefill", "refresh", "score", "fallback", "sparse_layers"), str),
+    "nearest": int,
+    "seed": int,
+    "memory_budget": parse_size,
+}
+"""Further options of our own runtime, by what reads their text."""
+DEFAULT_KEEP_RATIO = 0.4
+_POSSIBLE = (
+    "dense[:DTYPE], ours-dense[:DTYPE], MODE[:KEEP_RATIO][:DTYPE][:int8][:OPTION=VALUE…], offload[:SHARE][:DTYPE] or "
+    f"llamacpp[:TYPE]; MODE is {', '.join(_MODES)}, DTYPE float32, bfloat16 or float16, TYPE {', '.join(GGUF_TYPES)}, "
+    f"OPTION {', '.join(_CONVERT)}"
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One contender as it was asked for."""
+
+    text: str
+    """What was asked for; the contender's name."""
+    kind: str
+    """DENSE, OURS_DENSE, OFFLOAD, LLAMACPP, or the value of a `Mode`."""
+    dtype: str = "auto"
+    """As `load_model` takes it; in llama.cpp the type of the GGUF file."""
+    ratio: float | None = None
+    """Keep ratio; in offload the share of the weights that stays in memory."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of our own runtime."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our own runtime decodes."""
+        return self.kind not in (DENSE, OFFLOAD, LLAMACPP)
+
+    @property
+    def mode(self) -> Mode:
+        """How our own runtime chooses neurons."""
+        return Mode.DENSE if self.kind == OURS_DENSE else Mode(self.kind)
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether neurons come from an index."""
+        return self.kind in (Mode.SIMILARITY.value, Mode.HYBRID.value, Mode.GLOBAL.value)
+
+
+def parse_spec(text: str) -> Spec:
+    """Read a contender such as ``dense:float32``, ``sparse:0.4:int8`` or ``llamacpp:q8_0``.
+
+    Raises:
+        ConfigError: it cannot be read; the message lists what is possible.
+    """
+    kind, *parts = text.strip().split(":")
+    if kind not in KINDS:
+        raise _wrong(text, f"there is no {kind!r}")
+    if kind == LLAMACPP:
+        if len(parts) > 1 or (parts and parts[0] not in GGUF_TYPES):
+            raise _wrong(text, f"llamacpp has no {':'.join(parts)!r}")
+        return Spec(text, kind, parts[0] if parts else "bf16")
+    ours = kind not in (DENSE, OFFLOAD)
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for part in parts:
+        name, value = _read_part(text, part, takes_ratio=kind not in (DENSE, OURS_DENSE), takes_options=ours)
+        target = found if name in ("dtype", "ratio") else options
+        if name in target:
+            raise _wrong(text, f"{part!r} gives {name} a second time")
+        target[name] = value
+    if kind in _MODES:
+        kind, ratio = _MODES[kind].value, found.get("ratio", DEFAULT_KEEP_RATIO)
+    else:
+        ratio = found.get("ratio", 0.5 if kind == OFFLOAD else None)
+    return Spec(text, kind, found.get("dtype", "auto"), ratio, options)
+
+
+def _read_part(text: str, part: str, takes_ratio: bool, takes_options: bool) -> tuple[str, Any]:
+    """Return what a part of a spec sets, and to what."""
+    if part in DTYPES:
+        return "dtype", DTYPES[part]
+    name, equals, value = part.partition("=")
+    if takes_options and part == "int8":
+        return "weights", "int8"
+    if takes_options and equals and name in _CONVERT:
+        try:
+            return name, _CONVERT[name](value)
+        except ValueError as error:
+            raise _wrong(text, f"{value!r} is no {name}") from error
+    try:
+        ratio = float(part)
+    except ValueError as error:
+        raise _wrong(text, f"{part!r} is unknown") from error
+    if not takes_ratio:
+        raise _wrong(text, f"dense contenders have no ratio, but {part!r} was given")
+    check_ratio(f"the ratio of the contender {text!r}", ratio)
+    return "ratio", ratio
+
+
+def _wrong(text: str, reason: str) -> ConfigError:
+    return ConfigError(f"the contender {text!r} cannot be read, as {reason}; expected {_POSSIBLE}.")
+
+
+def parse_specs(texts: tuple[str, ...] | list[str]) -> list[Spec]:
+    """Read contenders, each once.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    return [parse_spec(text) for text in dict.fromkeys(text.strip() for text in texts)]

@@ -1,0 +1,1 @@
+"""A corpus to an index, each stage kept on disk."""

@@ -1,0 +1,172 @@
+"""The one expensive pass: the language model over a shard, as exact integer sums per cluster.
+
+Energies and activations are added up as fixed-point integers, so that sums do not depend on the order in which
+shards, processes or machines finish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save
+
+from coreinfer_sim.base.corpus import Sentence
+from coreinfer_sim.base.files import write_atomic
+from coreinfer_sim.base.memory import give_back_memory
+from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.choosing.statistics import sentence_statistics
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import MLPLayer
+from coreinfer_sim.models.taps import recorded_activations
+
+ENERGY_UNIT = 2.0**-30
+ACTIVATION_UNIT = 2.0**-16
+_LENGTH_STEP = 16
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass
+class PartialSums:
+    """Sums over some sentences, for the clusters that occur among them; arrays are int64 [n_here, n_layers, d_ff]."""
+
+    clusters: np.ndarray
+    """Numbers of those clusters, ascending, [n_here]."""
+    counts: np.ndarray
+    """Sentences whose C_α^β holds the neuron."""
+    energy: np.ndarray
+    """In units of 2^-30."""
+    activation: np.ndarray
+    """In units of 2^-16."""
+
+    @classmethod
+    def zeros(cls, clusters: np.ndarray, n_layers: int, d_ff: int) -> PartialSums:
+        """Return empty sums for the given clusters."""
+        return cls(clusters, *(np.zeros((len(clusters), n_layers, d_ff), np.int64) for _ in range(3)))
+
+    def add(self, other: PartialSums) -> None:
+        """Add sums over other sentences; their clusters must be among these."""
+        places = np.searchsorted(self.clusters, other.clusters)
+        for name in ("counts", "energy", "activation"):
+            getattr(self, name)[places] += getattr(other, name)
+
+    def save(self, path: Path) -> None:
+        """Write in one step: a shard is on disk whole or not at all."""
+        write_atomic(path, lambda part: part.write_bytes(save(vars(self))))
+
+    @classmethod
+    def load(cls, path: Path) -> PartialSums:
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+
+def cut_into_shards(assignment: np.ndarray, n_tokens: np.ndarray, shard_size: int) -> list[np.ndarray]:
+    """Cut the corpus into shards of sentence numbers, fixed by the corpus alone.
+
+    Sentences are ordered by cluster, then by length, so that a shard touches few clusters and pads little.
+
+    Args:
+        assignment: cluster of each sentence, [n_sentences].
+        n_tokens: length of each sentence, [n_sentences].
+        shard_size: sentences in a shard.
+    """
+    order = np.lexsort((np.arange(len(assignment)), -n_tokens, assignment))
+    shards = [order[begin : begin + shard_size] for begin in range(0, len(order), shard_size)]
+    return [shard[np.lexsort((shard, -n_tokens[shard]))] for shard in shards]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids of some sentences."""
+
+    numbers: np.ndarray
+    """Which sentences, [n_rows]."""
+    input_ids: torch.Tensor
+    """[n_rows, n_positions]."""
+    attention_mask: torch.Tensor
+    """1 for tokens, 0 for padding, [n_rows, n_positions]."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.attention_mask.sum())
+
+
+def batches(
+    language_model: LanguageModel, sentences: Sequence[Sentence], shard: np.ndarray, batch_size: int, max_tokens: int
+) -> Iterator[Batch]:
+    """Tokenise a shard in batches of at most ``batch_size`` sentences, fewer where they are long.
+
+    The longest batch decides how much memory a build takes, so it is bounded whatever the corpus holds.
+    """
+    tokenizer = language_model.tokenizer
+    device = language_model.model.device
+    begin = 0
+    while begin < len(shard):
+        numbers = shard[begin : begin + batch_size]
+        rows = tokenizer([sentences[i].text for i in numbers], truncation=True, max_length=max_tokens)["input_ids"]
+        # Every new shape costs memory and time in the libraries below, so lengths are rounded up to a few.
+        n_positions = min(-(-max(map(len, rows)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
+        rows = rows[: max(1, _TOKENS_AT_ONCE // n_positions)]
+        numbers = numbers[: len(rows)]
+        begin += len(rows)
+        input_ids = torch.full((len(rows), n_positions), tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        yield Batch(numbers, input_ids.to(device), mask.to(device))
+
+
+def forward(language_model: LanguageModel, batch: Batch) -> None:
+    """Run the layers over a batch, without cache and without the output head, which no statistic needs."""
+    with torch.inference_mode():
+        language_model.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def run_shard(
+    language_model: LanguageModel,
+    layers: Sequence[MLPLayer],
+    sentences: Sequence[Sentence],
+    assignment: np.ndarray,
+    shard: np.ndarray,
+    config: BuildConfig,
+    max_tokens: int,
+) -> PartialSums:
+    """Run the language model over one shard and sum up what its neurons did.
+
+    Args:
+        language_model: the model.
+        layers: the layers to record.
+        sentences: the corpus.
+        assignment: cluster of each sentence, [n_sentences].
+        shard: numbers of the shard's sentences.
+        config: α, β and the batch size.
+        max_tokens: longer texts are cut.
+    """
+    sums = PartialSums.zeros(np.unique(assignment[shard]), len(layers), layers[0].d_ff)
+    row_of = {layer.number: row for row, layer in enumerate(layers)}
+    starts = places = np.zeros(0, np.int64)
+
+    def add(number: int, z: torch.Tensor) -> None:
+        statistics = sentence_statistics(z, starts, config.alpha)
+        parts = (
+            ("counts", statistics.core_mask(config.beta).astype(np.int64)),
+            ("energy", np.rint(statistics.energy / np.float32(ENERGY_UNIT)).astype(np.int64)),
+            ("activation", np.rint(statistics.activation / np.float32(ACTIVATION_UNIT)).astype(np.int64)),
+        )
+        for place in np.unique(places):
+            for name, values in parts:
+                getattr(sums, name)[place, row_of[number]] += values[places == place].sum(axis=0)
+
+    with recorded_activations(layers, add) as tap:
+        for batch in batches(language_model, sentences, shard, config.batch_size, max_tokens):
+            starts = np.concatenate([[0], np.cumsum(batch.attention_mask.sum(1).cpu().numpy())])
+            places = np.searchsorted(sums.clusters, assignment[batch.numbers])
+            tap.set_mask(batch.attention_mask)
+            forward(language_model, batch)
+            give_back_memory()  # batches of many shapes would leave holes, more with every one
+    return sums

@@ -1,0 +1,1 @@
+"""Which neurons decode holds for a prompt."""

@@ -1,0 +1,95 @@
+"""A selection is data: which neurons decode keeps, and where the choice came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from coreinfer_sim.base.errors import IndexMismatchError
+from coreinfer_sim.base.settings import UNFAMILIAR
+from coreinfer_sim.fitting.least_squares import LayerCompensation
+from coreinfer_sim.models.mlps import MLPLayer
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronSelection:
+    """The neurons that a decode step reads; two selections are the same only if they are one object."""
+
+    mode: str
+    """Which predictor made it."""
+    ids: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Kept neurons of a layer, ascending, [n_kept]; a layer that is not named stays dense."""
+    cluster: int | None = None
+    """Semantic cluster that the prompt was routed to, if any."""
+    similarity: float | None = None
+    """Cosine similarity of the prompt to that cluster's centroid."""
+    label: str | None = None
+    """That cluster's readable label."""
+    compensation: Mapping[int, LayerCompensation] | None = None
+    """What is merged into the compact MLP of a layer; it belongs to just these ids."""
+    confidence: float | None = None
+    """Of the routing; see `Match`."""
+
+    @property
+    def confident(self) -> bool | None:
+        """Whether the prompt is familiar to its cluster; None if it was not routed."""
+        return None if self.confidence is None else self.confidence >= UNFAMILIAR
+
+    def check(self, layers: Sequence[MLPLayer]) -> None:
+        """Raise IndexMismatchError if the ids do not fit the model's layers."""
+        for number, ids in self.ids.items():
+            if not 0 <= number < len(layers):
+                raise IndexMismatchError(f"the selection names layer {number}, but the model has {len(layers)} layers.")
+            d_ff = layers[number].d_ff
+            if ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) == 0:
+                raise IndexMismatchError(
+                    f"the selection of layer {number} is {ids.dtype} of shape {tuple(ids.shape)}, expected int64 ids [n_kept]."
+                )
+            if int(ids[0]) < 0 or int(ids[-1]) >= d_ff or bool((ids.diff() <= 0).any()):
+                raise IndexMismatchError(
+                    f"the selection of layer {number} does not ascend within 0 to {d_ff - 1}, expected each id once, in order."
+                )
+
+    def mlp_bytes(self, layers: Sequence[MLPLayer]) -> int:
+        """Return the MLP bytes that one decoded token reads, compensation included."""
+        repairs = self.compensation or {}
+        return sum(
+            compact_bytes(layer, len(self.ids[layer.number]), repairs.get(layer.number))
+            if layer.number in self.ids
+            else layer.n_bytes
+            for layer in layers
+        )
+
+    def keep_ratio(self, layers: Sequence[MLPLayer]) -> float:
+        """Return kept neurons over all neurons of the model."""
+        kept = sum(len(self.ids[layer.number]) if layer.number in self.ids else layer.d_ff for layer in layers)
+        return kept / sum(layer.d_ff for layer in layers)
+
+
+def compact_bytes(layer: MLPLayer, n_kept: int, compensation: LayerCompensation | None = None) -> int:
+    """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias."""
+    rank = compensation.bypass_rank if compensation is not None else 0
+    per_neuron, output_bias = _parts(layer, rank)
+    has_bias = layer.output.bias is not None or compensation is not None
+    return per_neuron * (n_kept + bypass_neurons(layer, rank)) + (output_bias if has_bias else 0)
+
+
+def n_within(layer: MLPLayer, keep_ratio: float, bypass_rank: int = 0) -> int:
+    """Return how many neurons, a bypass included, a compensated MLP holds within a share of the dense MLP's bytes."""
+    per_neuron, output_bias = _parts(layer, bypass_rank)
+    return int(min(layer.d_ff, max(1, (keep_ratio * layer.n_bytes - output_bias) // per_neuron)))
+
+
+def bypass_neurons(layer: MLPLayer, rank: int) -> int:
+    """Return how many neurons a bypass takes: one for each direction, a pair in a plain MLP."""
+    return rank if layer.family.gated else 2 * rank
+
+
+def _parts(layer: MLPLayer, bypass_rank: int) -> tuple[int, int]:
+    """Return the bytes of one neuron, with the gate bias that a bypass brings, and those of an output bias."""
+    size = layer.output.weight.element_size()
+    output_bias = layer.d_model * size
+    per_neuron = (layer.n_bytes - (output_bias if layer.output.bias is not None else 0)) // layer.d_ff
+    return per_neuron + (size if bypass_rank and layer.family.gated else 0), output_bias

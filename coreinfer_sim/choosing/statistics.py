@@ -1,0 +1,130 @@
+"""Token-wise, sentence-wise and cluster-wise core neurons, and energy: pure functions on arrays.
+
+Definitions are those of CoreInfer (arXiv 2410.18311) for C_α, C_α^β and C^γ, and of GRIFFIN (arXiv 2404.01365)
+for the energy. Ties are broken by the larger summed activation, then by the lower neuron id.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from coreinfer_sim.base.settings import Score, check_ratio
+
+
+def n_kept(keep_ratio: float, d_ff: int) -> int:
+    """Return how many of ``d_ff`` neurons a keep ratio leaves: rounded down, at least one."""
+    check_ratio("keep ratio", keep_ratio)
+    return max(1, math.floor(keep_ratio * d_ff + 1e-9))
+
+
+def top_mask(counts: np.ndarray, activation: np.ndarray, n: int) -> np.ndarray:
+    """Mark the ``n`` neurons with the highest counts in every row, exactly ``n`` a row.
+
+    Args:
+        counts: integers, [n_rows, d_ff].
+        activation: not negative; the larger wins between equal counts, then the lower id; [n_rows, d_ff].
+        n: how many to mark.
+
+    Returns:
+        Booleans, [n_rows, d_ff].
+    """
+    largest = activation.max(axis=1, keepdims=True, initial=0)
+    fraction = activation / (largest.astype(np.float64) * (1 + 1e-9) + np.finfo(np.float64).tiny)
+    key = counts + fraction  # the fraction stays under 1, so it only decides between equal counts
+    cut = np.partition(key, key.shape[1] - n, axis=1)[:, key.shape[1] - n, None]
+    mask = key >= cut
+    for row in np.flatnonzero(mask.sum(axis=1) > n):
+        equal = np.flatnonzero(key[row] == cut[row])
+        mask[row, equal[n - int((key[row] > cut[row]).sum()) :]] = False
+    return mask
+
+
+def top_ids(score: np.ndarray, activation: np.ndarray, n: int) -> np.ndarray:
+    """Return the ids of the ``n`` neurons of one layer with the highest score, ascending.
+
+    Args:
+        score: [d_ff].
+        activation: decides between equal scores; then the lower id wins; [d_ff].
+        n: how many to return.
+    """
+    order = np.lexsort((np.arange(len(score)), -activation.astype(np.float64), -score.astype(np.float64)))
+    return np.sort(order[:n])
+
+
+def token_core_mask(z: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Mark each token's core neurons C_α: the top α share of its positive activations.
+
+    Args:
+        z: activation site, [n_tokens, d_ff].
+        alpha: share of the positive entries, rounded up.
+
+    Returns:
+        Booleans, [n_tokens, d_ff].
+    """
+    n_core = torch.ceil(alpha * (z > 0).sum(-1, keepdim=True).cpu().double() - 1e-6).to(z.device, torch.int64)
+    order = z.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(z.shape[-1], device=z.device).expand_as(order)
+    return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order, rank < n_core)
+
+
+@dataclass
+class SentenceStatistics:
+    """What one layer's activations say of each of ``n`` sentences; all arrays are [n, d_ff].
+
+    ``counts`` is f(n; s), the number of tokens that hold the neuron in C_α; ``energy`` is e(n; s), the sum over
+    tokens of (z_n / ‖z‖₂)²; ``activation`` is the sum of the positive activations, which breaks ties.
+    """
+
+    counts: np.ndarray
+    energy: np.ndarray
+    activation: np.ndarray
+
+    def __add__(self, other: SentenceStatistics) -> SentenceStatistics:
+        """Add the statistics of further tokens of the same sentences."""
+        return SentenceStatistics(
+            self.counts + other.counts, self.energy + other.energy, self.activation + other.activation
+        )
+
+    def ranked_by(self, score: Score) -> np.ndarray:
+        """Return the statistic that ranks the sentences' own neurons, [n, d_ff]."""
+        return self.counts if score is Score.PAPER else self.energy
+
+    def core_mask(self, beta: float) -> np.ndarray:
+        """Mark the sentence-wise core neurons C_α^β, [n, d_ff]."""
+        return top_mask(self.counts, self.activation, n_kept(beta, self.counts.shape[1]))
+
+
+def sentence_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> SentenceStatistics:
+    """Sum token-wise core neurons, energy and activation over the tokens of each sentence.
+
+    Args:
+        z: activation site of the sentences' tokens one after another, padding excluded, [n_tokens, d_ff].
+        starts: where each sentence begins, and the total: [n_sentences + 1].
+        alpha: share of the positive entries that makes C_α.
+    """
+    shape = (len(starts) - 1, z.shape[1])
+    if z.dtype == torch.float64:
+        z = z.float()
+    if z.device.type == "cpu":
+        from coreinfer_sim.choosing.accumulate import (
+            accumulate,  # numba takes a while to import, and lookups never need it
+        )
+
+        result = SentenceStatistics(*(np.zeros(shape, kind) for kind in (np.int32, np.float32, np.float32)))
+        accumulate(z.detach().contiguous(), np.asarray(starts), alpha, result.counts, result.energy, result.activation)
+        return result
+    sentence = torch.repeat_interleave(
+        torch.arange(shape[0], device=z.device), torch.as_tensor(np.diff(starts), device=z.device)
+    )
+    square = z.float().square()
+    parts = (
+        token_core_mask(z, alpha).int(),
+        square / square.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny),
+        z.float().clamp_min(0),
+    )
+    sums = [torch.zeros(shape, dtype=part.dtype, device=z.device).index_add_(0, sentence, part) for part in parts]
+    return SentenceStatistics(*(total.cpu().numpy() for total in sums))

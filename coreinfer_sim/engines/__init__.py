@@ -1,0 +1,1 @@
+"""How held neurons are laid out, read and multiplied."""

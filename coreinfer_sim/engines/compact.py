@@ -1,0 +1,263 @@
+"""Compact MLPs: the projections of a layer, cut down to the kept neurons, as ordinary modules.
+
+The owner's own forward code runs unchanged on the narrower projections, so activation, dropout and residual stay
+those of the model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.fitting.least_squares import LayerCompensation
+from coreinfer_sim.models.mlps import MLPLayer, activation, weight_shape
+from coreinfer_sim.models.offload import HostLinear
+from coreinfer_sim.models.store import LayerStore
+
+Projections = dict[str, Any]
+_Parameters = tuple[torch.Tensor, torch.Tensor | None]
+_OPEN_GATE = 4.0
+MERGED_ROWS = 64
+"""Rows of the output weights that are merged with compensation at a time."""
+
+
+def compact_projections(
+    layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None
+) -> Projections:
+    """Cut one layer's projections down to the neurons ``ids`` [n_kept] and merge the compensation.
+
+    A bypass becomes further neurons: in a gated MLP each has a constant gate, in a plain one it is a pair, as
+    φ(x) − φ(−x) = x for ReLU, GELU and SiLU.
+
+    Returns:
+        Linear modules by name: inputs [n_kept, d_model] (twice that if fused), output [d_model, n_kept].
+    """
+    inputs, output, bias = _kept(layer, ids) if layer.store is None else _read(layer, layer.store, ids)
+    if compensation is not None:
+        output = merged_output(output, compensation, layer.family.gated)
+        added = compensation.bias.to(output, copy=True)  # a view would hold on to its file
+        bias = added if bias is None else bias + added
+    return {**_input_modules(layer, inputs, compensation), layer.family.output: _module(layer, output, bias)}
+
+
+def compact_inputs(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation) -> Projections:
+    """Cut just the input projections of a layer whose weights are in memory."""
+    return _input_modules(layer, _kept_inputs(layer, ids.to(layer.output.weight.device)), compensation)
+
+
+def _input_modules(
+    layer: MLPLayer, inputs: list[_Parameters], compensation: LayerCompensation | None
+) -> dict[str, nn.Linear]:
+    """Make modules of cut input projections, gate and up apart, and append the bypass's neurons."""
+    if compensation is not None and compensation.bypass_rank:
+        inputs = [_stacked(part, extra) for part, extra in zip(inputs, bypass_inputs(layer, compensation), strict=True)]
+    if layer.family.fused:
+        inputs = [_stacked(*inputs)]
+    return {
+        name: _module(layer, weight, offset) for name, (weight, offset) in zip(layer.family.inputs, inputs, strict=True)
+    }
+
+
+def _module(layer: MLPLayer, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    device = layer.output.device if isinstance(layer.output, HostLinear) else weight.device
+    return linear_module(weight.contiguous().to(device), None if bias is None else bias.to(device))
+
+
+def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bool) -> torch.Tensor:
+    """Add the compensation, in float32, to the kept columns of the output projection.
+
+    Args:
+        kept: [d_model, n_kept].
+        compensation: of just these neurons.
+        gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
+    """
+    merged = kept.clone()
+    merge_delta(merged, compensation)
+    if compensation.bypass_out is None:
+        return merged
+    return torch.cat([merged, bypass_columns(compensation.bypass_out.to(kept), gated)], 1)
+
+
+def bypass_columns(bypass_out: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Return the output columns of a bypass's neurons for [d_model, bypass_rank]."""
+    return bypass_out if gated else torch.cat([bypass_out, -bypass_out], 1)
+
+
+def merge_delta(output: torch.Tensor, compensation: LayerCompensation) -> None:
+    """Add the compensation to output weights [d_model, n_kept] in place, some rows at a time to need little memory."""
+    for begin in range(0, len(output), MERGED_ROWS):
+        rows = slice(begin, begin + MERGED_ROWS)
+        output[rows] = output[rows] + compensation.delta_of(rows).to(output.device)  # the sum is float32, as delta is
+
+
+_Cut = tuple[list[_Parameters], torch.Tensor, torch.Tensor | None]
+
+
+def _kept(layer: MLPLayer, ids: torch.Tensor) -> _Cut:
+    """Cut the inputs (gate and up apart), the output's columns [d_model, n_kept] and its bias from weights in memory."""
+    ids = ids.to(layer.output.weight.device)
+    weight, bias = linear_parameters(layer.output)
+    return _kept_inputs(layer, ids), weight[:, ids], bias  # index_select of columns is slower on a CPU
+
+
+def _kept_inputs(layer: MLPLayer, ids: torch.Tensor) -> list[_Parameters]:
+    return [
+        (part.index_select(0, rows), None if offset is None else offset[rows])
+        for part, offset in (linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs)
+        for rows in _halves(layer, ids)
+    ]
+
+
+def _read(layer: MLPLayer, store: LayerStore, ids: torch.Tensor) -> _Cut:
+    """Do the same with weights on disk; biases are in memory."""
+    neurons = store.read_neurons(ids)
+    offsets = [
+        None if bias is None else bias.detach()[rows]
+        for bias in (getattr(layer.owner, name).bias for name in layer.family.inputs)
+        for rows in _halves(layer, ids)
+    ]
+    bias = layer.output.bias
+    inputs = [(neurons[:, place].contiguous(), offset) for place, offset in enumerate(offsets)]
+    return inputs, neurons[:, -1].T.contiguous(), None if bias is None else bias.detach()
+
+
+def _halves(layer: MLPLayer, ids: torch.Tensor) -> list[torch.Tensor]:
+    return [ids, ids + layer.d_ff] if layer.family.fused else [ids]
+
+
+def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
+    """Put the outputs of two linear maps one after the other; a missing bias is zero beside one that is there."""
+    weight = torch.cat([first[0], second[0].to(first[0])])
+    if first[1] is None and second[1] is None:
+        return weight, None
+    biases = [w.new_zeros(len(w)) if b is None else b for w, b in (first, second)]
+    return weight, torch.cat([biases[0], biases[1].to(biases[0])]).to(weight)
+
+
+def bypass_inputs(layer: MLPLayer, compensation: LayerCompensation) -> list[_Parameters]:
+    """Return what a bypass appends to each input projection."""
+    assert compensation.bypass_in is not None
+    into = compensation.bypass_in.float()
+    if not layer.family.gated:
+        return [(torch.cat([into, -into]), None)]
+    gate = torch.full((len(into),), _OPEN_GATE, dtype=layer.output.weight.dtype)
+    opened = activation(layer)(gate).float()
+    return [(torch.zeros_like(into), gate), (into / opened[:, None], None)]
+
+
+def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight [out, in] and bias [out] of a Linear or Conv1D."""
+    weight = projection.weight.detach()
+    bias = projection.bias.detach() if projection.bias is not None else None
+    return (weight.T if isinstance(projection, Conv1D) else weight), bias
+
+
+def linear_module(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Return a linear layer over these very tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear.eval()
+
+
+class GroupedLinear(nn.Module):
+    """One projection for a batch whose rows hold different selections.
+
+    Rows of one group go through that group's weights; narrower groups are padded with zeros, which add nothing to
+    the output projection.
+    """
+
+    def __init__(self, linears: Sequence[Any], rows: Sequence[Sequence[int]], pad_halves: bool) -> None:
+        """Use ``linears[g]`` for the batch rows ``rows[g]``; ``pad_halves`` pads gate and up of a fused projection."""
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+        self.rows = [torch.tensor(group) for group in rows]
+        self.n_rows = sum(len(group) for group in rows)
+        self.n_parts = 2 if pad_halves else 1
+        self.shapes = [weight_shape(linear) for linear in linears]
+        self.n_out: int = max(n_out for n_out, _ in self.shapes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [n_rows · n_beams (, n_positions), n_in] to [..., n_out]."""
+        n_beams = x.shape[0] // self.n_rows  # generate lays a prompt's beams one after the other
+        by_row = x.reshape(self.n_rows, n_beams, *x.shape[1:])
+        out = x.new_zeros(*by_row.shape[:-1], self.n_parts, self.n_out // self.n_parts)
+        for linear, rows, (n_out, n_in) in zip(self.linears, self.rows, self.shapes, strict=True):
+            width = n_out // self.n_parts
+            y = linear(by_row[rows][..., :n_in])
+            out[rows, ..., :width] = y.unflatten(-1, (self.n_parts, width))
+        return out.reshape(*x.shape[:-1], self.n_out)
+
+
+def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, Projections]:
+    """Cut every layer that the selection names; of those away that it does not name, all neurons are fetched."""
+    repairs = selection.compensation or {}
+    return {
+        number: compact_projections(layers[number], ids, repairs.get(number))
+        for number, ids in held_ids(layers, selection).items()
+    }
+
+
+def held_ids(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, torch.Tensor]:
+    """Return the neurons that decode holds beside the model: a selection's, and all of dense layers that are away."""
+    whole = {
+        layer.number: torch.arange(layer.d_ff) for layer in layers if layer.away and layer.number not in selection.ids
+    }
+    return {**selection.ids, **whole}
+
+
+def grouped_model(
+    layers: Sequence[MLPLayer], compact: Sequence[dict[int, Projections]], rows: Sequence[Sequence[int]]
+) -> dict[int, Projections]:
+    """Join the compact MLPs of several selections into one, for a batch.
+
+    Args:
+        layers: the model's MLPs.
+        compact: `compact_model` of each selection.
+        rows: the batch rows of each selection.
+    """
+    if len(compact) == 1:
+        return compact[0]
+    grouped: dict[int, Projections] = {}
+    for number in sorted(set().union(*compact)):
+        layer = layers[number]
+        dense = {name: getattr(layer.owner, name) for name in layer.projections}
+        parts = [group.get(number, dense) for group in compact]
+        grouped[number] = {
+            name: GroupedLinear(
+                [part[name] for part in parts], rows, layer.family.fused and name in layer.family.inputs
+            )
+            for name in layer.projections
+        }
+    return grouped
+
+
+def install(
+    layers: Sequence[MLPLayer] | Mapping[int, MLPLayer], projections: dict[int, Projections]
+) -> dict[int, Projections]:
+    """Put projections into the model and return what they replace, which `install` puts back."""
+    replaced: dict[int, Projections] = {}
+    for number, modules in projections.items():
+        owner = layers[number].owner
+        replaced[number] = {name: getattr(owner, name) for name in modules}
+        for name, module in modules.items():
+            setattr(owner, name, module)
+    return replaced
+
+
+@contextmanager
+def installed(layers: Sequence[MLPLayer], selection: NeuronSelection) -> Iterator[None]:
+    """Run the block with the selection's compact MLPs in the model; every token in it decodes sparsely."""
+    selection.check(layers)
+    dense = install(layers, compact_model(layers, selection))
+    try:
+        yield
+    finally:
+        install(layers, dense)

@@ -1,0 +1,1 @@
+"""Compiled loops that decode Llama-like models on a CPU."""

@@ -1,0 +1,1 @@
+"""Sets of neurons whose held ones make up for the dropped ones."""

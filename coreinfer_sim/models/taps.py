@@ -1,0 +1,69 @@
+"""Reading the activation site while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from coreinfer_sim.models.mlps import MLPLayer
+from coreinfer_sim.base.errors import ModelError
+
+Sink = Callable[[int, torch.Tensor], None]
+"""Takes a layer's number and its activations [n_tokens, d_ff], padding excluded."""
+
+
+class ActivationTap:
+    """What is read in the next forward pass; ``mask`` is set before each one."""
+
+    def __init__(self, sink: Sink) -> None:
+        """Send what is read to ``sink``."""
+        self._sink = sink
+        self._kept: torch.Tensor | None = None
+        self._open = False
+        self.seen: set[int] = set()
+
+    def set_mask(self, attention_mask: torch.Tensor) -> None:
+        """Say which positions are tokens (1) and which padding (0): [n_rows, n_positions]."""
+        flat = attention_mask.reshape(-1).bool()
+        self._kept = None if bool(flat.all()) else flat.nonzero().squeeze(1)
+        self._open = True
+        self.seen.clear()
+
+    def pause(self) -> None:
+        """Read nothing until the next mask is set."""
+        self._open = False
+
+    def read(self, layer: int, z: torch.Tensor) -> None:
+        """Pass one layer's activations on, flattened to tokens and without padding."""
+        if not self._open:
+            return
+        self.seen.add(layer)
+        z = z.detach().reshape(-1, z.shape[-1])  # OPT's MLP sees [n_tokens, d_ff] already, the others a batch
+        self._sink(layer, z if self._kept is None else z.index_select(0, self._kept.to(z.device)))
+
+
+@contextmanager
+def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[ActivationTap]:
+    """Send the activation site of ``layers`` to ``sink`` in every forward pass inside the block.
+
+    Raises:
+        ModelError: at the end, if a layer was never reached – the model does not run where its adapter says.
+    """
+    tap = ActivationTap(sink)
+    hooks = [
+        layer.output.register_forward_pre_hook(lambda _module, inputs, number=layer.number: tap.read(number, inputs[0]))
+        for layer in layers
+    ]
+    try:
+        yield tap
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [layer.number for layer in layers if layer.number not in tap.seen]
+    if missed:
+        raise ModelError(
+            f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; the family's entry "
+            "in coreinfer_sim/architectures.py does not fit this model."
+        )
