@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from enum import Enum
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from coreinfer_sim.fitting.training import divergences_of
 from coreinfer_sim.index.manifest import compensation_file
 
 
-class Kind(StrEnum):
+class Kind(str, Enum):
     """What decodes for a cluster, or for the whole corpus."""
 
     OWN = "own"
@@ -93,7 +93,7 @@ def compare_sets(
             if own is not None:
                 contenders[Kind.OWN] = fitted(ratio, own)
             measured = divergences_of(corpus.language_model, texts, list(contenders.values()), report)
-            by_cluster[str(cluster)] = dict(zip(map(str, contenders), measured, strict=True))
+            by_cluster[str(cluster)] = dict(zip([kind.value for kind in contenders], measured, strict=True))
             del contenders  # before the next ones take memory
     return found
 
