@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that the lean engine can decode."""

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from coreinfer_sim.models.checkpoint import Checkpoint, bytes_of, drop_cached, raw, read_exactly, read_into
 from coreinfer_sim.base.errors import ModelError, StoreError
 from coreinfer_sim.base.files import atomic_path, cache_folder
 from coreinfer_sim.base.progress import Progress, readable_size
+from coreinfer_sim.models.checkpoint import Checkpoint, bytes_of, drop_cached, raw, read_exactly, read_into
 
 FORMAT_VERSION = 1
 _MAGIC = "coreinfer-sim neurons"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.base.errors import GenerationError
+from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.models.store import LayerStore
 
 SCRATCH = 13 << 20

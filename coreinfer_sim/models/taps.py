@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.models.mlps import MLPLayer
 
 Sink = Callable[[int, torch.Tensor], None]
 """Takes a layer's number and its activations [n_tokens, d_ff], padding excluded."""
