@@ -76,4 +76,4 @@ def _sets(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) 
         return 1.0, False
     if index is None:
         raise ConfigError(f"mode {sparse} was given no keep ratio and no index to take it from; give one.")
-    return default_sets(index, Mode(sparse), score, given["nearest"], given["compensation"])
+    return default_sets(index, Mode(sparse), score, given["compensation"])

@@ -34,7 +34,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     multiple=True,
     metavar="NAME",
     help=f"{', '.join(_NAMES)}; or a way as the table names it, without keep ratio and weights, such as "
-    "'similarity/compensated else global', for which --score, --nearest and --fallback do not count. May be "
+    "'similarity/compensated else global', for which --score and --fallback do not count. May be "
     "repeated.  [default: all names]",
 )
 @click.option(
@@ -51,15 +51,6 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     type=click.Choice(["energy", "paper", "compensated"]),
     help="What ranks a cluster's neurons, or the sets that the index compensates; may be repeated.  [default: energy; unless "
     "contenders are named, also compensated where the index has that]",
-)
-@click.option(
-    "--nearest",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1,),
-    **_D,
-    metavar="M",
-    help="Blend the M nearest clusters, in similarity and hybrid; may be repeated.",
 )
 @click.option(
     "--fallback",
@@ -141,13 +132,11 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     names = given["contenders"] or [name for name in _NAMES if name not in excluded]
     fitted = [] if index is None else [info.keep_ratio for info in index.manifest.compensation]
     ratios, weights = given["keep_ratios"] or fitted or [0.4], given["weights"] or ["16bit"]
-    contenders = parse_contenders(
-        names, ratios, given["scores"] or ["energy"], weights, given["nearest"], given["fallbacks"]
-    )
+    contenders = parse_contenders(names, ratios, given["scores"] or ["energy"], weights, given["fallbacks"])
     if index is not None and not given["contenders"] and not given["scores"]:
         there = [ratio for ratio in ratios if index.has_compensation(ratio)]
         contenders += parse_contenders(
-            [name for name in FITTED if there], there, ["compensated"], weights, (1,), given["fallbacks"]
+            [name for name in FITTED if there], there, ["compensated"], weights, given["fallbacks"]
         )
     if not given["contenders"] and not given["weights"]:  # what one would take instead of any of them
         contenders += parse_contenders(["dense"], [1.0], ["energy"], ["int8", "q4_0"])

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _D = {"show_default": True}
 _EFFECTIVE = {
-    "nearest": ("similarity", "hybrid"),
     "score": ("similarity", "hybrid", "stability", "global"),
     "fallback": ("similarity",),
     "keep_ratio": ("similarity", "hybrid", "stability", "global", "random"),
@@ -48,14 +47,6 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     help="Share of neurons that decode keeps; of MLP bytes in compensated sets.  [default: the index's]",
 )
 @click.option("--score", type=click.Choice(["energy", "paper"]), default="energy", **_D, help="What ranks neurons.")
-@click.option(
-    "--nearest",
-    type=click.IntRange(1),
-    default=1,
-    **_D,
-    metavar="M",
-    help="Blend the M nearest clusters, in similarity and hybrid.",
-)
 @click.option(
     "--fallback",
     type=click.Choice(["hybrid", "dense", "global", "none"]),
@@ -231,7 +222,6 @@ def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGe
             score=given["score"],
             sparse_layers=given["layers"],
             seed=given["seed"],
-            nearest=given["nearest"],
             fallback=given["fallback"],
             compensated=given["compensation"],
         )

@@ -70,9 +70,9 @@ def rows_of(result):
 
 def test_contenders_are_read_from_text():
     assert (parse_spec("dense").kind, parse_spec("dense:f32").dtype) == ("dense", "float32")
-    spec = parse_spec("sparse:0.5:bf16:int8:engine=lean:nearest=2")
+    spec = parse_spec("sparse:0.5:bf16:int8:engine=lean:seed=2")
     assert (spec.mode, spec.ratio, spec.dtype, spec.needs_index) == (Mode.SIMILARITY, 0.5, "bfloat16", True)
-    assert spec.options == {"weights": "int8", "engine": "lean", "nearest": 2}
+    assert spec.options == {"weights": "int8", "engine": "lean", "seed": 2}
     assert (parse_spec("global").ratio, parse_spec("offload").ratio, parse_spec("offload:0.3").ratio) == (0.4, 0.5, 0.3)
     assert (parse_spec("ours-dense").mode, parse_spec("ours-dense:memory_budget=1kB").options) == (
         Mode.DENSE,
@@ -91,7 +91,7 @@ def test_contenders_are_read_from_text():
         ("dense:engine=lean", "'engine=lean' is unknown"),
         ("sparse:0.4:0.5", "a second time"),
         ("sparse:lots", "'lots' is unknown"),
-        ("sparse:nearest=two", "'two' is no nearest"),
+        ("sparse:seed=two", "'two' is no seed"),
         ("sparse:speed=9", "'speed=9' is unknown"),
         ("llamacpp:q9", "llamacpp has no 'q9'"),
         ("random:1.5", "above 0 and at most 1"),

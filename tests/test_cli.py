@@ -335,10 +335,10 @@ def dense_text(tiny_checkpoint) -> str:
 
 def test_options_that_a_mode_does_not_look_at_are_named(index):
     options = ("generate", "stars", "--index", index, "--max-new-tokens", 2)
-    done = succeeded(*options, "--mode", "dense", "--nearest", 2, "--score", "paper", "--keep-ratio", 0.4)
-    for name in ("--nearest", "--score", "--keep-ratio"):
+    done = succeeded(*options, "--mode", "dense", "--score", "paper", "--keep-ratio", 0.4)
+    for name in ("--score", "--keep-ratio"):
         assert f"Note: {name} has no effect in mode dense.\n" in done.stderr
-    assert "Note" not in succeeded(*options, "--nearest", 2, "--fallback", "none").stderr
+    assert "Note" not in succeeded(*options, "--fallback", "none").stderr
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -389,14 +389,6 @@ def test_what_an_unfamiliar_prompt_gets(index, fallback):
     assert re.match(rf"  {mode} · cluster .* · unfamiliar prompt · ", text)
     familiar = generated(index, *options, prompt=f"What do {NOUNS[0]} tell us about space, case 0?")
     assert (familiar["mode"], familiar["confident"]) == ("similarity", True)
-
-
-def test_near_clusters_are_blended(index):
-    prompt = f"What do {NOUNS[0]} tell us about space, case 0?"
-    one, two = (generated(index, "--nearest", n, "--keep-ratio", 0.2, prompt=prompt) for n in (1, 2))
-    assert one["text"] == generated(index, "--keep-ratio", 0.2, prompt=prompt)["text"]
-    assert two["mode"] == "similarity" and two["keep_ratio"] == one["keep_ratio"]
-    refused(call("generate", prompt, "--index", index, "--nearest", 4), "nearest is 4, expected 1 to 3")
 
 
 def test_refresh(index):

@@ -1086,7 +1086,7 @@ def test_only_what_is_compensated_decodes_at_the_compensated_keep_ratio(built, t
     assert len(index.global_selection(compensated=False).ids[0]) == 38  # of 48
     for mode, options, wanted in (
         ("similarity", {}, fitted), ("global", {}, fitted), ("stability", {}, plain), ("hybrid", {}, plain),
-        ("similarity", {"nearest": 2}, plain), ("similarity", {"score": "paper"}, plain),
+        ("similarity", {"score": "paper"}, plain),
         ("global", {"compensated": False}, plain),
     ):  # fmt: skip
         assert (

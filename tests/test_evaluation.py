@@ -153,27 +153,21 @@ def test_contenders_are_crossed_once():
         "griffin 0.4 q8_0",
         "griffin 0.6 q8_0",
     ]
-    blended = parse_contenders(["similarity", "global"], [0.4], ["energy"], ["q8_0"], [1, 4])
-    assert [str(c) for c in blended] == [
-        "similarity/energy 0.4 q8_0",
-        "similarity/energy nearest 4 0.4 q8_0",
-        "global/energy 0.4 q8_0",
-    ]
-    fallbacks = parse_contenders(["similarity", "hybrid"], [0.4], ["paper"], ["16bit"], [2], ["none", "hybrid"])
+    fallbacks = parse_contenders(["similarity", "hybrid"], [0.4], ["paper"], ["16bit"], ["none", "hybrid"])
     assert [str(c) for c in fallbacks] == [
-        "similarity/paper nearest 2 0.4",
-        "similarity/paper nearest 2 else hybrid 0.4",
-        "hybrid/paper nearest 2 0.4",
+        "similarity/paper 0.4",
+        "similarity/paper else hybrid 0.4",
+        "hybrid/paper 0.4",
     ]
-    ways = ["dense", "similarity/compensated else global", "global/paper", "hybrid/energy nearest 4"]
-    named = parse_contenders(ways, [0.4], ["energy"], ["16bit"], [2], ["hybrid"])  # which concern bare names alone
+    ways = ["dense", "similarity/compensated else global", "global/paper", "hybrid/energy"]
+    named = parse_contenders(ways, [0.4], ["energy"], ["16bit"], ["hybrid"])  # which concern bare names alone
     assert [c.way for c in named[1:]] == ways[1:]
-    assert [named[1].compensated, named[1].fallback, named[3].nearest] == [True, Fallback.GLOBAL, 4]
+    assert [named[1].compensated, named[1].fallback] == [True, Fallback.GLOBAL]
     for wrong in (
         "best",
         "griffin/energy",
         "global else dense",
-        "similarity nearest 0",
+        "similarity nearest 4",
         "similarity/odd",
         "dense 16bit",
     ):
@@ -185,17 +179,13 @@ def test_contenders_are_crossed_once():
         Contender("best")
     with pytest.raises(ConfigError, match="no weights '3bit'"):
         Contender("dense", weights="3bit")
-    with pytest.raises(ConfigError, match="a blend of 4 clusters has no compensated set"):
-        parse_contenders(["similarity/compensated nearest 4"], [0.4], ["energy"], ["16bit"])
 
 
 def test_contenders_that_route(language_model, encoder):
     """Those of the predictors that `generate` uses; what a row pays for depends on its prompt."""
     index = tiny_index(language_model.layers, encoder)
     near, far = (Row("things", str(n), text, "Most owls sleep at night.") for n, text in enumerate([PROMPTS[2], "zzz"]))
-    contenders = parse_contenders(
-        ["similarity", "hybrid"], [0.4], ["energy"], ["16bit"], [1, 2], ["none", "dense", "hybrid"]
-    )
+    contenders = parse_contenders(["similarity", "hybrid"], [0.4], ["energy"], ["16bit"], ["none", "dense", "hybrid"])
     chooser = Chooser(language_model, index, seed=0)
     for row, familiar in ((near, True), (far, False)):
         case = Case(language_model, row, 256, 0.4)
@@ -206,7 +196,6 @@ def test_contenders_that_route(language_model, encoder):
                 language_model.layers,
                 index,
                 keep_ratio=0.4,
-                nearest=contender.nearest,
                 fallback=contender.fallback,
             )
             (expected,) = predictor.select([row.prompt], case.statistics, 1)

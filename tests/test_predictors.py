@@ -1,4 +1,4 @@
-"""Predictors that route by meaning: one cluster or several, the prompt's own evidence, and prompts akin to none."""
+"""Predictors that route by meaning: the nearest cluster, the prompt's own evidence, and prompts akin to none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tiny_index import PROMPTS, QUANTILES, tiny_index
 from tiny_models import VOCABULARY, tiny_model
 
-from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.base.errors import GenerationError
 from coreinfer_sim.choosing import predictors, prompt_reader
 from coreinfer_sim.choosing.predictors import make_predictor, prior_weight
 from coreinfer_sim.choosing.selection import NeuronSelection
@@ -81,61 +81,6 @@ def test_every_selection_of_a_cluster_comes_from_the_index(index, predictor, mon
     assert made == [1, 0]
 
 
-# Several clusters
-
-
-def blended_by_hand(index, matches, score, n):
-    """Σ_c max(similarity, 0) · s_c / size_c, the best n, ties by the activation."""
-    weights = [max(match.similarity, 0) for match in matches]
-    found = {}
-    for layer in range(index.manifest.model.n_layers):
-        total = ties = 0
-        for weight, match in zip(weights, matches, strict=True):
-            cluster = index.clusters[match.cluster]
-            name, size = ("energy", cluster.n_tokens) if score == "energy" else ("counts", cluster.size)
-            total = total + weight * index._statistics[name][match.cluster, layer].astype(np.float64) / size
-            ties = ties + weight * index._statistics["activation"][match.cluster, layer] / cluster.n_tokens
-        order = sorted(range(len(total)), key=lambda i: (-total[i], -ties[i], i))
-        found[layer] = torch.tensor(sorted(order[:n]))
-    return found
-
-
-@pytest.mark.parametrize("score", ["energy", "paper"])
-@pytest.mark.parametrize("nearest", [2, 3])
-def test_near_clusters_are_blended_by_similarity(model, index, predictor, score, nearest):
-    prompt = "Do judges eat bread under the stars?"
-    matches = index.lookup(prompt, k=nearest)
-    assert all(match.similarity > 0 for match in matches)
-    (chosen,) = predictor("similarity", score=score, nearest=nearest).select([prompt], None, 1)
-    n = find_mlps(model)[0].d_ff // 4
-    assert same_ids(chosen.ids, blended_by_hand(index, matches, score, n))
-    assert (chosen.mode, chosen.cluster) == ("similarity", matches[0].cluster)
-    assert not same_ids(chosen.ids, index.core_neurons(matches[0].cluster, 0.25, score))
-
-
-@pytest.mark.parametrize("score", ["energy", "paper"])
-def test_one_cluster_blended_is_that_cluster(index, score):
-    for match in index.lookup(PROMPTS[0], k=3):
-        blended = index._top(*index.mean_statistics([match], score), 0.25, ":")
-        assert same_ids(blended, index.core_neurons(match.cluster, 0.25, score))
-        assert same_ids(index.blended_selection([match], 0.25, score).ids, blended)
-
-
-def test_clusters_that_are_all_unlike_the_prompt_count_the_same(index):
-    matches = [Match(c, similarity, "") for c, similarity in ((0, -0.1), (1, -0.2))]
-    found, _ = index.mean_statistics(matches)
-    energy = index._statistics["energy"].astype(np.float64)
-    np.testing.assert_allclose(found, (energy[0] / 10_000 + energy[1] / 15_000) / 2)
-    found, _ = index.mean_statistics([Match(0, 0.2, ""), Match(1, -0.2, "")])
-    np.testing.assert_allclose(found, energy[0] / 10_000)
-
-
-@pytest.mark.parametrize("nearest", [0, 4])
-def test_nearest_is_a_number_of_clusters(predictor, nearest):
-    with pytest.raises(ConfigError, match=f"nearest is {nearest}, expected 1 to 3, the number of clusters"):
-        predictor("similarity", nearest=nearest)
-
-
 # Cluster and prompt
 
 
@@ -166,22 +111,21 @@ def test_the_weight_of_the_prior(n_tokens, confidence, weight):
 
 
 @pytest.mark.parametrize("score", ["energy", "paper"])
-@pytest.mark.parametrize("nearest", [1, 2])
-def test_hybrid_adds_prior_and_evidence(model, index, predictor, score, nearest):
+def test_hybrid_adds_prior_and_evidence(model, index, predictor, score):
     ids, prompt = token_ids(9), PROMPTS[1]
-    hybrid = predictor("hybrid", score=score, nearest=nearest)
+    hybrid = predictor("hybrid", score=score)
     sparse = SparseModel(model, hybrid)
     sparse.generate(ids, prompts=[prompt], max_new_tokens=3, do_sample=False)
     (chosen,) = sparse.selections
-    matches = index.lookup(prompt, k=nearest)
-    name, weight = ("energy" if score == "energy" else "counts"), 64 / (64 + 9) * (1 + matches[0].confidence) / 2
-    prior, _ = index.mean_statistics(matches, score)
+    (match,) = index.lookup(prompt)
+    name, weight = ("energy" if score == "energy" else "counts"), 64 / (64 + 9) * (1 + match.confidence) / 2
+    prior, _ = index.statistics(match.cluster, score)
     for layer, own in statistics_of(model, ids).items():
         evidence = getattr(own, name)[0] / getattr(own, name)[0].sum()
         total = weight * prior[layer] / prior[layer].sum() + (1 - weight) * evidence
         n = len(total) // 4
         assert set(chosen.ids[layer].tolist()) == set(np.argsort(-total, kind="stable")[:n].tolist())
-    assert (chosen.mode, chosen.cluster, chosen.confidence) == ("hybrid", 1, matches[0].confidence)
+    assert (chosen.mode, chosen.cluster, chosen.confidence) == ("hybrid", 1, match.confidence)
 
 
 def test_hybrid_lies_between_cluster_and_prompt(model, index, monkeypatch):
@@ -286,7 +230,6 @@ def test_matches_and_selections_tell_whether_the_prompt_is_familiar(index):
     assert near.confident and near.confidence == 1
     assert not far.confident and far.confidence < 0.05
     assert index.selection(near).confident and not index.selection(far).confident
-    assert not index.blended_selection([far, near]).confident
     assert NeuronSelection("dense").confident is None
 
 

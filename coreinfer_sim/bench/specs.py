@@ -16,7 +16,6 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "b
 GGUF_TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
 _CONVERT: dict[str, Any] = {
     **dict.fromkeys(("engine", "weights", "prefill", "refresh", "score", "fallback", "sparse_layers"), str),
-    "nearest": int,
     "seed": int,
     "memory_budget": parse_size,
 }

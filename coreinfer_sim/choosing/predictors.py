@@ -68,28 +68,24 @@ class FixedPredictor:
 class Router:
     """Looks prompts up, and the same prompts only once: a predictor may be asked again after prefill."""
 
-    def __init__(self, index: SemanticIndex, nearest: int, mode: str) -> None:
-        """Look up the ``nearest`` clusters; ``mode`` is for messages."""
-        if not 1 <= nearest <= len(index):
-            raise ConfigError(
-                f"nearest is {nearest}, expected 1 to {len(index)}, the number of clusters in {index.name}."
-            )
-        self._index, self._nearest, self._mode = index, nearest, mode
-        self._latest: tuple[list[str], list[list[Match]]] = [], []
+    def __init__(self, index: SemanticIndex, mode: str) -> None:
+        """Look up the nearest cluster; ``mode`` is for messages."""
+        self._index, self._mode = index, mode
+        self._latest: tuple[list[str], list[Match]] = [], []
 
-    def route(self, prompts: Sequence[str] | None) -> list[list[Match]]:
-        """Return each prompt's nearest clusters, best first."""
+    def route(self, prompts: Sequence[str] | None) -> list[Match]:
+        """Return each prompt's nearest cluster."""
         if prompts is None:
             raise GenerationError(f"{self._mode} mode was given no prompt text; give the wrapper a tokenizer.")
         known, routed = self._latest
         if list(prompts) != known:
-            routed = self._index.lookup(list(prompts), k=self._nearest)
+            routed = [match for (match,) in self._index.lookup(list(prompts))]
             self._latest = list(prompts), routed
         return routed
 
 
 class SimilarityPredictor:
-    """The core neurons of the semantic clusters nearest to the prompt; something else for an unfamiliar prompt."""
+    """The core neurons of the semantic cluster nearest to the prompt; something else for an unfamiliar prompt."""
 
     mode = Mode.SIMILARITY.value
     needs_text = True
@@ -100,52 +96,47 @@ class SimilarityPredictor:
         keep_ratio: float,
         score: Score,
         layers: str,
-        nearest: int = 1,
         fallback: HybridPredictor | NeuronSelection | None = None,
         compensated: bool = True,
     ) -> None:
-        """Route by ``index`` to the ``nearest`` clusters, unfamiliar prompts to ``fallback``.
+        """Route by ``index`` to the nearest cluster, unfamiliar prompts to ``fallback``.
 
-        See `SemanticIndex.blended_selection` for the rest, and `make_fallback`.
+        See `SemanticIndex.selection` for the rest, and `make_fallback`.
         """
         self._index, self._keep_ratio, self._score, self._layers = index, keep_ratio, score, layers
         self._compensated = compensated
-        self._router, self._fallback = Router(index, nearest, self.mode), fallback
+        self._router, self._fallback = Router(index, self.mode), fallback
         self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
         self._by_cluster: dict[int, NeuronSelection] = {}
 
     def select(
         self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
     ) -> list[NeuronSelection] | None:
-        """Return each prompt's selection; prompts of one cluster share theirs, blends are each prompt's own.
+        """Return each prompt's selection; prompts of one cluster share theirs.
 
         The prompts' statistics are needed only if one of them is unfamiliar and falls back on hybrid selection.
         """
         routed = self._router.route(prompts)
-        reads = isinstance(self._fallback, HybridPredictor) and not all(matches[0].confident for matches in routed)
+        reads = isinstance(self._fallback, HybridPredictor) and not all(match.confident for match in routed)
         if reads and statistics is None:
             return None
-        return [self._choose(matches, statistics, row) for row, matches in enumerate(routed)]
+        return [self._choose(match, statistics, row) for row, match in enumerate(routed)]
 
-    def _choose(self, matches: Sequence[Match], statistics: PromptStatistics | None, row: int) -> NeuronSelection:
-        nearest = matches[0]
-        if nearest.confident or self._fallback is None:
-            return self._of_matches(matches)
+    def _choose(self, match: Match, statistics: PromptStatistics | None, row: int) -> NeuronSelection:
+        if match.confident or self._fallback is None:
+            return self._of_cluster(match)
         if isinstance(self._fallback, HybridPredictor):
             assert statistics is not None
-            return self._fallback.choose(matches, statistics, row)
+            return self._fallback.choose(match, statistics, row)
         return replace(
             self._fallback,
-            cluster=nearest.cluster,
-            similarity=nearest.similarity,
-            label=nearest.label,
-            confidence=nearest.confidence,
+            cluster=match.cluster,
+            similarity=match.similarity,
+            label=match.label,
+            confidence=match.confidence,
         )
 
-    def _of_matches(self, matches: Sequence[Match]) -> NeuronSelection:
-        if len(matches) > 1:
-            return self._index.blended_selection(matches, self._keep_ratio, self._score, self._layers)
-        (match,) = matches
+    def _of_cluster(self, match: Match) -> NeuronSelection:
         if match.cluster not in self._by_cluster:
             self._by_cluster[match.cluster] = self._index.selection(
                 match, self._keep_ratio, self._score, self._layers, self._compensated
@@ -189,10 +180,10 @@ class StabilityPredictor:
 
 
 class HybridPredictor:
-    """The nearest clusters as prior, the prompt's own activations as evidence.
+    """The nearest cluster as prior, the prompt's own activations as evidence.
 
-    In each layer a neuron's score is λ · prior + (1 − λ) · evidence. The prior is the clusters' mean statistic
-    (`SemanticIndex.mean_statistics`), the evidence the prompt's own, each divided by its sum over the layer's neurons;
+    In each layer a neuron's score is λ · prior + (1 − λ) · evidence. The prior is the cluster's statistic
+    (`SemanticIndex.statistics`), the evidence the prompt's own, each divided by its sum over the layer's neurons;
     λ is `prior_weight`.
     """
 
@@ -206,11 +197,10 @@ class HybridPredictor:
         score: Score,
         layers: str,
         alpha: float,
-        nearest: int = 1,
     ) -> None:
-        """Keep ``keep_ratio`` of each of ``layers``, ranked by ``score``; the prior is that of ``nearest`` clusters."""
+        """Keep ``keep_ratio`` of each of ``layers``, ranked by ``score``."""
         self._index, self._keep_ratio, self._score = index, keep_ratio, score
-        self._router = Router(index, nearest, self.mode)
+        self._router = Router(index, self.mode)
         self._rows = index.rows_of_layers(layers)
         self.alpha: float | None = alpha
 
@@ -221,22 +211,21 @@ class HybridPredictor:
         if statistics is None:
             return None
         routed = self._router.route(prompts)
-        return [self.choose(matches, statistics, row) for row, matches in enumerate(routed)]
+        return [self.choose(match, statistics, row) for row, match in enumerate(routed)]
 
-    def choose(self, matches: Sequence[Match], statistics: PromptStatistics, row: int) -> NeuronSelection:
-        """Return the selection of a batch's row whose nearest clusters are ``matches``."""
+    def choose(self, match: Match, statistics: PromptStatistics, row: int) -> NeuronSelection:
+        """Return the selection of a batch's row whose nearest cluster is ``match``."""
         check_read(statistics, self.mode)
-        nearest = matches[0]
-        prior, prior_ties = self._index.mean_statistics(matches, self._score)
+        prior, prior_ties = self._index.statistics(match.cluster, self._score)
         ids = {}
         for layer, place in self._rows.items():
             own = statistics[layer]
-            weight = prior_weight(float(own.energy[row].sum()), nearest.confidence)
+            weight = prior_weight(float(own.energy[row].sum()), match.confidence)
             score = weight * _shares(prior[place]) + (1 - weight) * _shares(own.ranked_by(self._score)[row])
             ties = weight * _shares(prior_ties[place]) + (1 - weight) * _shares(own.activation[row])
             ids[layer] = torch.from_numpy(top_ids(score, ties, n_kept(self._keep_ratio, len(score))))
         return NeuronSelection(
-            self.mode, ids, nearest.cluster, nearest.similarity, nearest.label, confidence=nearest.confidence
+            self.mode, ids, match.cluster, match.similarity, match.label, confidence=match.confidence
         )
 
 
@@ -247,12 +236,11 @@ def make_fallback(
     score: Score,
     layers: str,
     alpha: float,
-    nearest: int = 1,
     compensated: bool = True,
 ) -> HybridPredictor | NeuronSelection | None:
     """Make what similarity mode does for unfamiliar prompts."""
     if fallback is Fallback.HYBRID:
-        return HybridPredictor(index, keep_ratio, score, layers, alpha, nearest)
+        return HybridPredictor(index, keep_ratio, score, layers, alpha)
     if fallback is Fallback.GLOBAL:
         return index.global_selection(keep_ratio, score, layers, compensated)
     return NeuronSelection(Mode.DENSE.value) if fallback is Fallback.DENSE else None
@@ -270,8 +258,9 @@ def prior_weight(n_tokens: float, confidence: float) -> float:
 
 def _shares(values: np.ndarray) -> np.ndarray:
     """Return not negative values [d_ff] divided by their sum; zeros stay zeros."""
-    total = values.sum(dtype=np.float64)
-    return values / total if total > 0 else values.astype(np.float64)
+    values = values.astype(np.float64)
+    total = values.sum()
+    return values / total if total > 0 else values
 
 
 def check_read(statistics: PromptStatistics, mode: str) -> None:
@@ -297,11 +286,11 @@ def random_selection(
 
 
 def default_sets(
-    index: SemanticIndex, mode: Mode, score: Score = Score.ENERGY, nearest: int = 1, compensated: bool = True
+    index: SemanticIndex, mode: Mode, score: Score = Score.ENERGY, compensated: bool = True
 ) -> tuple[float, bool]:
     """Return what `SemanticIndex.wanted_sets` does for who names no keep ratio, in a mode; only some can be compensated."""
-    routed = mode is Mode.GLOBAL or (mode is Mode.SIMILARITY and nearest == 1)
-    return index.wanted_sets(compensated=compensated and score is Score.ENERGY and routed)
+    fitted = mode in (Mode.GLOBAL, Mode.SIMILARITY) and score is Score.ENERGY
+    return index.wanted_sets(compensated=compensated and fitted)
 
 
 def make_predictor(
@@ -314,7 +303,6 @@ def make_predictor(
     sparse_layers: str | None = None,
     alpha: float | None = None,
     seed: int = 0,
-    nearest: int = 1,
     fallback: Fallback | str | None = None,
     compensated: bool = True,
 ) -> Predictor:
@@ -330,7 +318,6 @@ def make_predictor(
             one all.
         alpha: for stability and hybrid; None takes the index's α, or 0.4.
         seed: for random.
-        nearest: for similarity and hybrid; the number of clusters whose statistics are blended.
         fallback: for similarity; what unfamiliar prompts get: hybrid, dense, global, or none (their cluster all the same).
             None: global where compensated sets decode, which no prompt-derived set can be, else hybrid.
         compensated: for similarity and global; take the index's compensated sets where it has them and its profile, where
@@ -353,7 +340,7 @@ def make_predictor(
     if keep_ratio is None:
         if index is None:
             raise ConfigError(f"mode {mode.value} was given no keep ratio and no index to take it from; give one.")
-        keep_ratio, compensated = default_sets(index, mode, score, nearest, compensated)
+        keep_ratio, compensated = default_sets(index, mode, score, compensated)
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:
         return FixedPredictor(random_selection(layers, numbers, keep_ratio, seed))
@@ -366,9 +353,9 @@ def make_predictor(
     if mode is Mode.GLOBAL:
         return FixedPredictor(index.global_selection(keep_ratio, score, sparse_layers, compensated))
     if mode is Mode.HYBRID:
-        return HybridPredictor(index, keep_ratio, score, sparse_layers, alpha, nearest)
+        return HybridPredictor(index, keep_ratio, score, sparse_layers, alpha)
     if fallback is None:
         has_fitted = compensated and score is Score.ENERGY and index.has_compensation(keep_ratio)
         fallback = Fallback.GLOBAL if has_fitted else Fallback.HYBRID
-    otherwise = make_fallback(Fallback(fallback), index, keep_ratio, score, sparse_layers, alpha, nearest, compensated)
-    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, nearest, otherwise, compensated)
+    otherwise = make_fallback(Fallback(fallback), index, keep_ratio, score, sparse_layers, alpha, compensated)
+    return SimilarityPredictor(index, keep_ratio, score, sparse_layers, otherwise, compensated)

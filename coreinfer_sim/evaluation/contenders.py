@@ -52,7 +52,7 @@ BITS = {"16bit": 16.0, "int8": 8.05, "q8_0": 8.5, "q4_0": 4.5}
 """Bits a weight, scales included: of int8 for rows of 640 weights, more than which the longer rows of larger models share."""
 _FORMATS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 _WAY = re.compile(
-    rf"(?P<name>[a-z-]+)(?:/(?P<score>{'|'.join([*Score, COMPENSATED])}))?(?: nearest (?P<nearest>[1-9]\d*))?"
+    rf"(?P<name>[a-z-]+)(?:/(?P<score>{'|'.join([*Score, COMPENSATED])}))?"
     rf"(?: else (?P<fallback>{'|'.join(Fallback)}))?"
 )
 _BLOCK = 32
@@ -67,8 +67,6 @@ class Contender:
     keep_ratio: float = 1.0
     score: Score = Score.ENERGY
     weights: str = "16bit"
-    nearest: int = 1
-    """Clusters that similarity and hybrid blend."""
     fallback: Fallback = Fallback.NONE
     """What similarity does for unfamiliar prompts."""
     compensated: bool = False
@@ -80,11 +78,6 @@ class Contender:
             raise ConfigError(f"there is no contender {self.name!r}, expected one of {', '.join(NAMES)}.")
         if self.compensated and self.name not in FITTED:
             raise ConfigError(f"{self.name} has no compensated sets, expected one of {', '.join(FITTED)}.")
-        if self.compensated and self.nearest > 1:
-            raise ConfigError(
-                f"a blend of {self.nearest} clusters has no compensated set, expected one cluster; leave out 'nearest' or "
-                "rank by energy."
-            )
         if self.weights not in WEIGHTS:
             raise ConfigError(f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}.")
 
@@ -104,8 +97,6 @@ class Contender:
         """How it chooses neurons, such as ``similarity/energy else hybrid``."""
         ranked_by = COMPENSATED if self.compensated else self.score.value
         parts = [f"{self.name}/{ranked_by}" if self.name in NEED_INDEX else self.name]
-        if self.nearest > 1:
-            parts.append(f"nearest {self.nearest}")
         if self.fallback is not Fallback.NONE:
             parts.append(f"else {self.fallback.value}")
         return " ".join(parts)
@@ -170,11 +161,9 @@ class Chooser:
         ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
         compensated = contender.compensated
         if contender.name == "hybrid":
-            return HybridPredictor(index, ratio, score, self._layers, alpha, contender.nearest)
-        fallback = make_fallback(
-            contender.fallback, index, ratio, score, self._layers, alpha, contender.nearest, compensated
-        )
-        return SimilarityPredictor(index, ratio, score, self._layers, contender.nearest, fallback, compensated)
+            return HybridPredictor(index, ratio, score, self._layers, alpha)
+        fallback = make_fallback(contender.fallback, index, ratio, score, self._layers, alpha, compensated)
+        return SimilarityPredictor(index, ratio, score, self._layers, fallback, compensated)
 
     def _cluster(self, contender: Contender, case: Case) -> int | None:
         if contender.name != "random-cluster" or self._index is None:
@@ -295,10 +284,9 @@ def parse_contenders(
     keep_ratios: Sequence[float],
     scores: Sequence[str],
     weights: Sequence[str],
-    nearest: Sequence[int] = (1,),
     fallbacks: Sequence[str] = ("none",),
 ) -> list[Contender]:
-    """Cross names with keep ratios, scores, weights, numbers of clusters and fallbacks, each sensible combination once.
+    """Cross names with keep ratios, scores, weights and fallbacks, each sensible combination once.
 
     A name may also be a whole `Contender.way`, such as ``similarity/compensated else global``, which is crossed with keep
     ratios and weights alone.
@@ -310,35 +298,33 @@ def parse_contenders(
         check_ratio("keep ratio", ratio)
     found: dict[str, Contender] = {}
     for kind, given in itertools.product(weights, names):
-        name, score, n, fallback = _parts(given)
+        name, score, fallback = _parts(given)
         whole = name != given
         crossed = itertools.product(
             keep_ratios if name != "dense" else [1.0],
             [score] if whole else scores if name in NEED_INDEX else ["energy"],
-            [n] if whole else nearest if name in ROUTED else [1],
             [fallback] if whole else fallbacks if name == "similarity" else ["none"],
         )
-        for ratio, score, n, fallback in crossed:
+        for ratio, score, fallback in crossed:
             compensated = score == COMPENSATED
-            if compensated and not whole and (name not in FITTED or n > 1):
+            if compensated and not whole and name not in FITTED:
                 continue
             rank_by = Score.ENERGY if compensated else Score(score)
-            contender = Contender(name, ratio, rank_by, kind, n, Fallback(fallback), compensated)
+            contender = Contender(name, ratio, rank_by, kind, Fallback(fallback), compensated)
             found.setdefault(str(contender), contender)
     return list(found.values())
 
 
-def _parts(way: str) -> tuple[str, str, int, str]:
-    """Return name, score, number of clusters and fallback of a contender's name or whole way."""
+def _parts(way: str) -> tuple[str, str, str]:
+    """Return name, score and fallback of a contender's name or whole way."""
     found = _WAY.fullmatch(way)
     if found is None or not (
         found["name"] in NAMES
         and (found["score"] is None or found["name"] in NEED_INDEX)
-        and (found["nearest"] is None or found["name"] in ROUTED)
         and (found["fallback"] is None or found["name"] == "similarity")
     ):
         raise ConfigError(
             f"there is no contender {way!r}, expected one of {', '.join(NAMES)}, or a way as the table names it "
             "without its keep ratio, such as 'similarity/compensated else global'."
         )
-    return found["name"], found["score"] or "energy", int(found["nearest"] or 1), found["fallback"] or "none"
+    return found["name"], found["score"] or "energy", found["fallback"] or "none"

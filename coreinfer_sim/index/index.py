@@ -237,18 +237,7 @@ class SemanticIndex:
         """
         if cluster is not None:
             self.check_cluster(cluster)
-        values, ties = self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
-        return self._top(values, ties, keep_ratio, layers)
-
-    def check_cluster(self, cluster: int) -> None:
-        """Raise ConfigError for a number that is no cluster's."""
-        if not 0 <= cluster < len(self):
-            raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
-
-    def _top(
-        self, values: np.ndarray, ties: np.ndarray, keep_ratio: float | None, layers: str
-    ) -> dict[int, torch.Tensor]:
-        """Return the ids with the highest values, by layer; both arrays are [n_recorded_layers, d_ff]."""
+        values, ties = self.statistics(cluster, score)
         keep_ratio, _ = self.wanted_sets(keep_ratio, compensated=False)
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
@@ -256,6 +245,11 @@ class SemanticIndex:
             layer: torch.from_numpy(top_ids(values[row], ties[row], n))
             for layer, row in self.rows_of_layers(layers).items()
         }
+
+    def check_cluster(self, cluster: int) -> None:
+        """Raise ConfigError for a number that is no cluster's."""
+        if not 0 <= cluster < len(self):
+            raise ConfigError(f"the cluster is {cluster}, expected 0 to {len(self) - 1} in {self.name}.")
 
     @property
     def recorded(self) -> str:
@@ -280,8 +274,19 @@ class SemanticIndex:
             )
         return {layer: row for row, layer in enumerate(settings.layers) if layer in wanted}
 
+    def statistics(self, cluster: int | None, score: Score | str = Score.ENERGY) -> tuple[np.ndarray, np.ndarray]:
+        """Return what ranks a cluster's neurons, and the summed activation, which breaks ties.
+
+        Args:
+            cluster: its number; None sums over all clusters.
+            score: energy, or the paper's count of sentences.
+
+        Returns:
+            Two arrays [n_recorded_layers, d_ff].
+        """
+        return self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
+
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
-        """Return one statistic [n_recorded_layers, d_ff] of a cluster, or its sum over all clusters."""
         values = self._statistics[name]
         if cluster is not None:
             return values[cluster]
@@ -392,42 +397,6 @@ class SemanticIndex:
         name = compensation_file(keep_ratio, cluster)
         check_file(self._folder, self.manifest, name)
         return load_compensated(self._folder / name, model.d_model, model.n_layers)
-
-    def blended_selection(
-        self,
-        matches: Sequence[Match],
-        keep_ratio: float | None = None,
-        score: Score | str = Score.ENERGY,
-        layers: str = ":",
-    ) -> NeuronSelection:
-        """Return the core neurons of several clusters together, nearest first; of one, `selection`."""
-        if len(matches) == 1:
-            return self.selection(matches[0], keep_ratio, score, layers)
-        ids = self._top(*self.mean_statistics(matches, score), keep_ratio, layers)
-        m = matches[0]
-        return NeuronSelection("similarity", ids, m.cluster, m.similarity, m.label, confidence=m.confidence)
-
-    def mean_statistics(
-        self, matches: Sequence[Match], score: Score | str = Score.ENERGY
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean statistic of several clusters: Σ_c w_c · s_c / size_c.
-
-        A cluster's size is its number of tokens (energy, activation) or of sentences (the paper's counts), so that a
-        large cluster does not outweigh a near one. w is max(similarity, 0) normalised; equal if no similarity is positive.
-
-        Returns:
-            The score's statistic and the activation, which breaks ties; both float64 [n_recorded_layers, d_ff].
-        """
-        weights = np.maximum([match.similarity for match in matches], 0.0)
-        weights = weights / weights.sum() if weights.any() else np.full(len(matches), 1 / len(matches))
-        clusters = [self.clusters[match.cluster] for match in matches]
-
-        def mean(name: str) -> np.ndarray:
-            sizes = [cluster.size if name == "counts" else cluster.n_tokens for cluster in clusters]
-            statistics = np.stack([self._statistics[name][cluster.id] for cluster in clusters])
-            return np.tensordot(weights / np.maximum(sizes, 1), statistics, axes=1)
-
-        return mean(_RANKED_BY[Score(score)]), mean("activation")
 
     def check_model(self, layers: Sequence[MLPLayer], tokenizer_sha256: str | None = None) -> None:
         """Raise IndexMismatchError unless these are the MLPs (and tokenizer) that the index was built from."""
