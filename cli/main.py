@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from coreinfer_sim.base.errors import CoreInferSimError
+from coreinfer_sim.base.errors import CoreInferSimError, as_out_of_memory
 
 from .bench import bench
 from .build_index import build_index
@@ -46,9 +46,9 @@ class _Group(click.Group):
             )
             _fail(ctx, f"{error.strerror or error}{where}; {remedy} and run the same command again.", 1)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if (found := as_out_of_memory(error)) is None:
                 raise
-            _fail(ctx, f"out of memory ({' '.join(str(error).split())[:160]}); use a smaller --batch-size or model.", 1)
+            _fail(ctx, f"{found}; use a smaller --batch-size or model.", 1)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:

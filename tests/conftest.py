@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -10,9 +11,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from tiny_index import WIDE_RATIO, build_tiny_index
 from tiny_models import TINY_FAMILIES, TinyFamily, save_tiny_checkpoint, tiny_model
 
+from coreinfer_sim.base.settings import BuildConfig
 from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.index.index import SemanticIndex
 
 torch.set_num_threads(1)
 
@@ -29,6 +33,32 @@ def _own_cache(tmp_path_factory):
 def tiny_checkpoint(tmp_path_factory) -> str:
     """Folder of a tiny Llama with a real tokenizer and a chat template; read-only."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory) -> str:
+    """Folder of a tiny Llama whose MLPs are wide enough that exported widths are rounded; read-only."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("wide") / "tiny-llama", intermediate_size=192)
+
+
+@pytest.fixture(scope="session")
+def wide_index(wide_checkpoint, encoder, tmp_path_factory) -> SemanticIndex:
+    """An index of that model with three clusters that keep WIDE_RATIO; read-only."""
+    config = BuildConfig(clusters=3, gamma=WIDE_RATIO)
+    folder = build_tiny_index(wide_checkpoint, tmp_path_factory.mktemp("wide-index"), config, encoder)
+    return SemanticIndex.load(folder, encoder)
+
+
+@pytest.fixture(scope="session")
+def exported(wide_index, wide_checkpoint, tmp_path_factory) -> Path:
+    """Folder with that index's sets as GGUF files in float32, and their router; read-only."""
+    from coreinfer_sim.export.exporting import export
+    from coreinfer_sim.models.loading import load_model
+
+    out = tmp_path_factory.mktemp("exported")
+    sets = [0, 1, 2, "global", "dense"]
+    export(load_model(wide_checkpoint, "float32"), wide_index, sets, out, kind="gguf", weights="f32", router=True)
+    return out
 
 
 @pytest.fixture(scope="session")

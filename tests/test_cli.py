@@ -529,7 +529,9 @@ def test_chat_uses_the_models_template(index):
 def test_a_model_without_a_template_does_not_chat(index, tiny_checkpoint, tmp_path):
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "plain")
     (copy / "chat_template.jinja").unlink()
-    refused(call("generate", "stars", "--index", index, "--model", copy, "--chat"), "has no chat template", "--chat")
+    refused(
+        call("generate", "stars", "--index", index, "--model", copy, "--chat"), "has no chat template", "plain text"
+    )
 
 
 # Usage errors

@@ -214,7 +214,7 @@ def test_chat_uses_the_template(language_model, generator, random_predictor):
 @pytest.mark.parametrize(("prompt", "options"), [(PROMPT, {"chat": True}), (MESSAGES, {})], ids=["text", "messages"])
 def test_chat_without_a_template_is_refused(language_model, random_predictor, prompt, options):
     bare = with_tokenizer(language_model, chat_template=None)
-    with pytest.raises(PromptError, match="has no chat template; leave out --chat") as refusal:
+    with pytest.raises(PromptError, match="has no chat template; give the prompt as plain text") as refusal:
         TextGenerator(bare, random_predictor).generate(prompt, **options)
     assert language_model.name in str(refusal.value)
     assert TextGenerator(bare, random_predictor).generate(PROMPT, max_new_tokens=2).n_prompt_tokens > 0

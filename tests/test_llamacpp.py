@@ -7,64 +7,31 @@ import json
 import pytest
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
-from tiny_index import PROMPTS
+from tiny_index import PROMPTS, WIDE_RATIO
 from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.base.errors import ConfigError, GenerationError, ModelError, PromptError
-from coreinfer_sim.base.settings import BuildConfig, parse_size
-from coreinfer_sim.building.build import build_index
+from coreinfer_sim.base.settings import parse_size
 from coreinfer_sim.choosing.predictors import make_predictor
 from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
-from coreinfer_sim.export.exporting import export
 from coreinfer_sim.generation.text import TextGenerator
-from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import load_model
 
 pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")
-RATIO = 64 / 192
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("wide"), intermediate_size=192)
-
-
-@pytest.fixture(scope="module")
-def index(checkpoint, encoder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llamacpp")
-    rows = [{"prompt": f"{question} {number}"} for question in PROMPTS for number in range(3)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_index(
-        checkpoint,
-        str(folder / "prompts.jsonl"),
-        folder / "index",
-        BuildConfig(clusters=3, gamma=RATIO),
-        encoder=encoder,
-        threads=1,
-    )
-    return SemanticIndex.load(folder / "index", encoder)
-
-
-@pytest.fixture(scope="module")
-def exported(index, checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exported")
-    sets = [0, 1, 2, "global", "dense"]
-    export(load_model(checkpoint, "float32"), index, sets, out, kind="gguf", weights="f32", router=True)
-    return out
-
-
-def ours(checkpoint, index, mode, prompt, **options):
-    lm = load_model(checkpoint, "float32")
-    predictor = make_predictor(mode, lm.layers, index, keep_ratio=RATIO, fallback="none")
+def ours(wide_checkpoint, wide_index, mode, prompt, **options):
+    lm = load_model(wide_checkpoint, "float32")
+    predictor = make_predictor(mode, lm.layers, wide_index, keep_ratio=WIDE_RATIO, fallback="none")
     return TextGenerator(lm, predictor).generate(prompt, do_sample=False, **options)
 
 
 @pytest.mark.parametrize("mode", ["similarity", "global", "dense"])
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
-def test_the_tokens_are_those_of_our_own_runtime(checkpoint, index, exported, mode, chat):
-    with LlamaCppGenerator(index, exported, mode=mode, fallback="none", context=256) as generator:
+def test_the_tokens_are_those_of_our_own_runtime(wide_checkpoint, wide_index, exported, mode, chat):
+    with LlamaCppGenerator(wide_index, exported, mode=mode, fallback="none", context=256) as generator:
         for prompt in PROMPTS[:2]:
-            expected = ours(checkpoint, index, mode, prompt, chat=chat, max_new_tokens=16)
+            expected = ours(wide_checkpoint, wide_index, mode, prompt, chat=chat, max_new_tokens=16)
             run = generator.generate(prompt, chat=chat, max_new_tokens=16)
             assert run.text == expected.text and run.n_new_tokens == len(expected.token_ids)
             written = []
@@ -76,21 +43,23 @@ def test_the_tokens_are_those_of_our_own_runtime(checkpoint, index, exported, mo
             assert json.loads(json.dumps(run.as_dict()))["tokens_per_second"] > 0
 
 
-def test_sparse_prefill_reads_the_prompt_with_the_cluster(index, exported):
-    with LlamaCppGenerator(index, exported, prefill="sparse", fallback="none", context=256) as generator:
+def test_sparse_prefill_reads_the_prompt_with_the_cluster(wide_index, exported):
+    with LlamaCppGenerator(wide_index, exported, prefill="sparse", fallback="none", context=256) as generator:
         run = generator.generate(PROMPTS[0], max_new_tokens=8)
         assert run.prefill == "sparse" and run.n_new_tokens == 8
         assert [path.name for path in generator.pool._open] == [run.model]
 
 
-def test_the_pool_keeps_its_limit(index, exported):
+def test_the_pool_keeps_its_limit(wide_index, exported):
     size = (exported / "dense.gguf").stat().st_size
-    with LlamaCppGenerator(index, exported, fallback="none", context=256, memory_limit=int(2.1 * size)) as generator:
+    with LlamaCppGenerator(
+        wide_index, exported, fallback="none", context=256, memory_limit=int(2.1 * size)
+    ) as generator:
         first = [generator.generate(prompt, max_new_tokens=4).text for prompt in PROMPTS]
         assert generator.pool.n_bytes <= 2.1 * size and exported / "dense.gguf" in generator.pool._open
         assert [generator.generate(prompt, max_new_tokens=4).text for prompt in PROMPTS] == first
     with (
-        LlamaCppGenerator(index, exported, fallback="none", context=256, memory_limit=size) as generator,
+        LlamaCppGenerator(wide_index, exported, fallback="none", context=256, memory_limit=size) as generator,
         pytest.raises(
             ConfigError, match=r"must be open at a time \(cluster-000\d.gguf beside dense.gguf\)|--prefill sparse"
         ),
@@ -98,39 +67,39 @@ def test_the_pool_keeps_its_limit(index, exported):
         generator.generate(PROMPTS[0], max_new_tokens=4)
 
 
-def test_what_llama_cpp_cannot_do_is_refused(index, exported, tmp_path):
+def test_what_llama_cpp_cannot_do_is_refused(wide_index, exported, tmp_path):
     with pytest.raises(ConfigError, match="expected similarity, global or dense"):
-        LlamaCppGenerator(index, exported, mode="stability")
+        LlamaCppGenerator(wide_index, exported, mode="stability")
     with pytest.raises(ConfigError, match="depend on the prompt"):
-        LlamaCppGenerator(index, exported, fallback="hybrid")
+        LlamaCppGenerator(wide_index, exported, fallback="hybrid")
     with pytest.raises(ConfigError, match="has no router.json"):
-        LlamaCppGenerator(index, tmp_path)
+        LlamaCppGenerator(wide_index, tmp_path)
     router = json.loads((exported / "router.json").read_text())
     (tmp_path / "router.json").write_text(json.dumps({**router, "dense": None}))
     with (
         pytest.raises(ConfigError, match="lacks dense"),
-        LlamaCppGenerator(index, tmp_path, fallback="none") as generator,
+        LlamaCppGenerator(wide_index, tmp_path, fallback="none") as generator,
     ):
         generator.generate(PROMPTS[0])
     router["clusters"][0]["size"] += 1
     (tmp_path / "router.json").write_text(json.dumps(router))
     with pytest.raises(ConfigError, match="another index"):
-        LlamaCppGenerator(index, tmp_path)
+        LlamaCppGenerator(wide_index, tmp_path)
     router["clusters"][0]["file"] = "../secret.gguf"
     router["clusters"][0]["size"] -= 1
     (tmp_path / "router.json").write_text(json.dumps(router))
     with pytest.raises(ConfigError, match="GGUF files beside it"):
-        LlamaCppGenerator(index, tmp_path)
+        LlamaCppGenerator(wide_index, tmp_path)
 
 
-def test_bad_prompts_and_bad_files(index, exported, tmp_path):
-    with LlamaCppGenerator(index, exported, fallback="none", context=64) as generator:
+def test_bad_prompts_and_bad_files(wide_index, exported, tmp_path):
+    with LlamaCppGenerator(wide_index, exported, fallback="none", context=64) as generator:
         with pytest.raises(PromptError, match="is empty"):
             generator.generate("  ")
         with pytest.raises(PromptError, match="exceed the context of 64"):
             generator.generate(PROMPTS[0] * 9, max_new_tokens=32)
     (tmp_path / "router.json").write_text((exported / "router.json").read_text())
-    with LlamaCppGenerator(index, tmp_path, fallback="none", context=64) as generator:
+    with LlamaCppGenerator(wide_index, tmp_path, fallback="none", context=64) as generator:
         with pytest.raises(ModelError, match="there is no file"):
             generator.generate(PROMPTS[0], max_new_tokens=4)
         for path in exported.glob("*.gguf"):
@@ -138,10 +107,10 @@ def test_bad_prompts_and_bad_files(index, exported, tmp_path):
         with pytest.raises(ModelError, match="llama.cpp cannot load"):
             generator.generate(PROMPTS[0], max_new_tokens=4)
     with pytest.raises(ConfigError, match="has 8 bytes, export wrote"):
-        LlamaCppGenerator(index, tmp_path, fallback="none", context=64)
+        LlamaCppGenerator(wide_index, tmp_path, fallback="none", context=64)
 
 
-def test_a_cache_of_another_shape_is_refused(index, exported, tmp_path):
+def test_a_cache_of_another_shape_is_refused(wide_index, exported, tmp_path):
     other = load_model(save_tiny_checkpoint(tmp_path / "deep", intermediate_size=192, num_hidden_layers=2), "float32")
     from coreinfer_sim.choosing.selection import NeuronSelection
     from coreinfer_sim.export.compact import Source, compact_weights
@@ -156,7 +125,7 @@ def test_a_cache_of_another_shape_is_refused(index, exported, tmp_path):
     weights = compact_weights(other, NeuronSelection("dense"), one_width=False)
     export_gguf(other, weights, Source("m", "i", "s", "dense", 1.0, False, "f32"), tmp_path / "dense.gguf", "f32")
     with (
-        LlamaCppGenerator(index, tmp_path, fallback="none", context=64) as generator,
+        LlamaCppGenerator(wide_index, tmp_path, fallback="none", context=64) as generator,
         pytest.raises(GenerationError, match="does not fit cluster-000"),
     ):
         generator.generate(PROMPTS[0], max_new_tokens=4)
@@ -166,8 +135,9 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def test_the_command_runs_on_llama_cpp(index, exported):
-    given = ("generate", "--index", index.name, "--backend", "llamacpp", "--exported", exported, "--max-new-tokens", 6)
+def test_the_command_runs_on_llama_cpp(wide_index, exported):
+    given = ("generate", "--index", wide_index.name, "--backend", "llamacpp")
+    given += ("--exported", exported, "--max-new-tokens", 6)
     result = run(*given, "--compare", "--context", 128, PROMPTS[0])
     assert result.exit_code == 0, result.output
     assert "dense.gguf, dense prefill" in result.stdout and "tokens/s" in result.stdout
@@ -175,8 +145,8 @@ def test_the_command_runs_on_llama_cpp(index, exported):
     assert result.exit_code == 0 and json.loads(result.stdout)["n_new_tokens"] == 6
     result = run(*given, "--num-beams", 2, PROMPTS[0])
     assert result.exit_code == 2 and "does not apply to --backend llamacpp" in result.output
-    assert run("generate", "--index", index.name, "--context", 64, PROMPTS[0]).exit_code == 2
-    result = run("generate", "--index", index.name, "--backend", "llamacpp", PROMPTS[0])
+    assert run("generate", "--index", wide_index.name, "--context", 64, PROMPTS[0]).exit_code == 2
+    result = run("generate", "--index", wide_index.name, "--backend", "llamacpp", PROMPTS[0])
     assert result.exit_code == 1 and "give --index and --exported" in result.output
     assert run(*given, "--memory-limit", "lots", PROMPTS[0]).exit_code == 1
 

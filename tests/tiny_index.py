@@ -1,17 +1,23 @@
-"""An index for a tiny model, made at once: routing is real, statistics are drawn by chance."""
+"""Indexes for tiny models: one made at once, whose routing is real and whose statistics are random, and one that is built."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.building.build import build_index
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.index import Cluster, SemanticIndex
 from coreinfer_sim.index.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
 from coreinfer_sim.models.mlps import MLPLayer, weight_sketch
 
 PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]
+WIDE_RATIO = 64 / 192
+"""Keep ratio of the built index."""
 QUANTILES = {"0": 0.2, "0.01": 0.21, "0.05": 0.25, "0.25": 0.4, "0.5": 0.5, "0.75": 0.6, "1": 0.9}
 
 
@@ -52,3 +58,12 @@ def tiny_index(
     )
     clusters = [Cluster(c, 1000 - c, 10_000 + 5000 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]
     return SemanticIndex(manifest, encoder.encode(PROMPTS), clusters, statistics, encoder=encoder)
+
+
+def build_tiny_index(checkpoint: str, folder: Path, config: BuildConfig, encoder: SentenceEncoder) -> Path:
+    """Build an index of three prompts a cluster in a folder; return the index's."""
+    rows = [{"prompt": f"{question} {number}"} for question in PROMPTS for number in range(3)]
+    corpus = folder / "prompts.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_index(checkpoint, str(corpus), folder / "index", config, encoder=encoder, threads=1)
+    return folder / "index"

@@ -1,9 +1,12 @@
 """The errors that a user can meet.
 
-Every message is one sentence or two that say what was found, what was expected and what to do next.
+Every message is one sentence or two that say what was found, what was expected and what to do next. Callers tell errors
+apart by their class, never by their words.
 """
 
 from __future__ import annotations
+
+import sys
 
 
 class CoreInferSimError(Exception):
@@ -12,6 +15,10 @@ class CoreInferSimError(Exception):
 
 class ConfigError(CoreInferSimError):
     """A setting is out of range, or two settings contradict each other."""
+
+
+class UnknownModeError(ConfigError):
+    """A way to choose neurons is unknown, or not to be had from this engine."""
 
 
 class CorpusError(CoreInferSimError):
@@ -47,7 +54,15 @@ class GenerationError(CoreInferSimError):
 
 
 class PromptError(GenerationError):
-    """A prompt is empty or does not fit into the model's context."""
+    """A prompt cannot be used: it is empty, or one of the kinds below."""
+
+
+class ContextLengthError(PromptError):
+    """A prompt and its new tokens do not fit into the model's context."""
+
+
+class ChatTemplateError(PromptError):
+    """The model has no chat template, or its template refuses the conversation."""
 
 
 class ExportError(CoreInferSimError):
@@ -64,3 +79,22 @@ class StoreError(CoreInferSimError):
 
 class BudgetError(CoreInferSimError):
     """A memory budget is too small for what was asked."""
+
+
+class OutOfMemoryError(CoreInferSimError):
+    """Memory ran out, of the machine or of its accelerator."""
+
+
+def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """Return the error of another library as ours if memory ran out; None for every other error.
+
+    Python and numpy raise MemoryError, torch on accelerators its own class. On CPUs torch raises a plain RuntimeError, which
+    only the allocator's name tells from others.
+    """
+    torch = sys.modules.get("torch")
+    if not isinstance(error, MemoryError):
+        if torch is None or not isinstance(error, RuntimeError):
+            return None
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            return None
+    return OutOfMemoryError(f"out of memory ({' '.join(str(error).split())[:160]})")

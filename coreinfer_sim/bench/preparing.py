@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from coreinfer_sim.base.errors import ModelError, PromptError
+from coreinfer_sim.base.errors import ContextLengthError, ModelError
 from coreinfer_sim.bench.contenders import Prompt, Subject
 from coreinfer_sim.bench.prompts import cut_prompts, random_prompts
 from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, Spec
@@ -35,12 +35,13 @@ def make_prompts(
     """Return prompts of ``n_tokens`` tokens: random ones for a shape, else cut from ``text``.
 
     Raises:
-        PromptError: prompt and new tokens do not fit into the model's context, or the text is of no use.
+        ContextLengthError: prompt and new tokens do not fit into the model's context.
+        PromptError: the text is of no use.
     """
     config = subject.shape.config() if subject.shape else _config(subject)
     limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and n_tokens + n_new > limit:
-        raise PromptError(
+        raise ContextLengthError(
             f"{n_tokens} prompt tokens and {n_new} new ones were asked for, but the model's context is {limit}; ask for fewer."
         )
     if subject.shape is not None:

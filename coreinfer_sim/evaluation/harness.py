@@ -27,7 +27,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, PromptError
+from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError
 from coreinfer_sim.base.settings import Mode, Score
 from coreinfer_sim.choosing.predictors import make_predictor
 from coreinfer_sim.choosing.selection import NeuronSelection
@@ -130,7 +130,7 @@ class CoreInferLM(HFLM):
         for number, (_texts, context, continuation) in enumerate(requests):
             room = self.max_length + 1 - len(continuation)
             if room < 1:
-                raise PromptError(
+                raise ContextLengthError(
                     f"a continuation has {len(continuation)} tokens, but the model's context is {self.max_length}; leave "
                     "that task out or raise max_length."
                 )

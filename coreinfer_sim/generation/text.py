@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from coreinfer_sim.base.errors import PromptError
+from coreinfer_sim.base.errors import ChatTemplateError, ContextLengthError, PromptError
 from coreinfer_sim.base.settings import Engine
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.selection import NeuronSelection
@@ -45,19 +45,21 @@ def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: boo
     """Return the ids [1, n_positions] that a model reads for a text, or for messages or a chat in its template.
 
     Raises:
-        PromptError: the model, called ``name``, has no chat template, or that refuses the messages.
+        ChatTemplateError: the model, called ``name``, has no chat template, or that refuses the messages.
     """
     if not chat and isinstance(prompt, str):
         return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
     if tokenizer.chat_template is None:
-        raise PromptError(f"{name} has no chat template; leave out --chat.")
+        raise ChatTemplateError(f"{name} has no chat template; give the prompt as plain text.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except TemplateError as error:  # of roles, or of their order
-        raise PromptError(f"{name}'s chat template refuses the conversation ({error}); send another one.") from error
+        raise ChatTemplateError(
+            f"{name}'s chat template refuses the conversation ({error}); send another one."
+        ) from error
     return encoded["input_ids"]
 
 
@@ -189,7 +191,9 @@ class TextGenerator:
             **options: of transformers' ``generate``.
 
         Raises:
-            PromptError: the prompt is empty, or does not fit into the context together with ``max_new_tokens``.
+            PromptError: the prompt is empty.
+            ContextLengthError: it does not fit into the context together with ``max_new_tokens``.
+            ChatTemplateError: see `prompt_ids`.
         """
         text, ids = self._encode(prompt, chat)
         if shorten:
@@ -243,7 +247,7 @@ class TextGenerator:
         if limit is not None and n_prompt + max_new_tokens > limit:
             budgeted = limit == self.language_model.position_limit
             what = "the memory budget has room for" if budgeted else "the model's context is"
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt has {n_prompt} tokens and {max_new_tokens} new ones were asked for, but {what} "
                 f"{limit}; shorten the prompt"
                 + (f" or ask for at most {limit - n_prompt}." if limit > n_prompt else ".")

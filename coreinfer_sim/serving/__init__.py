@@ -1,1 +1,3 @@
-"""An HTTP server that speaks the OpenAI API, and its page."""
+"""Serves the OpenAI API and a page over a backend that generates."""
+
+__all__ = ["app", "backends"]

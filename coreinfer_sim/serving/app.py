@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, PromptError
-from coreinfer_sim.serving.backends import Answered, Asked, Backend
-from coreinfer_sim.serving.engine import Busy, Engine, Stopping, TimedOut
+from coreinfer_sim.base.errors import CoreInferSimError, UnknownModeError
+from coreinfer_sim.serving.backends import Backend, Message, TextRequest
+from coreinfer_sim.serving.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestTooLargeError,
+    error_json,
+    error_response,
+)
+from coreinfer_sim.serving.request_queue import RequestQueue
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest
+from coreinfer_sim.serving.streaming import ResponseFormat, cut_at_stops, server_sent_events, while_connected, whole
 
 PAGE = Path(__file__).parent / "page.html"
-_OPEN = ("/", "/health")
-_CLIENT_GONE = 499
-"""Nobody reads it; nginx's word in its log for such a request."""
-_log = logging.getLogger(__name__)
+_WITHOUT_KEY = ("/", "/health")
 
 
 def make_app(
@@ -45,99 +48,95 @@ def make_app(
     """Make the server.
 
     Args:
-        backend: answers the requests; closed with the server.
+        backend: generates the texts; closed with the server.
         name: of the model, as /v1/models lists it.
         api_key: that requests must bring, except for the page and /health; None asks for none.
-        max_new_tokens: of one answer; also the number where a request names none.
+        max_new_tokens: of one text; also the number where a request names none.
         queue_limit: requests that may wait or be answered at a time.
         timeout: seconds that a request may take, waiting included.
         body_limit: bytes of a request.
+
+    Returns:
+        The app; ``app.state.stop`` refuses further requests and ends open ones after a grace period.
     """
-    engine = Engine(backend, queue_limit=queue_limit, timeout=timeout)
+    queue = RequestQueue(backend, queue_limit=queue_limit, timeout=timeout)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(queue.close)
 
     app = FastAPI(title="coreinfer_sim", description="Sparse decode behind OpenAI's API.", lifespan=lifespan)
-    app.state.stop = engine.stop
-    begun = int(time.time())
+    app.state.stop = queue.stop
+    _add_guard(app, api_key, body_limit)
+    _add_error_handlers(app)
+    _add_generation(app, queue, name, max_new_tokens)
+    _add_models(app, backend, name)
+    _add_lookup(app, backend)
+    _add_status(app, queue)
+    return app
+
+
+def _add_guard(app: FastAPI, api_key: str | None, body_limit: int) -> None:
+    """Check the key and the size of every request before anything else reads it."""
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Check the key and the size before anything is read."""
-        if api_key is not None and request.url.path not in _OPEN:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), api_key.encode()):
-                return _error(401, "the API key is missing or wrong.", "invalid_api_key")
-        size = 0
+        if api_key is not None and request.url.path not in _WITHOUT_KEY:
+            sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(sent.encode(), api_key.encode()):
+                return error_response(AuthenticationError())
         body = bytearray()
         try:
             async for piece in request.stream():
-                size += len(piece)
-                if size > body_limit:
-                    return _error(413, f"the request has more than {body_limit} bytes; send less.")
                 body += piece
+                if len(body) > body_limit:
+                    return error_response(
+                        RequestTooLargeError(f"the request has more than {body_limit} bytes; send less.")
+                    )
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
         request._body = bytes(body)  # what Starlette itself keeps once a body has been read
         return await call_next(request)
 
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in the form of OpenAI's API."""
+
+    @app.exception_handler(CoreInferSimError)
+    async def refused(_request: Request, error: Exception) -> Response:
+        return error_response(error)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return _error(400, f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]}).")
-        where = ".".join(str(part) for part in first["loc"][1:]) or first.get("ctx", {}).get("field")
-        said = first["msg"].removeprefix("Value error, ")
-        return _error(400, f"{where or 'the body'}: {said}", param=where)
+            return error_json(400, f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]}).")
+        field = ".".join(str(part) for part in first["loc"][1:]) or first.get("ctx", {}).get("field")
+        reason = first["msg"].removeprefix("Value error, ")
+        return error_json(400, f"{field or 'the body'}: {reason}", param=field)
 
     @app.exception_handler(HTTPException)
     async def http_error(_request: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, f"{error.detail}.")
+        return error_json(error.status_code, f"{error.detail}.")
 
     @app.exception_handler(Exception)
     async def failed(_request: Request, error: Exception) -> Response:
-        _log.error("a request failed", exc_info=error)
-        return _error(500, "the server failed; its log says why.")
+        return error_response(error)
 
-    def asked_of(request: ChatRequest | CompletionRequest) -> Asked:
-        limit = request.max_tokens
-        if isinstance(request, ChatRequest):
-            limit = request.max_completion_tokens or limit
-        if request.model not in (None, name):
-            raise _Refused(404, f"the model {request.model!r} does not exist, expected {name!r}.", "model_not_found")
-        if limit is not None and limit > max_new_tokens:
-            raise _Refused(400, f"{limit} new tokens were asked for, expected at most {max_new_tokens}.")
-        mode = (request.coreinfer.mode if request.coreinfer else None) or backend.modes[0]
-        if mode not in backend.modes:
-            raise _Refused(400, f"coreinfer.mode is {mode!r}, expected one of {', '.join(backend.modes)}.")
-        prompt: Any = request.text if isinstance(request, CompletionRequest) else _messages(request)
-        return Asked(
-            prompt,
-            limit or max_new_tokens,
-            mode,
-            1.0 if request.temperature is None else request.temperature,
-            1.0 if request.top_p is None else request.top_p,
-            request.seed,
-            request.stops,
-            shorten=limit is None,
-        )
+
+def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens: int) -> None:
+    """Add the two ways to ask for a text."""
 
     async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
-        chat = isinstance(request, ChatRequest)
-        try:
-            asked = asked_of(request)
-            events = _without_stops(engine.answer(asked), asked.stop)
-            frame = _Frame(name, chat)
-            if request.stream:
-                first = await anext(events)  # so that a refusal still has its status
-                usage = request.stream_options is not None and request.stream_options.include_usage
-                return StreamingResponse(_stream(frame, first, events, usage), media_type="text/event-stream")
-            return await _while_there(http, _whole(frame, events))
-        except (_Refused, Busy, Stopping, TimedOut, CoreInferSimError) as error:
-            return _refusal(error)
+        checked = text_request(request, name, queue.backend, max_new_tokens)
+        events = cut_at_stops(queue.generate(checked), checked.stop)
+        form = ResponseFormat(name, isinstance(request, ChatRequest))
+        if not request.stream:
+            return await while_connected(http, whole(form, events))
+        first = await anext(events)  # so that a refusal still has its status
+        usage = request.stream_options is not None and request.stream_options.include_usage
+        return StreamingResponse(server_sent_events(form, first, events, usage), media_type="text/event-stream")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
@@ -146,215 +145,110 @@ def make_app(
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
-        """Go on from a text."""
+        """Continue a text."""
         return await respond(request, http)
 
-    def model_facts() -> dict[str, Any]:
+
+def text_request(
+    request: ChatRequest | CompletionRequest, name: str, backend: Backend, max_new_tokens: int
+) -> TextRequest:
+    """Return what a request asks of the backend.
+
+    Args:
+        request: sound by itself.
+        name: of the model that is served.
+        backend: whose modes a request may choose from.
+        max_new_tokens: that a request may ask for; also the number where it names none.
+
+    Raises:
+        ModelNotFoundError: the request names another model.
+        InvalidRequestError: it asks for too many tokens.
+        UnknownModeError: the backend lacks the mode.
+    """
+    if request.model not in (None, name):
+        raise ModelNotFoundError(request.model, name)
+    limit = request.max_tokens
+    if isinstance(request, ChatRequest):
+        limit = request.max_completion_tokens or limit
+    if limit is not None and limit > max_new_tokens:
+        raise InvalidRequestError(f"{limit} new tokens were asked for, expected at most {max_new_tokens}.")
+    mode = (request.coreinfer.mode if request.coreinfer else None) or backend.modes[0]
+    if mode not in backend.modes:
+        raise UnknownModeError(f"coreinfer.mode is {mode!r}, expected one of {', '.join(backend.modes)}.")
+    return TextRequest(
+        prompt=request.text if isinstance(request, CompletionRequest) else _messages(request),
+        max_new_tokens=limit or max_new_tokens,
+        mode=mode,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        stop=request.stops,
+        shorten=limit is None,
+    )
+
+
+def _messages(request: ChatRequest) -> list[Message]:
+    roles = {"developer": "system"}
+    return [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
+
+
+def _add_models(app: FastAPI, backend: Backend, name: str) -> None:
+    """Add the list of the one model."""
+    created = int(time.time())
+
+    def description() -> dict[str, Any]:
         facts = {"modes": list(backend.modes), "clusters": len(backend.index)}
-        return {"id": name, "object": "model", "created": begun, "owned_by": "coreinfer_sim", "coreinfer": facts}
+        return {"id": name, "object": "model", "created": created, "owned_by": "coreinfer_sim", "coreinfer": facts}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the one model."""
-        return {"object": "list", "data": [model_facts()]}
+        return {"object": "list", "data": [description()]}
 
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """Describe the one model."""
         if model_id != name:
-            return _error(404, f"the model {model_id!r} does not exist, expected {name!r}.", "model_not_found")
-        return JSONResponse(model_facts())
+            raise ModelNotFoundError(model_id, name)
+        return JSONResponse(description())
+
+
+def _add_lookup(app: FastAPI, backend: Backend) -> None:
+    """Add the look-up that the page shows."""
 
     @app.post("/api/lookup")
     async def lookup(request: LookupRequest) -> Response:
         """Return the clusters nearest to a text, and the share of neurons that each layer keeps in the nearest."""
         if not request.text.strip():
-            return _error(400, "the text is empty, expected some.")
+            raise InvalidRequestError("the text is empty, expected some.")
         k = min(request.k, len(backend.index))
         matches = (await asyncio.to_thread(backend.index.lookup, [request.text], k))[0]
-        kept = await asyncio.to_thread(_kept, backend, matches[0].cluster)
+        kept = await asyncio.to_thread(_kept_shares, backend, matches[0].cluster)
         found = [{**vars(match), "confident": match.confident} for match in matches]
         return JSONResponse({"matches": found, "kept": kept})
+
+
+def _kept_shares(backend: Backend, cluster: int) -> list[float]:
+    """Return the share of neurons that a cluster's set keeps, by layer."""
+    info = backend.index.manifest.model
+    ids = backend.index.cluster_selection(cluster).ids
+    return [round(len(ids[n]) / info.d_ff, 4) if n in ids else 1.0 for n in range(info.n_layers)]
+
+
+def _add_status(app: FastAPI, queue: RequestQueue) -> None:
+    """Add what tells how the server is doing, and the page."""
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Say that the server lives, and how many requests are open."""
-        return {"status": "ok", "open_requests": engine.n_open}
+        return {"status": "ok", "open_requests": queue.n_open}
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Return metrics for Prometheus."""
-        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(queue.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
         """Return the page."""
         return PAGE.read_text(encoding="utf-8")
-
-    return app
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
-class _Frame:
-    """What stands around the text in an answer."""
-
-    def __init__(self, model: str, chat: bool) -> None:
-        self.chat = chat
-        kind = "chat.completion" if chat else "text_completion"
-        prefix = "chatcmpl" if chat else "cmpl"
-        self._whole = {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._part = {**self._whole, "object": "chat.completion.chunk" if chat else kind}
-
-    def whole(self, text: str, answered: Answered) -> dict[str, Any]:
-        """Return a whole answer."""
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": _reason(answered)}
-        return {**self._whole, "choices": [choice], "usage": _usage(answered), "coreinfer": answered.facts}
-
-    def part(self, text: str, begins: bool) -> dict[str, Any]:
-        """Return a piece of a streamed answer."""
-        delta = {"role": "assistant", "content": text} if begins else {"content": text}
-        content = {"delta": delta} if self.chat else {"text": text}
-        return {**self._part, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": None}]}
-
-    def end(self, answered: Answered) -> dict[str, Any]:
-        """Return the last piece."""
-        content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": _reason(answered)}
-        return {**self._part, "choices": [choice], "coreinfer": answered.facts}
-
-    def usage(self, answered: Answered) -> dict[str, Any]:
-        """Return the piece that follows if usage was asked for."""
-        return {**self._part, "choices": [], "usage": _usage(answered)}
-
-
-async def _stream(
-    frame: _Frame, first: str | Answered, events: AsyncIterator[str | Answered], usage: bool
-) -> AsyncIterator[str]:
-    """Yield server-sent events; an error that comes late is one of them."""
-
-    def line(content: dict[str, Any]) -> str:
-        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-    yield line(frame.part(first if isinstance(first, str) else "", begins=True))
-    try:
-        event = first
-        while not isinstance(event, Answered):
-            event = await anext(events)
-            if isinstance(event, str):
-                yield line(frame.part(event, begins=False))
-        yield line(frame.end(event))
-        if usage:
-            yield line(frame.usage(event))
-    except Exception as error:
-        yield line(json.loads(bytes(_refusal(error).body)))
-    yield "data: [DONE]\n\n"
-
-
-async def _whole(frame: _Frame, events: AsyncIterator[str | Answered]) -> Response:
-    """Return an answer that is not streamed."""
-    text = ""
-    async for event in events:
-        if isinstance(event, Answered):
-            return JSONResponse(frame.whole(text, event))
-        text += event
-    raise AssertionError("an answer ended without its end")
-
-
-async def _while_there(http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
-    """Wait for an answer as long as its client does: nobody tells a handler that the connection is gone."""
-    answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(http.receive())  # after the body, the end
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else Response(status_code=_CLIENT_GONE)
-    finally:
-        open_ends = {task for task in (answer, gone) if not task.done()}
-        for task in open_ends:
-            task.cancel()
-        if open_ends:
-            await asyncio.wait(open_ends)
-
-
-async def _without_stops(
-    events: AsyncIterator[str | Answered], stops: tuple[str, ...]
-) -> AsyncIterator[str | Answered]:
-    """Cut the text before the first stop; what may be the beginning of one is held back."""
-    held, stopped = "", False
-    async for event in events:
-        if isinstance(event, Answered):
-            if held and not stopped:
-                yield held
-            yield event
-        elif not stopped:
-            held += event
-            places = [place for stop in stops if (place := held.find(stop)) >= 0]
-            stopped = bool(places)
-            n_safe = min(places) if places else len(held) - _overlap(held, stops)
-            if n_safe:
-                yield held[:n_safe]
-            held = held[n_safe:]
-
-
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Return how many of the text's last characters may be the beginning of a stop."""
-    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
-    return max(lengths, default=0)
-
-
-def _messages(request: ChatRequest) -> list[dict[str, str]]:
-    roles = {"developer": "system"}
-    return [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
-
-
-def _reason(answered: Answered) -> str:
-    return "stop" if answered.ended else "length"
-
-
-def _usage(answered: Answered) -> dict[str, int]:
-    n_prompt, n_new = answered.n_prompt_tokens, answered.n_new_tokens
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
-
-
-def _kept(backend: Backend, cluster: int) -> list[float]:
-    """Return the share of neurons that a cluster's set keeps, by layer."""
-    d_ff = backend.index.manifest.model.d_ff
-    ids = backend.index.cluster_selection(cluster).ids
-    return [round(len(ids[n]) / d_ff, 4) if n in ids else 1.0 for n in range(backend.index.manifest.model.n_layers)]
-
-
-def _refusal(error: Exception) -> JSONResponse:
-    """Return the answer to a request that cannot be met."""
-    if isinstance(error, _Refused):
-        return _error(error.status, str(error), error.code)
-    if isinstance(error, Busy):
-        return _error(429, "too many requests wait; try again later.", "rate_limit_exceeded")
-    if isinstance(error, Stopping):
-        return _error(503, "the server is shutting down; ask again when it is back.")
-    if isinstance(error, TimedOut):
-        return _error(504, "the request took too long, waiting included; ask for fewer tokens or try again later.")
-    if isinstance(error, PromptError):
-        too_long = "context" in str(error)
-        return _error(400, str(error), "context_length_exceeded" if too_long else None)
-    if isinstance(error, ConfigError):
-        return _error(400, str(error))
-    _log.error("a request failed", exc_info=error)
-    return _error(500, "the server failed; its log says why.")
-
-
-def _error(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    headers = {"Retry-After": "1"} if status == 429 else None
-    return JSONResponse(content, status_code=status, headers=headers)

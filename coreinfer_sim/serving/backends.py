@@ -1,4 +1,4 @@
-"""What answers a request: our own runtime or llama.cpp, behind one face."""
+"""What generates the text of a request: our own runtime or llama.cpp, behind one face."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.choosing.predictors import make_predictor
 from coreinfer_sim.engines.cache import DEFAULT_BYTES, CompactCache
@@ -19,11 +18,11 @@ from coreinfer_sim.models.loading import LanguageModel
 
 
 @dataclass(frozen=True)
-class Asked:
+class TextRequest:
     """A request for one text."""
 
     prompt: str | list[Message]
-    """A text to go on from, or a conversation."""
+    """A text to continue, or a conversation."""
     max_new_tokens: int
     mode: str
     temperature: float = 1.0
@@ -36,8 +35,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One text and what it cost."""
+class Completion:
+    """One generated text and what it cost."""
 
     text: str
     n_prompt_tokens: int
@@ -49,14 +48,14 @@ class Answered:
 
 
 class Backend(Protocol):
-    """Answers one request at a time."""
+    """Generates one text at a time."""
 
     modes: Sequence[str]
     """That a request may ask for, the default first."""
     index: SemanticIndex
 
-    def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
-        """Generate; ``write`` takes the text as it comes, and what it raises breaks the generation off."""
+    def complete(self, request: TextRequest, write: Callable[[str], None]) -> Completion:
+        """Generate; ``write`` receives the text as it comes; what it raises ends the generation."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -94,9 +93,9 @@ class TransformersBackend:
         self.index = index
         self._model = language_model
         self._runtime, self._settings = dict(runtime or {}), predictor
-        self._runtime["compacts"] = CompactCache(
-            self._runtime.pop("cache_bytes", DEFAULT_BYTES)
-        )  # of all modes together
+        self.compacts = CompactCache(self._runtime.pop("cache_bytes", DEFAULT_BYTES))
+        """Compact weights of all modes together."""
+        self._runtime["compacts"] = self.compacts
         self.modes = tuple(dict.fromkeys([mode, *(each.value for each in Mode)]))
         self._generators: dict[str, TextGenerator] = {}
         self._generator(mode)  # what is wrong with the settings is known before anything is served
@@ -107,35 +106,35 @@ class TransformersBackend:
             self._generators[mode] = TextGenerator(self._model, predictor, **self._runtime)
         return self._generators[mode]
 
-    def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
+    def complete(self, request: TextRequest, write: Callable[[str], None]) -> Completion:
         """Generate one text."""
-        if asked.seed is not None:
-            torch.manual_seed(asked.seed)
-        if asked.temperature > 0:
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        if request.temperature > 0:
             options: dict[str, Any] = {
                 "do_sample": True,
-                "temperature": asked.temperature,
-                "top_p": asked.top_p,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
                 "top_k": 0,
             }
         else:
             options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if asked.stop:
-            options.update(stop_strings=list(asked.stop), tokenizer=self._model.tokenizer)
-        run = self._generator(asked.mode).generate(
-            asked.prompt,
-            chat=not isinstance(asked.prompt, str),
-            max_new_tokens=asked.max_new_tokens,
-            shorten=asked.shorten,
+        if request.stop:
+            options.update(stop_strings=list(request.stop), tokenizer=self._model.tokenizer)
+        run = self._generator(request.mode).generate(
+            request.prompt,
+            chat=not isinstance(request.prompt, str),
+            max_new_tokens=request.max_new_tokens,
+            shorten=request.shorten,
             write=write,
-            routed_by=routing_text(self.index, asked.prompt),
+            routed_by=routing_text(self.index, request.prompt),
             num_beams=1,
             **options,
         )
         facts = run.as_dict()
-        most = within(self._model.context_length, run.n_prompt_tokens, asked.max_new_tokens)
+        most = within(self._model.context_length, run.n_prompt_tokens, request.max_new_tokens)
         kept = ("mode", "cluster", "label", "similarity", "confidence", "confident", "keep_ratio", "tokens_per_second")
-        return Answered(
+        return Completion(
             run.text,
             run.n_prompt_tokens,
             len(run.token_ids),
@@ -162,27 +161,30 @@ class LlamaCppBackend:
         self.index = generator.index
         self.modes = tuple(dict.fromkeys([generator.mode, *generator.modes]))
 
-    def answer(self, asked: Asked, write: Callable[[str], None]) -> Answered:
+    def complete(self, request: TextRequest, write: Callable[[str], None]) -> Completion:
         """Generate one text."""
-        if asked.mode not in self.modes:
-            raise ConfigError(f"the mode is {asked.mode}, expected one of {', '.join(self.modes)} with llama.cpp.")
-        sampling: dict[str, Any] = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0, "min_p": 0.0}
-        if asked.seed is not None:
-            sampling["seed"] = asked.seed
+        sampling: dict[str, Any] = {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+        }
+        if request.seed is not None:
+            sampling["seed"] = request.seed
         run = self._generator.generate(
-            asked.prompt,
-            chat=not isinstance(asked.prompt, str),
-            max_new_tokens=asked.max_new_tokens,
-            shorten=asked.shorten,
+            request.prompt,
+            chat=not isinstance(request.prompt, str),
+            max_new_tokens=request.max_new_tokens,
+            shorten=request.shorten,
             write=write,
-            routed_by=routing_text(self.index, asked.prompt),
-            mode=asked.mode,
-            stop=list(asked.stop),
+            routed_by=routing_text(self.index, request.prompt),
+            mode=request.mode,
+            stop=list(request.stop),
             **sampling,
         )
         facts = run.as_dict()
         kept = ("mode", "cluster", "label", "similarity", "confidence", "confident", "model", "prefill")
-        return Answered(
+        return Completion(
             run.text,
             run.n_prompt_tokens,
             run.n_new_tokens,

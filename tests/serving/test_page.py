@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from test_llamacpp import PROMPTS, RATIO, checkpoint, index  # noqa: F401
-from test_serving import NAME, Served
+from served import NAME, Served, backend_of
+from tiny_index import PROMPTS
 
-from coreinfer_sim.models.loading import load_model
 from coreinfer_sim.serving.app import make_app
-from coreinfer_sim.serving.backends import TransformersBackend
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -27,8 +25,8 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def backend(checkpoint, index):  # noqa: F811
-    return TransformersBackend(load_model(checkpoint, "float32"), index, keep_ratio=RATIO, fallback="none")
+def backend(language_model, wide_index):
+    return backend_of(language_model, wide_index)
 
 
 def opened(browser, url):

@@ -1,0 +1,109 @@
+"""What a request can be refused for, and what the client is told: a status, OpenAI's error type and code, a message."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi.responses import JSONResponse
+
+from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError, PromptError
+
+_log = logging.getLogger(__name__)
+
+
+class ServingError(CoreInferSimError):
+    """A request is refused; each kind has its HTTP status and OpenAI's code for it."""
+
+    status = 500
+    code: str | None = None
+
+
+class InvalidRequestError(ServingError):
+    """The request asks for something that this server does not do."""
+
+    status = 400
+
+
+class AuthenticationError(ServingError):
+    """The API key is missing or wrong."""
+
+    status, code = 401, "invalid_api_key"
+
+    def __init__(self) -> None:
+        """Say so; not which of the two."""
+        super().__init__("the API key is missing or wrong.")
+
+
+class ModelNotFoundError(ServingError):
+    """The request names another model."""
+
+    status, code = 404, "model_not_found"
+
+    def __init__(self, found: str, expected: str) -> None:
+        """Name both models."""
+        super().__init__(f"the model {found!r} does not exist, expected {expected!r}.")
+
+
+class RequestTooLargeError(ServingError):
+    """The body has too many bytes."""
+
+    status = 413
+
+
+class QueueFullError(ServingError):
+    """Too many requests wait."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__("too many requests wait; try again later.")
+
+
+class ShutdownError(ServingError):
+    """The server is shutting down."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__("the server is shutting down; ask again when it is back.")
+
+
+class RequestTimeoutError(ServingError):
+    """A request took too long, waiting included."""
+
+    status = 504
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__("the request took too long, waiting included; ask for fewer tokens or try again later.")
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """Return the answer to a request that failed; what is the server's own fault goes into its log."""
+    if isinstance(error, ServingError):
+        return error_json(error.status, str(error), error.code)
+    if isinstance(error, ContextLengthError):
+        return error_json(400, str(error), "context_length_exceeded")
+    if isinstance(error, (PromptError, ConfigError)):
+        return error_json(400, str(error))
+    _log.error("a request failed", exc_info=error)
+    return error_json(500, "the server failed; its log says why.")
+
+
+def error_json(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
+    """Return an error as OpenAI's API words it.
+
+    Args:
+        status: of HTTP.
+        message: for people.
+        code: OpenAI's name for this kind of error, if it has one.
+        param: the field of the request that is wrong.
+    """
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    headers = {"Retry-After": "1"} if status == 429 else None
+    return JSONResponse(content, status_code=status, headers=headers)

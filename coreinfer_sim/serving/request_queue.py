@@ -1,0 +1,143 @@
+"""One worker that answers requests in turn, and the queue before it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from coreinfer_sim.serving.backends import Backend, Completion, TextRequest
+from coreinfer_sim.serving.errors import QueueFullError, RequestTimeoutError, ShutdownError
+from coreinfer_sim.serving.metrics import Metrics
+
+GRACE = 8.0
+"""Seconds that open requests have left when the server is told to stop; less than uvicorn waits for connections."""
+
+
+class _CancelledError(Exception):
+    """Nobody waits for this text any more."""
+
+
+@dataclass(eq=False)
+class _Task:
+    """A request, and the event loop that waits for its text."""
+
+    request: TextRequest
+    loop: asyncio.AbstractEventLoop
+    deadline: float
+    events: asyncio.Queue[str | Completion | Exception] = field(default_factory=asyncio.Queue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def put(self, event: str | Completion | Exception) -> None:
+        """Hand an event from the worker to the loop; a loop that has been closed waits no more."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+class RequestQueue:
+    """Answers requests one after the other: decode is bound by memory, and so is every other request meanwhile."""
+
+    def __init__(self, backend: Backend, *, queue_limit: int = 64, timeout: float = 300.0) -> None:
+        """Start the worker.
+
+        Args:
+            backend: generates the texts.
+            queue_limit: requests that may wait or be answered at a time.
+            timeout: seconds that a request may take, waiting included.
+        """
+        self.backend, self._limit, self._timeout = backend, queue_limit, timeout
+        self._open: set[_Task] = set()
+        self.metrics = Metrics(lambda: self.n_open)
+        self._tasks: queue.Queue[_Task | None] = queue.Queue()
+        self._closing = False
+        self._worker = threading.Thread(target=self._work, name="coreinfer-sim-worker", daemon=True)
+        self._worker.start()
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[str | Completion]:
+        """Yield the text as it comes, then what it cost.
+
+        Raises:
+            QueueFullError: too many wait.
+            ShutdownError: the server is shutting down.
+            RequestTimeoutError: the time is up.
+            CoreInferSimError: what the backend raises.
+        """
+        if self._closing or self.n_open >= self._limit:
+            self.metrics.requests.labels("refused").inc()
+            raise ShutdownError() if self._closing else QueueFullError()
+        task = _Task(request, asyncio.get_running_loop(), time.monotonic() + self._timeout)
+        self._open.add(task)
+        outcome = "hung up"
+        self._tasks.put(task)
+        try:
+            while True:
+                try:
+                    event = await asyncio.wait_for(task.events.get(), max(0.0, task.deadline - time.monotonic()))
+                except asyncio.TimeoutError:
+                    outcome = "timed out"
+                    raise RequestTimeoutError() from None
+                if isinstance(event, Exception):
+                    outcome = "failed"
+                    raise event
+                if isinstance(event, Completion):
+                    outcome = "answered"
+                yield event
+                if isinstance(event, Completion):
+                    return
+        finally:
+            task.cancelled.set()
+            self._open.remove(task)
+            self.metrics.requests.labels(outcome).inc()
+
+    @property
+    def n_open(self) -> int:
+        """Requests that wait or are being answered."""
+        return len(self._open)
+
+    def stop(self, grace: float = GRACE) -> None:
+        """Answer no further requests, and end those that are still open after ``grace`` seconds."""
+        self._closing = True
+
+        def end_all() -> None:
+            for task in list(self._open):
+                task.put(ShutdownError())
+
+        timer = threading.Timer(grace, end_all)
+        timer.daemon = True
+        timer.start()
+
+    def close(self, grace: float = 10.0) -> None:
+        """Answer no further requests; the one being answered may take ``grace`` seconds more."""
+        self._closing = True
+        self._tasks.put(None)
+        self._worker.join(grace)
+        if not self._worker.is_alive():
+            self.backend.close()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            if task.cancelled.is_set():
+                continue
+            if self._closing:
+                task.put(ShutdownError())
+                continue
+            begin = time.perf_counter()
+
+            def write(text: str, task: _Task = task) -> None:
+                if task.cancelled.is_set() or time.monotonic() > task.deadline:
+                    raise _CancelledError
+                task.put(text)
+
+            try:
+                completion = self.backend.complete(task.request, write)
+            except _CancelledError:
+                continue
+            except Exception as error:  # the server goes on; whoever waits is told
+                task.put(error)
+                continue
+            self.metrics.count(completion, time.perf_counter() - begin)
+            task.put(completion)

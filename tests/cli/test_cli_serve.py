@@ -1,0 +1,72 @@
+"""`coreinfer-sim serve` in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import openai
+from click.testing import CliRunner
+from coreinfer_sim_cli.main import main
+from served import NAME, chat
+
+
+def test_the_command_serves_exported_clusters(wide_index, exported):
+    command = [sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", "serve"]
+    given = [
+        "--index",
+        wide_index.name,
+        "--backend",
+        "llamacpp",
+        "--exported",
+        str(exported),
+        "--port",
+        "0",
+        "--name",
+        NAME,
+    ]
+    with subprocess.Popen([*command, *given, "--prefill", "sparse"], stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "Serving" in line)
+        url = re.search(r"http://[\d.:]+", line)[0]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            answer = chat(client)
+        assert answer.usage.completion_tokens == 8 and answer.model_extra["coreinfer"]["prefill"] == "sparse"
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert "Traceback" not in rest, rest
+
+
+def test_the_command_asks_for_a_key_where_others_can_reach_it(wide_index):
+    result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--host", "0.0.0.0"])
+    assert result.exit_code == 1 and "give --api-key" in result.output
+    result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--prefill", "sparse"])
+    assert result.exit_code == 2 and "--prefill needs --backend llamacpp" in result.output
+
+
+def test_the_command_serves_until_it_is_interrupted(wide_index, wide_checkpoint):
+    command = [sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", "serve"]
+    given = [
+        "--index",
+        wide_index.name,
+        "--model",
+        wide_checkpoint,
+        "--port",
+        "0",
+        "--keep-ratio",
+        "0.4",
+        "--name",
+        NAME,
+    ]
+    with subprocess.Popen([*command, *given], stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "Serving" in line)
+        url = re.search(r"http://[\d.:]+", line)[0]
+        assert httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"] == NAME
+        port = url.rsplit(":", 1)[1]
+        busy = subprocess.run([*command, *given, "--port", port], capture_output=True, text=True)
+        assert busy.returncode == 1 and "expected a free port" in busy.stderr and "Traceback" not in busy.stderr
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode in (0, 130) and "Traceback" not in rest
