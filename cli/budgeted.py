@@ -19,7 +19,7 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
     from coreinfer_sim.base.memory import peak_bytes, resident_bytes
     from coreinfer_sim.base.settings import Fallback, Mode
     from coreinfer_sim.generation.memory_plan import Use, load_on_device, load_within, most_kept
-    from coreinfer_sim.generation.text import prompt_ids
+    from coreinfer_sim.models.prompts import prompt_ids
 
     if given["weights"] == "int8":
         raise ConfigError(

@@ -38,7 +38,6 @@ PENDING: set[str] = {
     "coreinfer_sim.engines.lean.decoder -> coreinfer_sim.fitting.least_squares",
     "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.export.compact",
     "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.export.exporting",
-    "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.generation.text",
     "coreinfer_sim.evaluation.evaluate -> coreinfer_sim.building.folder",
     "coreinfer_sim.fitting.comparing -> coreinfer_sim.building.shards",
     "coreinfer_sim.fitting.stages -> coreinfer_sim.building.folder",

@@ -1,4 +1,4 @@
-"""Text in, text out: prompts, chat templates, streaming, and what a call cost."""
+"""Text in, text out: streaming, and what a call cost."""
 
 from __future__ import annotations
 
@@ -8,59 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from coreinfer_sim.base.errors import ChatTemplateError, ContextLengthError, PromptError
+from coreinfer_sim.base.errors import ContextLengthError
 from coreinfer_sim.base.settings import Engine
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import dense_bytes
-
-Message = dict[str, str]
-
-
-def last_user_message(messages: list[Message]) -> str:
-    """Return what the user said last.
-
-    Raises:
-        PromptError: nothing.
-    """
-    found = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
-    if messages and found is None:
-        raise PromptError("the conversation has no message of the user, expected one.")
-    if found is None or not found.strip():
-        raise PromptError("the prompt is empty, expected some text.")
-    return found
-
-
-def within(context: int | None, n_prompt: int, max_new_tokens: int) -> int:
-    """Return how many new tokens, at most ``max_new_tokens`` and at least one, a context has room for behind a prompt."""
-    return max_new_tokens if context is None else max(1, min(max_new_tokens, context - n_prompt))
-
-
-def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: bool) -> torch.Tensor:
-    """Return the ids [1, n_positions] that a model reads for a text, or for messages or a chat in its template.
-
-    Raises:
-        ChatTemplateError: the model, called ``name``, has no chat template, or that refuses the messages.
-    """
-    if not chat and isinstance(prompt, str):
-        return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ChatTemplateError(f"{name} has no chat template; give the prompt as plain text.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except TemplateError as error:  # of roles, or of their order
-        raise ChatTemplateError(
-            f"{name}'s chat template refuses the conversation ({error}); send another one."
-        ) from error
-    return encoded["input_ids"]
+from coreinfer_sim.models.prompts import Message, last_user_message, prompt_ids, within
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from coreinfer_sim.base.errors import CoreInferSimError, UnknownModeError
-from coreinfer_sim.serving.backends import Backend, Message, TextRequest
+from coreinfer_sim.models.prompts import Message
+from coreinfer_sim.serving.backends import Backend, TextRequest
 from coreinfer_sim.serving.errors import (
     AuthenticationError,
     InvalidRequestError,

@@ -12,9 +12,10 @@ from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.choosing.predictors import make_predictor
 from coreinfer_sim.engines.cache import DEFAULT_BYTES, CompactCache
 from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
-from coreinfer_sim.generation.text import Message, TextGenerator, last_user_message, within
+from coreinfer_sim.generation.text import TextGenerator
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.prompts import Message, last_user_message, within
 
 
 @dataclass(frozen=True)
