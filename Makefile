@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct-q4_1.gguf
 DEMO_INDEX := indexes/demo
 
-.PHONY: help demo test test-slow lint check clean
+.PHONY: help demo test test-slow test-oldest lint check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install, fetch a small model, build an index, decode from it"
 	@echo "make test       install and run the tests"
 	@echo "make test-slow  also the tests that run a real language model"
+	@echo "make test-oldest  a quick look with the oldest Python that is promised"
 	@echo "make lint       formatting, lint and types"
 	@echo "make check      lint and test: what a change must pass"
 
@@ -45,6 +46,9 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev $(MODEL)
 	$(BIN)/python -m pytest -m slow
 
+test-oldest: $(VENV)/.dev
+	.ci/python 3.10
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +58,4 @@ lint: $(VENV)/.dev
 check: lint test
 
 clean:
-	rm -rf $(VENV) models $(DEMO_INDEX) build *.egg-info
+	rm -rf $(VENV) $(VENV)-* models $(DEMO_INDEX) build *.egg-info
