@@ -27,7 +27,7 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
             "--memory-budget."
         )
     keep_ratio, compensated = _sets(given, modes, index)
-    fitted = index.fitted_neurons(keep_ratio) if index is not None and compensated else None
+    fitted = index.manifest.fitted_neurons(keep_ratio) if index is not None and compensated else None
     on_cpu = given["device"] in ("auto", "cpu")
     lookup_bytes = 0
     if index is not None and on_cpu:
@@ -66,7 +66,7 @@ def load(name: str, given: dict[str, Any], modes: list[str], index: SemanticInde
 def _sets(given: dict[str, Any], modes: list[str], index: SemanticIndex | None) -> tuple[float, bool]:
     """Return the keep ratio, and whether compensated sets may be taken."""
     from coreinfer_sim.base.settings import Mode, Score
-    from coreinfer_sim.choosing.predictors import default_sets
+    from coreinfer_sim.choosing.index_sets import default_sets
 
     score = Score(given["score"])
     if given["keep_ratio"] is not None:

@@ -117,7 +117,7 @@ def size_text(n_bytes: float) -> str:
 def note_plain_sets(index: SemanticIndex, keep_ratio: float | None) -> None:
     """Say that an index with compensated sets has none of the keep ratio that was asked for; None: its own was taken."""
     fitted = [info.keep_ratio for info in index.manifest.compensation]
-    if fitted and keep_ratio is not None and not index.has_compensation(keep_ratio):
+    if fitted and keep_ratio is not None and not index.manifest.holds_sets(keep_ratio):
         there = ", ".join(f"{ratio:g}" for ratio in fitted)
         click.echo(
             f"Note: the index has compensated sets at {there}, not at {keep_ratio:g}, which takes plain ones.", err=True

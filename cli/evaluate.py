@@ -134,7 +134,7 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     ratios, weights = given["keep_ratios"] or fitted or [0.4], given["weights"] or ["16bit"]
     contenders = parse_contenders(names, ratios, given["scores"] or ["energy"], weights, given["fallbacks"])
     if index is not None and not given["contenders"] and not given["scores"]:
-        there = [ratio for ratio in ratios if index.has_compensation(ratio)]
+        there = [ratio for ratio in ratios if index.manifest.holds_sets(ratio)]
         contenders += parse_contenders(
             [name for name in FITTED if there], there, ["compensated"], weights, given["fallbacks"]
         )
@@ -178,7 +178,7 @@ def score_with_log(
     """
     from coreinfer_sim.evaluation.evaluate import evaluate as run
     from coreinfer_sim.evaluation.evaluate import most_tokens, open_log, read_results
-    from coreinfer_sim.models.mlps import weights_checksum
+    from coreinfer_sim.models.fingerprint import weights_checksum
 
     log: Path | None = given["log"]
     setup = {

@@ -189,7 +189,8 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGenerator]:
     """Load index and model, and return the sparse generator, after it the dense one if both are wanted."""
-    from coreinfer_sim.choosing.predictors import make_predictor
+    from coreinfer_sim.choosing.compatibility import check_model
+    from coreinfer_sim.choosing.make import make_predictor
     from coreinfer_sim.generation.text import TextGenerator
     from coreinfer_sim.index.encoder import SentenceEncoder
     from coreinfer_sim.index.index import SemanticIndex
@@ -212,7 +213,7 @@ def _contenders(given: dict[str, Any], compare: bool, first: str) -> list[TextGe
     else:
         language_model = budgeted.load(name, given, modes, index, options.readable(first))
     if index is not None:
-        index.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
+        check_model(index, language_model.layers, tokenizer_hash(language_model.tokenizer))
     predictors = [
         make_predictor(
             mode,

@@ -106,8 +106,9 @@ def _ranges(numbers: list[int]) -> str:
 @options.as_json
 def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool) -> None:
     """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
+    from coreinfer_sim.index.checks import check_files
     from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.index.manifest import INDEX_FILES, check_files
+    from coreinfer_sim.index.manifest import INDEX_FILES
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
@@ -118,11 +119,12 @@ def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool
         _ = loaded.encoder
     checks.append("encoder")
     if model is not None:
+        from coreinfer_sim.choosing.compatibility import check_model
         from coreinfer_sim.models.loading import load_model, tokenizer_hash
 
         with status("Loading the model"):
             language_model = load_model(model, dtype, device)
-        loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
+        check_model(loaded, language_model.layers, tokenizer_hash(language_model.tokenizer))
         checks += ["sampled model weights", "tokenizer"]
     if as_json:
         print_json({"index": index, "valid": True, "checked": checks})
@@ -144,6 +146,7 @@ def lookup(
 ) -> None:
     """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
     from coreinfer_sim.base.errors import PromptError
+    from coreinfer_sim.choosing.index_sets import IndexSets
     from coreinfer_sim.index.index import SemanticIndex
 
     if not options.readable(prompt).strip():
@@ -151,7 +154,7 @@ def lookup(
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     matches = loaded.lookup(prompt, k=min(k, len(loaded)))
-    chosen = loaded.selection(matches[0], keep_ratio, score, layers or loaded.recorded)
+    chosen = IndexSets(loaded, keep_ratio, score, layers).of_match(matches[0])
     neurons = chosen.ids
     if as_json:
         print_json(

@@ -121,6 +121,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
+    from coreinfer_sim.choosing.compatibility import check_model
     from coreinfer_sim.index.encoder import SentenceEncoder
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.models.loading import load_model, tokenizer_hash
@@ -133,7 +134,7 @@ def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
     loaded = SemanticIndex.load(index, SentenceEncoder(given["encoder"]) if given["encoder"] else None)
     name = given["model"] or loaded.manifest.model.name
     language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "compiled")
-    loaded.check_model(language_model.layers, tokenizer_hash(language_model.tokenizer))
+    check_model(loaded, language_model.layers, tokenizer_hash(language_model.tokenizer))
     note_plain_sets(loaded, given["keep_ratio"])
     runtime = {"engine": given["engine"], "weights": given["weights"], "cache_bytes": given["cluster_cache"]}
     backend = TransformersBackend(

@@ -20,10 +20,10 @@ _WHERE = {
     "SentenceEncoder": "index.encoder",
     "NeuronSelection": "choosing.selection",
     "SemanticIndex": "index.index",
-    "Match": "index.index",
+    "Match": "index.clusters",
     "build_index": "building.build",
     "find_mlps": "models.mlps",
-    "make_predictor": "choosing.predictors",
+    "make_predictor": "choosing.make",
     "SparseModel": "generation.sparse_model",
     "TextGenerator": "generation.text",
 }

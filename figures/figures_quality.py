@@ -179,7 +179,7 @@ def frontier(
     shared += [part for each in weights for part in ("--weights", each)]
     left, parts = list(keep_ratios), []
     for index in indexes:
-        fitted = [ratio for ratio in left if SemanticIndex.load(index).has_compensation(ratio)]
+        fitted = [ratio for ratio in left if SemanticIndex.load(index).manifest.holds_sets(ratio)]
         left = [ratio for ratio in left if ratio not in fitted]
         parts.append((index, fitted, "compensated"))
     parts.append((indexes[0], left, "energy"))

@@ -293,7 +293,7 @@ def test_an_index_over_some_layers_can_be_looked_into(build, tmp_path):
     out = tmp_path / "out" / "index"
     assert set(parsed("lookup", out, "comets")["core_neurons"]) == {"1"}
     assert "layers 1\n" in succeeded("info", out).stdout
-    refused(call("lookup", out, "comets", "--layers", "0:2"), r"layers \[0\] were not recorded", "--layers")
+    refused(call("lookup", out, "comets", "--layers", "0:2"), r"layers \[0\] were not recorded")
     for mode in ("similarity", "global", "hybrid", "stability", "random"):  # two of three layers are dense
         found = generated(out, "--keep-ratio", 0.5, "--mode", mode, "--max-new-tokens", 2)
         assert found["keep_ratio"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-3)

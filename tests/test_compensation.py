@@ -22,7 +22,8 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig, Mode, Ranking, Score, Start
 from coreinfer_sim.building.build import build_index
 from coreinfer_sim.building.shards import PartialSums
-from coreinfer_sim.choosing.predictors import default_sets, make_predictor
+from coreinfer_sim.choosing.index_sets import default_sets
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.engines.compact import compact_model, install, installed, linear_parameters
 from coreinfer_sim.fitting import sets as compensating

@@ -9,7 +9,8 @@ from transformers import CompileConfig
 
 from coreinfer_sim.base.errors import ConfigError, GenerationError
 from coreinfer_sim.base.settings import Engine
-from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.make import make_predictor
+from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.mlps import find_mlps
 

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from coreinfer_sim.base.errors import ConfigError, CorpusError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Fallback
-from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor, random_selection
+from coreinfer_sim.choosing.make import make_predictor
+from coreinfer_sim.choosing.predictors import FixedPredictor, random_selection
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.evaluation.contenders import (

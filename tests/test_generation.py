@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from coreinfer_sim.base.errors import GenerationError, PromptError
-from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.make import make_predictor
+from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.generation import text as generation

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from coreinfer_sim.base.errors import ConfigError, PromptError
 from coreinfer_sim.base.settings import BuildConfig
 from coreinfer_sim.building.build import build_index
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.evaluation.harness import CoreInferLM
 from coreinfer_sim.generation.sparse_model import SparseModel

@@ -12,7 +12,7 @@ from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.base.errors import ConfigError, GenerationError, ModelError, PromptError
 from coreinfer_sim.base.settings import parse_size
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
 from coreinfer_sim.generation.text import TextGenerator
 from coreinfer_sim.models.loading import load_model

@@ -23,7 +23,8 @@ from transformers import DynamicCache, StoppingCriteriaList
 
 import coreinfer_sim.generation.sparse_model as runtime
 from coreinfer_sim.base.errors import ConfigError, GenerationError
-from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.make import make_predictor
+from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.choosing.statistics import SentenceStatistics
 from coreinfer_sim.engines.compact import installed

@@ -13,11 +13,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import coreinfer_sim.generation.sparse_model as runtime
 from coreinfer_sim.base.errors import ConfigError, GenerationError, IndexMismatchError, UnsupportedModelError
-from coreinfer_sim.choosing.predictors import FixedPredictor, make_predictor
+from coreinfer_sim.choosing.make import make_predictor
+from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import n_kept, sentence_statistics, top_ids
+from coreinfer_sim.choosing.statistics import sentence_statistics
 from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.models.mlps import find_mlps, weight_shape
 from coreinfer_sim.models.taps import recorded_activations
 

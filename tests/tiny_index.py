@@ -10,10 +10,12 @@ import numpy as np
 
 from coreinfer_sim.base.settings import BuildConfig
 from coreinfer_sim.building.build import build_index
+from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.encoder import SentenceEncoder
-from coreinfer_sim.index.index import Cluster, SemanticIndex
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import CorpusInfo, EncoderInfo, Manifest, ModelInfo, SettingsInfo
-from coreinfer_sim.models.mlps import MLPLayer, weight_sketch
+from coreinfer_sim.models.fingerprint import weight_sketch
+from coreinfer_sim.models.mlps import MLPLayer
 
 PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]
 WIDE_RATIO = 64 / 192

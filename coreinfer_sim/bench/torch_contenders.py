@@ -12,7 +12,7 @@ import torch
 from coreinfer_sim.base.errors import ConfigError, GenerationError
 from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.bench.contenders import Job, Prompt, Timing
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.generation.text import TextGenerator
 from coreinfer_sim.index.encoder import SentenceEncoder

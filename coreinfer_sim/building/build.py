@@ -59,8 +59,9 @@ from coreinfer_sim.index.clustering import (
     cluster_embeddings,
     distinctive_terms,
 )
+from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.encoder import DEFAULT_ENCODER, SentenceEncoder
-from coreinfer_sim.index.index import Cluster, SemanticIndex, remove_index, save_parts
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import (
     COMPENSATION_FOLDER,
     FORMAT_VERSION,
@@ -71,8 +72,9 @@ from coreinfer_sim.index.manifest import (
     ModelInfo,
     SettingsInfo,
 )
+from coreinfer_sim.index.storage import remove_index, save_index
+from coreinfer_sim.models.fingerprint import weight_sketch, weights_checksum
 from coreinfer_sim.models.loading import LanguageModel, load_model, tokenizer_hash
-from coreinfer_sim.models.mlps import weight_sketch, weights_checksum
 
 _EMBEDDED_AT_ONCE = 128
 _BYTES_PER_SUM = 3 * 8
@@ -414,7 +416,7 @@ class _Build:
             if stages is not None:
                 stages.put_sets(part)
             manifest = self._manifest([] if stages is None else stages.described())
-            save_parts(part, self.clustering.centroids, self._clusters(), statistics, manifest)
+            save_index(part, self.clustering.centroids, self._clusters(), statistics, manifest)
             SemanticIndex.load(part, self.encoder)  # what cannot be read replaces nothing
             if out.exists():
                 remove_index(out)

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from coreinfer_sim.choosing.predictors import PromptStatistics
-from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
+from coreinfer_sim.choosing.statistics import PromptStatistics, SentenceStatistics, sentence_statistics
 from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.taps import ActivationTap, recorded_activations
 

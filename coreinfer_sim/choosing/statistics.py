@@ -1,58 +1,17 @@
-"""Token-wise, sentence-wise and cluster-wise core neurons, and energy: pure functions on arrays.
+"""Token-wise and sentence-wise core neurons, and energy: pure functions on arrays.
 
-Definitions are those of CoreInfer (arXiv 2410.18311) for C_α, C_α^β and C^γ, and of GRIFFIN (arXiv 2404.01365)
-for the energy. Ties are broken by the larger summed activation, then by the lower neuron id.
+Definitions are those of CoreInfer (arXiv 2410.18311) for C_α and C_α^β, and of GRIFFIN (arXiv 2404.01365) for the energy.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from coreinfer_sim.base.settings import Score, check_ratio
-
-
-def n_kept(keep_ratio: float, d_ff: int) -> int:
-    """Return how many of ``d_ff`` neurons a keep ratio leaves: rounded down, at least one."""
-    check_ratio("keep ratio", keep_ratio)
-    return max(1, math.floor(keep_ratio * d_ff + 1e-9))
-
-
-def top_mask(counts: np.ndarray, activation: np.ndarray, n: int) -> np.ndarray:
-    """Mark the ``n`` neurons with the highest counts in every row, exactly ``n`` a row.
-
-    Args:
-        counts: integers, [n_rows, d_ff].
-        activation: not negative; the larger wins between equal counts, then the lower id; [n_rows, d_ff].
-        n: how many to mark.
-
-    Returns:
-        Booleans, [n_rows, d_ff].
-    """
-    largest = activation.max(axis=1, keepdims=True, initial=0)
-    fraction = activation / (largest.astype(np.float64) * (1 + 1e-9) + np.finfo(np.float64).tiny)
-    key = counts + fraction  # the fraction stays under 1, so it only decides between equal counts
-    cut = np.partition(key, key.shape[1] - n, axis=1)[:, key.shape[1] - n, None]
-    mask = key >= cut
-    for row in np.flatnonzero(mask.sum(axis=1) > n):
-        equal = np.flatnonzero(key[row] == cut[row])
-        mask[row, equal[n - int((key[row] > cut[row]).sum()) :]] = False
-    return mask
-
-
-def top_ids(score: np.ndarray, activation: np.ndarray, n: int) -> np.ndarray:
-    """Return the ids of the ``n`` neurons of one layer with the highest score, ascending.
-
-    Args:
-        score: [d_ff].
-        activation: decides between equal scores; then the lower id wins; [d_ff].
-        n: how many to return.
-    """
-    order = np.lexsort((np.arange(len(score)), -activation.astype(np.float64), -score.astype(np.float64)))
-    return np.sort(order[:n])
+from coreinfer_sim.base.settings import Score
+from coreinfer_sim.index.ranking import n_kept, top_mask
 
 
 def token_core_mask(z: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -96,6 +55,10 @@ class SentenceStatistics:
     def core_mask(self, beta: float) -> np.ndarray:
         """Mark the sentence-wise core neurons C_α^β, [n, d_ff]."""
         return top_mask(self.counts, self.activation, n_kept(beta, self.counts.shape[1]))
+
+
+PromptStatistics = dict[int, SentenceStatistics]
+"""By layer number, the statistics of every row of a batch, [n_rows, d_ff]."""
 
 
 def sentence_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> SentenceStatistics:

@@ -9,7 +9,6 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import gguf
 import numpy as np
@@ -18,20 +17,17 @@ from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Score, check_ratio
-from coreinfer_sim.choosing.predictors import (
-    HybridPredictor,
-    Predictor,
-    PromptStatistics,
-    SimilarityPredictor,
-    make_fallback,
-    random_selection,
-)
+from coreinfer_sim.choosing.index_sets import IndexSets
+from coreinfer_sim.choosing.make import make_fallback
+from coreinfer_sim.choosing.predictors import Predictor, random_selection
+from coreinfer_sim.choosing.routing import HybridPredictor, SimilarityPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import SentenceStatistics, n_kept, top_ids
+from coreinfer_sim.choosing.statistics import PromptStatistics, SentenceStatistics
 from coreinfer_sim.engines.compact import Projections, compact_model
 from coreinfer_sim.engines.lean.decoder import quantized
 from coreinfer_sim.evaluation.scoring import Case
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps, module_bytes, other_bytes
 
@@ -112,16 +108,16 @@ class Chooser:
         """Choose among the neurons of ``language_model``; ``index`` is needed by those that route by meaning."""
         self._language_model, self._index = language_model, index
         self._numbers = list(range(len(language_model.layers))) if index is None else index.manifest.settings.layers
-        self._layers = ":" if index is None else index.recorded
         self._seed = seed
-        self._known: dict[tuple[Any, ...], NeuronSelection] = {}
+        self._sets: dict[tuple[float, Score, bool], IndexSets] = {}
+        self._drawn: dict[float, NeuronSelection] = {}
         self._predictors: dict[Contender, Predictor] = {}
 
     def choose(self, contender: Contender, case: Case) -> NeuronSelection:
         """Return a contender's selection for a case."""
         if contender.name == "dense":
             return NeuronSelection("dense")
-        if contender.compensated and self._index and not self._index.has_compensation(contender.keep_ratio):
+        if contender.compensated and self._index and not self._index.manifest.holds_sets(contender.keep_ratio):
             raise ConfigError(
                 f"{self._index.name} holds no sets compensated at keep ratio {contender.keep_ratio:g}, but {contender} "
                 "needs them; name another keep ratio, or build the index with --compensate."
@@ -130,11 +126,14 @@ class Chooser:
             return self._from_statistics(contender, case)
         if contender.name in ROUTED:
             return self._routed(contender, case)
-        cluster = self._cluster(contender, case)
-        key = (contender.name, contender.keep_ratio, contender.score, contender.compensated, cluster)
-        if key not in self._known:
-            self._known[key] = self._make(contender, cluster)
-        return self._known[key]
+        if contender.name == "random":
+            return self._random(contender.keep_ratio)
+        if self._index is None:
+            raise ConfigError(f"the contender {contender.name} needs an index; give --index.")
+        sets = self._sets_of(self._index, contender)
+        if contender.name == "global":
+            return sets.of_corpus()
+        return replace(sets.of_cluster(self._drawn_cluster(self._index, case)), mode=contender.name)
 
     def _from_statistics(self, contender: Contender, case: Case) -> NeuronSelection:
         statistics: PromptStatistics = case.statistics
@@ -152,39 +151,34 @@ class Chooser:
         if contender not in self._predictors:
             if self._index is None:
                 raise ConfigError("this contender routes by meaning and needs an index; give --index.")
-            self._predictors[contender] = self._routing(self._index, contender)
+            self._predictors[contender] = _routing(self._sets_of(self._index, contender), contender)
         chosen = self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)
         assert chosen is not None
         return chosen[0]
 
-    def _routing(self, index: SemanticIndex, contender: Contender) -> Predictor:
-        ratio, score, alpha = contender.keep_ratio, contender.score, index.manifest.settings.alpha
-        compensated = contender.compensated
-        if contender.name == "hybrid":
-            return HybridPredictor(index, ratio, score, self._layers, alpha)
-        fallback = make_fallback(contender.fallback, index, ratio, score, self._layers, alpha, compensated)
-        return SimilarityPredictor(index, ratio, score, self._layers, fallback, compensated)
+    def _sets_of(self, index: SemanticIndex, contender: Contender) -> IndexSets:
+        key = contender.keep_ratio, contender.score, contender.compensated
+        if key not in self._sets:
+            self._sets[key] = IndexSets(index, contender.keep_ratio, contender.score, None, contender.compensated)
+        return self._sets[key]
 
-    def _cluster(self, contender: Contender, case: Case) -> int | None:
-        if contender.name != "random-cluster" or self._index is None:
-            return None
+    def _drawn_cluster(self, index: SemanticIndex, case: Case) -> int:
         row = zlib.crc32(f"{case.row.set_name}/{case.row.id}".encode())  # the same draw when a log is continued
-        return int(np.random.default_rng([self._seed, row]).integers(len(self._index)))
+        return int(np.random.default_rng([self._seed, row]).integers(len(index)))
 
-    def _make(self, contender: Contender, cluster: int | None) -> NeuronSelection:
-        layers = self._language_model.layers
-        if contender.name == "random":
-            return random_selection(layers, self._numbers, contender.keep_ratio, self._seed)
-        if self._index is None:
-            raise ConfigError(f"the contender {contender.name} needs an index; give --index.")
-        if cluster is None:
-            return self._index.global_selection(
-                contender.keep_ratio, contender.score, self._layers, contender.compensated
+    def _random(self, keep_ratio: float) -> NeuronSelection:
+        if keep_ratio not in self._drawn:
+            self._drawn[keep_ratio] = random_selection(
+                self._language_model.layers, self._numbers, keep_ratio, self._seed
             )
-        chosen = self._index.cluster_selection(
-            cluster, contender.keep_ratio, contender.score, self._layers, contender.compensated
-        )
-        return replace(chosen, mode=contender.name)
+        return self._drawn[keep_ratio]
+
+
+def _routing(sets: IndexSets, contender: Contender) -> Predictor:
+    alpha = sets.index.manifest.settings.alpha
+    if contender.name == "hybrid":
+        return HybridPredictor(sets, alpha)
+    return SimilarityPredictor(sets, make_fallback(contender.fallback, sets, alpha))
 
 
 def check_known_before(contenders: Sequence[Contender]) -> None:

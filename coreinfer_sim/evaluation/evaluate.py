@@ -17,6 +17,7 @@ import numpy as np
 from coreinfer_sim.base.errors import ConfigError, CorpusError
 from coreinfer_sim.base.progress import Progress, counted
 from coreinfer_sim.building.folder import differing
+from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.engines.compact import install
 from coreinfer_sim.evaluation.contenders import (
     Chooser,
@@ -106,7 +107,7 @@ def evaluate(
     _check_length(language_model, max_tokens, max_new_tokens)
     progress = progress or Progress()
     if index is not None:
-        index.check_model(language_model.layers)
+        check_model(index, language_model.layers)
     digests = {(row.set_name, row.id): row.digest for row in rows}
     finished = list(finished)
     known = {

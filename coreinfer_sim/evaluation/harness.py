@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError
 from coreinfer_sim.base.settings import Mode, Score
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.evaluation.scoring import Prefill, decoded_logits, prefill

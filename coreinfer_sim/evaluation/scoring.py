@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from coreinfer_sim.base.errors import CorpusError
-from coreinfer_sim.choosing.predictors import PromptStatistics
-from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
+from coreinfer_sim.choosing.statistics import PromptStatistics, SentenceStatistics, sentence_statistics
 from coreinfer_sim.evaluation.rows import Row, joined
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.taps import recorded_activations

@@ -62,7 +62,7 @@ def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[
     fitted = [info.keep_ratio for info in index.manifest.compensation]
     found = []
     for ratio in sorted({*keep_ratios} or {*fitted, *KEEP_RATIOS}):
-        if index.has_compensation(ratio):
+        if index.manifest.holds_sets(ratio):
             found.append(Contender("similarity", ratio, fallback=Fallback.GLOBAL, compensated=True))
         found.append(Contender("similarity", ratio, fallback=Fallback.HYBRID))
     return found

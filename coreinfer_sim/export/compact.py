@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from coreinfer_sim.choosing.index_sets import IndexSets
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import Projections, compact_projections, linear_parameters
 from coreinfer_sim.index.index import SemanticIndex
@@ -66,8 +67,9 @@ def exported_selection(
     if which == DENSE:
         return NeuronSelection(DENSE)
     cluster = None if which == GLOBAL else int(which)
-    if compensated and index.has_compensation(keep_ratio):
-        return index.global_selection(keep_ratio) if cluster is None else index.cluster_selection(cluster, keep_ratio)
+    if compensated and index.manifest.holds_sets(keep_ratio):
+        sets = IndexSets(index, keep_ratio)
+        return sets.of_corpus() if cluster is None else sets.of_cluster(cluster)
     d_ff = index.manifest.model.d_ff
     width = min(d_ff, _rounded_up(keep_ratio * d_ff))
     return NeuronSelection("statistics", index.core_neurons(cluster, width / d_ff), cluster=cluster)

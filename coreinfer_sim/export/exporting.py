@@ -13,6 +13,8 @@ from coreinfer_sim.base.errors import ExportError
 from coreinfer_sim.base.files import write_json
 from coreinfer_sim.base.progress import Progress, counted, readable_size
 from coreinfer_sim.base.settings import UNFAMILIAR, check_ratio
+from coreinfer_sim.choosing.compatibility import check_model
+from coreinfer_sim.choosing.index_sets import wanted_sets
 from coreinfer_sim.export import gguf, hf
 from coreinfer_sim.export.compact import (
     DENSE,
@@ -70,8 +72,8 @@ def export(
         ExportError: the format cannot hold the model, something is in the way, or the disk is too small.
     """
     progress, out = progress or Progress(), Path(out)
-    index.check_model(language_model.layers)
-    keep_ratio, compensated = index.wanted_sets(keep_ratio, compensated)
+    check_model(index, language_model.layers)
+    keep_ratio, compensated = wanted_sets(index, keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
     written_as = weights if kind == "gguf" else language_model.dtype_name
     name, sha256 = index.manifest.model.name, replace(index.manifest, profile=None).checksum()

@@ -15,12 +15,12 @@ import torch
 
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import top_ids
 from coreinfer_sim.engines.compact import Projections, compact_model
 from coreinfer_sim.fitting.least_squares import LayerCompensation
 from coreinfer_sim.fitting.texts import CalibrationCorpus
 from coreinfer_sim.fitting.training import divergences_of
 from coreinfer_sim.index.manifest import compensation_file
+from coreinfer_sim.index.ranking import top_ids
 
 
 class Kind(str, Enum):

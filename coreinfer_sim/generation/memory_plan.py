@@ -22,9 +22,9 @@ from coreinfer_sim.base.errors import BudgetError, ConfigError, ModelError, Unsu
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small, peak_bytes, resident_bytes
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Fallback, Mode, parse_layers
-from coreinfer_sim.choosing.statistics import n_kept
 from coreinfer_sim.engines.compact import MERGED_ROWS, linear_parameters
 from coreinfer_sim.engines.lean.loops import warm_up, warm_up_linear
+from coreinfer_sim.index.ranking import n_kept
 from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.models.loading import DTYPES, LEAN_FAMILIES, LanguageModel, load_model, usable, usable_device
 from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, weight_shape

@@ -17,9 +17,9 @@ import torch
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Mode
-from coreinfer_sim.choosing.predictors import Predictor, PromptStatistics
+from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
+from coreinfer_sim.choosing.statistics import PromptStatistics, SentenceStatistics, sentence_statistics
 from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.taps import recorded_activations
 

@@ -18,9 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from coreinfer_sim.base.errors import ConfigError, GenerationError
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.settings import Engine, Weights
-from coreinfer_sim.choosing.predictors import Predictor, PromptStatistics
+from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.statistics import PromptStatistics
 from coreinfer_sim.engines.cache import DEFAULT_BYTES, CompactCache
 from coreinfer_sim.engines.compact import Projections, compact_model, grouped_model, install
 from coreinfer_sim.engines.compiled import FixedShapes

@@ -3,112 +3,28 @@
 from __future__ import annotations
 
 import gc
-import json
-import math
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import overload
 
-import faiss
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import save
-from safetensors.torch import load_file
 
-from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError
-from coreinfer_sim.base.files import flush_to_disk, sha256_of, write_json
+from coreinfer_sim.base.errors import ConfigError, IndexMismatchError
 from coreinfer_sim.base.memory import give_back_memory
-from coreinfer_sim.base.settings import UNFAMILIAR, Score, check_ratio, layers_slice, parse_layers
-from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import n_kept, top_ids
+from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, parse_layers
+from coreinfer_sim.index.checks import check_file, check_files, read_manifest
 from coreinfer_sim.index.clustering import faiss_index, nearest
+from coreinfer_sim.index.clusters import Cluster, Match
 from coreinfer_sim.index.compensated import StoredCompensation, load_compensated
 from coreinfer_sim.index.encoder import SentenceEncoder
-from coreinfer_sim.index.manifest import (
-    CENTROIDS_FILE,
-    CLUSTERS_FILE,
-    INDEX_FILES,
-    MANIFEST_FILE,
-    NEURONS_FILE,
-    REBUILD,
-    FileInfo,
-    Manifest,
-    ProfileInfo,
-    check_file,
-    check_files,
-    compensation_file,
-    holds_sets,
-    read_manifest,
-)
-from coreinfer_sim.models.mlps import MLPLayer, check_same_weights
+from coreinfer_sim.index.manifest import INDEX_FILES, REBUILD, Manifest, ProfileInfo, compensation_file
+from coreinfer_sim.index.ranking import n_kept, top_ids
+from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
 
-STATISTICS = ("counts", "energy", "activation")
 _RANKED_BY = {Score.ENERGY: "energy", Score.PAPER: "counts"}
-_FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a person wants to know of one semantic cluster."""
-
-    id: int
-    size: int
-    """Number of sentences."""
-    n_tokens: int
-    label: str
-    """Distinctive terms."""
-    exemplars: list[str]
-    """Beginnings of the prompts nearest to the centroid."""
-    exemplar_ids: list[str]
-    """Their ids in the corpus."""
-    similarity_quantiles: dict[str, float]
-    """Quantiles of the members' cosine similarity to the centroid."""
-
-    def confidence(self, similarity: float) -> float:
-        """Return the share of the members that are as far from the others' centroid or farther, in [0, 1].
-
-        It is interpolated between the quantiles, and 0 for a prompt farther away than every member.
-        """
-        # quantiles are stored with four decimals, and a member must not be farther away than itself
-        return float(np.interp(round(similarity, 4), *self._quantiles))
-
-    @cached_property
-    def _quantiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """The quantiles of the members' similarity to the centroid of the others, and their levels, ascending.
-
-        A member pulls the centroid towards itself, which a new prompt does not; in a small cluster every fifth would
-        seem unfamiliar. With the sum S of n members, all unit vectors, and a member's similarity s to S / ‖S‖, its
-        similarity to the others' centroid is (s‖S‖ − 1) / ‖S − x‖, where ‖S − x‖² = ‖S‖² − 2s‖S‖ + 1; and ‖S‖ is n times
-        the mean similarity, the integral over the quantiles.
-        """
-        levels, values = (
-            np.array([float(v) for v in side])
-            for side in (self.similarity_quantiles, self.similarity_quantiles.values())
-        )
-        norm = self.size * float((np.diff(levels) * (values[1:] + values[:-1]) / 2).sum())
-        if norm > 1:  # else there are no others
-            values = (values * norm - 1) / np.sqrt(np.maximum(norm**2 - 2 * values * norm + 1, 1e-12))
-        return values, levels
-
-
-@dataclass(frozen=True)
-class Match:
-    """One cluster near a prompt."""
-
-    cluster: int
-    similarity: float
-    label: str
-    confidence: float = 1.0
-    """Share of the cluster's own prompts that are as far from it or farther; see `Cluster.confidence`."""
-
-    @property
-    def confident(self) -> bool:
-        """Whether the prompt is familiar: its confidence is at least 5 %, config's ``UNFAMILIAR``."""
-        return self.confidence >= UNFAMILIAR
 
 
 class SemanticIndex:
@@ -161,13 +77,13 @@ class SemanticIndex:
         manifest = read_manifest(folder)
         check_files(folder, manifest, INDEX_FILES)  # those of compensated sets follow when they are read
         settings, model = manifest.settings, manifest.model
-        centroids = _read_centroids(folder / CENTROIDS_FILE, settings.n_clusters, manifest.encoder.dimension)
+        centroids = read_centroids(folder, settings.n_clusters, manifest.encoder.dimension)
         shape = (settings.n_clusters, len(settings.layers), model.d_ff)
         return cls(
             manifest,
             centroids,
-            _read_clusters(folder / CLUSTERS_FILE, settings.n_clusters),
-            _read_statistics(folder / NEURONS_FILE, shape),
+            read_clusters(folder, settings.n_clusters),
+            read_statistics(folder, shape),
             name=str(path),
             encoder=encoder,
             folder=folder,
@@ -224,11 +140,11 @@ class SemanticIndex:
         score: Score | str = Score.ENERGY,
         layers: str = ":",
     ) -> dict[int, torch.Tensor]:
-        """Return a cluster's core neurons C^γ.
+        """Return a cluster's core neurons C^γ (CoreInfer, arXiv 2410.18311).
 
         Args:
             cluster: its number; None takes all clusters together.
-            keep_ratio: share of d_ff that is kept; None takes that of `wanted_sets` without compensation.
+            keep_ratio: share of d_ff that is kept; None takes `Manifest.plain_keep_ratio`.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers, such as ``4:``.
 
@@ -238,7 +154,8 @@ class SemanticIndex:
         if cluster is not None:
             self.check_cluster(cluster)
         values, ties = self.statistics(cluster, score)
-        keep_ratio, _ = self.wanted_sets(keep_ratio, compensated=False)
+        if keep_ratio is None:
+            keep_ratio = self.manifest.plain_keep_ratio
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
         return {
@@ -269,8 +186,8 @@ class SemanticIndex:
         missing = wanted - set(settings.layers)
         if missing:
             raise ConfigError(
-                f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer "
-                f"with --layers, or {REBUILD}."
+                f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer in "
+                f"layers, or {REBUILD}."
             )
         return {layer: row for row, layer in enumerate(settings.layers) if layer in wanted}
 
@@ -292,207 +209,35 @@ class SemanticIndex:
             return values[cluster]
         return values.sum(axis=0, dtype=np.int64 if values.dtype.kind in "iu" else np.float64)
 
-    def selection(
-        self,
-        match: Match,
-        keep_ratio: float | None = None,
-        score: Score | str = Score.ENERGY,
-        layers: str = ":",
-        compensated: bool = True,
-    ) -> NeuronSelection:
-        """Return the core neurons of a match's cluster as a selection.
-
-        Args:
-            match: of a prompt.
-            keep_ratio: share that is kept; None takes that of `wanted_sets`.
-            score: energy, or the paper's count of sentences.
-            layers: slice of the model's layers.
-            compensated: take the compensated set if the index holds one of this keep ratio (then ``score`` does not
-                matter, unless it is the paper's, which is never compensated) and the profile, where its keep ratio is
-                taken, is not of plain sets.
-        """
-        found = self.cluster_selection(match.cluster, keep_ratio, score, layers, compensated)
-        return replace(found, similarity=match.similarity, confidence=match.confidence)
-
-    def cluster_selection(
-        self,
-        cluster: int,
-        keep_ratio: float | None = None,
-        score: Score | str = Score.ENERGY,
-        layers: str = ":",
-        compensated: bool = True,
-    ) -> NeuronSelection:
-        """Return a cluster's set without a prompt; arguments as for `selection`."""
-        self.check_cluster(cluster)
-        found = self._selection(cluster, keep_ratio, score, layers, compensated)
-        return replace(found, mode="similarity", cluster=cluster, label=self.clusters[cluster].label)
-
-    def global_selection(
-        self,
-        keep_ratio: float | None = None,
-        score: Score | str = Score.ENERGY,
-        layers: str = ":",
-        compensated: bool = True,
-    ) -> NeuronSelection:
-        """Return one set for all prompts, from the whole corpus; arguments as for `selection`."""
-        return replace(self._selection(None, keep_ratio, score, layers, compensated), mode="global")
-
-    def _selection(
-        self, cluster: int | None, keep_ratio: float | None, score: Score | str, layers: str, compensated: bool
-    ) -> NeuronSelection:
-        keep_ratio, compensated = self.wanted_sets(keep_ratio, compensated and Score(score) is Score.ENERGY)
-        if compensated:
-            wanted = self.rows_of_layers(layers)
-            ids, repairs = self._compensated(keep_ratio, cluster)
-            return NeuronSelection(
-                "compensated",
-                {layer: ids[layer] for layer in ids if layer in wanted},
-                compensation=repairs.only(wanted),
-            )
-        return NeuronSelection("statistics", self.core_neurons(cluster, keep_ratio, score, layers))
-
     def write_profile(self, profile: ProfileInfo) -> None:
         """Put a profile into the index folder's manifest, in one step."""
         assert self._folder is not None
         self.manifest = replace(self.manifest, profile=profile)
-        write_json(self._folder / MANIFEST_FILE, self.manifest.as_dict())
-
-    def wanted_sets(self, keep_ratio: float | None = None, compensated: bool = True) -> tuple[float, bool]:
-        """Return the keep ratio that decodes, and whether compensated sets do.
-
-        Args:
-            keep_ratio: None takes the profile's, or where there is none, that of the first compensated sets or the build's γ.
-            compensated: False: plain sets, of which None takes the profile's if that is of such, else γ.
-        """
-        if keep_ratio is not None:
-            return keep_ratio, compensated and self.has_compensation(keep_ratio)
-        profile, fitted = self.manifest.profile, self.manifest.compensation
-        if profile is not None and (compensated or not profile.compensated):
-            return profile.keep_ratio, profile.compensated
-        if compensated and fitted:
-            return fitted[0].keep_ratio, True
-        return self.manifest.settings.gamma, False
-
-    def has_compensation(self, keep_ratio: float) -> bool:
-        """Return whether the index holds compensated sets of this keep ratio."""
-        return holds_sets(self.manifest.compensation, keep_ratio)
-
-    def fitted_neurons(self, keep_ratio: float) -> list[int] | None:
-        """Return how many neurons of each layer the compensated sets of this keep ratio hold; None if there are none."""
-        found = (info for info in self.manifest.compensation if math.isclose(info.keep_ratio, keep_ratio))
-        return next((info.n_kept for info in found), None)
+        write_manifest(self._folder, self.manifest)
 
     def warm_up(self, routed: bool = True) -> None:
         """Do once, for nothing, what the first prompt would, so that memory is measured with what that takes."""
         if routed:
             self.lookup("Hello.")
-        self.core_neurons(0)
+        self.core_neurons(0, layers=self.recorded)
 
-    def _compensated(
+    def compensated_set(
         self, keep_ratio: float, cluster: int | None
     ) -> tuple[dict[int, torch.Tensor], StoredCompensation]:
-        """Read a compensated set, whose checksum is verified first."""
+        """Read a compensated set, whose checksum is verified first.
+
+        Args:
+            keep_ratio: of which there are compensated sets; see `Manifest.holds_sets`.
+            cluster: its number; None takes the set of the whole corpus.
+
+        Returns:
+            Ascending ids [n_kept] by layer number, and the layers' compensation.
+
+        Raises:
+            IndexFormatError: the file is damaged.
+        """
         assert self._folder is not None
         model = self.manifest.model
         name = compensation_file(keep_ratio, cluster)
         check_file(self._folder, self.manifest, name)
         return load_compensated(self._folder / name, model.d_model, model.n_layers)
-
-    def check_model(self, layers: Sequence[MLPLayer], tokenizer_sha256: str | None = None) -> None:
-        """Raise IndexMismatchError unless these are the MLPs (and tokenizer) that the index was built from."""
-        model = self.manifest.model
-        command = "coreinfer-sim build-index"
-        found = (layers[0].family.name, len(layers), layers[0].d_model, layers[0].d_ff)
-        expected = (model.family, model.n_layers, model.d_model, model.d_ff)
-        if found != expected:
-            raise IndexMismatchError(
-                f"the model is {_shape_text(*found)}, but {self.name} was built from {model.name}, {_shape_text(*expected)}; "
-                f"use that model, or build an index for this one: {command}"
-            )
-        check_same_weights(model.weight_sketch, layers, f"{self.name} ({model.name})", command)
-        if tokenizer_sha256 is not None and tokenizer_sha256 != model.tokenizer_sha256:
-            raise IndexMismatchError(
-                f"the tokenizer's vocabulary ({tokenizer_sha256[:12]}…) is not the one {self.name} was built with "
-                f"({model.tokenizer_sha256[:12]}…); use the tokenizer of {model.name}."
-            )
-
-
-def _shape_text(family: str, n_layers: int, d_model: int, d_ff: int) -> str:
-    return f"{family} with {n_layers} layers, d_model {d_model}, d_ff {d_ff}"
-
-
-def _read_centroids(path: Path, n_clusters: int, dimension: int) -> np.ndarray:
-    """Read the centroids; the file's size and kind are checked first, so that a strange file is never parsed."""
-    expected = _FLAT_HEADER + 4 * n_clusters * dimension
-    with path.open("rb") as file:
-        kind = file.read(4)
-    if path.stat().st_size != expected or kind != b"IxFI":
-        raise IndexFormatError(
-            f"{path} has {path.stat().st_size} bytes of kind {kind!r}, expected a flat inner-product index of "
-            f"{expected} bytes for {n_clusters} clusters; {REBUILD}."
-        )
-    try:
-        index = faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise IndexFormatError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {REBUILD}.") from error
-    if (index.ntotal, index.d) != (n_clusters, dimension):
-        raise IndexFormatError(
-            f"{path} holds {index.ntotal} centroids of {index.d} dimensions, expected {n_clusters} of {dimension}; "
-            f"{REBUILD}."
-        )
-    return index.reconstruct_n(0, n_clusters)
-
-
-def _read_clusters(path: Path, n_clusters: int) -> list[Cluster]:
-    try:
-        with path.open(encoding="utf-8") as file:  # splitlines() would also cut at characters inside a text
-            clusters = [Cluster(**json.loads(line)) for line in file]
-    except (ValueError, TypeError) as error:
-        raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
-    for cluster in clusters:
-        if not cluster.similarity_quantiles:
-            raise IndexFormatError(f"{path}: cluster {cluster.id} has no similarity quantiles; {REBUILD}.")
-    if [cluster.id for cluster in clusters] != list(range(n_clusters)):
-        raise IndexFormatError(f"{path} describes {len(clusters)} clusters, expected {n_clusters}; {REBUILD}.")
-    return clusters
-
-
-def _read_statistics(path: Path, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    try:
-        tensors = load_file(path)  # mapped: of the clusters that are never asked for, nothing is read
-        statistics = {name: tensors[name].numpy() for name in STATISTICS}
-    except (SafetensorError, OSError, KeyError) as error:
-        raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
-    for name, values in statistics.items():
-        if values.shape != shape:
-            raise IndexFormatError(f"{path}: {name} has the shape {values.shape}, expected {shape}; {REBUILD}.")
-    return statistics
-
-
-def save_parts(
-    folder: Path,
-    centroids: np.ndarray,
-    clusters: Sequence[Cluster],
-    statistics: Mapping[str, np.ndarray],
-    manifest_without_files: Manifest,
-) -> Manifest:
-    """Write an index folder's files, each forced to disk, the manifest last, and return the whole manifest."""
-    # Made in memory and written by Python, which reports a full disk; FAISS would not.
-    (folder / CENTROIDS_FILE).write_bytes(faiss.serialize_index(faiss_index(centroids)).tobytes())
-    (folder / NEURONS_FILE).write_bytes(save({name: np.ascontiguousarray(v) for name, v in statistics.items()}))
-    lines = [json.dumps(asdict(cluster), ensure_ascii=False) for cluster in clusters]
-    (folder / CLUSTERS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    files = {}
-    for name in manifest_without_files.file_names():
-        flush_to_disk(folder / name)
-        files[name] = FileInfo((folder / name).stat().st_size, sha256_of(folder / name))
-    manifest = Manifest(**{**vars(manifest_without_files), "files": files})
-    write_json(folder / MANIFEST_FILE, manifest.as_dict())
-    flush_to_disk(folder)
-    return manifest
-
-
-def remove_index(folder: Path) -> None:
-    """Delete an index, the manifest first, so that what is left of a broken deletion does not load."""
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder)

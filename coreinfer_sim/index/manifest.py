@@ -6,13 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from coreinfer_sim.base.errors import IndexFormatError
-from coreinfer_sim.base.files import sha256_of
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -20,8 +15,6 @@ CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
-SKETCH_SIZE = 32
-PROBE_LENGTH = 8
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
 
@@ -168,191 +161,31 @@ class Manifest:
             if self.files[compensation_file(keep_ratio, cluster)].sha256 == of_corpus
         ]
 
+    def holds_sets(self, keep_ratio: float) -> bool:
+        """Return whether there are compensated sets of a keep ratio."""
+        return self.fitted_neurons(keep_ratio) is not None
+
+    def fitted_neurons(self, keep_ratio: float) -> list[int] | None:
+        """Return how many neurons of each layer the compensated sets of a keep ratio hold; None if there are none."""
+        found = (info for info in self.compensation if math.isclose(info.keep_ratio, keep_ratio))
+        return next((info.n_kept for info in found), None)
+
+    @property
+    def plain_keep_ratio(self) -> float:
+        """The keep ratio of plain sets where none is named: the profile's if it is of such, else the build's γ."""
+        profile = self.profile
+        return self.settings.gamma if profile is None or profile.compensated else profile.keep_ratio
+
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""
-        return {**self._fields(), "sha256": self.checksum()}
+        return {**dataclasses.asdict(self), "sha256": self.checksum()}
 
     def checksum(self) -> str:
         """Return the sha256 over all fields."""
-        return manifest_checksum(self._fields())
-
-    def _fields(self) -> dict[str, Any]:
-        """Return the fields without those that say what earlier builds took for granted, so that their checksums stay."""
-        fields = dataclasses.asdict(self)
-        for entry in fields["compensation"]:
-            if not entry["plain"]:
-                del entry["plain"]
-        profile = self.profile
-        if profile is not None and profile.compensated == holds_sets(self.compensation, profile.keep_ratio):
-            del fields["profile"]["compensated"]
-        return fields
+        return manifest_checksum(dataclasses.asdict(self))
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:
     """Return the sha256 over a manifest's fields, its own checksum left out."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-_SECTIONS = {"model": ModelInfo, "encoder": EncoderInfo, "corpus": CorpusInfo, "settings": SettingsInfo}
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
-
-    Raises:
-        IndexFormatError: no index, another format version, or fields that are missing, unknown or of a wrong type.
-    """
-    path = folder / MANIFEST_FILE
-    if not folder.is_dir():
-        begun = folder.with_name(f"{folder.name}.build")
-        remedy = f"finish the build in {begun} by the same command" if begun.is_dir() else REBUILD
-        raise IndexFormatError(f"there is no folder {folder}, expected an index; {remedy}.")
-    if not path.is_file():
-        raise IndexFormatError(
-            f"{folder} has no {MANIFEST_FILE}, expected a finished index; name another folder or {REBUILD}."
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = "it states no format_version" if isinstance(error, KeyError) else error
-        raise IndexFormatError(f"{path} is no readable manifest ({reason}); {REBUILD}.") from error
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise IndexFormatError(
-            f"{folder} has format version {version!r}, this release reads version {FORMAT_VERSION}; "
-            f"install the release that wrote it or {REBUILD}."
-        )
-    expected = {*(field.name for field in dataclasses.fields(Manifest)), "sha256"}
-    if set(raw) != expected:
-        raise IndexFormatError(f"{path} lacks or misspells a field ({sorted(set(raw) ^ expected)}); {REBUILD}.")
-    if raw["sha256"] != manifest_checksum(raw):
-        raise IndexFormatError(
-            f"{path} has another checksum than it states, expected {raw.get('sha256')!r}; it is damaged or was edited – copy "
-            f"it again or {REBUILD}."
-        )
-    try:
-        sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
-        files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
-        compensation = [
-            _typed(CompensationInfo, {"plain": False, **entry}, "compensation") for entry in raw["compensation"]
-        ]
-        profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
-        versions = {str(name): str(value) for name, value in raw["versions"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
-    manifest = Manifest(
-        format_version=version, versions=versions, files=files, compensation=compensation, profile=profile, **sections
-    )
-    _check_contents(manifest, path)
-    expected = set(manifest.file_names())
-    if set(files) != expected:
-        raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(expected)}; {REBUILD}.")
-    return manifest
-
-
-def holds_sets(compensation: Sequence[CompensationInfo], keep_ratio: float) -> bool:
-    """Return whether there are compensated sets of a keep ratio."""
-    return any(math.isclose(info.keep_ratio, keep_ratio) for info in compensation)
-
-
-def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
-    """Make the profile from JSON; earlier builds took compensated sets wherever there were some."""
-    there = holds_sets(compensation, raw["keep_ratio"])
-    profile: ProfileInfo = _typed(ProfileInfo, {"compensated": there, **raw}, "profile")
-    if profile.compensated and not there:
-        raise TypeError(f"profile.keep_ratio is {profile.keep_ratio}, of which there are no compensated sets")
-    return profile
-
-
-def _check_contents(manifest: Manifest, path: Path) -> None:
-    """Raise IndexFormatError for values that no build writes."""
-    model, settings, probe = manifest.model, manifest.settings, manifest.encoder.probe
-    layers = settings.layers
-    sound = {
-        "settings.layers": all(type(layer) is int for layer in layers)
-        and layers == sorted(set(layers))
-        and bool(layers)
-        and layers[0] >= 0
-        and layers[-1] < model.n_layers,
-        "model.weight_sketch": len(model.weight_sketch) == model.n_layers
-        and all(_are_numbers(row, SKETCH_SIZE) for row in model.weight_sketch),
-        "encoder.probe": _are_numbers(probe, PROBE_LENGTH),
-        **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
-        **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
-        "settings.n_clusters": settings.n_clusters > 0,
-        "profile": manifest.profile is None or 0 < manifest.profile.keep_ratio <= 1,
-        "compensation": all(_is_sound(info, model) for info in manifest.compensation)
-        and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
-        "encoder.dimension": manifest.encoder.dimension > 0,
-    }
-    for name, holds in sound.items():
-        if not holds:
-            raise IndexFormatError(f"{path}: {name} has an impossible value; {REBUILD}.")
-
-
-def _is_sound(info: CompensationInfo, model: ModelInfo) -> bool:
-    return (
-        0 < info.keep_ratio < 1
-        and (info.rank is None or info.rank > 0)
-        and info.bypass_rank >= 0
-        and len(info.n_kept) == model.n_layers
-        and all(type(n) is int and 0 < n <= model.d_ff for n in info.n_kept)
-    )
-
-
-def _are_numbers(values: Any, n: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == n
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    )
-
-
-def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
-    """Make a section from JSON, with every field there, none unknown, and scalars of the right type."""
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    if set(raw) != set(fields):
-        raise TypeError(f"{where}: {sorted(set(raw) ^ set(fields))}")
-    scalars: dict[str, Any] = {
-        "int": int,
-        "str": str,
-        "bool": bool,
-        "float": (int, float),
-        "str | None": (str, type(None)),
-        "int | None": (int, type(None)),
-    }
-    for name, annotation in fields.items():
-        expected = scalars.get(str(annotation), list)
-        if not isinstance(raw[name], expected) or (expected is not bool and isinstance(raw[name], bool)):
-            raise TypeError(f"{where}.{name} is {raw[name]!r}")
-    return kind(**raw)
-
-
-def check_file_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raise IndexFormatError unless every file is there in its full size; cheap, so done before anything is read."""
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise IndexFormatError(f"{folder} lacks {name}, expected {entry.size} bytes; copy it again or {REBUILD}.")
-        if path.stat().st_size != entry.size:
-            raise IndexFormatError(
-                f"{path} has {path.stat().st_size} bytes, expected {entry.size}; copy it again or {REBUILD}."
-            )
-
-
-def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Raise IndexFormatError unless all files have the manifest's sizes, and ``names`` (None: all) its checksums."""
-    check_file_sizes(folder, manifest)
-    for name in manifest.files if names is None else names:
-        check_file(folder, manifest, name)
-
-
-def check_file(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raise IndexFormatError unless a file has the checksum of the manifest."""
-    expected, found = manifest.files[name].sha256, sha256_of(folder / name)
-    if found != expected:
-        raise IndexFormatError(
-            f"{folder / name} has the checksum {found[:12]}…, expected {expected[:12]}…; the file is damaged – "
-            f"copy it again or {REBUILD}."
-        )

@@ -6,8 +6,6 @@ projections, and the names of the projections. Its model's own forward code keep
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +16,12 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.base.errors import IndexMismatchError, UnsupportedModelError
+from coreinfer_sim.base.errors import UnsupportedModelError
 from coreinfer_sim.models.offload import HostLinear
 from coreinfer_sim.models.store import LayerStore
 from coreinfer_sim.models.streaming import StreamedLinear
 
 GATED = ("gate_proj", "up_proj")
-SKETCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def find_mlps(model: Any) -> list[MLPLayer]:
 def _supported() -> str:
     return (
         f"supported are {', '.join(family.name for family in FAMILIES)} – a further family needs one entry in "
-        "FAMILIES of coreinfer_sim/architectures.py."
+        "FAMILIES of coreinfer_sim/models/mlps.py."
     )
 
 
@@ -191,54 +188,3 @@ def other_bytes(model: Any, layers: Sequence[MLPLayer]) -> int:
     if head is not None:
         tables.pop(id(head.weight), None)
     return every - dense_bytes(layers) - sum(table.numel() * table.element_size() for table in tables.values())
-
-
-def weight_sketch(layers: Sequence[MLPLayer]) -> list[list[float]]:
-    """Sample a few down-projection weights of every layer: a fingerprint that survives a change of dtype.
-
-    Returns:
-        [n_layers][32] values, from fixed pseudo-random places.
-    """
-    generator = torch.Generator().manual_seed(0)
-    sketch = []
-    for layer in layers:
-        rows, columns = (
-            torch.randint(size, (SKETCH_SIZE,), generator=generator) for size in (layer.d_model, layer.d_ff)
-        )
-        if layer.store is not None:
-            values = layer.store.read_neurons(columns)[torch.arange(SKETCH_SIZE), -1, rows].float()
-        else:
-            weight = layer.output.weight.detach()
-            if isinstance(layer.output, Conv1D):
-                weight = weight.T
-            values = weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
-        sketch.append([float(f"{value:.6g}") for value in values.tolist()])
-    return sketch
-
-
-def weights_checksum(layers: Sequence[MLPLayer]) -> str:
-    """Return a sha256 over `weight_sketch`."""
-    return hashlib.sha256(json.dumps(weight_sketch(layers)).encode()).hexdigest()
-
-
-def check_same_weights(expected: list[list[float]], layers: Sequence[MLPLayer], index: str, command: str) -> None:
-    """Raise IndexMismatchError unless the model's weights are those of the sketch, up to rounding to 8 bits.
-
-    Args:
-        expected: what `weight_sketch` gave when the index was built.
-        layers: the loaded model's MLPs.
-        index: name of the index, for the message.
-        command: what builds a fitting index, for the message.
-    """
-    found = weight_sketch(layers)
-    n_different = 0
-    for layer_found, layer_expected in zip(found, expected, strict=True):
-        a, b = torch.tensor(layer_found), torch.tensor(layer_expected)
-        slack = 2.0**-7 * b.abs() + 1e-3 * b.square().mean().sqrt()
-        n_different += int(((a - b).abs() > slack).sum())
-    if n_different:
-        total = len(found) * SKETCH_SIZE
-        raise IndexMismatchError(
-            f"{n_different} of {total} sampled weights of the model differ from those that {index} was built from, "
-            f"expected the same weights; use that model, or build an index for this one: {command}"
-        )

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from coreinfer_sim.base.errors import CoreInferSimError, UnknownModeError
+from coreinfer_sim.choosing.index_sets import IndexSets
 from coreinfer_sim.models.prompts import Message
 from coreinfer_sim.serving.backends import Backend, TextRequest
 from coreinfer_sim.serving.errors import (
@@ -232,7 +233,7 @@ def _add_lookup(app: FastAPI, backend: Backend) -> None:
 def _kept_shares(backend: Backend, cluster: int) -> list[float]:
     """Return the share of neurons that a cluster's set keeps, by layer."""
     info = backend.index.manifest.model
-    ids = backend.index.cluster_selection(cluster).ids
+    ids = IndexSets(backend.index).of_cluster(cluster).ids
     return [round(len(ids[n]) / info.d_ff, 4) if n in ids else 1.0 for n in range(info.n_layers)]
 
 

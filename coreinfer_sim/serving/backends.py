@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from coreinfer_sim.base.settings import Mode
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.cache import DEFAULT_BYTES, CompactCache
 from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
 from coreinfer_sim.generation.text import TextGenerator

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from served import NAME, Served, backend_of, chat
 from tiny_index import PROMPTS, WIDE_RATIO
 
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.generation.text import TextGenerator
 from coreinfer_sim.serving.app import make_app
 

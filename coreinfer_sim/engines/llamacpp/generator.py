@@ -23,7 +23,8 @@ from coreinfer_sim.base.settings import UNFAMILIAR, Fallback
 from coreinfer_sim.engines.llamacpp.server import LlamaServer
 from coreinfer_sim.export.compact import DENSE, GLOBAL
 from coreinfer_sim.export.exporting import ROUTER_FILE
-from coreinfer_sim.index.index import Match, SemanticIndex
+from coreinfer_sim.index.clusters import Match
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message, last_user_message, within
 
 _SLOT = "prompt.bin"

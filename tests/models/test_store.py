@@ -15,13 +15,14 @@ from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from coreinfer_sim.base.errors import BudgetError, ConfigError, ModelError, StoreError
 from coreinfer_sim.base.settings import Fallback, Mode
-from coreinfer_sim.choosing.predictors import make_predictor
+from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.compact import compact_projections
 from coreinfer_sim.generation.memory_plan import MIB, ModelShape, Use, load_within, most_kept, plan_budget
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.checkpoint import Checkpoint
+from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import load_model
-from coreinfer_sim.models.mlps import find_mlps, weight_sketch
+from coreinfer_sim.models.mlps import find_mlps
 from coreinfer_sim.models.store import NeuronStore, PartSource, StoreShape, make_store
 from coreinfer_sim.models.streaming import Scratch
 

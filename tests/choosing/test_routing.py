@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from tiny_index import PROMPTS, QUANTILES, tiny_index
+from tiny_index import PROMPTS, tiny_index
 from tiny_models import VOCABULARY, tiny_model
 
 from coreinfer_sim.base.errors import GenerationError
-from coreinfer_sim.choosing import predictors, prompt_reader
-from coreinfer_sim.choosing.predictors import make_predictor, prior_weight
+from coreinfer_sim.choosing import prompt_reader, routing
+from coreinfer_sim.choosing.index_sets import IndexSets
+from coreinfer_sim.choosing.make import make_predictor
+from coreinfer_sim.choosing.routing import prior_weight
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
 from coreinfer_sim.generation.sparse_model import SparseModel
-from coreinfer_sim.index.index import Cluster, Match, SemanticIndex
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.mlps import find_mlps
 from coreinfer_sim.models.taps import recorded_activations
 
@@ -54,7 +54,7 @@ def test_similarity_is_the_indexs_selection_of_the_nearest_cluster(index, predic
     chosen = predictor("similarity", score=score).select(PROMPTS, None, 3)
     for selection, prompt in zip(chosen, PROMPTS, strict=True):
         (match,) = index.lookup(prompt)
-        expected = index.selection(match, 0.25, score)
+        expected = IndexSets(index, 0.25, score).of_match(match)
         assert same_ids(selection.ids, expected.ids)
         assert (selection.mode, selection.cluster, selection.label) == ("similarity", match.cluster, match.label)
 
@@ -70,13 +70,13 @@ def test_prompts_of_one_cluster_share_what_they_keep_but_not_their_similarity(pr
 
 def test_every_selection_of_a_cluster_comes_from_the_index(index, predictor, monkeypatch):
     made = []
-    selection = SemanticIndex.selection
+    core_neurons = SemanticIndex.core_neurons
 
-    def noting(self, match, *options):
-        made.append(match.cluster)
-        return selection(self, match, *options)
+    def noting(self, cluster, *options):
+        made.append(cluster)
+        return core_neurons(self, cluster, *options)
 
-    monkeypatch.setattr(SemanticIndex, "selection", noting)
+    monkeypatch.setattr(SemanticIndex, "core_neurons", noting)
     predictor("similarity").select([PROMPTS[1], PROMPTS[0], PROMPTS[1]], None, 3)
     assert made == [1, 0]
 
@@ -139,9 +139,9 @@ def test_hybrid_lies_between_cluster_and_prompt(model, index, monkeypatch):
 
     similarity, stability = chosen("similarity"), chosen("stability")
     assert not same_ids(chosen("hybrid"), similarity) and not same_ids(chosen("hybrid"), stability)
-    monkeypatch.setattr(predictors, "prior_weight", lambda n_tokens, confidence: 1.0)
+    monkeypatch.setattr(routing, "prior_weight", lambda n_tokens, confidence: 1.0)
     assert same_ids(chosen("hybrid"), similarity)
-    monkeypatch.setattr(predictors, "prior_weight", lambda n_tokens, confidence: 0.0)
+    monkeypatch.setattr(routing, "prior_weight", lambda n_tokens, confidence: 0.0)
     assert same_ids(chosen("hybrid"), stability)
 
 
@@ -188,48 +188,12 @@ def test_hybrid_of_some_layers(predictor, model):
 # Confidence
 
 
-@pytest.mark.parametrize(
-    ("similarity", "confidence"),
-    [(0.1, 0), (0.2, 0), (0.205, 0.005), (0.25, 0.05), (0.325, 0.15), (0.5, 0.5), (0.9, 1), (0.95, 1)],
-)
-def test_confidence_is_the_share_of_members_farther_away(index, similarity, confidence):
-    cluster = replace(index.clusters[0], size=10**6)
-    assert cluster.confidence(similarity) == pytest.approx(confidence, abs=1e-4)
-    match = Match(0, similarity, "", round(cluster.confidence(similarity), 3))
-    assert match.confident == (confidence >= 0.05)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_members_that_are_all_the_same_are_familiar_with_themselves(index, size):
-    same = replace(index.clusters[0], size=size, similarity_quantiles=dict.fromkeys(QUANTILES, 1.0))
-    assert same.confidence(0.99996) == same.confidence(1.00004) == 1
-    assert same.confidence(0.999) == 0
-
-
-@pytest.mark.parametrize("n", [2, 5, 30])
-def test_a_member_is_compared_with_the_others(n):
-    random = np.random.default_rng(0)
-    members = random.normal(size=(n, 40)) + 0.5
-    members /= np.linalg.norm(members, axis=1, keepdims=True)
-
-    def similarity_to(which):
-        total = members[which].sum(0)
-        return members @ total / np.linalg.norm(total)
-
-    everyone = similarity_to(np.ones(n, bool))
-    levels = np.linspace(0, 1, 101)
-    quantiles = {f"{level:g}": float(np.quantile(everyone, level)) for level in levels}
-    cluster = Cluster(0, n, n, "", [], [], quantiles)
-    others = [similarity_to(np.arange(n) != i)[i] for i in range(n)]
-    np.testing.assert_allclose(cluster._quantiles[0], np.quantile(others, levels), atol=0.02)
-    assert cluster.confidence(min(others) - 0.03) == 0 and cluster.confidence(max(others) + 0.03) == 1
-
-
 def test_matches_and_selections_tell_whether_the_prompt_is_familiar(index):
     (near,), (far,) = index.lookup([PROMPTS[0], "zzz qqq 0x3f"])
     assert near.confident and near.confidence == 1
     assert not far.confident and far.confidence < 0.05
-    assert index.selection(near).confident and not index.selection(far).confident
+    sets = IndexSets(index)
+    assert sets.of_match(near).confident and not sets.of_match(far).confident
     assert NeuronSelection("dense").confident is None
 
 

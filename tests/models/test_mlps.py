@@ -5,19 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 from tiny_models import N_LAYERS, tiny_mixtral, tiny_model, tiny_mpt, tiny_t5
 from torch import nn
 
-from coreinfer_sim.base.errors import IndexMismatchError, ModelError, UnsupportedModelError
-from coreinfer_sim.models.mlps import (
-    FAMILIES,
-    check_same_weights,
-    dense_bytes,
-    find_mlps,
-    weight_shape,
-    weight_sketch,
-)
+from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
+from coreinfer_sim.models.mlps import FAMILIES, dense_bytes, find_mlps, weight_shape
 
 
 def test_every_layer_is_found(tiny, model):
@@ -100,48 +92,3 @@ def test_wrapped_projections_are_refused(name):
     setattr(mlp, name, adapted)
     with pytest.raises(UnsupportedModelError, match="Adapted"):
         find_mlps(model)
-
-
-def test_sketch_is_made_of_the_output_weights(tiny, model):
-    layers = find_mlps(model)
-    sketch = weight_sketch(layers)
-    assert [len(values) for values in sketch] == [32] * N_LAYERS
-    assert sketch == weight_sketch(layers)
-    for layer, values in zip(layers, sketch, strict=True):
-        weights = {float(f"{value:.6g}") for value in layer.output.weight.flatten().tolist()}
-        assert set(values) <= weights
-        assert len(set(values)) > 20
-
-
-def test_sketch_survives_a_change_of_dtype(model):
-    sketches = {
-        dtype: weight_sketch(find_mlps(copy.deepcopy(model).to(dtype)))
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    }
-    for sketch in sketches.values():
-        for dtype in sketches:
-            check_same_weights(sketch, find_mlps(copy.deepcopy(model).to(dtype)), "the index", "build it")
-
-
-def test_sketch_refuses_another_seed(tiny, model):
-    other = find_mlps(tiny_model(tiny.key, seed=1))
-    with pytest.raises(IndexMismatchError, match="of 96 sampled weights.*my-index.*run this"):
-        check_same_weights(weight_sketch(find_mlps(model)), other, "my-index", "run this")
-
-
-def test_sketch_refuses_one_changed_layer():
-    model = tiny_model("llama")
-    sketch = weight_sketch(find_mlps(model))
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight.mul_(1.05)
-    with pytest.raises(IndexMismatchError, match="32 of 96 sampled"):
-        check_same_weights(sketch, find_mlps(model), "the index", "build it")
-
-
-def test_sketch_refuses_exchanged_layers():
-    model = tiny_model("gpt2")
-    sketch = weight_sketch(find_mlps(model))
-    blocks = model.transformer.h
-    blocks[0].mlp, blocks[1].mlp = blocks[1].mlp, blocks[0].mlp
-    with pytest.raises(IndexMismatchError):
-        check_same_weights(sketch, find_mlps(model), "the index", "build it")

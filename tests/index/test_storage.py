@@ -1,0 +1,186 @@
+"""What is saved is what is found, files of a wrong kind are refused, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from index_folder import (
+    STATISTICS,
+    clusters,
+    manifest,
+    raw_manifest,
+    replace_file,
+    save,
+)
+
+import coreinfer_sim
+from coreinfer_sim.base.errors import IndexFormatError
+from coreinfer_sim.base.files import sha256_of
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import (
+    CENTROIDS_FILE,
+    CLUSTERS_FILE,
+    INDEX_FILES,
+    MANIFEST_FILE,
+    NEURONS_FILE,
+)
+from coreinfer_sim.index.storage import remove_index
+
+PACKAGE = Path(coreinfer_sim.__file__).parent
+
+
+def test_what_is_saved_is_loaded(index_folder):
+    loaded = SemanticIndex.load(index_folder)
+    assert loaded.clusters == clusters() and len(loaded) == 3
+    assert loaded.name == str(index_folder)
+    assert replace(loaded.manifest, files={}) == manifest()
+    assert sorted(path.name for path in index_folder.iterdir()) == sorted([*INDEX_FILES, MANIFEST_FILE])
+    for name, entry in loaded.manifest.files.items():
+        assert entry.size == (index_folder / name).stat().st_size
+        assert entry.sha256 == sha256_of(index_folder / name)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\n"])
+def test_an_id_may_hold_any_character(tmp_path, separator):
+    named = [replace(cluster, exemplar_ids=[f"a{separator}b"]) for cluster in clusters()]
+    assert SemanticIndex.load(save(tmp_path / "index", of_clusters=named)).clusters == named
+
+
+def test_the_manifest_is_readable_json(index_folder):
+    raw = raw_manifest(index_folder)
+    assert raw["format_version"] == 2
+    assert raw["settings"] == asdict(manifest().settings)
+
+
+def test_a_cluster_without_quantiles_is_refused(index_folder):
+    lines = [json.dumps({**asdict(cluster), "similarity_quantiles": {}}) for cluster in clusters()]
+    replace_file(index_folder, CLUSTERS_FILE, "\n".join(lines).encode())
+    with pytest.raises(IndexFormatError, match="cluster 0 has no similarity quantiles; "):
+        SemanticIndex.load(index_folder)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("shape", [(3, 2, 7), (3, 1, 6), (2, 2, 6), (3, 12), (3, 2, 6, 1)])
+def test_a_statistic_of_another_shape_raises(tmp_path, name, shape):
+    statistics = {**STATISTICS, name: np.zeros(shape, STATISTICS[name].dtype)}
+    folder = save(tmp_path / "index", statistics=statistics)
+    with pytest.raises(IndexFormatError, match=rf"{NEURONS_FILE}: {name} has the shape .*, expected \(3, 2, 6\)"):
+        SemanticIndex.load(folder)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_missing_statistic_raises(tmp_path, name):
+    folder = save(tmp_path / "index", statistics={k: v for k, v in STATISTICS.items() if k != name})
+    with pytest.raises(IndexFormatError, match=NEURONS_FILE):
+        SemanticIndex.load(folder)
+
+
+def centroid_file(kind: str, path: Path) -> bytes:
+    """Return a FAISS file that does not hold three flat centroids of four dimensions."""
+    vectors = np.eye(4, dtype=np.float32)[:3]
+    if kind == "garbage after the right beginning":
+        size = (path / CENTROIDS_FILE).stat().st_size
+        return b"IxFI" + b"\xff" * (size - 4)
+    index = {
+        "flat, by distance": lambda: faiss.IndexFlatL2(4),
+        "graph": lambda: faiss.IndexHNSWFlat(4, 2, faiss.METRIC_INNER_PRODUCT),
+        "fewer centroids": lambda: faiss.IndexFlatIP(4),
+        "other dimensions in as many bytes": lambda: faiss.IndexFlatIP(6),
+    }[kind]()
+    if index.d == 6:
+        vectors = np.eye(6, dtype=np.float32)[:2]
+    index.add(vectors[:2] if kind == "fewer centroids" else vectors)
+    faiss.write_index(index, str(path / "other.faiss"))
+    return (path / "other.faiss").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "flat, by distance",
+        "graph",
+        "fewer centroids",
+        "other dimensions in as many bytes",
+        "garbage after the right beginning",
+    ],
+)
+def test_centroids_of_another_kind_raise_although_the_checksum_is_right(index_folder, kind):
+    replace_file(index_folder, CENTROIDS_FILE, centroid_file(kind, index_folder))
+    with pytest.raises(IndexFormatError, match=CENTROIDS_FILE):
+        SemanticIndex.load(index_folder)
+
+
+@pytest.mark.parametrize(
+    "of_clusters", [clusters(2), clusters(4), clusters()[::-1], []], ids=["2", "4", "order", "none"]
+)
+def test_other_clusters_than_the_manifest_counts_raise(tmp_path, of_clusters):
+    folder = save(tmp_path / "index", of_clusters=of_clusters)
+    with pytest.raises(IndexFormatError, match=CLUSTERS_FILE):
+        SemanticIndex.load(folder)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "1", '{"id": 2}', json.dumps({**asdict(clusters()[2]), "surprise": 1})])
+def test_a_cluster_that_cannot_be_read_raises_although_the_checksum_is_right(index_folder, line):
+    lines = (index_folder / CLUSTERS_FILE).read_bytes().split(b"\n")[:2]
+    replace_file(index_folder, CLUSTERS_FILE, b"\n".join([*lines, line.encode(), b""]))
+    with pytest.raises(IndexFormatError, match=CLUSTERS_FILE):
+        SemanticIndex.load(index_folder)
+
+
+def test_an_index_that_is_being_removed_does_not_load(index_folder, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        remove_index(index_folder)
+    with pytest.raises(IndexFormatError, match=f"has no {MANIFEST_FILE}"):
+        SemanticIndex.load(index_folder)
+
+
+# No pickle
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", [*INDEX_FILES, MANIFEST_FILE])
+def test_nothing_in_an_index_is_unpickled(index_folder, tmp_path, name):
+    trace = tmp_path / "unpickled"
+    payload = pickle.dumps(Payload(trace))
+    if name == MANIFEST_FILE:
+        (index_folder / name).write_bytes(payload)
+    else:
+        replace_file(index_folder, name, payload)
+    with pytest.raises(IndexFormatError, match=name):
+        SemanticIndex.load(index_folder)
+    assert not trace.exists()
+
+
+def test_no_module_reads_or_writes_pickles():
+    for path in [*PACKAGE.rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names = [f"{node.value.id}.{node.attr}"]
+            elif isinstance(node, ast.keyword):
+                names = [node.arg or ""]
+            forbidden = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "allow_pickle"}
+            found = {name.split(".")[0] for name in names} & forbidden | {*names} & {"torch.load", "torch.save"}
+            assert not found, f"{path.name}:{node.lineno}: {found}"
