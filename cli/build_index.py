@@ -14,10 +14,7 @@ from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries
 
 _D = {"show_default": True}
-_OF_COMPENSATION = (
-    *("keep_ratios", "bypass_rank", "budget", "ranking", "compensate_tokens", "rank_tokens", "distil_tokens"),
-    "distil_from",
-)
+_OF_COMPENSATION = ("keep_ratios", "budget", "ranking", "compensate_tokens", "distil_tokens", "distil_from")
 
 
 def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int | str:
@@ -26,17 +23,6 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str) -> int |
     if not value.isdecimal():
         raise click.BadParameter(f"{value!r} is neither a number nor 'auto'.")
     return int(value)
-
-
-def _rank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | str | None:
-    if value in (None, "full"):
-        return value
-    kind, _, rank = value.partition(":")
-    if kind != "rank" or not rank.isdecimal() or int(rank) < 1:
-        raise click.BadParameter(
-            f"{value!r} is neither 'full' nor 'rank:R' with a whole number R from 1, such as rank:256."
-        )
-    return int(rank)
 
 
 def _refuse_compensation_options(ctx: click.Context) -> None:
@@ -79,9 +65,8 @@ def _refuse_compensation_options(ctx: click.Context) -> None:
 @click.option("--shard-size", type=click.IntRange(1), default=64, **_D, help="Texts in one shard.")
 @click.option(
     "--compensate",
-    callback=_rank,
-    metavar="full|rank:R",
-    help="Fit each cluster's kept neurons so that they make up for the dropped ones; a rank saves disk.",
+    is_flag=True,
+    help="Fit each cluster's kept neurons so that they make up for the dropped ones.",
 )
 @click.option(
     "--keep-ratio",
@@ -91,13 +76,6 @@ def _refuse_compensation_options(ctx: click.Context) -> None:
     default=(0.4,),
     **_D,
     help="For --compensate: share of the MLP bytes that decode reads; may be repeated.",
-)
-@click.option(
-    "--bypass-rank",
-    type=click.IntRange(0),
-    default=0,
-    **_D,
-    help="For --compensate: directions of the MLP's input that go straight to its output, in place of neurons.",
 )
 @click.option(
     "--budget",
@@ -120,12 +98,6 @@ def _refuse_compensation_options(ctx: click.Context) -> None:
     **_D,
     metavar="N",
     help="For --compensate: tokens to fit each cluster's set on.",
-)
-@click.option(
-    "--rank-tokens",
-    type=click.IntRange(1),
-    metavar="N",
-    help="For --compensate: tokens among those that rank the neurons, which is the dear part in a wide model.  [default: all]",
 )
 @click.option(
     "--distil-tokens",
@@ -173,19 +145,16 @@ def build_index(
     of_corpus = ("name", "split", "prompt_column", "template", "limit", "max_tokens", "deduplicate")
     of_build = ("clusters", "alpha", "beta", "gamma", "seed", "layers", "batch_size", "shard_size")
     compensation = None
-    if given["compensate"] is None:
+    if not given["compensate"]:
         _refuse_compensation_options(ctx)
     else:
         if not given["distil_tokens"] and ctx.get_parameter_source("distil_from") is not ParameterSource.DEFAULT:
             raise click.UsageError("--distil-from does nothing without --distil-tokens.")
         compensation = CompensationConfig(
             keep_ratios=given["keep_ratios"],
-            rank=None if given["compensate"] == "full" else given["compensate"],
-            bypass_rank=given["bypass_rank"],
             ranking=Ranking(given["ranking"]),
             budget=Budget(given["budget"]),
             tokens=given["compensate_tokens"],
-            ranking_tokens=given["rank_tokens"],
             distil_tokens=given["distil_tokens"],
             distil_from=Start(given["distil_from"]),
         )

@@ -61,14 +61,11 @@ def info(index: str, as_json: bool) -> None:
     s = m.settings
     click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(s.layers)}")
     for each in m.compensation:
-        rank = "full rank" if each.rank is None else f"rank {each.rank}"
-        bypass = f", bypass of rank {each.bypass_rank}" if each.bypass_rank else ""
         kept = [each.n_kept[layer] for layer in s.layers]
         trained = f", and trained on up to {each.distil_tokens:,}" if each.distil_tokens else ""
-        among = ", the bypass among them" if bypass else ""
         click.echo(
-            f"  fitted    keep ratio {each.keep_ratio:g}, {rank}{bypass}, {each.budget} budget ({min(kept)} to {max(kept)} "
-            f"neurons a layer{among}), up to {each.tokens:,} tokens a cluster{trained}"
+            f"  fitted    keep ratio {each.keep_ratio:g}, {each.budget} budget ({min(kept)} to {max(kept)} "
+            f"neurons a layer), up to {each.tokens:,} tokens a cluster{trained}"
         )
         served = m.served_by_corpus(each.keep_ratio)
         if each.plain:

@@ -69,7 +69,7 @@ class Corpus:
         self.cases = [case for path in paths for case in cases_of(self.language_model, path, scored_rows)]
         of_all = self._first(range(len(self.texts)), 3 * tokens)
         costs = layer_costs(self.language_model, of_all[::4], of_all[1::16], Fit())
-        self.n_kept = neurons_of(layers, range(len(layers)), keep_ratio, costs, 0)
+        self.n_kept = neurons_of(layers, range(len(layers)), keep_ratio, costs)
         self.moments: dict[int, Moments] = {}
         self.set_of_all = fit_layers(self.language_model, of_all, self.n_kept, Fit(), keep=self.moments.__setitem__)
 

@@ -307,9 +307,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prompt tokens left out": {"prompt_weight": 0.0},
     "prompt tokens count fully": {"prompt_weight": 1.0},
     "the least ridge everywhere": {"ridge": 0.02},
-    "rank 256": {"rank": 256},
-    "rank 64": {"rank": 64},
-    "bypass of rank 32": {"bypass_rank": 32},
 }
 """Changes of one setting at a time."""
 
@@ -352,9 +349,7 @@ def ablate(model: str, data: Path, name: str, keep_ratio: float, tokens: int, ro
         settings = dict(VARIANTS[title])
         budget = settings.pop("budget", "sensitivity")
         fit = Fit(**{key: Ranking(value) if key == "ranking" else value for key, value in settings.items()})
-        n_kept = neurons_of(
-            layers, range(len(layers)), keep_ratio, None if budget == "uniform" else costs, fit.bypass_rank
-        )
+        n_kept = neurons_of(layers, range(len(layers)), keep_ratio, None if budget == "uniform" else costs)
         selection = fit_layers(language_model, texts, n_kept, fit)
         gaps: dict[str, list[tuple[float, int]]] = {}
         for case in cases:

@@ -6,11 +6,9 @@ python figures/figures_speed.py swap --model MODEL --index INDEX --name NAME
 python figures/figures_speed.py batch --model MODEL --index INDEX --name NAME
 python figures/figures_speed.py growth --model MODEL --index INDEX --name NAME
 python figures/figures_speed.py prefill --model MODEL --index INDEX --name NAME
-python figures/figures_speed.py bypass --model MODEL --index INDEX --name NAME
 python figures/figures_speed.py quality --model MODEL --index INDEX --data DATA --name NAME
 
-`bypass` writes into ``figures-quality.json``, as it is what compensation costs. The index must be the model's; where it holds
-compensated sets of the keep ratio, those decode. Run them on a quiet machine.
+The index must be the model's; where it holds compensated sets of the keep ratio, those decode. Run them on a quiet machine.
 """
 
 from __future__ import annotations
@@ -393,57 +391,6 @@ def _decode_speeds(contenders: dict[str, Any], ids: Any, new_tokens: int, rounds
             if number:  # the first token is prefill's
                 found[name].append(len(ids) * (new_tokens - 1) / clock.decode_seconds)
     return {name: round(statistics.median(values), 2) for name, values in found.items()}
-
-
-@main.command()
-@_common
-@_prompt_tokens
-@_options
-@_dtype
-def bypass(
-    model: str,
-    index: str,
-    name: str,
-    keep_ratio: float,
-    new_tokens: int,
-    rounds: int,
-    prompt_tokens: int,
-    options: str,
-    dtype: str,
-) -> None:
-    """Decode from the corpus's compensated set, bypass neurons included, beside its plain one, alternating, byte for byte."""
-    import torch
-
-    from coreinfer_sim import SparseModel
-    from coreinfer_sim.choosing.predictors import FixedPredictor
-
-    loaded, semantic = _load(model, index, dtype)
-    ranks = {each.keep_ratio: each.bypass_rank for each in semantic.manifest.compensation}
-    if not ranks.get(keep_ratio):
-        raise click.ClickException(
-            f"{index} has no sets with a bypass at keep ratio {keep_ratio:g}; build one with --bypass-rank."
-        )
-    selections = {
-        what: semantic.global_selection(keep_ratio, compensated=what == "compensated")
-        for what in ("compensated", "plain")
-    }
-    contenders = {
-        what: SparseModel(loaded.model, FixedPredictor(selection), loaded.tokenizer, **_given(options))
-        for what, selection in selections.items()
-    }
-    ids = torch.tensor([prompt.ids for prompt in _prompts(loaded, prompt_tokens, 1)])
-    speeds = _decode_speeds(contenders, ids, new_tokens, rounds)
-    n_bytes = {what: sparse.mlp_bytes(selections[what]) + sparse.other_bytes for what, sparse in contenders.items()}
-    _at_least(
-        f"{name}, keep ratio {keep_ratio:g}: decode of a compensated set with a bypass of rank {ranks[keep_ratio]} beside a "
-        "plain one, byte for byte",
-        speeds["compensated"] * n_bytes["compensated"] / (speeds["plain"] * n_bytes["plain"]),
-        "×, of medians",
-        0.97,
-        file="figures-quality.json",  # what compensation costs
-        tokens_per_second=speeds,
-        bytes_per_token=n_bytes,
-    )
 
 
 @main.command()

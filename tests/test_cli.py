@@ -979,6 +979,6 @@ def test_options_of_compensation_need_it(tmp_path, option):
 
 
 def test_where_training_begins_is_no_matter_without_training(tmp_path):
-    command = ["build-index", "x.jsonl", "--model", "m", "--out", str(tmp_path / "o"), "--compensate", "full"]
+    command = ["build-index", "x.jsonl", "--model", "m", "--out", str(tmp_path / "o"), "--compensate"]
     refused = CliRunner().invoke(main, [*command, "--distil-from", "joint"])
     assert refused.exit_code == 2 and "--distil-from does nothing without --distil-tokens" in refused.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
+from safetensors.torch import save_file
 from tiny_models import BY_KEY, N_LAYERS, VOCABULARY, tiny_model
 from transformers import OPTForCausalLM
 
@@ -27,14 +28,13 @@ from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.selection import NeuronSelection, compact_bytes, n_within
 from coreinfer_sim.engines.compact import compact_model, install, installed, linear_parameters
 from coreinfer_sim.fitting import sets as compensating
-from coreinfer_sim.fitting.budgets import PROBE, check_ranks, layer_costs, neurons_of, share_out
+from coreinfer_sim.fitting.budgets import PROBE, layer_costs, neurons_of, share_out
 from coreinfer_sim.fitting.calibration import (
     CalibrationText,
     Fit,
     _advance,
     _batches,
     _moments,
-    _with_inputs,
     decoder_blocks,
     fit_each_alone,
     fit_layers,
@@ -43,12 +43,10 @@ from coreinfer_sim.fitting.comparing import Kind, choose_kinds, compare_sets, pl
 from coreinfer_sim.fitting.least_squares import (
     RIDGE,
     RIDGES,
-    LayerCompensation,
     Moments,
     best_ridge,
     compensate,
     left_over,
-    size_of_change,
     surgeon_score,
 )
 from coreinfer_sim.fitting.reading import packs, read_densely
@@ -61,7 +59,7 @@ from coreinfer_sim.fitting.sets import (
     trainings,
 )
 from coreinfer_sim.fitting.students import Distillation, training_bytes
-from coreinfer_sim.fitting.texts import CalibrationCorpus, calibration_text
+from coreinfer_sim.fitting.texts import CalibrationCorpus, calibration_text, save_selection
 from coreinfer_sim.fitting.training import (
     _sound_gradients,
     distil,
@@ -72,13 +70,13 @@ from coreinfer_sim.fitting.training import (
 )
 from coreinfer_sim.generation.text import TextGenerator
 from coreinfer_sim.index.clustering import Clustering
-from coreinfer_sim.index.compensated import load_compensated, save_compensated
+from coreinfer_sim.index.compensated import LayerCompensation, load_compensated
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import ProfileInfo, compensation_file, manifest_checksum
 from coreinfer_sim.models.loading import LanguageModel, load_model
 from coreinfer_sim.models.mlps import find_mlps
 
-COMPENSATION = CompensationConfig(keep_ratios=(0.5, 0.7), rank=3, bypass_rank=2, tokens=300, distil_tokens=200)
+COMPENSATION = CompensationConfig(keep_ratios=(0.5, 0.7), tokens=300, distil_tokens=200)
 
 
 def drawn(*shape, seed=0):
@@ -175,8 +173,9 @@ def test_the_best_ridge_loses_least_on_other_tokens(n_tokens):
         return z, z @ noisy.T + bias
 
     (z, target), (other_z, other_target) = tokens(n_tokens, 1), tokens(200, 6)
-    fitted, held = moments_of(z, target).centred(), moments_of(other_z, other_target).centred()
-    chosen = best_ridge(fitted, held, weight[:, ids])
+    fitted = moments_of(z, target).centred()
+    of_kept = (moments_of(some[:, ids], given).centred() for some, given in ((z, target), (other_z, other_target)))
+    chosen = best_ridge(*of_kept, weight[:, ids])
     errors = {}
     for ridge in RIDGES:
         repair = compensate(fitted, ids, weight, bias, ridge=ridge)
@@ -184,28 +183,6 @@ def test_the_best_ridge_loses_least_on_other_tokens(n_tokens):
         errors[ridge] = (other_target - given).square().sum().item()
     assert chosen == min(errors, key=errors.get)
     assert (chosen == RIDGES[0]) == (n_tokens == 4000)
-
-
-@pytest.mark.parametrize("bypass_rank", [0, 2, 4])
-def test_each_rank_loses_less_than_the_one_below(correlated, bypass_rank):
-    z, weight, _ = correlated
-    x = drawn(500, 4, seed=7) + 0.5 * z[:, :4]
-    target = z @ weight.T + 0.5 * x @ drawn(4, 6, seed=8)
-    ids = torch.tensor([1, 2, 7, 9, 11])
-    features = torch.cat([z, x], 1) if bypass_rank else z
-    errors = []
-    for rank in (1, 2, 3, None):
-        repair = compensate(moments_of(features, target).centred(), ids, weight, None, rank, bypass_rank, ridge=1e-7)
-        given = z[:, ids] @ (weight[:, ids] + repair.delta).T + repair.bias
-        if bypass_rank:
-            given = given + x @ repair.bypass_in.T @ repair.bypass_out.T
-        errors.append((target - given).square().sum().item())
-        assert (target - given).mean(0).abs().max() < 1e-3
-    assert errors == sorted(errors, reverse=True)
-    if bypass_rank == 4:  # of full rank: plain least squares on both
-        both = torch.cat([z[:, ids], x, torch.ones(500, 1)], 1)
-        best = torch.linalg.lstsq(both, target).solution
-        assert errors[-1] == pytest.approx((target - both @ best).square().sum().item(), rel=1e-3)
 
 
 def test_a_prior_is_further_tokens(correlated):
@@ -224,44 +201,32 @@ def test_no_tokens_are_refused():
 
 @torch.no_grad()
 def reads_of(model, layer, ids):
-    """Return input, activation site and output of a layer's MLP, each [n_tokens, width]."""
+    """Return activation site and output of a layer's MLP, each [n_tokens, width]."""
     found = {}
-    hooks = [
-        getattr(layer.owner, layer.family.inputs[0]).register_forward_pre_hook(lambda _m, i: found.update(x=i[0])),
-        layer.output.register_forward_hook(lambda _m, i, o: found.update(z=i[0], y=o.clone())),
-    ]
+    hook = layer.output.register_forward_hook(lambda _m, i, o: found.update(z=i[0], y=o.clone()))
     model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [found[name].reshape(-1, found[name].shape[-1]) for name in "xzy"]
+    hook.remove()
+    return [found[name].reshape(-1, found[name].shape[-1]) for name in "zy"]
 
 
 def test_merged_weights_give_the_compensated_output(model):
     layers = find_mlps(model)
     layer = layers[0]
     input_ids = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    x, z, _ = reads_of(model, layer, input_ids)
+    z, _ = reads_of(model, layer, input_ids)
     kept = torch.arange(0, layer.d_ff, 3)
     weight, bias = linear_parameters(layer.output)
-    repair = LayerCompensation(
-        drawn(layer.d_model, seed=1),
-        drawn(layer.d_model, 4, seed=2),
-        drawn(4, len(kept), seed=3),
-        drawn(3, layer.d_model, seed=4),
-        drawn(layer.d_model, 3, seed=5),
-    )
+    repair = LayerCompensation(drawn(layer.d_model, seed=1), drawn(layer.d_model, len(kept), seed=2))
     wanted = z[:, kept] @ (weight[:, kept] + repair.delta).T + repair.bias + (0 if bias is None else bias)
-    wanted = wanted + x @ repair.bypass_in.T @ repair.bypass_out.T
     compact = compact_model(layers, NeuronSelection("test", {0: kept}, compensation={0: repair}))
     n_bytes = sum(p.numel() * p.element_size() for module in compact[0].values() for p in module.parameters())
     dense = install(layers, compact)
     try:
-        _, _, found = reads_of(model, layer, input_ids)
+        _, found = reads_of(model, layer, input_ids)
     finally:
         install(layers, dense)
     assert torch.allclose(found, wanted, atol=2e-4 * wanted.abs().max())
-    slack = 4 * 2 * (len(kept) + 6)  # an up projection beside a gate with a bias has one only if it had one
-    assert abs(compact_bytes(layer, len(kept), repair) - n_bytes) <= slack
+    assert compact_bytes(layer, len(kept), repair) == n_bytes
 
 
 def language_model_of(model):
@@ -345,21 +310,19 @@ def test_a_ridge_chosen_on_held_texts_serves_unseen_ones_no_worse(model):
     assert chosen < 1.02 * least
 
 
-@pytest.mark.parametrize("fit", [Fit(), Fit(rank=3, bypass_rank=2)], ids=["full", "rank 3, bypass"])
-def test_distillation_learns_in_every_family(model, fit):
+def test_distillation_learns_in_every_family(model):
     language_model = language_model_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     texts = some_texts(30)
-    fitted = fit_layers(language_model, texts, [language_model.layers[0].d_ff // 2] * N_LAYERS, fit)
-    blank = {n: replace(c, left=0 * c.left, bias=0 * c.bias) for n, c in fitted.compensation.items()}
+    fitted = fit_layers(language_model, texts, [language_model.layers[0].d_ff // 2] * N_LAYERS, Fit())
+    blank = {n: replace(c, delta=0 * c.delta, bias=0 * c.bias) for n, c in fitted.compensation.items()}
     fitted = replace(fitted, compensation=blank)  # a tiny model's closed form leaves little to learn
     reported = []
     weight = linear_parameters(language_model.layers[0].output)[0]
     rate = 3e-3 / float(weight.square().mean().sqrt())  # tiny models' weights are smaller than what there is to learn
     settings = Distillation(learning_rate=rate, rate_of_change=None, tokens_per_step=200)
     (distilled,) = distil(language_model, [fitted], texts * 3, settings, reported.append)
-    bar = 0.9 if fit.rank is None else 0.99  # three directions can learn little
-    assert divergence(model, texts, distilled) < bar * divergence(model, texts, fitted)
+    assert divergence(model, texts, distilled) < 0.9 * divergence(model, texts, fitted)
     assert sum(reported) == 3 * sum(len(text.ids) for text in texts)
     assert distilled.ids is fitted.ids
     for number, repair in distilled.compensation.items():
@@ -382,8 +345,8 @@ def test_sets_that_are_trained_together_learn_what_each_would_alone(tiny_checkpo
     for start, found in zip(starts, together, strict=True):
         (alone,) = distil(language_model, [start], texts, Distillation())
         for number, repair in alone.compensation.items():
-            assert torch.equal(repair.left, found.compensation[number].left)
-            assert not torch.equal(repair.left, start.compensation[number].left)
+            assert torch.equal(repair.delta, found.compensation[number].delta)
+            assert not torch.equal(repair.delta, start.compensation[number].delta)
 
 
 @pytest.mark.parametrize("jointly", [False, True], ids=["alone", "jointly"])
@@ -394,14 +357,14 @@ def test_training_moves_weights_by_what_the_fit_moved_them(tiny_checkpoint, join
 
     def moved(share, settings):
         """How far training moves a layer's weights, over how far a fit did that is ``share`` of the true one."""
-        small = {n: replace(c, left=share * c.left) for n, c in fitted.compensation.items()}
+        small = {n: replace(c, delta=share * c.delta) for n, c in fitted.compensation.items()}
         start = replace(fitted, compensation=small)
         if jointly:
             ((found,),) = distil_jointly(language_model, [[start]], texts, [0] * len(texts), settings)
         else:
             (found,) = distil(language_model, [start], texts, settings)
-        steps = [found.compensation[n].left - small[n].left for n in range(N_LAYERS)]
-        return [float(step.norm() / small[n].left.norm()) for n, step in enumerate(steps)]
+        steps = [found.compensation[n].delta - small[n].delta for n in range(N_LAYERS)]
+        return [float(step.norm() / small[n].delta.norm()) for n, step in enumerate(steps)]
 
     settings = Distillation(tokens_per_step=1)
     most = settings.rate_of_change * len(texts)  # one text a step, all steps in one direction
@@ -419,7 +382,7 @@ def fitted_blankly(language_model, texts, n_sets):
     fitted = [fit_layers(language_model, texts[i::n_sets], n_kept, Fit()) for i in range(n_sets)]
     blank = [
         replace(
-            each, compensation={n: replace(c, left=0 * c.left, bias=0 * c.bias) for n, c in each.compensation.items()}
+            each, compensation={n: replace(c, delta=0 * c.delta, bias=0 * c.bias) for n, c in each.compensation.items()}
         )
         for each in fitted
     ]
@@ -443,8 +406,8 @@ def test_sets_that_learn_jointly_share_what_they_learn_in_every_family(model):
         shared, places, other_places = np.intersect1d(ids, other_ids, return_indices=True)
         own, other = (each.compensation[number] for each in trained)
         assert 0 < len(shared) < len(ids) and torch.equal(own.bias, other.bias)
-        assert torch.equal(own.left[:, places], other.left[:, other_places])
-        assert not own.left.requires_grad and own.left.abs().sum() > 0
+        assert torch.equal(own.delta[:, places], other.delta[:, other_places])
+        assert not own.delta.requires_grad and own.delta.abs().sum() > 0
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -495,7 +458,7 @@ def test_training_on_packs_learns_what_it_does_one_by_one(models, monkeypatch, j
 
     for one, several in zip(train(0), train(100), strict=True):
         for number in range(N_LAYERS):
-            change, other = one.compensation[number].left, several.compensation[number].left
+            change, other = one.compensation[number].delta, several.compensation[number].delta
             assert change.abs().sum() > 0
             assert float((change - other).abs().mean()) < 0.02 * float(change.abs().mean())
 
@@ -535,7 +498,7 @@ def test_training_that_is_broken_off_ends_as_it_would_have(models, tmp_path, mon
     assert sum(reported) == sum(len(text.ids) for text in texts) and len(reported) < len(texts)  # steps at a time
     assert 0 < sum(n_read) < len(texts)  # what was done is not read again
     for one, two in zip(wanted, found, strict=True):
-        assert all(torch.equal(one.compensation[n].left, two.compensation[n].left) for n in range(N_LAYERS))
+        assert all(torch.equal(one.compensation[n].delta, two.compensation[n].delta) for n in range(N_LAYERS))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BuildError, match="cannot be read"):
         train(path)
@@ -579,10 +542,9 @@ def test_short_completions_leave_the_prompts_end_to_be_read_sparsely():
     assert n_decoded(CalibrationText([1], 0)) == 0
 
 
-@pytest.mark.parametrize("bypass_rank", [0, 2])
-def test_narrow_passes_give_the_moments_of_wide_ones(model, bypass_rank):
+def test_narrow_passes_give_the_moments_of_wide_ones(model):
     language_model = language_model_of(model)
-    layers, blocks, fit = language_model.layers, decoder_blocks(language_model), Fit(bypass_rank=bypass_rank)
+    layers, blocks, fit = language_model.layers, decoder_blocks(language_model), Fit()
     first, second = layers[:2]
     kept = torch.arange(1, second.d_ff, 3)
     with torch.inference_mode():
@@ -593,35 +555,23 @@ def test_narrow_passes_give_the_moments_of_wide_ones(model, bypass_rank):
             _advance(first, blocks[0], batches)
         wide, _ = _moments(second, blocks[1], batches, fit)
         narrow, _ = _moments(second, blocks[1], batches, fit, kept)
-    expected = wide.of(_with_inputs(second, kept, fit))
+    expected = wide.of(kept)
     assert narrow.n_tokens == expected.n_tokens
     for name in ("gram", "cross", "features", "targets"):
         torch.testing.assert_close(getattr(narrow, name), getattr(expected, name), rtol=1e-4, atol=1e-3)
 
 
-def test_neurons_may_be_ranked_on_some_of_the_tokens(models):
-    language_model, texts = language_model_of(models["llama"]), some_texts(200)
-    n = [language_model.layers[0].d_ff // 2] * N_LAYERS
-    sets = {tokens: fit_layers(language_model, texts, n, Fit(ranking_tokens=tokens)) for tokens in (None, 1500, 10**6)}
-    assert all((sets[None].ids[i] == sets[10**6].ids[i]).all() for i in range(N_LAYERS))
-    assert any((sets[None].ids[i] != sets[1500].ids[i]).any() for i in range(N_LAYERS))
-    gaps = {tokens: divergence(models["llama"], texts, selection) for tokens, selection in sets.items()}
-    assert gaps[1500] < 1.1 * gaps[None]
-
-
-@pytest.mark.parametrize("bypass_rank", [0, 2])
-@pytest.mark.parametrize("tokens", [None, 1500])
-def test_ranking_by_energy_needs_no_products_of_all_neurons(models, bypass_rank, tokens):
+def test_ranking_by_energy_needs_no_products_of_all_neurons(models):
     language_model, texts = language_model_of(models["llama"]), some_texts(100)
     n = [language_model.layers[0].d_ff // 2] * N_LAYERS
-    fit, taken = Fit(Ranking.ENERGY, bypass_rank=bypass_rank, ranking_tokens=tokens), []
+    fit, taken = Fit(Ranking.ENERGY), []
     short = fit_layers(language_model, texts, n, fit)
     long = fit_layers(language_model, texts, n, fit, keep=lambda number, _moments: taken.append(number))
     assert taken == list(range(N_LAYERS))
     for number, ids in long.ids.items():
         assert (short.ids[number] == ids).all()
         torch.testing.assert_close(
-            short.compensation[number].left, long.compensation[number].left, rtol=1e-2, atol=1e-3
+            short.compensation[number].delta, long.compensation[number].delta, rtol=1e-2, atol=1e-3
         )
 
 
@@ -664,12 +614,10 @@ def test_budgets_follow_the_costs():
 def test_bytes_stay_within_the_keep_ratio(model):
     layers = find_mlps(model)
     dense = sum(layer.n_bytes for layer in layers)
-    for bypass_rank in (0, 2):
-        kept = neurons_of(layers, range(N_LAYERS), 0.6, None, bypass_rank)
-        pairs = bypass_rank * (1 if layers[0].family.gated else 2)
-        repair = LayerCompensation(drawn(32), drawn(32, 1), None, *((drawn(2, 32), drawn(32, 2)) if pairs else ()))
-        used = sum(compact_bytes(layer, n - pairs, repair) for layer, n in zip(layers, kept, strict=True))
-        assert 0.5 * dense < used <= 0.6 * dense
+    kept = neurons_of(layers, range(N_LAYERS), 0.6, None)
+    repair = LayerCompensation(drawn(32))
+    used = sum(compact_bytes(layer, n, repair) for layer, n in zip(layers, kept, strict=True))
+    assert 0.5 * dense < used <= 0.6 * dense
     assert n_within(layers[0], 1e-9) == 1
 
 
@@ -724,7 +672,6 @@ def test_an_index_brings_its_compensated_sets(built, tiny_checkpoint, encoder):
     for ratio in (0.5, 0.7):
         chosen = index.selection(index.lookup("Tell me of planets.")[0], ratio)
         assert chosen.compensation is not None and chosen.mode == "similarity"
-        assert chosen.compensation[0].bypass_rank == 2 and chosen.compensation[0].right.shape[0] == 3
         assert 0.85 * ratio * dense < chosen.mlp_bytes(language_model.layers) <= ratio * dense
     assert index.global_selection(0.5).compensation is not None
     assert index.selection(index.lookup("stars")[0], 0.6).compensation is None
@@ -755,13 +702,31 @@ def test_a_damaged_set_is_refused_when_it_is_read(built, encoder, tmp_path):
         SemanticIndex.load(copy, encoder)
 
 
+def test_sets_of_earlier_releases_are_read_unless_they_were_stored_in_factors(tmp_path):
+    ids, bias, path = torch.arange(4, dtype=torch.int32), drawn(6), tmp_path / "set"
+    nothing = {"0.left": torch.zeros(6, 0), "0.right": torch.zeros(0, 4)}
+    for more, delta in (({"0.left": drawn(6, 4)}, drawn(6, 4)), (nothing, None)):
+        save_file({"0.ids": ids, "0.bias": bias, **more}, path)
+        _, repairs = load_compensated(path, 6, 2)
+        assert torch.equal(repairs[0].bias, bias)
+        assert repairs[0].delta is None if delta is None else torch.equal(repairs[0].delta, delta)
+    bypass = {"0.bypass_in": drawn(2, 6), "0.bypass_out": drawn(6, 2)}
+    factors = {"0.left": drawn(6, 2), "0.right": drawn(2, 4)}
+    for more, form in (({"0.left": drawn(6, 4), **bypass}, "with a bypass"), (factors, "in two factors")):
+        save_file({"0.ids": ids, "0.bias": bias, **more}, path)
+        with pytest.raises(
+            IndexFormatError, match=f"stored {form}, which this release does not read; build the index anew"
+        ):
+            load_compensated(path, 6, 2)
+
+
 def test_strange_shapes_are_refused(tmp_path):
     good = NeuronSelection("t", {0: torch.arange(4)}, compensation={0: LayerCompensation(drawn(6), drawn(6, 4))})
-    save_compensated(tmp_path / "good", good)
+    save_selection(tmp_path / "good", good)
     ids, repairs = load_compensated(tmp_path / "good", 6, 2)
-    assert set(ids) == {0} and torch.allclose(repairs[0].delta, drawn(6, 4), atol=0.02)
+    assert set(ids) == {0} and torch.allclose(repairs[0].delta.float(), drawn(6, 4), atol=0.02)
     bad = replace(good, compensation={0: LayerCompensation(drawn(6), drawn(6, 3))})
-    save_compensated(tmp_path / "bad", bad)
+    save_selection(tmp_path / "bad", bad)
     with pytest.raises(IndexFormatError, match="do not fit 4 neurons"):
         load_compensated(tmp_path / "bad", 6, 2)
     (tmp_path / "none").write_bytes(b"no safetensors")
@@ -824,7 +789,7 @@ def test_clusters_begin_to_learn_jointly_with_what_the_corpus_set_has_learnt(tin
     texts = ["{0}, {0}! 12345 + 67890 = {0}?" if i % 2 else "Tell me of it. It is this and more." for i in range(24)]
     sentences = [Sentence(str(i), text.format(i)[:12], text.format(i), 9) for i, text in enumerate(texts)]
     clustering = Clustering(np.zeros((2, 2), np.float32), np.arange(24) % 2, np.ones(24))
-    settings = replace(COMPENSATION, keep_ratios=(0.5,), rank=None, distil_from=Start.JOINT)
+    settings = replace(COMPENSATION, keep_ratios=(0.5,), distil_from=Start.JOINT)
     config = BuildConfig(clusters=2, compensation=settings)
     corpus = CalibrationCorpus(language_model, sentences, clustering, config, 64, tmp_path)
     begun = []
@@ -852,11 +817,10 @@ def test_clusters_begin_to_learn_jointly_with_what_the_corpus_set_has_learnt(tin
             assert torch.equal(start.ids[number], ids)
             mine, theirs = zip(*common, strict=True)
             was, found, old, new = (each.compensation[number] for each in (own, start, before, after))
-            wanted = was.left.float()
-            wanted[:, list(mine)] += (new.left.float() - old.left.float())[:, list(theirs)]
-            assert not torch.equal(wanted, was.left.float()) and torch.equal(found.left, wanted.bfloat16())
+            wanted = was.delta.float()
+            wanted[:, list(mine)] += (new.delta.float() - old.delta.float())[:, list(theirs)]
+            assert not torch.equal(wanted, was.delta.float()) and torch.equal(found.delta, wanted.bfloat16())
             assert torch.equal(found.bias, was.bias.float() + new.bias.float() - old.bias.float())
-            assert torch.equal(found.bypass_in, was.bypass_in)
     assert n_apart > 0
 
 
@@ -870,9 +834,9 @@ def test_the_better_set_is_found_on_held_out_texts(tiny_checkpoint, tmp_path):
     corpus = CalibrationCorpus(language_model, sentences, clustering, config, 64, tmp_path)
     _, texts = corpus.texts(None, 10**6)
     good = fit_layers(language_model, texts, n, Fit())
-    bad = replace(good, compensation={k: replace(c, left=5 + 0 * c.left) for k, c in good.compensation.items()})
+    bad = replace(good, compensation={k: replace(c, delta=5 + 0 * c.delta) for k, c in good.compensation.items()})
     for cluster, selection in ((None, good), (0, bad), (1, good)):
-        save_compensated(tmp_path / compensation_file(0.5, cluster), selection)
+        save_selection(tmp_path / compensation_file(0.5, cluster), selection)
     sums = PartialSums.zeros(np.arange(2), N_LAYERS, layers[0].d_ff)
     sums.energy[:] = np.random.default_rng(0).permutation(layers[0].d_ff)
     reported = []
@@ -926,7 +890,7 @@ def test_a_plain_set_is_the_neurons_of_highest_energy():
         chosen = plain_set(sums, [1, 2], [12, 5, 12], cluster, 6)
         energy = sums.energy.sum(0) if cluster is None else sums.energy[cluster]
         assert list(chosen.ids) == [1] and set(chosen.ids[1].tolist()) == set(np.argsort(-energy[0])[:5].tolist())
-        assert not chosen.compensation[1].delta.any() and chosen.compensation[1].delta.shape == (6, 5)
+        assert chosen.compensation[1].delta is None and not chosen.compensation[1].bias.any()
 
 
 def by_text(model, texts, selection):
@@ -989,7 +953,7 @@ def test_where_compensation_does_harm_plain_neurons_decode(tiny_checkpoint, enco
         n_kept = index.manifest.compensation[0].n_kept
         for number, ids in chosen.ids.items():
             wanted = index.core_neurons(of, n_kept[number] / index.manifest.model.d_ff)[number]
-            assert torch.equal(ids, wanted) and not chosen.compensation[number].delta.any()
+            assert torch.equal(ids, wanted) and chosen.compensation[number].delta is None
     model = load_model(tiny_checkpoint)
     plain = make_predictor("global", model.layers, index)
     run = TextGenerator(model, plain).generate("Tell me of stars.", max_new_tokens=3)
@@ -1043,7 +1007,7 @@ def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpo
         own = one.cluster_selection(cluster, 0.5)
         assert all(torch.equal(own.ids[i], everywhere.ids[i]) for i in own.ids)
         served = cluster in one.manifest.served_by_corpus(0.5)
-        assert served == torch.equal(own.compensation[0].right, everywhere.compensation[0].right)
+        assert served == torch.equal(own.compensation[0].delta, everywhere.compensation[0].delta)
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
     assert two.manifest == one.manifest
@@ -1051,7 +1015,7 @@ def test_sets_that_begin_with_the_corpus_s_share_its_neurons(built, tiny_checkpo
 
 def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoint, encoder):
     corpus = CorpusConfig(str(built.with_name("rows.jsonl")), template="{question} {answer}")
-    settings = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
+    settings = replace(COMPENSATION, distil_from=Start.JOINT)
     config = BuildConfig(clusters=3, compensation=settings)
     folders = [built.with_name(f"joint-{n_workers}") for n_workers in (1, 2)]
     one, _ = (
@@ -1061,14 +1025,13 @@ def test_clusters_that_learn_jointly_keep_their_own_neurons(built, tiny_checkpoi
     own = [one.cluster_selection(c, 0.5) for c in range(3) if c not in one.manifest.served_by_corpus(0.5)]
     everywhere = one.global_selection(0.5)
     assert any(not torch.equal(ids, everywhere.ids[number]) for each in own for number, ids in each.ids.items())
-    assert all(each.compensation[0].right is None and each.compensation[0].bypass_rank == 2 for each in own)
     assert one.manifest.compensation[0].distil_from == "joint"
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
 
 
 def test_a_single_cluster_has_nobody_to_learn_with():
-    joint = replace(COMPENSATION, rank=None, distil_from=Start.JOINT)
+    joint = replace(COMPENSATION, distil_from=Start.JOINT)
     for settings in (joint, COMPENSATION):
         assert trainings(settings, 1) == [Training((None,))]
     assert trainings(joint, 3) == [Training((None,)), Training((0, 1, 2))]
@@ -1152,10 +1115,10 @@ def test_a_copy_of_one_layer_does_not_hold_on_to_its_file(built, tiny_checkpoint
 
 def test_sets_that_do_not_fit_together_are_trained_one_after_the_other(models):
     layers = find_mlps(models["llama"])
-    small, large = (training_bytes(layers, ratio, COMPENSATION.rank) for ratio in COMPENSATION.keep_ratios)
+    small, large = (training_bytes(layers, ratio) for ratio in COMPENSATION.keep_ratios)
     assert 0 < small < large
     for room, groups in ((small + large, [[0.5, 0.7]]), (large, [[0.5], [0.7]]), (1, [[0.5], [0.7]])):
-        assert trained_together(layers, COMPENSATION.keep_ratios, COMPENSATION.rank, room) == groups
+        assert trained_together(layers, COMPENSATION.keep_ratios, room) == groups
 
 
 def test_trainings_that_were_broken_off_keep_their_groups(tmp_path):
@@ -1177,16 +1140,6 @@ def test_a_norm_behind_the_residual_sum_is_a_norm_behind_the_mlp():
     n = [language_model.layers[0].d_ff // 2] * N_LAYERS
     fitted = fit_layers(language_model, texts, n, Fit(ridge=RIDGE))
     assert divergence(model, texts, fitted) < 0.95 * divergence(model, texts, replace(fitted, compensation=None))
-
-
-def test_factors_are_stored_only_where_they_are_smaller(correlated):
-    z, weight, _ = correlated
-    moments = moments_of(z, z @ weight.T).centred()
-    ids = torch.arange(8)
-    for rank, n_numbers in ((2, 2 * (8 + 6)), (4, 8 * 6)):  # 4 (8 + 6) are more than 8 · 6
-        repair = compensate(moments, ids, weight, None, rank, 0, ridge=0.1)
-        parts = [part for part in (repair.left, repair.right) if part is not None]
-        assert sum(part.numel() for part in parts) == n_numbers == size_of_change(8, 6, rank)
 
 
 def test_a_keep_ratio_whose_sets_are_trained_is_not_trained_again(tiny_checkpoint, tmp_path):
@@ -1273,7 +1226,7 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
         assert answer.exit_code == 1 and "cannot be opened" in answer.stderr
         assert ("compensated sets at 0.5, 0.7, not at 0.6" in answer.stderr) == noted
     described = CliRunner().invoke(main, ["info", str(copy)])
-    assert "keep ratio 0.5, rank 3, bypass of rank 2" in described.stdout and "profile" in described.stdout
+    assert "keep ratio 0.5, sensitivity budget" in described.stdout and "profile" in described.stdout
     assert CliRunner().invoke(main, ["verify", str(copy)]).exit_code == 0
     damaged = copy / compensation_file(0.7, 0)
     content = bytearray(damaged.read_bytes())
@@ -1286,14 +1239,6 @@ def test_tune_and_evaluate_know_compensated_sets(built, tiny_checkpoint, tmp_pat
     assert "compensated" in looked.stdout
 
 
-@pytest.mark.parametrize("value", ["rank:0", "rank:x", "half", "rank"])
-def test_impossible_ranks_are_refused(value, tmp_path):
-    done = CliRunner().invoke(
-        main, ["build-index", "x", "--model", "m", "--out", str(tmp_path / "o"), "--compensate", value]
-    )
-    assert done.exit_code == 2 and "neither 'full' nor 'rank:R'" in done.stderr
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -1301,30 +1246,13 @@ def test_impossible_ranks_are_refused(value, tmp_path):
         {"keep_ratios": (1.0,)},
         {"keep_ratios": (0.4, 0.5, 0.4)},
         {"keep_ratios": (0.4, 0.4 + 1e-9)},
-        {"rank": 0},
-        {"bypass_rank": -1},
         {"tokens": 0},
         {"distil_tokens": -1},
-        {"rank": 4, "distil_tokens": 10, "distil_from": Start.JOINT},
     ],
 )
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ConfigError):
         CompensationConfig(**settings)
-
-
-def test_a_bypass_that_leaves_no_neurons_is_refused(models):
-    for key, rank in (("llama", 40), ("gpt2", 20), ("llama", 16)):
-        layer = find_mlps(models[key])[0]
-        with pytest.raises(ConfigError, match="give a smaller --bypass-rank"):
-            check_ranks(layer, (0.3,), None, rank)
-        check_ranks(layer, (0.3,), layer.d_model, 2)
-        with pytest.raises(ConfigError, match=f"at most the model's {layer.d_model} features"):
-            check_ranks(layer, (0.3,), layer.d_model + 1, 0)
-    layers = find_mlps(models["llama"])
-    flat = np.zeros((N_LAYERS, layers[0].d_ff))
-    flat[0] = np.linspace(1, 0, layers[0].d_ff)  # only the first layer matters
-    assert min(neurons_of(layers, range(N_LAYERS), 0.4, flat, 8)) > 8
 
 
 def test_training_on_a_gpu_does_without_cudnn_attention():

@@ -90,12 +90,11 @@ def test_square_matrices_of_gpt2_are_laid_out_as_it_stores_them(tmp_path):
     assert torch.allclose(logits, logits_of(language_model, selection, IDS), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("fit", [Fit(), Fit(rank=3, bypass_rank=2)], ids=["full", "rank 3, bypass"])
-def test_compensated_sets_load_in_stock_transformers_or_are_refused(model, fit, tmp_path):
+def test_compensated_sets_load_in_stock_transformers_or_are_refused(model, tmp_path):
     language_model = exportable(model)
     layer = language_model.layers[0]
     n_kept = [layer.d_ff // 3, layer.d_ff // 2, layer.d_ff // 2]
-    selection = fit_layers(language_model, some_texts(10), n_kept, fit)
+    selection = fit_layers(language_model, some_texts(10), n_kept, Fit())
     weights = compact_weights(language_model, selection, one_width=True)
     if layer.family.name in (*WITHOUT_BIASES, "Bloom"):
         assert layer.family.name == "Bloom" or weights.has_bias
@@ -153,7 +152,7 @@ def llama_cpp_continuation(path, prompt, n):
 
 @pytest.mark.parametrize("n_kept", [[60, 60, 60], [40, 100, 192]], ids=["one width", "several widths"])
 def test_llama_cpp_computes_the_same(wide, n_kept, tmp_path):
-    selection = fit_layers(wide, some_texts(10), n_kept, Fit(bypass_rank=2))
+    selection = fit_layers(wide, some_texts(10), n_kept, Fit())
     weights = compact_weights(wide, selection, one_width=False)
     assert weights.widths == [-(-n // 64) * 64 for n in n_kept]
     path = tmp_path / "wide.gguf"

@@ -33,9 +33,6 @@ ROOMS = (
 )
 """A room imports only from itself and those above it."""
 PENDING: set[str] = {
-    "coreinfer_sim.choosing.selection -> coreinfer_sim.fitting.least_squares",
-    "coreinfer_sim.engines.compact -> coreinfer_sim.fitting.least_squares",
-    "coreinfer_sim.engines.lean.decoder -> coreinfer_sim.fitting.least_squares",
     "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.export.compact",
     "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.export.exporting",
     "coreinfer_sim.evaluation.evaluate -> coreinfer_sim.building.folder",
@@ -43,8 +40,6 @@ PENDING: set[str] = {
     "coreinfer_sim.fitting.stages -> coreinfer_sim.building.folder",
     "coreinfer_sim.fitting.stages -> coreinfer_sim.building.jobs",
     "coreinfer_sim.fitting.stages -> coreinfer_sim.building.shards",
-    "coreinfer_sim.index.compensated -> coreinfer_sim.choosing.selection",
-    "coreinfer_sim.index.compensated -> coreinfer_sim.fitting.least_squares",
 }
 """Imports that still point the other way; this set only shrinks."""
 

@@ -31,7 +31,7 @@ from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import compact_projections
 from coreinfer_sim.engines.lean import decoder as lean
 from coreinfer_sim.engines.lean import loops as decode_kernels
-from coreinfer_sim.fitting.least_squares import LayerCompensation
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import find_mlps
 
 LEAN = ("llama", "llama-relu-bias", "mistral", "qwen2", "qwen3")
@@ -60,7 +60,7 @@ def both(model, predictor, ids, **options):
     return found
 
 
-def compensated(model, keep_ratio=0.5, rank=None, bypass=0, seed=3):
+def compensated(model, keep_ratio=0.5, seed=3):
     """A selection with random compensation."""
     g = torch.Generator().manual_seed(seed)
     chosen, d = selection(model, keep_ratio), find_mlps(model)[0].d_model
@@ -70,9 +70,8 @@ def compensated(model, keep_ratio=0.5, rank=None, bypass=0, seed=3):
 
     repairs = {}
     for number, ids in chosen.ids.items():
-        left, right = (draw(d, len(ids)), None) if rank is None else (draw(d, rank), draw(rank, len(ids)))
-        ways = (draw(bypass, d), draw(d, bypass)) if bypass else (None, None)
-        repairs[number] = LayerCompensation(draw(d), left, right, *ways)
+        delta = draw(d, len(ids))
+        repairs[number] = LayerCompensation(draw(d), delta)
     return NeuronSelection("test", chosen.ids, compensation=repairs)
 
 
@@ -82,15 +81,13 @@ def test_one_row(model, mode):
     assert_same_output(*both(model, predictor, token_ids(1, 9)), 1e-5)
 
 
-@pytest.mark.parametrize("bypass", [0, 4])
-@pytest.mark.parametrize("rank", [None, 6])
-def test_compensation(model, rank, bypass):
-    chosen = compensated(model, rank=rank, bypass=bypass)
+def test_compensation(model):
+    chosen = compensated(model)
     assert_same_output(*both(model, FixedPredictor(chosen), token_ids(1, 9)), 1e-4)
 
 
 def test_neurons_are_those_of_the_compact_modules(model):
-    layer, chosen = find_mlps(model)[1], compensated(model, bypass=4)
+    layer, chosen = find_mlps(model)[1], compensated(model)
     ids, repair = chosen.ids[1], chosen.compensation[1]
     own, modules = lean.neuron_mlp(layer, ids, repair), compact_projections(layer, ids, repair)
     for part, name in enumerate(layer.projections):

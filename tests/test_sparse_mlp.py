@@ -285,7 +285,7 @@ def test_merging_compensation_makes_no_copy_of_the_output_weights():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from coreinfer_sim.engines.compact import MERGED_ROWS, merge_delta
-    from coreinfer_sim.fitting.least_squares import LayerCompensation
+    from coreinfer_sim.index.compensated import LayerCompensation
 
     sizes = []
 

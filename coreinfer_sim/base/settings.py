@@ -166,18 +166,12 @@ class CompensationConfig:
 
     keep_ratios: tuple[float, ...] = (0.4,)
     """Share of the dense MLPs' bytes, compensation included, on average over the layers; one fitted set for each."""
-    rank: int | None = None
-    """Rank of the change of the output weights; None: full."""
-    bypass_rank: int = 0
-    """Directions of each MLP's input that go straight to its output, as neurons among the kept ones."""
     ranking: Ranking = Ranking.SURGEON
     """What ranks the neurons."""
     budget: Budget = Budget.SENSITIVITY
     """How neurons are shared out among the layers."""
     tokens: int = 20_000
     """Tokens that each cluster's set is fitted on; the whole corpus's set takes three times as many."""
-    ranking_tokens: int | None = None
-    """Tokens among those that rank a set's neurons; None: all."""
     distil_tokens: int = 0
     """Tokens of the texts that each cluster's set is trained on from there, the whole corpus's again on three times as
     many, as are clusters that learn jointly; 0: the closed form stays as it is."""
@@ -201,16 +195,8 @@ class CompensationConfig:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"the keep ratio {twice} was given twice, expected each once; leave one out.")
-        _check_at_least("rank", self.rank, 1)
-        _check_at_least("bypass rank", self.bypass_rank, 0)
         _check_at_least("tokens", self.tokens, 1)
-        _check_at_least("ranking tokens", self.ranking_tokens, 1)
         _check_at_least("distil tokens", self.distil_tokens, 0)
-        if self.distil_tokens and self.distil_from is Start.JOINT and self.rank is not None:
-            raise ConfigError(
-                f"the change of the output weights is kept at rank {self.rank}, but clusters that learn jointly need it at "
-                "full rank; give --compensate full or --distil-from cluster."
-            )
 
 
 @dataclass(frozen=True)

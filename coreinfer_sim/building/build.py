@@ -48,7 +48,6 @@ from coreinfer_sim.building.jobs import (
     shards_of,
 )
 from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
-from coreinfer_sim.fitting.budgets import check_ranks
 from coreinfer_sim.fitting.costs import CompensationCosts
 from coreinfer_sim.fitting.stages import CompensationStages, forget_sets
 from coreinfer_sim.index.clustering import (
@@ -187,8 +186,6 @@ class _Build:
         self.language_model, self.encoder = language_model, encoder
         self.folder, self.config = job.folder, job.config
         self.layers = recorded_layers(language_model, job.config)
-        if (settings := job.config.compensation) is not None:
-            check_ranks(self.layers[0], settings.keep_ratios, settings.rank, settings.bypass_rank)
         self.report = CorpusReport()
         self.sentences: list[Sentence] = []
         self.embeddings = np.zeros((0, encoder.dimension), np.float32)

@@ -9,7 +9,7 @@ import torch
 
 from coreinfer_sim.base.errors import IndexMismatchError
 from coreinfer_sim.base.settings import UNFAMILIAR
-from coreinfer_sim.fitting.least_squares import LayerCompensation
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer
 
 
@@ -70,26 +70,19 @@ class NeuronSelection:
 
 def compact_bytes(layer: MLPLayer, n_kept: int, compensation: LayerCompensation | None = None) -> int:
     """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias."""
-    rank = compensation.bypass_rank if compensation is not None else 0
-    per_neuron, output_bias = _parts(layer, rank)
+    per_neuron, output_bias = _parts(layer)
     has_bias = layer.output.bias is not None or compensation is not None
-    return per_neuron * (n_kept + bypass_neurons(layer, rank)) + (output_bias if has_bias else 0)
+    return per_neuron * n_kept + (output_bias if has_bias else 0)
 
 
-def n_within(layer: MLPLayer, keep_ratio: float, bypass_rank: int = 0) -> int:
-    """Return how many neurons, a bypass included, a compensated MLP holds within a share of the dense MLP's bytes."""
-    per_neuron, output_bias = _parts(layer, bypass_rank)
+def n_within(layer: MLPLayer, keep_ratio: float) -> int:
+    """Return how many neurons a compensated MLP holds within a share of the dense MLP's bytes."""
+    per_neuron, output_bias = _parts(layer)
     return int(min(layer.d_ff, max(1, (keep_ratio * layer.n_bytes - output_bias) // per_neuron)))
 
 
-def bypass_neurons(layer: MLPLayer, rank: int) -> int:
-    """Return how many neurons a bypass takes: one for each direction, a pair in a plain MLP."""
-    return rank if layer.family.gated else 2 * rank
-
-
-def _parts(layer: MLPLayer, bypass_rank: int) -> tuple[int, int]:
-    """Return the bytes of one neuron, with the gate bias that a bypass brings, and those of an output bias."""
-    size = layer.output.weight.element_size()
-    output_bias = layer.d_model * size
-    per_neuron = (layer.n_bytes - (output_bias if layer.output.bias is not None else 0)) // layer.d_ff
-    return per_neuron + (size if bypass_rank and layer.family.gated else 0), output_bias
+def _parts(layer: MLPLayer) -> tuple[int, int]:
+    """Return the bytes of one neuron and those of an output bias."""
+    output_bias = layer.d_model * layer.output.weight.element_size()
+    own = output_bias if layer.output.bias is not None else 0
+    return (layer.n_bytes - own) // layer.d_ff, output_bias

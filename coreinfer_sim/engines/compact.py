@@ -15,14 +15,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.fitting.least_squares import LayerCompensation
-from coreinfer_sim.models.mlps import MLPLayer, activation, weight_shape
+from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.models.mlps import MLPLayer, weight_shape
 from coreinfer_sim.models.offload import HostLinear
 from coreinfer_sim.models.store import LayerStore
 
 Projections = dict[str, Any]
 _Parameters = tuple[torch.Tensor, torch.Tensor | None]
-_OPEN_GATE = 4.0
 MERGED_ROWS = 64
 """Rows of the output weights that are merged with compensation at a time."""
 
@@ -32,31 +31,25 @@ def compact_projections(
 ) -> Projections:
     """Cut one layer's projections down to the neurons ``ids`` [n_kept] and merge the compensation.
 
-    A bypass becomes further neurons: in a gated MLP each has a constant gate, in a plain one it is a pair, as
-    φ(x) − φ(−x) = x for ReLU, GELU and SiLU.
-
     Returns:
         Linear modules by name: inputs [n_kept, d_model] (twice that if fused), output [d_model, n_kept].
     """
     inputs, output, bias = _kept(layer, ids) if layer.store is None else _read(layer, layer.store, ids)
     if compensation is not None:
-        output = merged_output(output, compensation, layer.family.gated)
+        output = output.clone()
+        merge_delta(output, compensation)
         added = compensation.bias.to(output, copy=True)  # a view would hold on to its file
         bias = added if bias is None else bias + added
-    return {**_input_modules(layer, inputs, compensation), layer.family.output: _module(layer, output, bias)}
+    return {**_input_modules(layer, inputs), layer.family.output: _module(layer, output, bias)}
 
 
-def compact_inputs(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation) -> Projections:
+def compact_inputs(layer: MLPLayer, ids: torch.Tensor) -> Projections:
     """Cut just the input projections of a layer whose weights are in memory."""
-    return _input_modules(layer, _kept_inputs(layer, ids.to(layer.output.weight.device)), compensation)
+    return _input_modules(layer, _kept_inputs(layer, ids.to(layer.output.weight.device)))
 
 
-def _input_modules(
-    layer: MLPLayer, inputs: list[_Parameters], compensation: LayerCompensation | None
-) -> dict[str, nn.Linear]:
-    """Make modules of cut input projections, gate and up apart, and append the bypass's neurons."""
-    if compensation is not None and compensation.bypass_rank:
-        inputs = [_stacked(part, extra) for part, extra in zip(inputs, bypass_inputs(layer, compensation), strict=True)]
+def _input_modules(layer: MLPLayer, inputs: list[_Parameters]) -> dict[str, nn.Linear]:
+    """Make modules of cut input projections, gate and up apart."""
     if layer.family.fused:
         inputs = [_stacked(*inputs)]
     return {
@@ -69,31 +62,13 @@ def _module(layer: MLPLayer, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return linear_module(weight.contiguous().to(device), None if bias is None else bias.to(device))
 
 
-def merged_output(kept: torch.Tensor, compensation: LayerCompensation, gated: bool) -> torch.Tensor:
-    """Add the compensation, in float32, to the kept columns of the output projection.
-
-    Args:
-        kept: [d_model, n_kept].
-        compensation: of just these neurons.
-        gated: of the MLP; see `compact_projections` for the bypass's neurons, whose columns are appended.
-    """
-    merged = kept.clone()
-    merge_delta(merged, compensation)
-    if compensation.bypass_out is None:
-        return merged
-    return torch.cat([merged, bypass_columns(compensation.bypass_out.to(kept), gated)], 1)
-
-
-def bypass_columns(bypass_out: torch.Tensor, gated: bool) -> torch.Tensor:
-    """Return the output columns of a bypass's neurons for [d_model, bypass_rank]."""
-    return bypass_out if gated else torch.cat([bypass_out, -bypass_out], 1)
-
-
 def merge_delta(output: torch.Tensor, compensation: LayerCompensation) -> None:
     """Add the compensation to output weights [d_model, n_kept] in place, some rows at a time to need little memory."""
+    if compensation.delta is None:
+        return
     for begin in range(0, len(output), MERGED_ROWS):
         rows = slice(begin, begin + MERGED_ROWS)
-        output[rows] = output[rows] + compensation.delta_of(rows).to(output.device)  # the sum is float32, as delta is
+        output[rows] = output[rows] + compensation.delta[rows].to(output.device).float()  # the sum is float32
 
 
 _Cut = tuple[list[_Parameters], torch.Tensor, torch.Tensor | None]
@@ -138,17 +113,6 @@ def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
         return weight, None
     biases = [w.new_zeros(len(w)) if b is None else b for w, b in (first, second)]
     return weight, torch.cat([biases[0], biases[1].to(biases[0])]).to(weight)
-
-
-def bypass_inputs(layer: MLPLayer, compensation: LayerCompensation) -> list[_Parameters]:
-    """Return what a bypass appends to each input projection."""
-    assert compensation.bypass_in is not None
-    into = compensation.bypass_in.float()
-    if not layer.family.gated:
-        return [(torch.cat([into, -into]), None)]
-    gate = torch.full((len(into),), _OPEN_GATE, dtype=layer.output.weight.dtype)
-    opened = activation(layer)(gate).float()
-    return [(torch.zeros_like(into), gate), (into / opened[:, None], None)]
 
 
 def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.choosing.selection import bypass_neurons, n_within
+from coreinfer_sim.choosing.selection import n_within
 from coreinfer_sim.engines.compact import compact_projections, install
 from coreinfer_sim.fitting.calibration import CalibrationText, Fit, fit_each_alone
 from coreinfer_sim.fitting.reading import n_completion, packs, read_densely
@@ -53,7 +52,7 @@ def layer_costs(
     n_tokens = max(1, sum(reading.n_last for reading in readings))
     costs = np.zeros((len(layers), layers[0].d_ff), np.float32)
     for layer, ids, repair, left in fit_each_alone(language_model, fitted_on, PROBE, fit):
-        n = n_within(layer, PROBE, fit.bypass_rank)
+        n = n_within(layer, PROBE)
         whole = install(layers, {layer.number: compact_projections(layer, ids, repair)})
         try:
             divergence = sum(float(reading.divergences(model).sum()) for reading in readings) / n_tokens
@@ -94,41 +93,21 @@ def share_out(costs: np.ndarray, keep_ratio: float, least: float) -> np.ndarray:
 
 
 def neurons_of(
-    layers: Sequence[MLPLayer], recorded: Sequence[int], keep_ratio: float, costs: np.ndarray | None, bypass_rank: int
+    layers: Sequence[MLPLayer], recorded: Sequence[int], keep_ratio: float, costs: np.ndarray | None
 ) -> list[int]:
-    """Return the neurons of each layer, a bypass included, whose bytes are ``keep_ratio`` of the dense ones on average.
+    """Return the neurons of each layer whose bytes are ``keep_ratio`` of the dense ones on average.
 
     Args:
         layers: the model's MLPs.
         recorded: numbers of the layers that become sparse; the others keep all.
         keep_ratio: mean over those.
         costs: of `layer_costs`; None: the same for all.
-        bypass_rank: see `CompensationConfig`.
     """
     if costs is None:
         shares = np.full(len(recorded), keep_ratio)
     else:
-        taken = bypass_neurons(layers[0], bypass_rank) / layers[0].d_ff
-        shares = share_out(costs[list(recorded)], keep_ratio, max(_LEAST * keep_ratio, taken + 1 / 16))
+        shares = share_out(costs[list(recorded)], keep_ratio, max(_LEAST * keep_ratio, 1 / 16))
     kept = [layer.d_ff for layer in layers]
     for number, share in zip(recorded, shares, strict=True):
-        kept[number] = n_within(layers[number], float(share), bypass_rank)
+        kept[number] = n_within(layers[number], float(share))
     return kept
-
-
-def check_ranks(layer: MLPLayer, keep_ratios: Sequence[float], rank: int | None, bypass_rank: int) -> None:
-    """Raise ConfigError for a rank above full, or a bypass that leaves no neurons at a keep ratio or at PROBE."""
-    if rank is not None and rank > layer.d_model:
-        raise ConfigError(
-            f"the change of the output weights is to be kept at rank {rank}, expected at most the model's {layer.d_model} "
-            "features; give a smaller one or --compensate full."
-        )
-    taken = bypass_neurons(layer, bypass_rank)
-    for ratio in (*keep_ratios, PROBE):
-        n = n_within(layer, ratio, bypass_rank)
-        if bypass_rank > layer.d_model or taken >= n:
-            place = "" if ratio in keep_ratios else ", where layers are measured"
-            raise ConfigError(
-                f"a bypass of rank {bypass_rank} takes {taken} neurons, expected fewer than the {n} that a layer keeps at "
-                f"{ratio:g}{place}, and a rank of at most {layer.d_model}; give a smaller --bypass-rank."
-            )

@@ -13,22 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from coreinfer_sim.base.settings import Ranking
-from coreinfer_sim.choosing.selection import NeuronSelection, bypass_neurons, n_within
+from coreinfer_sim.choosing.selection import NeuronSelection, n_within
 from coreinfer_sim.engines.compact import Projections, compact_projections, install, linear_parameters
 from coreinfer_sim.fitting.least_squares import (
     FEW_TEXTS_RIDGE,
-    LayerCompensation,
     Moments,
     best_ridge,
     compensate,
     left_over,
     surgeon_score,
 )
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -49,9 +48,6 @@ class Fit:
     """How compact MLPs are fitted to texts."""
 
     ranking: Ranking = Ranking.SURGEON
-    rank: int | None = None
-    """Of the change of the output weights; None: full."""
-    bypass_rank: int = 0
     prompt_weight: float = 0.3
     """Weight of a prompt's token beside one of the completion."""
     carry: float = 1.0
@@ -60,9 +56,6 @@ class Fit:
     """λ of the regression; None: each layer takes that of `best_ridge`, on texts held out of it."""
     prior_tokens: float = 200.0
     """Tokens that the prior counts as: few, as its moments are of another set's sparse stream."""
-    ranking_tokens: int | None = None
-    """Tokens of the first texts that rank the neurons; None: every text does. The others are read for the neurons that
-    stay."""
 
 
 class _Batch:
@@ -106,7 +99,7 @@ def fit_layers(
 
     Args:
         language_model: the dense model.
-        texts: what to fit on; the first of them rank the neurons, so their order should be random.
+        texts: what to fit on.
         n_kept: neurons of each layer that stay, [n_layers]; d_ff leaves the layer dense.
         fit: how.
         prior: gives moments of a layer towards which these texts' are shrunk.
@@ -122,21 +115,16 @@ def fit_layers(
     compensation: dict[int, LayerCompensation] = {}
     with torch.inference_mode():
         texts, held_texts = _divided(texts)
-        n_ranking = _n_texts(texts, fit.ranking_tokens)
-        ranking, others, held = (
-            list(_batches(language_model, blocks, part, fit))
-            for part in (texts[:n_ranking], texts[n_ranking:], held_texts)
-        )
-        batches = [*ranking, *others, *held]
+        fitted, held = (list(_batches(language_model, blocks, part, fit)) for part in (texts, held_texts))
         for layer, block, n in zip(layers, blocks, n_kept, strict=True):
             dense: dict[int, Projections] = {}
             if n < layer.d_ff:
-                chosen, moments = _choose(layer, block, ranking, others, n, fit, prior, keep)
+                chosen, moments = _choose(layer, block, fitted, n, fit, prior, keep)
                 repair = _compensated(layer, block, chosen, moments, held, fit)
                 dense = install(layers, {layer.number: compact_projections(layer, chosen, repair)})
                 ids[layer.number], compensation[layer.number] = chosen.cpu(), repair.to("cpu")
             try:
-                _advance(layer, block, batches)
+                _advance(layer, block, [*fitted, *held])
             finally:
                 install(layers, dense)
             if report is not None:
@@ -147,32 +135,27 @@ def fit_layers(
 def _choose(
     layer: MLPLayer,
     block: nn.Module,
-    ranking: Sequence[_Batch],
-    others: Sequence[_Batch],
+    batches: Sequence[_Batch],
     n: int,
     fit: Fit,
     prior: Callable[[int], Moments] | None,
     keep: Callable[[int, Moments], None] | None,
 ) -> tuple[torch.Tensor, Moments]:
-    """Choose ``n`` neurons of a layer, a bypass included; return the layer's own, ascending, and moments of all that stay."""
+    """Choose ``n`` neurons of a layer; return them, ascending, and their moments."""
     if fit.ranking is Ranking.ENERGY and prior is None and keep is None:
         # Products of all neurons would be the dearest part of it, and nobody asks for them.
-        chosen = highest(_energy(layer, block, ranking), layer, n, fit.bypass_rank)
-        return chosen, _moments(layer, block, [*ranking, *others], fit, chosen)[0]
-    moments, energy = _moments(layer, block, ranking, fit)
+        chosen = highest(_energy(layer, block, batches), n)
+        return chosen, _moments(layer, block, batches, fit, chosen)[0]
+    moments, energy = _moments(layer, block, batches, fit)
     if keep is not None:
         keep(layer.number, moments)
     if prior is not None:
         moments.add_moments(prior(layer.number), fit.prior_tokens)
     score = energy
     if fit.ranking is Ranking.SURGEON:
-        gram = moments.centred().gram[: layer.d_ff, : layer.d_ff]
-        score = surgeon_score(gram, linear_parameters(layer.output)[0])
-    chosen = highest(score, layer, n, fit.bypass_rank)
-    moments = moments.of(_with_inputs(layer, chosen, fit))
-    if others:
-        moments.add_moments(_moments(layer, block, others, fit, chosen)[0])
-    return chosen, moments
+        score = surgeon_score(moments.centred().gram, linear_parameters(layer.output)[0])
+    chosen = highest(score, n)
+    return chosen, moments.of(chosen)
 
 
 def fit_each_alone(
@@ -190,19 +173,19 @@ def fit_each_alone(
         batches, held = (list(_batches(language_model, blocks, part, fit)) for part in _divided(texts))
         for layer, block in zip(language_model.layers, blocks, strict=True):
             weight, _ = linear_parameters(layer.output)
-            n = n_within(layer, keep_ratio, fit.bypass_rank)
+            n = n_within(layer, keep_ratio)
             if fit.ranking is Ranking.ENERGY:
                 energy = _energy(layer, block, batches)
-                chosen = highest(energy, layer, n, fit.bypass_rank)
+                chosen = highest(energy, n)
                 moments = _moments(layer, block, batches, fit, chosen)[0]
                 losses = (energy * weight.float().square().sum(0)).sort(descending=True).values
                 left = (losses.sum() - losses.cumsum(0)).clamp_min(0)
             else:
                 moments = _moments(layer, block, batches, fit)[0]
-                gram = moments.centred().gram[: layer.d_ff, : layer.d_ff]
+                gram = moments.centred().gram
                 score = surgeon_score(gram, weight)
-                chosen = highest(score, layer, n, fit.bypass_rank)
-                moments = moments.of(_with_inputs(layer, chosen, fit))
+                chosen = highest(score, n)
+                moments = moments.of(chosen)
                 left = left_over(gram, weight, score)
             yield layer, chosen, _compensated(layer, block, chosen, moments, held, fit), left
             _advance(layer, block, [*batches, *held])
@@ -216,7 +199,7 @@ def _divided(texts: Sequence[CalibrationText]) -> tuple[list[CalibrationText], l
 def _compensated(
     layer: MLPLayer, block: nn.Module, chosen: torch.Tensor, moments: Moments, held: Sequence[_Batch], fit: Fit
 ) -> LayerCompensation:
-    """Return what makes up for all but the chosen neurons, from the moments of these and, for a bypass, of the inputs.
+    """Return what makes up for all but the chosen neurons, from the moments of these.
 
     The held texts choose the ridge, and then count as all others do.
     """
@@ -229,7 +212,7 @@ def _compensated(
             ridge = best_ridge(moments.centred(), further.centred(), kept)
         moments.add_moments(further)
     places = torch.arange(len(chosen), device=chosen.device)
-    return compensate(moments.centred(), places, kept, bias, fit.rank, fit.bypass_rank, ridge=ridge)
+    return compensate(moments.centred(), places, kept, bias, ridge=ridge)
 
 
 def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
@@ -244,14 +227,6 @@ def decoder_blocks(language_model: LanguageModel) -> list[nn.Module]:
     )
 
 
-def _n_texts(texts: Sequence[CalibrationText], n_tokens: int | None) -> int:
-    """Return how many of the first texts hold ``n_tokens`` tokens; None: all of them."""
-    if n_tokens is None:
-        return len(texts)
-    sums = np.cumsum([len(text.ids) for text in texts])
-    return min(len(texts), int(np.searchsorted(sums, n_tokens)) + 1)
-
-
 def _moments(
     layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch], fit: Fit, kept: torch.Tensor | None = None
 ) -> tuple[Moments, torch.Tensor]:
@@ -261,7 +236,7 @@ def _moments(
     """
     n = layer.d_ff if kept is None else len(kept)
     device = layer.output.weight.device
-    moments = Moments(n + (layer.d_model if fit.bypass_rank else 0), layer.d_model, device)
+    moments = Moments(n, layer.d_model, device)
     energy = torch.zeros(n, device=device)
     here, narrow = {layer.number: layer}, {} if kept is None else compact_projections(layer, kept)
     for batch in batches:
@@ -280,7 +255,7 @@ def _moments(
             gap = (batch.dense_out - after_sparse).reshape(-1, layer.d_model)[tokens]
             target = target + fit.carry * (gap - (target - tape.y[tokens]))
         weights = batch.weights[tokens]
-        moments.add(torch.cat([z, tape.x[tokens]], 1) if fit.bypass_rank else z, target, weights)
+        moments.add(z, target, weights)
         energy += _energy_of(z, weights)
     return moments, energy
 
@@ -301,15 +276,9 @@ def _energy_of(z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return weights @ (square / square.sum(-1, keepdim=True).clamp_min(1e-30))
 
 
-def _with_inputs(layer: MLPLayer, ids: torch.Tensor, fit: Fit) -> torch.Tensor:
-    """Return the places of neurons among the features and, for a bypass, of the inputs that follow the neurons."""
-    inputs = torch.arange(layer.d_ff, layer.d_ff + (layer.d_model if fit.bypass_rank else 0), device=ids.device)
-    return torch.cat([ids, inputs])
-
-
-def highest(score: torch.Tensor, layer: MLPLayer, n: int, bypass_rank: int) -> torch.Tensor:
-    """Return a layer's neurons of highest score [d_ff] that fill ``n`` beside a bypass, ascending."""
-    return score.topk(n - bypass_neurons(layer, bypass_rank)).indices.sort().values
+def highest(score: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the ``n`` neurons of highest score [d_ff], ascending."""
+    return score.topk(n).indices.sort().values
 
 
 def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch]) -> None:
@@ -324,10 +293,10 @@ def _advance(layer: MLPLayer, block: nn.Module, batches: Sequence[_Batch]) -> No
 
 
 class _Tape:
-    """The latest input of an MLP, its activation site and its output, each by token."""
+    """The latest activations and output of an MLP, each by token."""
 
     def __init__(self) -> None:
-        self.x = self.z = self.y = torch.zeros(0)
+        self.z = self.y = torch.zeros(0)
 
 
 @contextmanager
@@ -335,22 +304,15 @@ def _taped(layer: MLPLayer) -> Iterator[_Tape]:
     """Read a layer's MLP in every pass of the block."""
     tape = _Tape()
 
-    def entered(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        tape.x = inputs[0].reshape(-1, inputs[0].shape[-1])
-
     def left(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         tape.z = inputs[0].reshape(-1, inputs[0].shape[-1])
         tape.y = output.reshape(-1, output.shape[-1]).clone()  # Falcon adds to it in place
 
-    hooks = [
-        getattr(layer.owner, layer.family.inputs[0]).register_forward_pre_hook(entered),
-        getattr(layer.owner, layer.family.output).register_forward_hook(left),
-    ]
+    hook = getattr(layer.owner, layer.family.output).register_forward_hook(left)
     try:
         yield tape
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def _batches(

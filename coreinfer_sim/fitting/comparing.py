@@ -16,9 +16,9 @@ import torch
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import Projections, compact_model
-from coreinfer_sim.fitting.least_squares import LayerCompensation
 from coreinfer_sim.fitting.texts import CalibrationCorpus
 from coreinfer_sim.fitting.training import divergences_of
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.index.manifest import compensation_file
 from coreinfer_sim.index.ranking import top_ids
 
@@ -55,7 +55,7 @@ def plain_set(
         n = n_kept[number]
         if n < len(energy):
             ids[number] = torch.from_numpy(top_ids(energy, activation, n))
-            nothing[number] = LayerCompensation(torch.zeros(d_model), torch.zeros(d_model, 0), torch.zeros(0, n))
+            nothing[number] = LayerCompensation(torch.zeros(d_model))
     return NeuronSelection("compensated", ids, compensation=nothing)
 
 
@@ -93,7 +93,7 @@ def compare_sets(
             if own is not None:
                 contenders[Kind.OWN] = fitted(ratio, own)
             measured = divergences_of(corpus.language_model, texts, list(contenders.values()), report)
-            by_cluster[str(cluster)] = dict(zip([kind.value for kind in contenders], measured, strict=True))
+            by_cluster[str(cluster)] = {kind.value: losses for kind, losses in zip(contenders, measured, strict=True)}
             del contenders  # before the next ones take memory
     return found
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coreinfer_sim.base.settings import CompensationConfig
-from coreinfer_sim.fitting.least_squares import size_of_change
 from coreinfer_sim.fitting.sets import trainings
 from coreinfer_sim.fitting.students import checkpoint_bytes, training_bytes
 from coreinfer_sim.models.mlps import MLPLayer, dense_bytes
@@ -56,21 +55,17 @@ class CompensationCosts:
         n_bytes = 0
         for ratio in self.settings.keep_ratios:
             n_kept = int(ratio * d_ff)
-            change = size_of_change(n_kept, d_model, self.settings.rank)
-            n_bytes += 4 * n_kept + 2 * (change + d_model + 2 * self.settings.bypass_rank * d_model)
+            n_bytes += 4 * n_kept + 2 * (n_kept * d_model + d_model)
         return n_bytes * len(self.layers)
 
     def _moments(self) -> int:
         """Return the bytes of one layer's moments of all neurons."""
-        assert self.settings is not None
-        n_features = self.layers[0].d_ff + (self.layers[0].d_model if self.settings.bypass_rank else 0)
-        return 4 * n_features * (n_features + self.layers[0].d_model)
+        d_ff, d_model = self.layers[0].d_ff, self.layers[0].d_model
+        return 4 * d_ff * (d_ff + d_model)
 
-    def _of_training(
-        self, n_bytes: Callable[[Sequence[MLPLayer], float, int | None, int], int], n_clusters: int
-    ) -> int:
+    def _of_training(self, n_bytes: Callable[[Sequence[MLPLayer], float, int], int], n_clusters: int) -> int:
         """Add up over the keep ratios what a training takes of something."""
         if self.settings is None or not self.settings.distil_tokens:
             return 0
         n_sharing = max(len(training.clusters) for training in trainings(self.settings, n_clusters))
-        return sum(n_bytes(self.layers, ratio, self.settings.rank, n_sharing) for ratio in self.settings.keep_ratios)
+        return sum(n_bytes(self.layers, ratio, n_sharing) for ratio in self.settings.keep_ratios)

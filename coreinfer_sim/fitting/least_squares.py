@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from coreinfer_sim.base.errors import BuildError, ConfigError
+from coreinfer_sim.index.compensated import LayerCompensation
 
 RIDGE = 0.02
 """λ, relative to each feature's own variance, where neurons are ranked."""
@@ -26,42 +27,6 @@ RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
 """λ that a fit may take: with few tokens a neuron the least one learns their noise."""
 FEW_TEXTS_RIDGE = 2.0
 """For texts too few to choose it on, and where the choice begins."""
-
-
-@dataclass(frozen=True)
-class LayerCompensation:
-    """What is added to the compact MLP of one layer; the change of the output weights is ``left @ right``."""
-
-    bias: torch.Tensor
-    """Added to the output bias, [d_model]."""
-    left: torch.Tensor
-    """Change of the output weights, [d_model, n_kept], or its first factor [d_model, rank]."""
-    right: torch.Tensor | None = None
-    """Second factor [rank, n_kept]; None at full rank."""
-    bypass_in: torch.Tensor | None = None
-    """What the bypass reads off the MLP's input, [bypass_rank, d_model]."""
-    bypass_out: torch.Tensor | None = None
-    """What it adds to the output, [d_model, bypass_rank]."""
-
-    @property
-    def delta(self) -> torch.Tensor:
-        """The change of the kept neurons' output weights, float32 [d_model, n_kept]."""
-        return self.delta_of(slice(None))
-
-    def delta_of(self, rows: slice) -> torch.Tensor:
-        """Return some rows of `delta`, so that not all of them need be in float32 at a time."""
-        left = self.left[rows].float()
-        return left if self.right is None else left @ self.right.float()
-
-    def to(self, device: str | torch.device, copy: bool = False) -> LayerCompensation:
-        """Return it on another device; with ``copy`` even if it is there: what comes from a file holds on to all of that."""
-        moved = {name: value.to(device, copy=copy) for name, value in vars(self).items() if value is not None}
-        return LayerCompensation(**moved)
-
-    @property
-    def bypass_rank(self) -> int:
-        """Number of bypass neurons."""
-        return 0 if self.bypass_in is None else len(self.bypass_in)
 
 
 class Moments:
@@ -175,49 +140,26 @@ def compensate(
     ids: torch.Tensor,
     output_weight: torch.Tensor,
     output_bias: torch.Tensor | None,
-    rank: int | None = None,
-    bypass_rank: int = 0,
     *,
     ridge: float,
 ) -> LayerCompensation:
     """Fit one layer's compensation.
 
     Args:
-        moments: of the features [z] or, for a bypass, [z ; x].
+        moments: of the features z.
         ids: kept neurons, ascending, [n_kept].
         output_weight: dense, [d_model, d_ff].
         output_bias: dense, [d_model], or None.
-        rank: of the change of the output weights; None: full.
-        bypass_rank: directions of the MLP's input x that go straight to the output.
         ridge: λ, relative to each feature's own variance; see `best_ridge`.
     """
-    d_ff = output_weight.shape[1]
     kept = output_weight.float()[:, ids]  # [d_model, n_kept]
     gram = moments.gram[ids][:, ids]
     open_cross = moments.cross[ids] - gram @ kept.T  # covariance of f_S with what the kept neurons leave open
-    factor = _cholesky(gram, ridge)
-    bypass_in = bypass_out = None
-    mean_bypass = torch.zeros_like(moments.mean_targets)
-    if bypass_rank:
-        mixed = moments.gram[ids, d_ff:]  # Cov(z_S, x)
-        solved = torch.cholesky_solve(mixed, factor)
-        rest_gram = moments.gram[d_ff:, d_ff:] - mixed.T @ solved  # of x, with what z_S explains taken out
-        rest_cross = moments.cross[d_ff:] - moments.gram[d_ff:, :][:, ids] @ kept.T - solved.T @ open_cross
-        bypass_in, bypass_out = _reduced_rank(rest_gram, rest_cross, bypass_rank, ridge)
-        open_cross = open_cross - mixed @ bypass_in.T @ bypass_out.T
-        mean_bypass = bypass_out @ (bypass_in @ moments.mean_features[d_ff:])
-    delta = torch.cholesky_solve(open_cross, factor).T  # [d_model, n_kept]
-    right = None
-    d_model, n_kept = delta.shape
-    if rank is not None and size_of_change(n_kept, d_model, rank) < delta.numel():  # else factors would take more
-        right, left = _cut(gram, delta.T, rank, ridge)
-        delta = left @ right
-    else:
-        left = delta
-    bias = moments.mean_targets - (kept + delta) @ moments.mean_features[ids] - mean_bypass
+    delta = torch.cholesky_solve(open_cross, _cholesky(gram, ridge)).T  # [d_model, n_kept]
+    bias = moments.mean_targets - (kept + delta) @ moments.mean_features[ids]
     if output_bias is not None:
         bias = bias - output_bias.float()
-    return LayerCompensation(bias, left, right, bypass_in, bypass_out)
+    return LayerCompensation(bias, delta)
 
 
 def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor) -> float:
@@ -229,14 +171,13 @@ def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor)
     square of what the bias, which is fitted too, leaves of the mean.
 
     Args:
-        fitted: of the tokens to fit on; the kept neurons are the first features.
+        fitted: of the tokens to fit on, of the kept neurons.
         held: of the other tokens, likewise.
         kept: output weights of the kept neurons, [d_model, n_kept].
     """
-    kept, n = kept.float(), kept.shape[1]
-    gram, held_gram = fitted.gram[:n, :n], held.gram[:n, :n]
-    open_cross, held_cross = fitted.cross[:n] - gram @ kept.T, held.cross[:n] - held_gram @ kept.T
-    moved = held.mean_features[:n] - fitted.mean_features[:n]
+    kept, gram, held_gram = kept.float(), fitted.gram, held.gram
+    open_cross, held_cross = fitted.cross - gram @ kept.T, held.cross - held_gram @ kept.T
+    moved = held.mean_features - fitted.mean_features
     mean_off = held.mean_targets - fitted.mean_targets - kept @ moved
 
     @functools.cache
@@ -250,29 +191,6 @@ def best_ridge(fitted: CentredMoments, held: CentredMoments, kept: torch.Tensor)
         while 0 <= place + step < len(RIDGES) and error(place + step) < error(place):
             place += step
     return RIDGES[place]
-
-
-def size_of_change(n_kept: int, d_model: int, rank: int | None) -> int:
-    """Return how many numbers the change of a layer's output weights is stored as."""
-    full = n_kept * d_model
-    return full if rank is None else min(full, rank * (n_kept + d_model))
-
-
-def _reduced_rank(
-    gram: torch.Tensor, cross: torch.Tensor, rank: int, ridge: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best rank-``rank`` regression of targets on features as [rank, n_features] and [d_model, rank]."""
-    return _cut(gram, torch.cholesky_solve(cross, _cholesky(gram, ridge)), rank, ridge)
-
-
-def _cut(gram: torch.Tensor, regression: torch.Tensor, rank: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut a regression [n_features, d_model] to the rank at which its predictions lose least.
-
-    With gram = L Lᵀ these are R V Vᵀ, V the leading right singular vectors of Lᵀ R (reduced-rank regression).
-    """
-    predicted = _cholesky(gram, ridge).T @ regression
-    directions = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]  # [d_model, rank]
-    return (regression @ directions).T, directions
 
 
 @contextmanager

@@ -17,9 +17,8 @@ from coreinfer_sim.fitting.budgets import layer_costs, neurons_of
 from coreinfer_sim.fitting.calibration import Fit, fit_layers
 from coreinfer_sim.fitting.least_squares import Moments
 from coreinfer_sim.fitting.students import LEARNING_RATE, SPECIALISING_RATE, taught, training_bytes
-from coreinfer_sim.fitting.texts import CalibrationCorpus
+from coreinfer_sim.fitting.texts import CalibrationCorpus, save_selection
 from coreinfer_sim.fitting.training import distil, distil_jointly, training_on
-from coreinfer_sim.index.compensated import save_compensated
 from coreinfer_sim.index.manifest import compensation_file
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -29,7 +28,7 @@ _MEASURED_TOKENS = 10_000
 
 def fit_of(config: CompensationConfig) -> Fit:
     """Return how the settings of a build ask for compact MLPs to be fitted."""
-    return Fit(config.ranking, config.rank, config.bypass_rank, ranking_tokens=config.ranking_tokens)
+    return Fit(config.ranking)
 
 
 def sets_to_fit(config: CompensationConfig, n_clusters: int) -> list[tuple[float, int | None]]:
@@ -86,7 +85,7 @@ def make_fitter(
 
     Args:
         corpus: what to fit to.
-        n_kept: by keep ratio, the neurons of each layer that stay, a bypass included.
+        n_kept: by keep ratio, the neurons of each layer that stay.
         report: takes 1 after each layer; None: in another process, which cannot show progress.
     """
     settings, folder = corpus.settings, corpus.folder
@@ -106,7 +105,7 @@ def make_fitter(
             keep=(lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m)) if leant_on else None,
             report=report,
         )
-        save_compensated(fitted_path(folder, settings, ratio, cluster), selection)
+        save_selection(fitted_path(folder, settings, ratio, cluster), selection)
         return len(corpus.language_model.layers) if report is None else 0
 
     return run
@@ -141,7 +140,7 @@ def make_distiller(
         checkpoints = folder / "training"
         parts = _begun(checkpoints, number, ratios)
         left = [ratio for ratio in ratios if not any(ratio in part for part in parts)]
-        parts += trained_together(language_model.layers, left, settings.rank, room, len(clusters))
+        parts += trained_together(language_model.layers, left, room, len(clusters))
 
         def advance(n_tokens: int) -> None:
             if report is not None:
@@ -158,7 +157,7 @@ def make_distiller(
                 found = [[selection] for selection in alone]
             for ratio, selections in zip(part, found, strict=True):
                 for path, selection in zip(files[ratio], selections, strict=True):
-                    save_compensated(path, selection)
+                    save_selection(path, selection)
             checkpoint.unlink(missing_ok=True)
             give_back_memory()  # the next ones' tensors have other shapes
         n_reported = 0 if report is None else len(parts) * sum(len(text.ids) // len(parts) for text in texts)
@@ -179,13 +178,13 @@ def _begun(checkpoints: Path, number: int, ratios: Sequence[float]) -> list[list
 
 
 def trained_together(
-    layers: Sequence[MLPLayer], keep_ratios: Sequence[float], rank: int | None, room: int, n_sharing: int = 1
+    layers: Sequence[MLPLayer], keep_ratios: Sequence[float], room: int, n_sharing: int = 1
 ) -> list[list[float]]:
     """Group keep ratios whose sets can be trained side by side within ``room`` bytes; a set that cannot is a group."""
     groups: list[list[float]] = []
     taken = room
     for ratio in keep_ratios:
-        n_bytes = training_bytes(layers, ratio, rank, n_sharing)
+        n_bytes = training_bytes(layers, ratio, n_sharing)
         if taken + n_bytes > room:
             groups.append([])
             taken = 0
@@ -222,10 +221,7 @@ def neurons_by_ratio(
         held, fitted = texts[:n_held], texts[n_held:] or texts
         measured = layer_costs(language_model, fitted, held, fit_of(settings), report)
         costs = measured if measured.any() else None  # texts of one token say nothing
-    return {
-        f"{ratio:g}": neurons_of(language_model.layers, recorded, ratio, costs, settings.bypass_rank)
-        for ratio in settings.keep_ratios
-    }
+    return {f"{ratio:g}": neurons_of(language_model.layers, recorded, ratio, costs) for ratio in settings.keep_ratios}
 
 
 def _save_moments(path: Path, moments: Moments) -> None:

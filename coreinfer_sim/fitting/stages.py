@@ -27,8 +27,7 @@ from coreinfer_sim.fitting.sets import (
     sets_to_fit,
     trainings,
 )
-from coreinfer_sim.fitting.texts import CalibrationCorpus
-from coreinfer_sim.index.compensated import save_compensated
+from coreinfer_sim.fitting.texts import CalibrationCorpus, save_selection
 from coreinfer_sim.index.manifest import COMPENSATION_FOLDER, CompensationInfo, compensation_file
 
 _COMPARED = "compared.json"
@@ -128,7 +127,7 @@ class CompensationStages:
                     path.unlink(missing_ok=True)
                     link(str(everywhere), str(path))
                 elif kind is Kind.PLAIN:
-                    save_compensated(path, self._plain(ratio, cluster))
+                    save_selection(path, self._plain(ratio, cluster))
 
     def described(self) -> list[CompensationInfo]:
         """Return what an index says of its sets."""
@@ -136,8 +135,6 @@ class CompensationStages:
         return [
             CompensationInfo(
                 keep_ratio=ratio,
-                rank=self.settings.rank,
-                bypass_rank=self.settings.bypass_rank,
                 ranking=self.settings.ranking.value,
                 budget=self.settings.budget.value,
                 tokens=self.settings.tokens,

@@ -20,20 +20,17 @@ from torch import nn
 
 from coreinfer_sim.base.errors import BuildError
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.compact import Projections, bypass_columns, compact_inputs, linear_parameters
-from coreinfer_sim.fitting.least_squares import LayerCompensation, size_of_change
+from coreinfer_sim.engines.compact import Projections, compact_inputs, linear_parameters
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 LEARNING_RATE = 2.5e-3
 SPECIALISING_RATE = 1e-3
 """More undoes about as much as it gains on a cluster's few steps."""
-_LEARNT = ("bias", "left", "right", "bypass_out")
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 _LEARNING_BYTES = 4 * 4
 """For a number that learns: itself, its gradient and Adam's two averages."""
-_DELTA_BYTES = 4
-"""For the change of a kept output weight, where it is the product of two factors."""
 _FITTED_BYTES = 2 + 2
 """For a number of a set as it was fitted, and at the end as it will be stored, bfloat16."""
 _COMPACT_COPIES = 5
@@ -87,20 +84,18 @@ class _Output(nn.Module):
         Args:
             layer: whose.
             rows: output weights of the kept neurons, [n_kept, d_model].
-            learnt: what is added to them, and the output weights of a bypass's neurons, float32 [n_kept and bypass, d_model].
+            learnt: what is added to them, float32 [n_kept, d_model].
             bias: that learns, [d_model].
         """
         super().__init__()
-        learnt, n_kept = learnt.detach(), len(rows)
-        self.weight = rows.new_empty(learnt.shape)
-        self.weight[:n_kept], self.weight[n_kept:] = learnt[:n_kept] + rows, learnt[n_kept:]
-        """[n_kept and bypass, d_model]."""
+        self.weight = (learnt.detach() + rows).to(rows)
+        """[n_kept, d_model]."""
         self.gradient: torch.Tensor | None = None
         """Of the weight, after a backward pass."""
         self._bias, self._learnt_bias = linear_parameters(layer.output)[1], [bias]  # in a list: the model's it is not
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Map [..., n_kept and bypass] to [..., d_model]."""
+        """Map [..., n_kept] to [..., d_model]."""
         (bias,) = self._learnt_bias
         out: torch.Tensor = _Product.apply(z, bias if self._bias is None else self._bias + bias, self)  # type: ignore[no-untyped-call]
         return out
@@ -180,54 +175,47 @@ class Student(ABC):
 
 
 class Alone(Student):
-    """A selection whose compensation learns, the bypass's way out included."""
+    """A selection whose compensation learns."""
 
     def __init__(
         self, language_model: LanguageModel, selection: NeuronSelection, settings: Distillation, n_steps: int
     ) -> None:
         super().__init__(language_model, settings, n_steps)
         self._selection = selection
-        self._repairs: dict[int, LayerCompensation] = {}
-        self._plain: dict[int, nn.Parameter] = {}
-        """By layer, where all that is learnt are the kept neurons' rows, [n_kept, d_model]."""
+        self._change: dict[int, nn.Parameter] = {}
+        """Of the kept neurons' output weights by layer, [n_kept, d_model]."""
+        self._bias: dict[int, nn.Parameter] = {}
         self._inputs: dict[int, Projections] = {}
         self._rows: dict[int, torch.Tensor] = {}
-        self._merged: dict[int, tuple[torch.Tensor, _Output]] = {}
-        """What has been learnt, by layer, with the way back to what learns, and the projection that it is merged into."""
+        self._merged: dict[int, _Output] = {}
+        """The projections that what has been learnt is merged into, by layer."""
         assert selection.compensation is not None
         for number, ids in selection.ids.items():
-            layer, fitted = self.layers[number], selection.compensation[number].to(self.device, copy=True)
-            values = {name: value.float() for name in _LEARNT if (value := getattr(fitted, name)) is not None}
-            values["left"] = values["left"].T.contiguous()
-            learnt = {name: nn.Parameter(value) for name, value in values.items()}
-            self._repairs[number] = replace(fitted, **{**learnt, "left": learnt["left"].T})
-            if fitted.right is None and fitted.bypass_out is None:
-                self._plain[number] = learnt["left"]
-                learnt["left"].grad = torch.zeros_like(learnt["left"])
+            layer, fitted = self.layers[number], selection.compensation[number].to(self.device)
+            delta = _change_of(fitted, len(ids))
+            self._change[number] = nn.Parameter(delta.T.clone(memory_format=torch.contiguous_format))
+            self._change[number].grad = torch.zeros_like(self._change[number])
+            self._bias[number] = nn.Parameter(fitted.bias.float().clone())
             self._rows[number] = _output_rows(layer).index_select(0, ids.to(self.device))
-            self._learn(learnt.values(), self._rows[number], _rms(fitted.delta))
-            self._inputs[number] = compact_inputs(layer, ids, fitted)
+            self._learn((self._change[number], self._bias[number]), self._rows[number], _rms(delta))
+            self._inputs[number] = compact_inputs(layer, ids)
 
     def compact(self, place: int) -> dict[int, Projections]:
         """Return the compact MLPs, which read all texts."""
         if not self._merged:
-            for number, repair in self._repairs.items():
-                plain = self._plain.get(number)
-                learnt = _learnt_rows(repair, self.layers[number].family.gated) if plain is None else plain
-                self._merged[number] = learnt, _Output(self.layers[number], self._rows[number], learnt, repair.bias)
+            for number, change in self._change.items():
+                self._merged[number] = _Output(self.layers[number], self._rows[number], change, self._bias[number])
         return {
             number: {**self._inputs[number], self.layers[number].family.output: output}
-            for number, (_, output) in self._merged.items()
+            for number, output in self._merged.items()
         }
 
     def take(self, place: int) -> None:
         """Take the gradients to what learns."""
-        for number, (learnt, output) in self._merged.items():
-            assert output.gradient is not None
-            if number in self._plain:  # added in place, as fresh memory is dear
-                learnt.grad.add_(output.gradient)  # type: ignore[union-attr]
-            else:
-                learnt.backward(output.gradient.float(), retain_graph=True)  # type: ignore[no-untyped-call]
+        for number, output in self._merged.items():  # added in place, as fresh memory is dear
+            gradient = self._change[number].grad
+            assert gradient is not None and output.gradient is not None
+            gradient.add_(output.gradient)
             output.gradient = None
 
     def step(self) -> None:
@@ -237,7 +225,8 @@ class Alone(Student):
 
     def trained(self) -> list[NeuronSelection]:
         """Return the selection."""
-        return [_changed(self._selection, self._repairs)]
+        repairs = {number: LayerCompensation(self._bias[number], change.T) for number, change in self._change.items()}
+        return [_changed(self._selection, repairs)]
 
 
 class Joint(Student):
@@ -278,7 +267,11 @@ class Joint(Student):
             self._change[number] = nn.Parameter(torch.zeros(layer.d_ff, layer.d_model, device=self.device))
             self._change[number].grad = torch.zeros_like(self._change[number])
             self._bias[number] = nn.Parameter(torch.zeros(layer.d_model, device=self.device))
-            changes = [_rms(fitted[number].delta) for fitted in self._fitted if number in fitted]
+            changes = [
+                _rms(_change_of(fitted[number], len(ids[number])))
+                for fitted, ids in zip(self._fitted, self._ids, strict=True)
+                if number in fitted
+            ]
             self._learn((self._change[number], self._bias[number]), self._rows[number], sum(changes) / len(changes))
 
     def compact(self, place: int) -> dict[int, Projections]:
@@ -292,15 +285,15 @@ class Joint(Student):
     def _compact(self, reader: int, number: int) -> dict[str, Any]:
         layer, ids, repair = self.layers[number], self._ids[reader][number], self._repair(reader, number)
         rows = self._rows[number].index_select(0, ids)
-        output = _Output(layer, rows, _learnt_rows(repair, layer.family.gated), repair.bias)
-        return {**compact_inputs(layer, ids, repair), layer.family.output: output}
+        output = _Output(layer, rows, _change_of(repair, len(ids)).T, repair.bias)
+        return {**compact_inputs(layer, ids), layer.family.output: output}
 
     def take(self, place: int) -> None:
         """Add the gradients to those of the neurons that this text's selection keeps."""
         assert self._cut is not None and self._cut[0] == self._readers[place]
         for number, modules in self._cut[1].items():
             ids, output = self._ids[self._cut[0]][number], modules[self.layers[number].family.output]
-            self._change[number].grad.index_add_(0, ids, output.gradient[: len(ids)].float())  # type: ignore[union-attr]
+            self._change[number].grad.index_add_(0, ids, output.gradient.float())  # type: ignore[union-attr]
             output.gradient = None
 
     def step(self) -> None:
@@ -314,15 +307,16 @@ class Joint(Student):
 
     def _repair(self, reader: int, number: int) -> LayerCompensation:
         fitted = self._fitted[reader][number]
-        left = fitted.delta + self._change[number].detach().index_select(0, self._ids[reader][number]).T
-        return replace(fitted, bias=fitted.bias + self._bias[number], left=left, right=None)
+        ids = self._ids[reader][number]
+        delta = _change_of(fitted, len(ids)) + self._change[number].detach().index_select(0, ids).T
+        return LayerCompensation(fitted.bias + self._bias[number], delta)
 
     def _stored(self, reader: int) -> dict[int, LayerCompensation]:
         """Return a selection's compensation in bfloat16, as it is stored: of all at once, float32 may not fit into memory."""
         found = {}
         for number in self._selections[reader].ids:
             repair = self._repair(reader, number)
-            found[number] = replace(repair, left=repair.left.bfloat16())
+            found[number] = replace(repair, delta=_change_of(repair, len(self._ids[reader][number])).bfloat16())
         return found
 
 
@@ -330,7 +324,7 @@ def taught(fitted: NeuronSelection, before: NeuronSelection, after: NeuronSelect
     """Return a fitted set with what training has changed in another one: the bias, and the output weights of common neurons.
 
     Args:
-        fitted: with compensation at full rank.
+        fitted: with compensation.
         before: the other one as it was fitted, of the same layers.
         after: the same, trained.
     """
@@ -339,10 +333,10 @@ def taught(fitted: NeuronSelection, before: NeuronSelection, after: NeuronSelect
     for number, ids in fitted.ids.items():
         own, old, new = (each.compensation[number] for each in (fitted, before, after))  # type: ignore[index]
         _, places, other_places = np.intersect1d(ids, before.ids[number], assume_unique=True, return_indices=True)
-        left = own.delta.clone()
-        left[:, places] += (new.delta - old.delta)[:, other_places]
+        delta, n_before = _change_of(own, len(ids)).clone(), len(before.ids[number])
+        delta[:, places] += (_change_of(new, n_before) - _change_of(old, n_before))[:, other_places]
         bias = own.bias.float() + new.bias.float() - old.bias.float()
-        repairs[number] = replace(own, left=left.to(own.left.dtype), bias=bias)
+        repairs[number] = LayerCompensation(bias, delta.to(own.bias.dtype))
     return replace(fitted, compensation=repairs)
 
 
@@ -356,51 +350,46 @@ def _output_rows(layer: MLPLayer) -> torch.Tensor:
 
 
 def _in_rows(repair: LayerCompensation) -> LayerCompensation:
-    """Return compensation at full rank whose change of the output weights lies neuron by neuron."""
-    return replace(repair, left=repair.left.T.contiguous().T)
+    """Return compensation whose change of the output weights lies neuron by neuron."""
+    return repair if repair.delta is None else replace(repair, delta=repair.delta.T.contiguous().T)
 
 
-def _learnt_rows(repair: LayerCompensation, gated: bool) -> torch.Tensor:
-    """Return what is added to the kept neurons' output weights and the bypass's neurons', [n_kept and bypass, d_model]."""
-    change = repair.delta.T
-    if repair.bypass_out is None:
-        return change
-    return torch.cat([change, bypass_columns(repair.bypass_out.float(), gated).T])
+def _change_of(repair: LayerCompensation, n_kept: int) -> torch.Tensor:
+    """Return the change of the kept neurons' output weights, float32 [d_model, n_kept]."""
+    return repair.bias.new_zeros(len(repair.bias), n_kept).float() if repair.delta is None else repair.delta.float()
 
 
 def _changed(selection: NeuronSelection, repairs: dict[int, LayerCompensation]) -> NeuronSelection:
     """Return a selection with other compensation, detached and on the CPU."""
-    detached = {
-        number: LayerCompensation(
-            **{k: v.detach().cpu().contiguous() for k, v in vars(repair).items() if v is not None}
-        )
-        for number, repair in repairs.items()
-    }
+    detached = {}
+    for number, repair in repairs.items():
+        bias, delta = (value.detach().cpu().contiguous() for value in (repair.bias, repair.delta) if value is not None)
+        detached[number] = LayerCompensation(bias, delta)
     return replace(selection, compensation=detached)
 
 
-def checkpoint_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, n_sharing: int = 1) -> int:
+def checkpoint_bytes(layers: Sequence[MLPLayer], keep_ratio: float, n_sharing: int = 1) -> int:
     """Return the disk that a training which is broken off leaves behind, of one set or of ``n_sharing`` that share."""
-    return 4 * (1 + len(_AVERAGES)) * sum(_n_learning(layer, keep_ratio, rank, n_sharing) for layer in layers)
+    return 4 * (1 + len(_AVERAGES)) * sum(_n_learning(layer, keep_ratio, n_sharing) for layer in layers)
 
 
-def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, rank: int | None, n_sharing: int = 1) -> int:
+def training_bytes(layers: Sequence[MLPLayer], keep_ratio: float, n_sharing: int = 1) -> int:
     """Return the memory that such a training takes beside the model and its texts, about."""
-    of_weight = _DELTA_BYTES + _COMPACT_COPIES * layers[0].output.weight.dtype.itemsize
+    of_weight = _COMPACT_COPIES * layers[0].output.weight.dtype.itemsize
     of_fitted = _FITTED_BYTES * n_sharing if n_sharing > 1 else 0  # one alone learns in place
     total = 0
     for layer in layers:
         n_weights = int(keep_ratio * layer.d_ff) * layer.d_model
-        total += _LEARNING_BYTES * _n_learning(layer, keep_ratio, rank, n_sharing) + (of_weight + of_fitted) * n_weights
+        total += _LEARNING_BYTES * _n_learning(layer, keep_ratio, n_sharing) + (of_weight + of_fitted) * n_weights
         if n_sharing > 1:  # all neurons' output weights once more, from which sets are cut
             total += layer.output.weight.nbytes
     return total
 
 
-def _n_learning(layer: MLPLayer, keep_ratio: float, rank: int | None, n_sharing: int) -> int:
+def _n_learning(layer: MLPLayer, keep_ratio: float, n_sharing: int) -> int:
     """Return how many numbers of a layer learn, biases aside."""
     n_neurons = layer.d_ff if n_sharing > 1 else int(keep_ratio * layer.d_ff)
-    return size_of_change(n_neurons, layer.d_model, rank)
+    return n_neurons * layer.d_model
 
 
 def _rate(step: int, n_steps: int, warm_up: float) -> float:

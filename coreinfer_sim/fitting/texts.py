@@ -14,7 +14,7 @@ from coreinfer_sim.base.settings import BuildConfig, CompensationConfig
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.fitting.calibration import CalibrationText
 from coreinfer_sim.index.clustering import Clustering
-from coreinfer_sim.index.compensated import load_compensated
+from coreinfer_sim.index.compensated import load_compensated, save_compensated
 from coreinfer_sim.models.loading import LanguageModel
 
 _MOST_HELD = 48
@@ -99,6 +99,12 @@ class CalibrationCorpus:
         layers = self.language_model.layers
         ids, repairs = load_compensated(path, layers[0].d_model, len(layers))
         return NeuronSelection("compensated", ids, compensation=repairs)
+
+
+def save_selection(path: Path, selection: NeuronSelection) -> None:
+    """Write a selection with its compensation."""
+    assert selection.compensation is not None
+    save_compensated(path, selection.ids, selection.compensation)
 
 
 def calibration_text(language_model: LanguageModel, sentence: Sentence, max_tokens: int) -> CalibrationText:

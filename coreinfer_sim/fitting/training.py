@@ -2,8 +2,8 @@
 
 The closed form repairs one layer at a time by squared error. From there a few hundred thousand tokens of gradient descent
 on KL(dense ‖ sparse) weigh the layers' errors by what they do to the predictions. Only the compensation learns – the
-change of the output weights, the output bias and the bypass's way out –, so that the index holds nothing new. The prompt
-is read densely, as in `generate`.
+change of the output weights and the output bias –, so that the index holds nothing new. The prompt is read densely, as in
+`generate`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def distil_jointly(
 
     Args:
         language_model: the dense model.
-        families: selections with compensation at full rank, [n_families][n_selections].
+        families: selections with compensation, [n_families][n_selections].
         texts: in the order in which they are read.
         readers: number of the selection that reads each text, [n_texts].
         settings: how.

@@ -68,9 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
         files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
-        compensation = [
-            _typed(CompensationInfo, {"plain": False, **entry}, "compensation") for entry in raw["compensation"]
-        ]
+        compensation = [_compensation(entry) for entry in raw["compensation"]]
         profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -83,6 +81,13 @@ def read_manifest(folder: Path) -> Manifest:
     if set(files) != expected:
         raise IndexFormatError(f"{path} lists the files {sorted(files)}, expected {sorted(expected)}; {REBUILD}.")
     return manifest
+
+
+def _compensation(raw: dict[str, Any]) -> CompensationInfo:
+    """Make what is said of compensated sets from JSON; that sets were stored in factors, their files tell."""
+    fields = {name: value for name, value in raw.items() if name not in ("rank", "bypass_rank")}
+    found: CompensationInfo = _typed(CompensationInfo, {"plain": False, **fields}, "compensation")
+    return found
 
 
 def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
@@ -123,8 +128,6 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
 def _is_sound(info: CompensationInfo, model: ModelInfo) -> bool:
     return (
         0 < info.keep_ratio < 1
-        and (info.rank is None or info.rank > 0)
-        and info.bypass_rank >= 0
         and len(info.n_kept) == model.n_layers
         and all(type(n) is int and 0 < n <= model.d_ff for n in info.n_kept)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,23 +12,40 @@ from safetensors.torch import load_file, save
 
 from coreinfer_sim.base.errors import IndexFormatError
 from coreinfer_sim.base.files import write_atomic
-from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.fitting.least_squares import LayerCompensation
-
-_OPTIONAL = ("right", "bypass_in", "bypass_out")
-_PARTS = ("bias", "left", *_OPTIONAL)
 
 
-def save_compensated(path: Path, selection: NeuronSelection) -> None:
-    """Write a selection with its compensation in one step: ids as int32, everything else as bfloat16."""
-    assert selection.compensation is not None
+@dataclass(frozen=True)
+class LayerCompensation:
+    """What is added to the compact MLP of one layer, so that its kept neurons make up for the dropped ones."""
+
+    bias: torch.Tensor
+    """Added to the output bias, [d_model]."""
+    delta: torch.Tensor | None = None
+    """Change of the kept neurons' output weights, [d_model, n_kept]; None: they stay as they are."""
+
+    def to(self, device: str | torch.device, copy: bool = False) -> LayerCompensation:
+        """Return it on another device; with ``copy`` even if it is there: what comes from a file holds on to all of that."""
+        delta = None if self.delta is None else self.delta.to(device, copy=copy)
+        return LayerCompensation(self.bias.to(device, copy=copy), delta)
+
+
+def save_compensated(
+    path: Path, ids: Mapping[int, torch.Tensor], compensation: Mapping[int, LayerCompensation]
+) -> None:
+    """Write a set in one step: ids as int32, everything else as bfloat16.
+
+    Args:
+        path: the file to write.
+        ids: kept neurons by layer, ascending, [n_kept].
+        compensation: of each of these layers.
+    """
     tensors = {}
-    for number, ids in selection.ids.items():
-        tensors[f"{number}.ids"] = ids.to(torch.int32)
-        for name in _PARTS:
-            value = getattr(selection.compensation[number], name)
-            if value is not None:
-                tensors[f"{number}.{name}"] = value.to(torch.bfloat16).contiguous()
+    for number, kept in ids.items():
+        repair = compensation[number]
+        tensors[f"{number}.ids"] = kept.to(torch.int32)
+        tensors[f"{number}.bias"] = repair.bias.to(torch.bfloat16).contiguous()
+        if repair.delta is not None:
+            tensors[f"{number}.left"] = repair.delta.to(torch.bfloat16).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda part: part.write_bytes(save(tensors)))
 
@@ -44,7 +62,7 @@ class StoredCompensation(Mapping[int, LayerCompensation]):
         if number not in self._numbers:
             raise KeyError(number)
         try:
-            return _compensation(load_file(self._path), number)
+            return _compensation(self._path, load_file(self._path), number)
         except (SafetensorError, OSError, KeyError) as error:
             raise _unreadable(self._path, error) from error
 
@@ -61,9 +79,16 @@ class StoredCompensation(Mapping[int, LayerCompensation]):
         return StoredCompensation(self._path, [number for number in self._numbers if number in numbers])
 
 
-def _compensation(tensors: Mapping[str, torch.Tensor], number: int) -> LayerCompensation:
-    optional = (tensors.get(f"{number}.{name}") for name in _OPTIONAL)
-    return LayerCompensation(tensors[f"{number}.bias"], tensors[f"{number}.left"], *optional)
+def _compensation(path: Path, tensors: Mapping[str, torch.Tensor], number: int) -> LayerCompensation:
+    right = tensors.get(f"{number}.right")
+    if f"{number}.bypass_in" in tensors or (right is not None and len(right)):
+        form = "with a bypass" if f"{number}.bypass_in" in tensors else "in two factors"
+        raise IndexFormatError(
+            f"{path} holds compensation that was stored {form}, which this release does not read; build the index anew."
+        )
+    if right is not None:  # a factor of no rows: nothing changes
+        return LayerCompensation(tensors[f"{number}.bias"])
+    return LayerCompensation(tensors[f"{number}.bias"], tensors.get(f"{number}.left"))
 
 
 def _unreadable(path: Path, error: Exception) -> IndexFormatError:
@@ -79,7 +104,7 @@ def load_compensated(path: Path, d_model: int, n_layers: int) -> tuple[dict[int,
     try:
         tensors = load_file(path)
         ids = {n: tensors[f"{n}.ids"].long() for n in range(n_layers) if f"{n}.ids" in tensors}
-        found = {number: _compensation(tensors, number) for number in ids}
+        found = {number: _compensation(path, tensors, number) for number in ids}
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from error
     for number, repair in found.items():
@@ -92,12 +117,5 @@ def load_compensated(path: Path, d_model: int, n_layers: int) -> tuple[dict[int,
 
 
 def _fits(repair: LayerCompensation, d_model: int, n_kept: int) -> bool:
-    shapes = {name: None if (part := getattr(repair, name)) is None else tuple(part.shape) for name in _PARTS}
-    rank = None if repair.right is None else len(repair.right)
-    return (
-        shapes["bias"] == (d_model,)
-        and shapes["left"] == (d_model, n_kept if rank is None else rank)
-        and shapes["right"] in (None, (rank, n_kept))
-        and shapes["bypass_in"] in (None, (repair.bypass_rank, d_model))
-        and shapes["bypass_out"] == (None if repair.bypass_in is None else (d_model, repair.bypass_rank))
-    )
+    delta = repair.delta
+    return repair.bias.shape == (d_model,) and (delta is None or delta.shape == (d_model, n_kept))

@@ -86,9 +86,6 @@ class CompensationInfo:
 
     keep_ratio: float
     """Share of the dense MLPs' bytes, on average over the layers."""
-    rank: int | None
-    """Of the change of the output weights; None: full."""
-    bypass_rank: int
     ranking: str
     budget: str
     tokens: int
@@ -98,7 +95,7 @@ class CompensationInfo:
     distil_from: str | None
     """What training began with; None: there was none."""
     n_kept: list[int]
-    """Neurons of each layer of the model, bypass included, [n_layers]."""
+    """Neurons of each layer of the model, [n_layers]."""
     plain: bool
     """Whether the sets are plain neurons after all, as compensation did harm on held-out texts."""
 

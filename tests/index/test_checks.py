@@ -170,8 +170,6 @@ def test_a_field_of_a_wrong_type_raises(index_folder, field, value):
 
 FITTED = {
     "keep_ratio": 0.5,
-    "rank": None,
-    "bypass_rank": 0,
     "ranking": "surgeon",
     "budget": "uniform",
     "tokens": 9,
@@ -186,8 +184,6 @@ FITTED = {
     [
         {"keep_ratio": 1.0},
         {"keep_ratio": "0.5"},
-        {"rank": 0},
-        {"bypass_rank": -1},
         {"n_kept": [3, 3]},
         {"n_kept": [3, 3, 7]},
         {"n_kept": [3, 3, True]},

@@ -91,20 +91,15 @@ def test_sparse_prefill_brings_no_dense_layer(device):
     assert not layers[0].output._staging._buffers
 
 
-def test_a_compensated_bypass_is_cut_in_host_memory(device):
+def test_a_compensated_mlp_is_cut_in_host_memory(device):
     from coreinfer_sim.engines.compact import compact_projections
-    from coreinfer_sim.fitting.least_squares import LayerCompensation
+    from coreinfer_sim.index.compensated import LayerCompensation
 
     model = tiny_model("qwen2")
     layer = find_mlps(model)[0]
     ids = torch.arange(0, layer.d_ff, 2)
     torch.manual_seed(0)
-    repair = LayerCompensation(
-        bias=torch.randn(layer.d_model),
-        left=torch.randn(layer.d_model, len(ids)),
-        bypass_in=torch.randn(3, layer.d_model),
-        bypass_out=torch.randn(layer.d_model, 3),
-    )
+    repair = LayerCompensation(torch.randn(layer.d_model), torch.randn(layer.d_model, len(ids)))
     expected = compact_projections(layer, ids, repair)
     _keep_on_host(model, find_mlps(model), device)
     found = compact_projections(find_mlps(model)[0], ids, repair)

@@ -19,14 +19,13 @@ from transformers.cache_utils import DynamicLayer
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import (
     Projections,
-    bypass_inputs,
     held_ids,
     linear_module,
     linear_parameters,
     merge_delta,
 )
 from coreinfer_sim.engines.lean import loops as kernels
-from coreinfer_sim.fitting.least_squares import LayerCompensation
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LEAN_FAMILIES
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -90,33 +89,26 @@ class NeuronMLP:
 def neuron_mlp(
     layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None, int8: bool = False
 ) -> NeuronMLP:
-    """Cut a gated MLP down to the neurons ``ids`` [n_kept]; see `sparse_mlp.compact_projections` for the bypass."""
-    n, n_bypass = len(ids), compensation.bypass_rank if compensation is not None else 0
+    """Cut a gated MLP down to the neurons ``ids`` [n_kept] and merge the compensation."""
+    n = len(ids)
     gate_bias, up_bias, out_bias = (getattr(layer.owner, name).bias for name in layer.projections)
     if layer.store is not None:
-        weight = torch.empty(n + n_bypass, 3, layer.d_model, dtype=layer.store.dtype)
-        layer.store.read_neurons(ids, weight[:n])
+        weight = torch.empty(n, 3, layer.d_model, dtype=layer.store.dtype)
+        layer.store.read_neurons(ids, weight)
     else:
         parts = [linear_parameters(getattr(layer.owner, name))[0] for name in layer.projections]
-        weight = torch.empty(n + n_bypass, 3, layer.d_model, dtype=parts[0].dtype)
+        weight = torch.empty(n, 3, layer.d_model, dtype=parts[0].dtype)
         kernels.set_threads()
-        kernels.gather_neurons(*(kernels.bits(part) for part in parts), ids.numpy(), kernels.bits(weight[:n]))
-    bias = torch.zeros(n + n_bypass, 2)
+        kernels.gather_neurons(*(kernels.bits(part) for part in parts), ids.numpy(), kernels.bits(weight))
+    bias = torch.zeros(n, 2)
     for part, own in enumerate((gate_bias, up_bias)):
         if own is not None:
-            bias[:n, part] = own.detach()[ids].float()
+            bias[:, part] = own.detach()[ids].float()
     added = torch.zeros(layer.d_model) if out_bias is None else out_bias.detach().float()
     if compensation is not None:
         added = added + compensation.bias.float()
-        merge_delta(weight[:n, 2].T, compensation)
-        if n_bypass:
-            assert compensation.bypass_out is not None
-            for part, (rows, extra) in enumerate(bypass_inputs(layer, compensation)):
-                weight[n:, part] = rows.to(weight)
-                if extra is not None:
-                    bias[n:, part] = extra.float()
-            weight[n:, 2] = compensation.bypass_out.T.to(weight)
-    scale = torch.ones(n + n_bypass, 3)
+        merge_delta(weight[:, 2].T, compensation)
+    scale = torch.ones(n, 3)
     if int8:
         weight, scale = quantized(weight)
     return NeuronMLP(weight, scale.numpy(), bias.numpy(), added.numpy())
@@ -230,13 +222,7 @@ class LeanDecoder:
         """Return the MLP bytes that a decoded token reads, in the type in which they are held."""
         if not self._int8:
             return selection.mlp_bytes(self._layers)
-        repairs = selection.compensation or {}
-        n_neurons = sum(
-            len(selection.ids[n]) + (repairs[n].bypass_rank if n in repairs else 0)
-            if n in selection.ids
-            else layer.d_ff
-            for n, layer in enumerate(self._layers)
-        )
+        n_neurons = sum(len(selection.ids.get(n, range(layer.d_ff))) for n, layer in enumerate(self._layers))
         return n_neurons * 3 * (self._layers[0].d_model + 4)
 
     def step(
