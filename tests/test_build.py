@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib
 import json
 import math
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -645,8 +645,7 @@ def test_more_clusters_than_prompts_is_said_before_anything_is_computed(build, t
 def held(folder: Path) -> Iterator[None]:
     """Hold a build folder, as a build at work does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with filelock.FileLock(folder / "lock"):
         yield
 
 
@@ -655,8 +654,8 @@ def test_a_second_build_in_the_same_folder_is_refused(build, built, tmp_path, fo
     out = tmp_path / "index"
     with pytest.raises(KeyboardInterrupt):
         build(out, progress=StopAt(LANGUAGE_MODEL_STAGE, end=True))
-    before = sorted(tmp_path.rglob("*"))
     with held(tmp_path / "index.build"):
+        before = sorted(tmp_path.rglob("*"))
         with pytest.raises(BuildError, match=r"another build is at work in .*index\.build"):
             build(out, force=force)
         assert sorted(tmp_path.rglob("*")) == before

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
+
+_SEEKING = threading.Lock()
+"""Where a read and the seek before it are two calls."""
 
 
 def check_folder(path: Path) -> None:
@@ -29,12 +33,30 @@ def sha256_of(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Force a file's or folder's contents to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Force a file's or folder's contents to the disk; Windows opens no folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what may be written
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_to_read(path: Path) -> int:
+    """Return a handle for `read_at`, which the caller closes."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def read_at(handle: int, view: memoryview, offset: int) -> int:
+    """Read a file from ``offset`` on into ``view``, from any thread; return the number of bytes, 0 at the end of the file."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [view], offset)
+    with _SEEKING:  # Windows
+        os.lseek(handle, offset, os.SEEK_SET)
+        found = os.read(handle, len(view))
+    view[: len(found)] = found
+    return len(found)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +70,7 @@ def run_shards(
     taken = context.Value("q", 0)
     results = context.Queue()
     helpers = [
-        context.Process(target=_help, args=(make_run, job, list(shards), taken, results, os.getpid()), daemon=True)
+        context.Process(target=_help, args=(make_run, job, list(shards), taken, results), daemon=True)
         for _ in range(min(n_workers, len(shards)) - 1)
     ]
     try:
@@ -116,12 +115,10 @@ def _drain(results: Any, report: Callable[[int], None], wait: float = 0.0) -> No
         report(result)
 
 
-def _help(
-    make_run: Callable[[Any], RunShard], job: Any, shards: list[int], taken: Any, results: Any, parent: int
-) -> None:
+def _help(make_run: Callable[[Any], RunShard], job: Any, shards: list[int], taken: Any, results: Any) -> None:
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run = make_run(job)
         while (shard := _take(taken, shards)) is not None:
@@ -130,11 +127,12 @@ def _help(
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
-def _end_without(parent: int) -> None:
+def _end_with_parent() -> None:
     """End this process when its parent is gone: a shard may take an hour and gigabytes that the next build wants."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

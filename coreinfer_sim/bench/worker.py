@@ -88,7 +88,7 @@ class _Process:
         except (EOFError, OSError) as error:
             self._process.join(_STOP_SECONDS)
             code = self._process.exitcode
-            hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            hint = ", perhaps for want of memory" if code == -9 else ""
             raise GenerationError(f"its process died with exit code {code}{hint}.") from error
         if not worked:
             raise GenerationError(what)

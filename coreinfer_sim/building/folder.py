@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from coreinfer_sim.base.corpus import Sentence
@@ -20,6 +20,7 @@ from coreinfer_sim.index.manifest import MANIFEST_FILE
 
 KEPT_NEURONS = "neurons.json"
 PLAN = "plan.json"
+LOCK = "lock"
 _SHORT = 40
 """Characters of two values that a message can show."""
 FORCED = "forced"
@@ -49,13 +50,14 @@ def remove(path: Path) -> None:
 def build_folder(folder: Path) -> Iterator[None]:
     """Hold the build folder for this process alone; a failed start leaves none behind in the way of the next one."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BuildError(
-                f"another build is at work in {folder}, expected none; wait for it or name another folder."
-            ) from error
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        held = lock.acquire()
+    except filelock.Timeout as error:
+        raise BuildError(
+            f"another build is at work in {folder}, expected none; wait for it or name another folder."
+        ) from error
+    with held:
         for path in folder.rglob(".*.part"):  # what a kill cut short
             path.unlink()
         new = not (folder / PLAN).exists()
@@ -63,17 +65,22 @@ def build_folder(folder: Path) -> Iterator[None]:
             yield
         except (ConfigError, CorpusError, ClusteringError):
             if new and not (folder / "shards").exists():  # another setting must be given, which cannot go on from here
-                shutil.rmtree(folder)
+                _remove_held(folder)
             raise
         finally:
-            if folder.exists() and {path.name for path in folder.iterdir()} <= {"lock", PLAN, FORCED}:
-                shutil.rmtree(folder)
+            if folder.exists() and {path.name for path in folder.iterdir()} <= {LOCK, PLAN, FORCED}:
+                _remove_held(folder)
+
+
+def _remove_held(folder: Path) -> None:
+    """Remove a build folder while its lock is held; Windows keeps the lock's file."""
+    shutil.rmtree(folder, ignore_errors=os.name == "nt")
 
 
 def clear(folder: Path) -> None:
     """Empty the build folder, whose lock stays held."""
     for path in folder.iterdir():
-        if path.name != "lock":
+        if path.name != LOCK:
             remove(path)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.base.files import read_at
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,7 +96,7 @@ def read_exactly(handle: int, view: memoryview, offset: int, path: Path) -> None
     """
     done = 0
     while done < len(view):
-        n = os.preadv(handle, [view[done:]], offset + done)
+        n = read_at(handle, view[done:], offset + done)
         if n == 0:
             raise ModelError(
                 f"{path} ends after {offset + done:,} bytes, expected at least {offset + len(view):,}; fetch it again."

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.base.errors import ModelError, StoreError
-from coreinfer_sim.base.files import atomic_path, cache_folder
+from coreinfer_sim.base.files import atomic_path, cache_folder, open_to_read
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.models.checkpoint import Checkpoint, bytes_of, drop_cached, raw, read_exactly, read_into
 
@@ -84,7 +84,7 @@ class NeuronStore:
         """
         self.path = path
         self.shape, self._checksums = _read_header(path)
-        self._handle = os.open(path, os.O_RDONLY)
+        self._handle = open_to_read(path)
         if hasattr(os, "posix_fadvise"):  # no reading ahead: the next neuron is often not wanted
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
         self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="neurons")
