@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ from figures import record
 FILE = "figures-engines.json"
 _SCORED = 96
 """Tokens of a row that `perplexity` reads, half of them prompt."""
-_LIKELIEST = 1000, 1 << 20
-"""Log-probabilities that llama.cpp is asked for, as an answer with all takes long; the second is more than there are."""
 ROOT = Path(__file__).parent.parent
 _COMMAND = (sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()")
 model_option = click.option("--model", default="models/smollm2-135m-instruct-q4_1.gguf", show_default=True)
@@ -179,10 +177,11 @@ def perplexity(
     """Perplexity of clusters' GGUFs after a dense prefill over the dense GGUF's, beside our runtime's ratio."""
     from coreinfer_sim import SemanticIndex, load_model
     from coreinfer_sim.engines.compact import installed
-    from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
+    from coreinfer_sim.engines.llamacpp.engine import LlamaCppEngine
+    from coreinfer_sim.engines.llamacpp.router import DENSE
     from coreinfer_sim.evaluation.rows import read_rows
     from coreinfer_sim.evaluation.scoring import Case
-    from coreinfer_sim.export.compact import DENSE, exported_selection
+    from coreinfer_sim.export.compact import exported_selection
     from coreinfer_sim.export.exporting import export
 
     loaded = SemanticIndex.load(index)
@@ -205,9 +204,9 @@ def perplexity(
             export(
                 language_model, loaded, exported, folder, keep_ratio=keep_ratio, kind="gguf", weights=kind, router=True
             )
-            with LlamaCppGenerator(loaded, folder, fallback="none", context=2 * _SCORED) as generator:
+            with closing(LlamaCppEngine(loaded, folder, context=2 * _SCORED)) as engine:
                 losses = sum(
-                    _loss_in_llamacpp(generator, row, cluster) - _loss_in_llamacpp(generator, row, None)
+                    _loss_in_llamacpp(engine, row, cluster) - _loss_in_llamacpp(engine, row, None)
                     for row, cluster in zip(found, clusters, strict=True)
                 )
         theirs = math.exp(losses / n_tokens)
@@ -226,33 +225,19 @@ def perplexity(
         )
 
 
-def _loss_in_llamacpp(generator: Any, row: Any, cluster: int | None) -> float:
+def _loss_in_llamacpp(engine: Any, row: Any, cluster: int | None) -> float:
     """Return the completion's loss in nats after a dense prefill, its first token left out; cluster None decodes densely."""
+    from coreinfer_sim.choosing.selection import NeuronSelection
     from coreinfer_sim.evaluation.rows import joined
-    from coreinfer_sim.export.compact import DENSE
 
-    dense = generator.pool.get(generator._file(DENSE))
+    mode = "dense" if cluster is None else "similarity"
+    model = engine.model(NeuronSelection(mode, cluster=cluster))
     prompt, completion = (
-        dense.post("/tokenize", {"content": text, "add_special": special, "parse_special": False})["tokens"]
+        model.tokenize(text, add_special=special)
         for text, special in zip(joined(row.prompt, row.completion), (True, False), strict=True)
     )
     prompt, completion = prompt[-_SCORED // 2 :], completion[: _SCORED // 2]
-    request = {"temperature": 0.0, "cache_prompt": True, "id_slot": 0, "n_predict": 1}
-    dense.complete({**request, "prompt": prompt}, None)
-    model = dense
-    if cluster is not None:
-        model = generator.pool.get(generator._file(cluster))
-        generator._hand_over(dense, model)
-    loss = 0.0
-    for place in range(1, len(completion)):
-        for n_probs in _LIKELIEST:
-            read = {**request, "prompt": [*prompt, *completion[:place]], "n_probs": n_probs}
-            (step,) = model.complete(read, None)["completion_probabilities"]
-            found = [each["logprob"] for each in step["top_logprobs"] if each["id"] == completion[place]]
-            if found:
-                break
-        loss -= found[0]
-    return loss
+    return -sum(model.score([*prompt, *completion], len(prompt))[1:])
 
 
 @contextmanager

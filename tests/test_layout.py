@@ -33,8 +33,6 @@ ROOMS = (
 )
 """A room imports only from itself and those above it."""
 PENDING: set[str] = {
-    "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.export.compact",
-    "coreinfer_sim.engines.llamacpp.generator -> coreinfer_sim.export.exporting",
     "coreinfer_sim.evaluation.evaluate -> coreinfer_sim.building.folder",
     "coreinfer_sim.fitting.comparing -> coreinfer_sim.building.shards",
     "coreinfer_sim.fitting.stages -> coreinfer_sim.building.folder",

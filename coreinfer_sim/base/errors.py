@@ -65,6 +65,10 @@ class ChatTemplateError(PromptError):
     """The model has no chat template, or its template refuses the conversation."""
 
 
+class RequestRefusedError(GenerationError):
+    """Another program that generates refused a request."""
+
+
 class ExportError(CoreInferSimError):
     """A set of neurons cannot be written in the format that was asked for."""
 

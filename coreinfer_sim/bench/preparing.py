@@ -15,7 +15,8 @@ from coreinfer_sim.bench.prompts import cut_prompts, random_prompts
 from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, Spec
 from coreinfer_sim.bench.worker import one_sentence
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.export.compact import DENSE, Source, compact_weights
+from coreinfer_sim.engines.llamacpp.router import DENSE
+from coreinfer_sim.export.compact import Source, compact_weights
 from coreinfer_sim.export.gguf import check_exportable, export_gguf, facts_of, source_of
 from coreinfer_sim.models.loading import LanguageModel, load_tokenizer
 

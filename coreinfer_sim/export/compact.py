@@ -10,14 +10,13 @@ import torch
 from coreinfer_sim.choosing.index_sets import IndexSets
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.compact import Projections, compact_projections, linear_parameters
+from coreinfer_sim.engines.llamacpp.router import DENSE, GLOBAL
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer, weight_shape
 
 WIDTH_STEP = 64
 """Widths are multiples of this, which kernels like."""
-GLOBAL, DENSE = "global", "dense"
-"""The set of the whole corpus, and the whole model."""
 
 
 @dataclass(frozen=True)

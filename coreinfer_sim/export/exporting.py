@@ -10,15 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from coreinfer_sim.base.errors import ExportError
-from coreinfer_sim.base.files import write_json
 from coreinfer_sim.base.progress import Progress, counted, readable_size
-from coreinfer_sim.base.settings import UNFAMILIAR, check_ratio
+from coreinfer_sim.base.settings import check_ratio
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.index_sets import wanted_sets
+from coreinfer_sim.engines.llamacpp.router import write_router
 from coreinfer_sim.export import gguf, hf
 from coreinfer_sim.export.compact import (
-    DENSE,
-    GLOBAL,
     CompactWeights,
     Source,
     compact_weights,
@@ -28,7 +26,6 @@ from coreinfer_sim.export.compact import (
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 
-ROUTER_FILE = "router.json"
 FORMATS = ("hf", "gguf")
 
 
@@ -96,9 +93,7 @@ def export(
     if missing:
         _write(language_model, index, [(sources[i], paths[i]) for i in missing], cut, kind, weights, progress)
     if router:
-        router_content = router_of(index, dict(zip(sets, paths, strict=True)), keep_ratio, compensated)
-        write_json(out / ROUTER_FILE, router_content)
-        paths.append(out / ROUTER_FILE)
+        paths.append(write_router(out, index, dict(zip(sets, paths, strict=True)), keep_ratio, compensated))
     return paths
 
 
@@ -151,47 +146,6 @@ def _holds(path: Path, source: Source, kind: str) -> bool:
         (gguf.source_of(path), gguf.facts_of(source)) if kind == "gguf" else (hf.source_of(path), asdict(source))
     )
     return {**found, "index": None} == {**wanted, "index": None}
-
-
-def router_of(
-    index: SemanticIndex, paths: dict[int | str, Path], keep_ratio: float, compensated: bool
-) -> dict[str, object]:
-    """Return what a front end needs to route: embed, take the centroid with the largest inner product, open its file.
-
-    Args:
-        index: the index.
-        paths: of the models that there are.
-        keep_ratio: of the models.
-        compensated: whether they are.
-    """
-    encoder = index.manifest.encoder
-    names = {which: path.name for which, path in paths.items()}
-    return {
-        "model": index.manifest.model.name,
-        "keep_ratio": keep_ratio,
-        "compensated": compensated,
-        "encoder": {
-            "name": encoder.name,
-            "dimension": encoder.dimension,
-            "normalized": True,
-            "metric": "inner product",
-        },
-        "unfamiliar_below_quantile": UNFAMILIAR,
-        "fallback": names.get(GLOBAL),
-        "dense": names.get(DENSE),
-        "bytes": {path.name: path.stat().st_size for path in paths.values() if path.is_file()},
-        "clusters": [
-            {
-                "id": cluster.id,
-                "label": cluster.label,
-                "size": cluster.size,
-                "file": names.get(cluster.id),
-                "similarity_quantiles": cluster.similarity_quantiles,
-                "centroid": [float(f"{value:.8g}") for value in index.centroids[cluster.id].tolist()],
-            }
-            for cluster in index.clusters
-        ],
-    }
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""llama.cpp on exported files."""
+"""Runs exported files in llama.cpp, which owns the whole loop."""

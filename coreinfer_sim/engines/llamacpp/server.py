@@ -7,11 +7,11 @@ import json
 import secrets
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.base.errors import ConfigError, GenerationError, ModelError
+from coreinfer_sim.base.errors import ConfigError, GenerationError, ModelError, RequestRefusedError
 
 
 class LlamaServer:
@@ -48,30 +48,32 @@ class LlamaServer:
                 "memory; export it anew."
             ) from error
         self.path = path
+        self.post("/slots/0?action=erase", {})  # waits for its loop: one that is ended before it begins never ends
 
     def post(self, where: str, content: dict[str, Any]) -> Any:
-        """Return the answer to a request."""
+        """Return the answer to a request.
+
+        Raises:
+            RequestRefusedError: llama.cpp refused it.
+            GenerationError: llama.cpp does not answer.
+        """
         with self._open(where, content) as answer:
             return json.loads(answer.read())
 
-    def complete(self, request: dict[str, Any], write: Callable[[str], None] | None) -> dict[str, Any]:
-        """Return the answer to a completion request; ``write`` takes its text as it comes.
+    def complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a completion request."""
+        answer: dict[str, Any] = self.post("/completion", request)
+        return answer
 
-        A stream leaves out tokens that end within a character, so ``tokens`` are only whole without ``write``.
+    def stream(self, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Yield the parts of the answer to a completion request as they come; closing the iterator ends the request.
+
+        Tokens that end within a character are left out of the parts' ``tokens``.
         """
-        if write is None:
-            answer: dict[str, Any] = self.post("/completion", request)
-            return answer
-        text = []
-        part: dict[str, Any] = {}
         with self._open("/completion", {**request, "stream": True}) as lines:
             for line in lines:
                 if line.startswith(b"data: {"):
-                    part = json.loads(line[6:])
-                    text.append(part["content"])
-                    if part["content"]:
-                        write(part["content"])
-        return {**part, "content": "".join(text)}
+                    yield json.loads(line[6:])
 
     def _open(self, where: str, content: dict[str, Any]) -> Any:
         request = urllib.request.Request(
@@ -85,7 +87,7 @@ class LlamaServer:
             answer = error.read().decode("utf-8", "replace")
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 answer = json.loads(answer)["error"]["message"]
-            raise GenerationError(f"llama.cpp refused a request to {self.path.name} ({answer[:200]}).") from error
+            raise RequestRefusedError(f"llama.cpp refused a request to {self.path.name} ({answer[:200]}).") from error
         except urllib.error.URLError as error:
             raise GenerationError(
                 f"llama.cpp does not answer for {self.path.name} ({error.reason}), expected its server in this process; start "
