@@ -7,32 +7,29 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # rich is imported where something is shown, as --help needs none of it
+    from rich.progress import Progress, ProgressColumn, Task
+    from rich.text import Text
+
     from coreinfer_sim.index.index import SemanticIndex
 
 
-class _Rate(ProgressColumn):
-    """Units per second since the stage began."""
+def _rate() -> ProgressColumn:
+    """Return a column with the units per second since the stage began, as ``1,234 tokens/s``."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
 
-    def render(self, task: Task) -> Text:
-        """Render as ``1,234 tokens/s``."""
-        done = task.completed - task.fields["before"]
-        rate = done / task.elapsed if task.elapsed and done else None
-        return Text("" if rate is None else f"{rate:,.0f} {task.fields['unit']}/s")
+    class Rate(ProgressColumn):
+        """Units per second."""
+
+        def render(self, task: Task) -> Text:
+            """Render one bar's."""
+            done = task.completed - task.fields["before"]
+            rate = done / task.elapsed if task.elapsed and done else None
+            return Text("" if rate is None else f"{rate:,.0f} {task.fields['unit']}/s")
+
+    return Rate()
 
 
 class ConsoleProgress:
@@ -40,6 +37,8 @@ class ConsoleProgress:
 
     def __init__(self, quiet: bool = False) -> None:
         """Write to stderr; ``quiet`` writes nothing."""
+        from rich.console import Console
+
         self._console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
         self._progress: Progress | None = None
         self._task: Any = None
@@ -52,17 +51,19 @@ class ConsoleProgress:
         """Open a bar."""
         if not self._console.is_terminal:
             return
+        from rich import progress
+
         columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            _rate(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=self._console)
+        self._progress = progress.Progress(*columns, console=self._console)
         self._task = self._progress.add_task(stage, total=total, completed=done, before=done, unit=unit)
         self._progress.start()
 
@@ -80,7 +81,11 @@ class ConsoleProgress:
 
 def status(text: str) -> Any:
     """Return a context manager that shows a spinner on a terminal, for a wait without a count."""
-    return Console(stderr=True).status(text) if sys.stderr.isatty() else _Nothing()
+    if not sys.stderr.isatty():
+        return _Nothing()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
 
 
 class _Nothing:

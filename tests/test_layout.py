@@ -156,6 +156,20 @@ def test_settings_and_errors_come_without_torch():
     assert not {"torch", "transformers", "datasets", "faiss", "numba", "sentence_transformers"} & set(loaded)
 
 
+def test_an_index_is_described_without_torch():
+    loaded = (
+        run_python(
+            "import sys; from coreinfer_sim_cli.main import main\n"
+            f"main(['info', {str(ROOT / 'indexes' / 'smollm2-135m-demo')!r}], standalone_mode=False)\n"
+            "print(*sys.modules)"
+        )
+        .splitlines()[-1]
+        .split()
+    )
+    assert "coreinfer_sim.index.index" in loaded
+    assert not {"torch", "transformers", "datasets", "numba", "sentence_transformers", "sklearn", "rich"} & set(loaded)
+
+
 def test_every_public_name_is_there():
     import coreinfer_sim
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import torch
 
 from coreinfer_sim.base.errors import ConfigError, IndexMismatchError
 from coreinfer_sim.base.memory import give_back_memory
@@ -18,11 +17,15 @@ from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, parse_
 from coreinfer_sim.index.checks import check_file, check_files, read_manifest
 from coreinfer_sim.index.clustering import faiss_index, nearest
 from coreinfer_sim.index.clusters import Cluster, Match
-from coreinfer_sim.index.compensated import StoredCompensation, load_compensated
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.manifest import INDEX_FILES, REBUILD, Manifest, ProfileInfo, compensation_file
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
+
+if TYPE_CHECKING:  # an index is looked up and described without torch
+    import torch
+
+    from coreinfer_sim.index.compensated import StoredCompensation
 
 _RANKED_BY = {Score.ENERGY: "energy", Score.PAPER: "counts"}
 
@@ -151,6 +154,8 @@ class SemanticIndex:
         Returns:
             Ascending ids [n_kept] by layer number.
         """
+        import torch
+
         if cluster is not None:
             self.check_cluster(cluster)
         values, ties = self.statistics(cluster, score)
@@ -236,6 +241,8 @@ class SemanticIndex:
         Raises:
             IndexFormatError: the file is damaged.
         """
+        from coreinfer_sim.index.compensated import load_compensated
+
         assert self._folder is not None
         model = self.manifest.model
         name = compensation_file(keep_ratio, cluster)

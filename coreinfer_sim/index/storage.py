@@ -10,9 +10,8 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from safetensors.torch import load_file
 
 from coreinfer_sim.base.errors import IndexFormatError
 from coreinfer_sim.base.files import flush_to_disk, sha256_of, write_json
@@ -29,6 +28,8 @@ from coreinfer_sim.index.manifest import (
 )
 
 STATISTICS = ("counts", "energy", "activation")
+_TYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
+"""Safetensors' names of the types that statistics may have, and numpy's."""
 _FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
 
 
@@ -87,14 +88,39 @@ def read_statistics(folder: Path, shape: tuple[int, int, int]) -> dict[str, np.n
     """
     path = folder / NEURONS_FILE
     try:
-        tensors = load_file(path)  # mapped: of the clusters that are never asked for, nothing is read
-        statistics = {name: tensors[name].numpy() for name in STATISTICS}
-    except (SafetensorError, OSError, KeyError) as error:
+        statistics = _map_arrays(path, STATISTICS)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     for name, values in statistics.items():
         if values.shape != shape:
             raise IndexFormatError(f"{path}: {name} has the shape {values.shape}, expected {shape}; {REBUILD}.")
     return statistics
+
+
+def _map_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Map arrays of a safetensors file into memory, copied where they are written to.
+
+    Raises:
+        SafetensorError: the file is damaged.
+        KeyError: it lacks one, or holds values that numpy does not know.
+    """
+    with safe_open(path, framework="numpy"):  # checks the header
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: np.asarray(
+            np.memmap(
+                path,
+                dtype=_TYPES[header[name]["dtype"]],
+                mode="c",
+                offset=8 + length + header[name]["data_offsets"][0],
+                shape=tuple(header[name]["shape"]),
+            )
+        )
+        for name in names
+    }
 
 
 def save_index(
