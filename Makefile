@@ -53,7 +53,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python figures/readme.py --check
+	$(BIN)/python figures/tables.py --check
 
 check: lint test
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
+from coreinfer_sim.base.decode_settings import ModelConfig
 from coreinfer_sim.base.errors import ConfigError
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries
-
-_D = {"show_default": True}
+from .settings import Settings, set_option
 
 
 @click.command()
@@ -26,10 +26,16 @@ _D = {"show_default": True}
     metavar="SPEC",
     help="May be repeated.  [default: dense, sparse:0.4 (random:0.4 without an index), llamacpp:bf16 if installed]",
 )
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, **_D, help="Length of the prompts.")
-@click.option("--new-tokens", type=click.IntRange(2), default=128, **_D, help="Tokens that each run generates.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompts.")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=5, **_D, help="Turns of each contender, after one to warm up."
+    "--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens that each run generates."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Turns of each contender, after one to warm up.",
 )
 @click.option(
     "--prompt-file",
@@ -39,15 +45,31 @@ _D = {"show_default": True}
 @click.option("--threads", type=click.IntRange(1), help="Of each contender.  [default: one for each core]")
 @click.option("--fresh", is_flag=True, help="Start each contender anew in each round: one at a time in memory.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Keep GGUF files of the model here.")
-@click.option("--seed", type=click.IntRange(0), default=0, **_D, help="Of random sets and prompts.")
-@click.option("--device", default="auto", **_D, help="Torch device; auto: a GPU if there is one.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random sets and prompts.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write everything as JSON.")
 @click.option(
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw into this .png or .svg file."
 )
-@options.encoder
+@set_option("model")
 @options.as_json
-def bench(model: str | None, shape: str | None, contenders: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def bench(
+    model: str | None,
+    shape: str | None,
+    index: str | None,
+    contenders: tuple[str, ...],
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    prompt_file: Path | None,
+    threads: int | None,
+    fresh: bool,
+    folder: Path | None,
+    seed: int,
+    out: Path | None,
+    plot_path: Path | None,
+    settings: Settings,
+    as_json: bool,
+) -> None:
     """Measure the speed of contenders that take turns, each in a process of its own.
 
     \b
@@ -77,36 +99,36 @@ def bench(model: str | None, shape: str | None, contenders: tuple[str, ...], as_
         raise click.UsageError("give --model or --shape, one of them.")
     from coreinfer_sim.base.files import write_json
     from coreinfer_sim.base.plots import check_plot
-    from coreinfer_sim.bench.bench import Setup, default_specs
+    from coreinfer_sim.bench.bench import BenchSettings, default_specs
     from coreinfer_sim.bench.bench import bench as run
-    from coreinfer_sim.bench.contenders import Subject
     from coreinfer_sim.bench.plot import plot
+    from coreinfer_sim.bench.programs import Subject
 
     quiet_libraries()
-    if given["plot_path"] is not None:
-        check_plot(given["plot_path"])
-    subject = Subject(model, chosen, given["index"], given["encoder"])
-    file: Path | None = given["prompt_file"]
+    if plot_path is not None:
+        check_plot(plot_path)
+    loading = settings.make(ModelConfig)
+    subject = Subject(model, chosen, index, loading.encoder)
     result = run(
         subject,
         specs or parse_specs(default_specs(subject)),
-        Setup(
-            n_prompt=given["prompt_tokens"],
-            n_new=given["new_tokens"],
-            rounds=given["rounds"],
-            n_threads=given["threads"],
-            device=given["device"],
-            fresh=given["fresh"],
-            seed=given["seed"],
+        BenchSettings(
+            n_prompt=prompt_tokens,
+            n_new=new_tokens,
+            rounds=rounds,
+            n_threads=threads,
+            device=loading.device,
+            fresh=fresh,
+            seed=seed,
         ),
-        text=None if file is None else file.read_text(encoding="utf-8", errors="replace"),
-        folder=given["folder"],
+        text=None if prompt_file is None else prompt_file.read_text(encoding="utf-8", errors="replace"),
+        folder=folder,
         progress=ConsoleProgress(),
     )
-    if given["out"] is not None:
-        write_json(given["out"], result)
-    if given["plot_path"] is not None:
-        plot(result, given["plot_path"])
+    if out is not None:
+        write_json(out, result)
+    if plot_path is not None:
+        plot(result, plot_path)
     if as_json:
         print_json(result)
     else:

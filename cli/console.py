@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coreinfer_sim.base.progress import Progress
+
 if TYPE_CHECKING:  # rich is imported where something is shown, as --help needs none of it
-    from rich.progress import Progress, ProgressColumn, Task
+    from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn, Task
     from rich.text import Text
 
     from coreinfer_sim.index.index import SemanticIndex
@@ -32,7 +35,7 @@ def _rate() -> ProgressColumn:
     return Rate()
 
 
-class ConsoleProgress:
+class ConsoleProgress(Progress):
     """Shows a build's stages on a terminal; elsewhere only its lines of text, unless quiet."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -40,7 +43,7 @@ class ConsoleProgress:
         from rich.console import Console
 
         self._console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
-        self._progress: Progress | None = None
+        self._progress: Bars | None = None
         self._task: Any = None
 
     def say(self, text: str) -> None:

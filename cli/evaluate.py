@@ -6,28 +6,32 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill
+from coreinfer_sim.base.errors import ConfigError
+
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
+from .settings import Settings, set_option
+from .tables import print_set_table, print_table, print_text_table
 
 if TYPE_CHECKING:
+    from coreinfer_sim.base.rows import Row
     from coreinfer_sim.evaluation.contenders import Contender
-    from coreinfer_sim.evaluation.evaluate import Result
-    from coreinfer_sim.evaluation.rows import Row
+    from coreinfer_sim.evaluation.results import Result
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.models.loading import LanguageModel
 
-_D = {"show_default": True}
 _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
 
 
 @click.command()
 @click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
-@click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid, global and random-cluster need it.")
+@options.model
+@options.index
 @click.option(
     "--contender",
     "contenders",
@@ -58,7 +62,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     multiple=True,
     type=click.Choice(["hybrid", "dense", "global", "none"]),
     default=("none",),
-    **_D,
+    show_default=True,
     help="What similarity does for unfamiliar prompts; may be repeated.",
 )
 @click.option(
@@ -68,11 +72,13 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     help="Precision of all weights; may be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
 )
 @options.part("0:100")
-@click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
+@click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Rows of each set.")
 @options.max_tokens
 @click.option("--generate", is_flag=True, help="Also generate texts and score them against the completions.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, **_D, help="Most tokens of a generated text.")
-@click.option("--seed", type=int, default=0, **_D, help="Of random choices and of the bootstrap.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens of a generated text."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random choices and of the bootstrap.")
 @options.log
 @click.option("--per-set", is_flag=True, help="Also print a line for each contender and set.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as JSON.")
@@ -82,16 +88,35 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw quality over bytes a token into this .png or .svg file.",
 )
-@options.prefill
-@options.encoder
-@options.model_options
+@set_option("decode", "model")
 @options.as_json
-def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) -> None:
+def evaluate(
+    sets: tuple[Path, ...],
+    model: str | None,
+    index: str | None,
+    contenders: tuple[str, ...],
+    keep_ratios: tuple[float, ...],
+    scores: tuple[str, ...],
+    fallbacks: tuple[str, ...],
+    weights: tuple[str, ...],
+    part: range,
+    limit: int,
+    max_tokens: int | None,
+    generate: bool,
+    max_new_tokens: int,
+    seed: int,
+    log: Path | None,
+    per_set: bool,
+    out: Path | None,
+    plot_path: Path | None,
+    settings: Settings,
+    as_json: bool,
+) -> None:
     """Score ways of choosing neurons on SETS: JSONL files with id, prompt and completion.
 
-    Prefill is dense unless --prefill says otherwise, decode forced sparse; the completion's tokens from the second on
-    are scored. With --generate, texts are generated in place of the completions and compared with them: exact match, F1,
-    ROUGE-L, BLEU and chrF.
+    Prefill is dense unless decode.prefill says otherwise, decode forced sparse, by the engine that decodes; the completion's
+    tokens from the second on are scored. With --generate, texts are generated in place of the completions and compared with
+    them: exact match, F1, ROUGE-L, BLEU and chrF.
 
     \b
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
@@ -99,6 +124,62 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
     """
     from coreinfer_sim.base.files import check_folder, write_json
     from coreinfer_sim.base.plots import check_plot
+    from coreinfer_sim.evaluation.plot import plot
+    from coreinfer_sim.evaluation.results import check_scored
+    from coreinfer_sim.evaluation.rows import read_sets
+    from coreinfer_sim.evaluation.summary import summarise
+    from coreinfer_sim.evaluation.text_scores import check_text_scores
+    from coreinfer_sim.generation.opening import model_name, open_index, open_model
+
+    # 1) what would fail at the end is looked at first
+    quiet_libraries()
+    if plot_path is not None:
+        check_plot(plot_path)
+    for path in (out, log):
+        if path is not None:
+            check_folder(path)
+    if generate:
+        check_text_scores()
+    decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
+    rows = read_sets(sets, part, limit)
+    opened = open_index(index, loading.encoder)
+    name = model_name(opened, model)
+    # 2) who is compared
+    chosen = _contenders(opened, contenders, keep_ratios, scores, weights, fallbacks, decode)
+    with status("Loading the model"):
+        language_model = open_model(opened, name, loading, decode)
+    chosen = _able(language_model, chosen, decode, named=bool(contenders or weights))
+    # 3) scores, and what they add up to
+    most = max_new_tokens if generate else None
+    results = score_with_log(
+        language_model, chosen, rows, opened, decode, seed=seed, max_tokens=max_tokens, log=log, max_new_tokens=most
+    )
+    check_scored(results, len(rows))
+    summary = summarise(results, seed, generated=generate)
+    if out is not None:
+        write_json(out, {"model": name, "index": index, "contenders": summary})
+    if plot_path is not None:
+        plot(summary, chosen, plot_path)
+    if as_json:
+        print_json(summary)
+        return
+    print_table(summary)
+    if per_set:
+        print_set_table(summary)
+    if generate:
+        print_text_table(summary)
+
+
+def _contenders(
+    index: SemanticIndex | None,
+    contenders: tuple[str, ...],
+    keep_ratios: tuple[float, ...],
+    scores: tuple[str, ...],
+    weights: tuple[str, ...],
+    fallbacks: tuple[str, ...],
+    decode: DecodeConfig,
+) -> list[Contender]:
+    """Return the contenders that were named, or those that are worth comparing."""
     from coreinfer_sim.evaluation.contenders import (
         FITTED,
         NEED_INDEX,
@@ -106,60 +187,38 @@ def evaluate(sets: tuple[Path, ...], model: str, as_json: bool, **given: Any) ->
         check_known_before,
         parse_contenders,
     )
-    from coreinfer_sim.evaluation.evaluate import check_scored, summarise
-    from coreinfer_sim.evaluation.plot import plot
-    from coreinfer_sim.evaluation.rows import read_sets
-    from coreinfer_sim.evaluation.text_scores import check_text_scores
-    from coreinfer_sim.index.encoder import SentenceEncoder
-    from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.models.loading import load_model
 
-    quiet_libraries()
-    plot_path: Path | None = given["plot_path"]
-    if plot_path is not None:
-        check_plot(plot_path)
-    for path in (given["out"], given["log"]):
-        if path is not None:
-            check_folder(path)
-    if given["generate"]:
-        check_text_scores()
-    rows = read_sets(sets, given["part"], given["limit"])
-    index = None
-    if given["index"] is not None:
-        index = SemanticIndex.load(given["index"], SentenceEncoder(given["encoder"]) if given["encoder"] else None)
-    sparse_prefill = given["prefill"] == "sparse"
+    sparse_prefill = decode.prefill is Prefill.SPARSE
     excluded = (*(NEED_INDEX if index is None else ()), *(READS_PROMPT if sparse_prefill else ()))
-    names = given["contenders"] or [name for name in _NAMES if name not in excluded]
+    names = contenders or [name for name in _NAMES if name not in excluded]
     fitted = [] if index is None else [info.keep_ratio for info in index.manifest.compensation]
-    ratios, weights = given["keep_ratios"] or fitted or [0.4], given["weights"] or ["16bit"]
-    contenders = parse_contenders(names, ratios, given["scores"] or ["energy"], weights, given["fallbacks"])
-    if index is not None and not given["contenders"] and not given["scores"]:
+    ratios, kinds = keep_ratios or fitted or [0.4], weights or ["16bit"]
+    found = parse_contenders(names, ratios, scores or ["energy"], kinds, fallbacks)
+    if index is not None and not contenders and not scores:
         there = [ratio for ratio in ratios if index.manifest.holds_sets(ratio)]
-        contenders += parse_contenders(
-            [name for name in FITTED if there], there, ["compensated"], weights, given["fallbacks"]
-        )
-    if not given["contenders"] and not given["weights"]:  # what one would take instead of any of them
-        contenders += parse_contenders(["dense"], [1.0], ["energy"], ["int8", "q4_0"])
+        found += parse_contenders([name for name in FITTED if there], there, ["compensated"], kinds, fallbacks)
+    if not contenders and not weights:  # what one would take instead of any of them
+        found += parse_contenders(["dense"], [1.0], ["energy"], ["int8", "q4_0"])
     if sparse_prefill:
-        check_known_before(contenders)
-    with status("Loading the model"):
-        language_model = load_model(model, given["dtype"], given["device"])
-    max_new_tokens = given["max_new_tokens"] if given["generate"] else None
-    results = score_with_log(language_model, contenders, rows, index, given, max_new_tokens, sparse_prefill)
-    check_scored(results, len(rows))
-    summary = summarise(results, given["seed"], generated=given["generate"])
-    if given["out"] is not None:
-        write_json(given["out"], {"model": model, "index": given["index"], "contenders": summary})
-    if plot_path is not None:
-        plot(summary, contenders, plot_path)
-    if as_json:
-        print_json(summary)
-    else:
-        print_table(summary)
-        if given["per_set"]:
-            print_set_table(summary)
-        if given["generate"]:
-            print_text_table(summary)
+        check_known_before(found)
+    return found
+
+
+def _able(
+    language_model: LanguageModel, contenders: list[Contender], decode: DecodeConfig, *, named: bool
+) -> list[Contender]:
+    """Leave out int8 weights where no engine has them, unless they were named."""
+    from coreinfer_sim.base.settings import Weights
+    from coreinfer_sim.engines.registry import check_engine
+
+    if named or not any(contender.weights == "int8" for contender in contenders):
+        return contenders
+    try:
+        check_engine(language_model.model, replace(decode, weights=Weights.INT8))
+    except ConfigError as error:
+        click.echo(f"Note: int8 weights are left out, as {error}", err=True)
+        return [contender for contender in contenders if contender.weights != "int8"]
+    return contenders
 
 
 def score_with_log(
@@ -167,27 +226,32 @@ def score_with_log(
     contenders: Sequence[Contender],
     rows: Sequence[Row],
     index: SemanticIndex | None,
-    given: dict[str, Any],
+    decode: DecodeConfig,
+    *,
+    seed: int,
+    max_tokens: int | None,
+    log: Path | None,
     max_new_tokens: int | None = None,
-    sparse_prefill: bool = False,
 ) -> list[Result]:
-    """Score contenders on rows; of options ``given``, a ``log`` keeps what is finished, and is gone on with.
+    """Score contenders on rows; a ``log`` keeps what is finished, and a later run goes on from it.
 
     Returns:
         The results in the order of the contenders.
     """
-    from coreinfer_sim.evaluation.evaluate import evaluate as run
-    from coreinfer_sim.evaluation.evaluate import most_tokens, open_log, read_results
+    from coreinfer_sim.evaluation.results import open_log, read_results
+    from coreinfer_sim.evaluation.run import evaluate as run
+    from coreinfer_sim.evaluation.run import most_tokens
     from coreinfer_sim.models.fingerprint import weights_checksum
 
-    log: Path | None = given["log"]
+    most = most_tokens(language_model, max_tokens)
     setup = {
         "model": weights_checksum(language_model.layers),
         "dtype": language_model.dtype_name,
         "index": replace(index.manifest, profile=None).checksum() if index is not None else None,  # no score's business
-        "max_tokens": most_tokens(language_model, given["max_tokens"]),
-        "seed": given["seed"],
-        "prefill": "sparse" if sparse_prefill else None,
+        "max_tokens": most,
+        "seed": seed,
+        "engine": decode.engine,
+        "prefill": "sparse" if decode.prefill is Prefill.SPARSE else None,
     }
     wanted = {(str(c), row.set_name, row.id) for c in contenders for row in rows}
     with open_log(log, setup) if log else nullcontext() as file:
@@ -197,60 +261,13 @@ def score_with_log(
             contenders,
             rows,
             index,
-            max_tokens=setup["max_tokens"],
+            decode=decode,
+            max_tokens=most,
             max_new_tokens=max_new_tokens,
-            seed=given["seed"],
-            sparse_prefill=sparse_prefill,
+            seed=seed,
             finished=known,
             log=file,
             progress=ConsoleProgress(),
         )
     order = [str(contender) for contender in contenders]
     return sorted(results, key=lambda result: order.index(result.contender))  # a log may hold them in another
-
-
-def _width(summary: list[dict[str, Any]]) -> int:
-    """Return the characters that the longest contender's name takes."""
-    return max([28, *(len(row["contender"]) for row in summary)])
-
-
-def print_table(summary: list[dict[str, Any]]) -> None:
-    """Print a line a contender."""
-    width = _width(summary)
-    click.echo(
-        f"{'contender':{width}s} {'ratio to dense (95 %)':26s} {'KL':>7s} {'top-1':>6s} {'MLP MB':>8s} {'all MB':>8s}"
-    )
-    for row in summary:
-        interval = row["ratio_interval"]
-        spread = "" if interval is None else f"({interval[0]:.3f}-{interval[1]:.3f})"
-        click.echo(
-            f"{row['contender']:{width}s} {row['ratio']:9.3f} {spread:16s} {row['kl']:7.3f} "
-            f"{row['same_top']:6.3f} {row['mlp_bytes_per_token'] / 1e6:8.1f} {row['total_bytes_per_token'] / 1e6:8.1f}"
-        )
-
-
-def print_set_table(summary: list[dict[str, Any]]) -> None:
-    """Print a line for each contender and set."""
-    width = _width(summary)
-    click.echo(
-        f"\n{'contender':{width}s} {'set':18s} {'perplexity':>10s} {'ratio to dense':>14s} {'KL':>7s} {'top-1':>6s} {'rows':>5s}"
-    )
-    for row in summary:
-        for name, group in row["sets"].items():
-            click.echo(
-                f"{row['contender']:{width}s} {name:18.18s} {group['perplexity']:10.2f} {group['ratio']:14.3f} "
-                f"{group['kl']:7.3f} {group['same_top']:6.3f} {group['n_rows']:5d}"
-            )
-
-
-def print_text_table(summary: list[dict[str, Any]]) -> None:
-    """Print what generated texts score, 0 to 100: a line a contender and set, and one for the mean over sets."""
-    titles = {"exact_match": "exact", "f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
-    width = _width(summary)
-    click.echo(
-        f"\n{'contender':{width}s} {'generated texts':18s}" + "".join(f" {title:>7s}" for title in titles.values())
-    )
-    for row in summary:
-        for name, group in [*row["sets"].items(), ("mean over sets", row)]:
-            scores = "".join(f" {group['text'][metric]:7.2f}" for metric in titles)
-            click.echo(f"{row['contender']:{width}s} {name:18.18s}{scores}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
-from click.core import ParameterSource
+
+from coreinfer_sim.base.decode_settings import ModelConfig
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, size_text, status
+from .settings import Settings, set_option
 
-_D = {"show_default": True}
 _TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 
 
@@ -34,28 +34,39 @@ def _sets(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
     metavar="N|all|global|dense",
     help="Whose set; global: the whole corpus's; dense: the whole model. May be repeated.",
 )
-@click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", **_D, help="Checkpoint or GGUF.")
-@click.option("--type", "weights", type=click.Choice(_TYPES), default="bf16", **_D, help="Of a GGUF file's matrices.")
-@click.option("--keep-ratio", type=float, help="Share that is kept.  [default: the index's]")
-@click.option("--compensation/--no-compensation", default=True, **_D, help="Take compensated sets where there are any.")
-@click.option("--manifest", is_flag=True, help="Also write router.json: centroids, encoder and each cluster's file.")
-@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's]")
 @click.option(
-    "--dtype",
-    type=click.Choice(["stored", "float32", "bfloat16", "float16"]),
-    default="stored",
-    **_D,
-    help="Type of a checkpoint's weights; stored: the model's own, bfloat16 for GGUF.",
+    "--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help="Checkpoint or GGUF."
 )
-@options.device
+@click.option("--type", "weights", type=click.Choice(_TYPES), help="Of a GGUF file's matrices.  [default: bf16]")
+@click.option("--keep-ratio", type=float, help="Share that is kept.  [default: the index's]")
+@click.option(
+    "--compensation/--no-compensation",
+    default=True,
+    show_default=True,
+    help="Take compensated sets where there are any.",
+)
+@click.option("--manifest", is_flag=True, help="Also write router.json: centroids, encoder and each cluster's file.")
+@options.model
 @click.option(
     "--force", is_flag=True, help="Replace models that are there; without, those that are what was asked for are kept."
 )
 @click.option("--quiet", is_flag=True, help="No plan and no progress.")
+@set_option("model")
 @options.as_json
-@click.pass_context
 def export(
-    ctx: click.Context, index: str, out: Path, wanted: list[int | str], model: str | None, as_json: bool, **given: Any
+    index: str,
+    out: Path,
+    wanted: list[int | str],
+    kind: str,
+    weights: str | None,
+    keep_ratio: float | None,
+    compensation: bool,
+    manifest: bool,
+    model: str | None,
+    force: bool,
+    quiet: bool,
+    settings: Settings,
+    as_json: bool,
 ) -> None:
     """Write clusters of INDEX as ordinary, smaller models.
 
@@ -63,12 +74,14 @@ def export(
     coreinfer-sim export my-index --cluster 3 --out exported
     coreinfer-sim export my-index --cluster all --cluster dense --format gguf --type q8_0 --manifest --out exported
     """
-    from coreinfer_sim.export.exporting import export as write
-    from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.models.loading import load_model
+    if kind == "hf" and weights is not None:
+        raise click.UsageError("--type is of GGUF files; give --format gguf, or --set model.dtype=… for a checkpoint.")
+    loading = settings.make(ModelConfig, dtype=None if "dtype" in settings.given("model") else "stored")
 
-    if given["kind"] == "hf" and ctx.get_parameter_source("weights") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--type is of GGUF files; give --format gguf, or --dtype for a checkpoint.")
+    from coreinfer_sim.export.export import export as write
+    from coreinfer_sim.generation.opening import open_model
+    from coreinfer_sim.index.index import SemanticIndex
+
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     sets: list[int | str] = []
@@ -78,19 +91,19 @@ def export(
         if isinstance(which, int):
             loaded.check_cluster(which)
     with status("Loading the model"):
-        language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
+        language_model = open_model(loaded, model, loading)
     paths = write(
         language_model,
         loaded,
         sets,
         out,
-        keep_ratio=given["keep_ratio"],
-        kind=given["kind"],
-        weights=given["weights"],
-        compensated=given["compensation"],
-        router=given["manifest"],
-        force=given["force"],
-        progress=ConsoleProgress(given["quiet"]),
+        keep_ratio=keep_ratio,
+        kind=kind,
+        weights=weights or "bf16",
+        compensated=compensation,
+        router=manifest,
+        force=force,
+        progress=ConsoleProgress(quiet),
     )
     sizes = {str(path): _size(path) for path in paths}
     if as_json:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coreinfer_sim.base.decode_settings import ModelConfig
 from coreinfer_sim.base.progress import counted
 
 from . import options
 from .console import print_json, quiet_libraries, status
+from .settings import Settings, set_option
 
 if TYPE_CHECKING:
     from coreinfer_sim.index.index import SemanticIndex
@@ -99,9 +101,9 @@ def _ranges(numbers: list[int]) -> str:
 @click.command()
 @_INDEX
 @click.option("--model", metavar="NAME", help="Also check that the index belongs to this model.")
-@options.model_options
+@set_option("model")
 @options.as_json
-def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool) -> None:
+def verify(index: str, model: str | None, settings: Settings, as_json: bool) -> None:
     """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
     from coreinfer_sim.index.checks import check_files
     from coreinfer_sim.index.index import SemanticIndex
@@ -117,10 +119,11 @@ def verify(index: str, model: str | None, dtype: str, device: str, as_json: bool
     checks.append("encoder")
     if model is not None:
         from coreinfer_sim.choosing.compatibility import check_model
-        from coreinfer_sim.models.loading import load_model, tokenizer_hash
+        from coreinfer_sim.generation.opening import open_model
+        from coreinfer_sim.models.loading import tokenizer_hash
 
         with status("Loading the model"):
-            language_model = load_model(model, dtype, device)
+            language_model = open_model(loaded, model, settings.make(ModelConfig))
         check_model(loaded, language_model.layers, tokenizer_hash(language_model.tokenizer))
         checks += ["sampled model weights", "tokenizer"]
     if as_json:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from coreinfer_sim.base.errors import CoreInferSimError, as_out_of_memory
+from coreinfer_sim.base.errors import CoreInferSimError, UnknownEngineError, as_out_of_memory
 
 from .bench import bench
 from .build_index import build_index
@@ -30,12 +30,14 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except UnknownEngineError as error:
+            _fail(ctx, str(error), 2)
         except CoreInferSimError as error:
             _fail(ctx, str(error), 1)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; what was finished is kept – run the same command again to go on.", INTERRUPTED)
         except BrokenPipeError:  # the reader of our output has gone; keep Python from complaining at exit
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             ctx.exit(1)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
@@ -48,7 +50,7 @@ class _Group(click.Group):
         except (MemoryError, RuntimeError) as error:
             if (found := as_out_of_memory(error)) is None:
                 raise
-            _fail(ctx, f"{found}; use a smaller --batch-size or model.", 1)
+            _fail(ctx, f"{found}; use a smaller batch (--set build.batch_size=…) or model.", 1)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:

@@ -14,18 +14,37 @@ from coreinfer_sim.base.settings import parse_size
 F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-device = click.option("--device", default="auto", show_default=True, help="Torch device; auto: a GPU if there is one.")
-dtype = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Type of the model's weights; auto: as stored, bfloat16 for GGUF; float32 if the CPU lacks that.",
+index = click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid and global need it.")
+model = click.option(
+    "--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]"
 )
-encoder = click.option(
-    "--encoder", default=None, metavar="NAME", help="Sentence encoder: hub id or folder.  [default: all-MiniLM-L6-v2]"
+mode = click.option(
+    "--mode",
+    type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "dense"]),
+    help="Where the held neurons come from.  [default: similarity]",
 )
-
+keep_ratio = click.option(
+    "--keep-ratio",
+    type=float,
+    help="Share of neurons that decode holds; of MLP bytes in compensated sets.  [default: the index's]",
+)
+engine = click.option(
+    "--engine",
+    metavar="NAME",
+    help="What decodes: lean, our loops for Llama-like models on a CPU; transformers, the model's own code; compiled, that "
+    "through torch.compile, for GPUs; llamacpp, on exported files.  [default: auto, lean if it can, else transformers]",
+)
+weights = click.option(
+    "--weights",
+    type=click.Choice(["stored", "int8"]),
+    help="Type in which decode reads weights; int8 needs the lean engine.  [default: stored]",
+)
+exported = click.option(
+    "--exported",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="For llamacpp: what 'export --format gguf --manifest' wrote.",
+)
 log = click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on."
 )
@@ -33,13 +52,6 @@ max_tokens = click.option(
     "--max-tokens",
     type=click.IntRange(4),
     help="Cut prompt and completion to half each.  [default: 1024, or the model's context]",
-)
-prefill = click.option(
-    "--prefill",
-    type=click.Choice(["dense", "sparse"]),
-    default="dense",
-    show_default=True,
-    help="Read prompts with the dense MLPs, or with the ones that decode, which must be known before.",
 )
 
 
@@ -65,11 +77,6 @@ def part(default: str) -> Callable[[F], F]:
         metavar="LOW:HIGH",
         help="Rows whose id hashes into these of 100 parts; keep them apart from what the index was built on.",
     )
-
-
-def model_options(function: F) -> F:
-    """Add --dtype and --device."""
-    return dtype(device(function))
 
 
 def readable(prompt: str) -> str:
@@ -99,35 +106,3 @@ def size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int
 def template_text(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
     r"""Let ``\n`` and ``\t`` in a template typed into a shell mean a newline and a tab."""
     return value if value is None else value.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def engine(function: F) -> F:
-    """Add --engine, --weights and --cluster-cache."""
-    added = (
-        click.option(
-            "--engine",
-            type=click.Choice(["auto", "lean", "transformers", "compiled"]),
-            default="auto",
-            show_default=True,
-            help="What decodes: our loops for Llama-like models on a CPU, or the model's own code, as it is or through "
-            "torch.compile (for GPUs); auto: ours if they can.",
-        ),
-        click.option(
-            "--weights",
-            type=click.Choice(["stored", "int8"]),
-            default="stored",
-            show_default=True,
-            help="Type in which decode reads weights; int8 needs the lean engine.",
-        ),
-        click.option(
-            "--cluster-cache",
-            callback=size,
-            default="2GiB",
-            show_default=True,
-            metavar="SIZE",
-            help="Compact weights of recent clusters to keep.",
-        ),
-    )
-    for option in reversed(added):
-        function = option(function)
-    return function

@@ -6,66 +6,65 @@ import ipaddress
 import socket
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
 
-from . import llamacpp, options
-from .console import note_plain_sets, quiet_libraries, status
-
-_D = {"show_default": True}
-_TRANSFORMERS_ONLY = ("keep_ratio", "model", "dtype", "device", "engine", "weights", "cluster_cache")
+from . import options
+from .console import ConsoleProgress, note_plain_sets, quiet_libraries, status
+from .settings import Settings, set_option
 
 
 @click.command()
 @click.option("--index", required=True, type=click.Path(), help="Index folder.")
-@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]")
+@options.model
 @click.option("--name", help="What clients call the model.  [default: the last part of its name]")
+@options.mode
+@options.keep_ratio
 @click.option(
-    "--mode",
-    type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "dense"]),
-    default="similarity",
-    **_D,
-    help="Where the kept neurons come from, unless a request says otherwise.",
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; other than loopback asks for a key."
 )
-@click.option("--keep-ratio", type=float, help="Share that decode keeps.  [default: the index's]")
-@click.option(
-    "--fallback",
-    type=click.Choice(["hybrid", "dense", "global", "none"]),
-    help="For prompts that are unfamiliar to their cluster; see generate.",
-)
-@click.option("--host", default="127.0.0.1", **_D, help="Address to listen on; other than loopback asks for a key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, **_D)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--api-key", envvar="COREINFER_API_KEY", show_envvar=True, help="That clients must send.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=1024, **_D, help="Of one answer.")
-@click.option("--queue-limit", type=click.IntRange(1), default=64, **_D, help="Requests that may wait at a time.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=300.0, **_D, help="Seconds of a request.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of one answer.")
 @click.option(
-    "--body-limit", callback=options.size, default="2MiB", **_D, metavar="SIZE", help="Of one request's content."
+    "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait at a time."
 )
 @click.option(
-    "--backend",
-    type=click.Choice(["transformers", "llamacpp"]),
-    default="transformers",
-    **_D,
-    help="What runs the model.",
+    "--timeout", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds of a request."
 )
-@llamacpp.only_options
 @click.option(
-    "--prefill",
-    type=click.Choice(["dense", "sparse"]),
-    default="dense",
-    **_D,
-    help="For llamacpp: who reads the prompt, the dense model or the one that decodes.",
+    "--body-limit",
+    callback=options.size,
+    default="2MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of one request's content.",
 )
 @options.engine
-@options.encoder
-@options.model_options
-@click.pass_context
-def serve(ctx: click.Context, index: str, host: str, port: int, api_key: str | None, **given: Any) -> None:
+@options.weights
+@options.exported
+@set_option("select", "decode", "model")
+def serve(
+    index: str,
+    model: str | None,
+    name: str | None,
+    mode: str | None,
+    keep_ratio: float | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_new_tokens: int,
+    queue_limit: int,
+    timeout: float,
+    body_limit: int,
+    engine: str | None,
+    weights: str | None,
+    exported: Path | None,
+    settings: Settings,
+) -> None:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; also /health, /metrics, and a page at /.
 
     \b
@@ -81,17 +80,35 @@ def serve(ctx: click.Context, index: str, host: str, port: int, api_key: str | N
         raise ConfigError(f"{error.name} is not installed; run: pip install 'coreinfer-sim[serve]'") from error
     if not api_key and not _is_loopback(host):
         raise ConfigError(f"{host} can be reached from other machines, expected an API key then; give --api-key.")
+    from coreinfer_sim.generation.opening import load
+    from coreinfer_sim.serving.backends import Backend
+
     quiet_libraries()
+    folder = None if exported is None else str(exported)
+    selection = settings.make(SelectionConfig, mode=mode, keep_ratio=keep_ratio)
+    decode = settings.make(DecodeConfig, engine=engine, weights=weights, exported=folder)
+    if decode.memory_budget is not None:
+        raise ConfigError("a memory budget is planned for one text, but a server generates many; leave it out.")
     with status("Loading the model"):
-        backend, title = _llama_cpp(ctx, index) if given["backend"] == "llamacpp" else _transformers(ctx, index)
+        generator = load(
+            index,
+            model,
+            selection=selection,
+            decode=decode,
+            loading=settings.make(ModelConfig),
+            progress=ConsoleProgress(),
+        )
+    if generator.index is not None and selection.compensated:
+        note_plain_sets(generator.index, selection.keep_ratio)
+    title = name or Path(generator.name).name
     app = make_app(
-        backend,
-        given["name"] or title,
+        Backend(generator),
+        title,
         api_key=api_key,
-        max_new_tokens=given["max_new_tokens"],
-        queue_limit=given["queue_limit"],
-        timeout=given["timeout"],
-        body_limit=given["body_limit"],
+        max_new_tokens=max_new_tokens,
+        queue_limit=queue_limit,
+        timeout=timeout,
+        body_limit=body_limit,
     )
 
     class Server(uvicorn.Server):
@@ -104,7 +121,7 @@ def serve(ctx: click.Context, index: str, host: str, port: int, api_key: str | N
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
     with _listening(host, port) as listener:
         place = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        click.echo(f"Serving {given['name'] or title} at http://{place} – Ctrl-C ends it.", err=True)
+        click.echo(f"Serving {title} at http://{place} – Ctrl-C ends it.", err=True)
         server.run(sockets=[listener])
 
 
@@ -118,52 +135,6 @@ def _listening(host: str, port: int) -> socket.socket:
             f"{host}:{port} cannot be opened ({error.strerror or error}), expected a free port of this machine; name another "
             "with --host and --port."
         ) from error
-
-
-def _transformers(ctx: click.Context, index: str) -> tuple[Any, str]:
-    from coreinfer_sim.choosing.compatibility import check_model
-    from coreinfer_sim.index.encoder import SentenceEncoder
-    from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.models.loading import load_model, tokenizer_hash
-    from coreinfer_sim.serving.backends import TransformersBackend
-
-    given = ctx.params
-    llamacpp.refuse_only_options(ctx)
-    if ctx.get_parameter_source("prefill") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--prefill needs --backend llamacpp.")
-    loaded = SemanticIndex.load(index, SentenceEncoder(given["encoder"]) if given["encoder"] else None)
-    name = given["model"] or loaded.manifest.model.name
-    language_model = load_model(name, given["dtype"], given["device"], lean=given["engine"] != "compiled")
-    check_model(loaded, language_model.layers, tokenizer_hash(language_model.tokenizer))
-    note_plain_sets(loaded, given["keep_ratio"])
-    runtime = {"engine": given["engine"], "weights": given["weights"], "cache_bytes": given["cluster_cache"]}
-    backend = TransformersBackend(
-        language_model, loaded, given["mode"], runtime, keep_ratio=given["keep_ratio"], fallback=given["fallback"]
-    )
-    return backend, Path(name).name
-
-
-def _llama_cpp(ctx: click.Context, index: str) -> tuple[Any, str]:
-    from coreinfer_sim.engines.llamacpp.generator import LlamaCppGenerator
-    from coreinfer_sim.index.encoder import SentenceEncoder
-    from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.serving.backends import LlamaCppBackend
-
-    given = ctx.params
-    for name in _TRANSFORMERS_ONLY:
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} does not apply to --backend llamacpp, whose models were fixed by export."
-            )
-    if given["exported"] is None:
-        raise ConfigError("llama.cpp needs the models exported from the index; give --exported.")
-    loaded = SemanticIndex.load(index, SentenceEncoder(given["encoder"]) if given["encoder"] else None)
-    generator = LlamaCppGenerator(
-        loaded,
-        given["exported"],
-        **{name: given[name] for name in ("mode", "prefill", "fallback", "memory_limit", "context")},
-    )
-    return LlamaCppBackend(generator), Path(loaded.manifest.model.name).name
 
 
 def _is_loopback(host: str) -> bool:

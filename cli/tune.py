@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
+from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
+
 from . import options
 from .console import print_json, quiet_libraries, status
-
-_D = {"show_default": True}
+from .evaluate import score_with_log
+from .settings import Settings, set_option
+from .tables import print_table
 
 
 def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
@@ -28,13 +31,13 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 @click.command()
 @click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--index", required=True, type=click.Path(), help="Index folder, which gets the profile.")
-@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's]")
+@options.model
 @click.option(
     "--max-perplexity-increase",
     "max_increase",
     default="5%",
     callback=_increase,
-    **_D,
+    show_default=True,
     metavar="SHARE",
     help="The promise: the upper end of the 95 % interval stays below it.",
 )
@@ -46,13 +49,26 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
     help="To try; may be repeated.  [default: those of compensated sets, and 0.5 to 0.95]",
 )
 @options.part("70:85")
-@click.option("--limit", type=click.IntRange(1), default=40, **_D, help="Rows of each set.")
+@click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Rows of each set.")
 @options.max_tokens
-@click.option("--seed", type=int, default=0, **_D, help="Of the bootstrap.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @options.log
-@options.model_options
+@set_option("decode", "model")
 @options.as_json
-def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, **given: Any) -> None:
+def tune(
+    sets: tuple[Path, ...],
+    index: str,
+    model: str | None,
+    max_increase: float,
+    keep_ratios: tuple[float, ...],
+    part: range,
+    limit: int,
+    max_tokens: int | None,
+    seed: int,
+    log: Path | None,
+    settings: Settings,
+    as_json: bool,
+) -> None:
     """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
 
     SETS are JSONL files with id, prompt and completion, as for evaluate. Take other rows than those that you build on or
@@ -60,39 +76,42 @@ def tune(sets: tuple[Path, ...], index: str, model: str | None, as_json: bool, *
     on the first quarter of each set's rows is not tried on the others.
     """
     from coreinfer_sim.base.files import check_folder
-    from coreinfer_sim.choosing.selection import NeuronSelection
-    from coreinfer_sim.evaluation.contenders import bytes_per_token
-    from coreinfer_sim.evaluation.evaluate import summarise
     from coreinfer_sim.evaluation.rows import read_sets
+    from coreinfer_sim.evaluation.summary import summarise
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
+    from coreinfer_sim.generation.opening import open_model
     from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.models.loading import load_model
+    from coreinfer_sim.models.mlps import dense_bytes
 
-    from .evaluate import print_table, score_with_log
-
+    # 1) candidates and rows
     quiet_libraries()
-    if given["log"] is not None:
-        check_folder(given["log"])
+    if log is not None:
+        check_folder(log)
+    decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
     loaded = SemanticIndex.load(index)
-    contenders = candidates(loaded, given["keep_ratios"])
-    rows = read_sets(sets, given["part"], given["limit"])
+    contenders = candidates(loaded, keep_ratios)
+    rows = read_sets(sets, part, limit)
     check_rows(row.set_name for row in rows)
     with status("Loading the model"):
-        language_model = load_model(model or loaded.manifest.model.name, given["dtype"], given["device"])
+        language_model = open_model(loaded, model, loading, decode)
+    # 2) all on the first rows, the hopeful ones on the others
+    score = partial(
+        score_with_log, language_model, index=loaded, decode=decode, seed=seed, max_tokens=max_tokens, log=log
+    )
     first, further = first_and_further(rows)
-    results = score_with_log(language_model, contenders, first, loaded, given)
-    left = hopeful(contenders, summarise(results, given["seed"]), given["max_increase"])
+    results = score(contenders, first)
+    left = hopeful(contenders, summarise(results, seed), max_increase)
     if left and further:
         if len(left) < len(contenders) and not as_json:
             click.echo(
                 f"{len(contenders) - len(left)} of {len(contenders)} candidates are dropped after {len(first)} rows."
             )
-        results += score_with_log(language_model, left, further, loaded, given)
+        results += score(left, further)
     scored = {(result.set_name, result.row_id) for result in results}
     check_rows(set_name for set_name, _ in scored)  # some were too short
-    summary = summarise(results, given["seed"])
-    dense_bytes, _ = bytes_per_token(language_model, NeuronSelection("dense"), "16bit")
-    profile = choose_profile(contenders, summary, given["max_increase"], dense_bytes)
+    # 3) the profile
+    summary = summarise(results, seed)
+    profile = choose_profile(contenders, summary, max_increase, dense_bytes(language_model.layers))
     loaded.write_profile(profile)
     if as_json:
         print_json({"profile": asdict(profile), "contenders": summary})

@@ -25,7 +25,13 @@ _WHERE = {
     "find_mlps": "models.mlps",
     "make_predictor": "choosing.make",
     "SparseModel": "generation.sparse_model",
-    "TextGenerator": "generation.text",
+    "TextGenerator": "generation.in_process",
+    "Generation": "generation.text",
+    "load": "generation.opening",
+    "DecodeConfig": "base.decode_settings",
+    "ModelConfig": "base.decode_settings",
+    "SamplingConfig": "base.decode_settings",
+    "SelectionConfig": "base.decode_settings",
 }
 __all__ = sorted(_WHERE)
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__:
-    from data_scripts._common import Corpus, command
+    from data_scripts.common import Corpus, command
 else:  # run as a file
-    from _common import Corpus, command
+    from common import Corpus, command
 
 
 def pair(context: str, question: str, answer: str) -> tuple[str, str]:

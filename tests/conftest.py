@@ -52,7 +52,7 @@ def wide_index(wide_checkpoint, encoder, tmp_path_factory) -> SemanticIndex:
 @pytest.fixture(scope="session")
 def exported(wide_index, wide_checkpoint, tmp_path_factory) -> Path:
     """Folder with that index's sets as GGUF files in float32, and their router; read-only."""
-    from coreinfer_sim.export.exporting import export
+    from coreinfer_sim.export.export import export
     from coreinfer_sim.models.loading import load_model
 
     out = tmp_path_factory.mktemp("exported")

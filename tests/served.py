@@ -10,7 +10,10 @@ import openai
 import uvicorn
 from tiny_index import PROMPTS, WIDE_RATIO
 
-from coreinfer_sim.serving.backends import TransformersBackend
+from coreinfer_sim.base.decode_settings import DecodeConfig, SelectionConfig
+from coreinfer_sim.base.settings import Fallback
+from coreinfer_sim.generation.in_process import TextGenerator
+from coreinfer_sim.serving.backends import Backend
 
 NAME = "tiny"
 """What the served model is called."""
@@ -43,7 +46,8 @@ class Served:
 
 
 def backend_of(language_model, index, **options):
-    return TransformersBackend(language_model, index, keep_ratio=WIDE_RATIO, fallback="none", **options)
+    selection = SelectionConfig(keep_ratio=WIDE_RATIO, fallback=Fallback.NONE)
+    return Backend(TextGenerator(language_model, index, selection, DecodeConfig(**options)))
 
 
 def chat(client, text=PROMPTS[0], **options):

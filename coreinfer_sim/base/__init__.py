@@ -1,1 +1,16 @@
-"""What every room needs: checked settings, errors, files, memory, processes, progress, plots, and the rows of a corpus."""
+"""Gives every room what it needs: checked settings, errors, files, memory, processes, progress, plots, and rows."""
+
+__all__ = [
+    "decode_settings",
+    "errors",
+    "extra",
+    "files",
+    "memory",
+    "plots",
+    "processes",
+    "processor",
+    "progress",
+    "resuming",
+    "rows",
+    "settings",
+]

@@ -21,6 +21,10 @@ class UnknownModeError(ConfigError):
     """A way to choose neurons is unknown, or not to be had from this engine."""
 
 
+class UnknownEngineError(ConfigError):
+    """There is no engine of that name."""
+
+
 class CorpusError(CoreInferSimError):
     """A corpus cannot be opened, lacks a column, or holds nothing to use."""
 
@@ -34,7 +38,7 @@ class UnsupportedModelError(ModelError):
 
 
 class ClusteringError(CoreInferSimError):
-    """The embeddings cannot be cut into the clusters that were asked for."""
+    """The embeddings cannot be cut into the clusters that were requested."""
 
 
 class IndexFormatError(CoreInferSimError):
@@ -50,7 +54,11 @@ class BuildError(CoreInferSimError):
 
 
 class GenerationError(CoreInferSimError):
-    """A generate call asks for something that sparse decode cannot give."""
+    """A generate call requests something that sparse decode cannot give."""
+
+
+class SamplingError(GenerationError):
+    """Sampling settings contradict each other."""
 
 
 class PromptError(GenerationError):
@@ -70,7 +78,7 @@ class RequestRefusedError(GenerationError):
 
 
 class ExportError(CoreInferSimError):
-    """A set of neurons cannot be written in the format that was asked for."""
+    """A set of neurons cannot be written in the format that was requested."""
 
 
 class BenchmarkError(CoreInferSimError):
@@ -82,23 +90,23 @@ class StoreError(CoreInferSimError):
 
 
 class BudgetError(CoreInferSimError):
-    """A memory budget is too small for what was asked."""
+    """A memory budget is too small for what was requested."""
 
 
 class OutOfMemoryError(CoreInferSimError):
     """Memory ran out, of the machine or of its accelerator."""
 
 
+_ALLOCATORS = ("DefaultCPUAllocator", "MPS backend out of memory")
+
+
 def as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """Return the error of another library as ours if memory ran out; None for every other error.
 
-    Python and numpy raise MemoryError, torch on accelerators its own class. On CPUs torch raises a plain RuntimeError, which
-    only the allocator's name tells from others.
+    Python and numpy raise MemoryError, torch on CUDA its own class. On CPUs and on Apple's GPUs torch raises a plain
+    RuntimeError, which only the words of its allocators tell from others.
     """
-    torch = sys.modules.get("torch")
-    if not isinstance(error, MemoryError):
-        if torch is None or not isinstance(error, RuntimeError):
-            return None
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            return None
-    return OutOfMemoryError(f"out of memory ({' '.join(str(error).split())[:160]})")
+    text, torch = " ".join(str(error).split()), sys.modules.get("torch")
+    by_class = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    by_words = type(error) is RuntimeError and any(words in text for words in _ALLOCATORS)
+    return OutOfMemoryError(f"out of memory ({text[:160]})") if by_class or by_words else None

@@ -19,8 +19,10 @@ from coreinfer_sim.base.errors import BuildError
 
 LIBRARY_BYTES = 900 << 20
 """What Python, torch, the encoder and a batch take of a process, roughly."""
-RunShard = Callable[[int], int]
-"""Runs one shard by number, leaves its sums on disk, returns its number of tokens."""
+Report = Callable[[int], None]
+"""Takes how much more has been done."""
+RunShard = Callable[[int, Report], None]
+"""Runs one shard by number, leaves its result on disk, and reports what it does."""
 
 
 def n_cores() -> int:
@@ -42,16 +44,15 @@ def default_workers(device: str, n_threads: int, worker_bytes: int, own_bytes: i
     if device != "cpu":
         return 1
     by_memory = (psutil.virtual_memory().available - own_bytes) // worker_bytes + 1
-    return max(1, min(n_cores() // n_threads, by_memory))
+    return int(max(1, min(n_cores() // n_threads, by_memory)))
 
 
 def run_shards(
     shards: Sequence[int],
     run: RunShard,
     n_workers: int,
-    make_run: Callable[[Any], RunShard],
-    job: Any,
-    report: Callable[[int], None],
+    make_run: Callable[[], RunShard],
+    report: Report,
 ) -> None:
     """Run shards here and in ``n_workers - 1`` further processes; every process takes the next open shard.
 
@@ -59,9 +60,8 @@ def run_shards(
         shards: numbers of the shards to run.
         run: runs one shard in this process.
         n_workers: processes in all.
-        make_run: makes such a function in another process, from ``job``, which must pickle.
-        job: what it needs.
-        report: takes the number of tokens of each finished shard.
+        make_run: makes such a function in another process; it must pickle.
+        report: receives what all processes report.
 
     Raises:
         BuildError: a process failed; finished shards stay on disk.
@@ -70,7 +70,7 @@ def run_shards(
     taken = context.Value("q", 0)
     results = context.Queue()
     helpers = [
-        context.Process(target=_help, args=(make_run, job, list(shards), taken, results), daemon=True)
+        context.Process(target=_help, args=(make_run, list(shards), taken, results), daemon=True)
         for _ in range(min(n_workers, len(shards)) - 1)
     ]
     try:
@@ -78,7 +78,7 @@ def run_shards(
             for helper in helpers:
                 helper.start()
         while (shard := _take(taken, shards)) is not None:
-            report(run(shard))
+            run(shard, report)
             _drain(results, report)
         while any(helper.is_alive() for helper in helpers):
             _drain(results, report, wait=0.2)
@@ -93,18 +93,19 @@ def run_shards(
                 helper.join()
 
 
-_AGAIN = "finished shards are kept – run the same command again, with fewer --workers if memory was short."
+_AGAIN = "finished shards are kept – run the same command again, with fewer workers if memory was short."
 
 
 def _take(taken: Any, shards: Sequence[int]) -> int | None:
     with taken.get_lock():
-        if taken.value >= len(shards):
+        place: int = taken.value
+        if place >= len(shards):
             return None
-        taken.value += 1
-        return shards[taken.value - 1]
+        taken.value = place + 1
+        return shards[place]
 
 
-def _drain(results: Any, report: Callable[[int], None], wait: float = 0.0) -> None:
+def _drain(results: Any, report: Report, wait: float = 0.0) -> None:
     while True:
         try:
             result = results.get(timeout=wait) if wait else results.get_nowait()
@@ -115,14 +116,14 @@ def _drain(results: Any, report: Callable[[int], None], wait: float = 0.0) -> No
         report(result)
 
 
-def _help(make_run: Callable[[Any], RunShard], job: Any, shards: list[int], taken: Any, results: Any) -> None:
+def _help(make_run: Callable[[], RunShard], shards: list[int], taken: Any, results: Any) -> None:
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        run = make_run(job)
+        run = make_run()
         while (shard := _take(taken, shards)) is not None:
-            results.put(run(shard))
+            run(shard, results.put)
     except Exception as error:  # anything at all is the parent's to report
         results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 

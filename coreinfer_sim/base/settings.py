@@ -40,17 +40,6 @@ class Budget(str, Enum):
     """More where dropping neurons was measured to cost more, under the same mean."""
 
 
-class Start(str, Enum):
-    """What a cluster's set is before it is trained on."""
-
-    CORPUS = "corpus"
-    """The trained set of the whole corpus: its neurons and its weights, which the cluster's texts then specialise."""
-    CLUSTER = "cluster"
-    """The set that was fitted to the cluster, with neurons of its own."""
-    JOINT = "joint"
-    """The sets that were fitted to the clusters, with what the whole corpus's has learnt; all share what they learn."""
-
-
 class Mode(str, Enum):
     """Where a selection comes from."""
 
@@ -60,18 +49,6 @@ class Mode(str, Enum):
     GLOBAL = "global"
     RANDOM = "random"
     DENSE = "dense"
-
-
-class Engine(str, Enum):
-    """What computes a decode step."""
-
-    AUTO = "auto"
-    LEAN = "lean"
-    """Compiled loops, for Llama-like models on a CPU."""
-    COMPILED = "compiled"
-    """The model's own forward code through `torch.compile`, with a static cache: CUDA graphs on a GPU."""
-    TRANSFORMERS = "transformers"
-    """The model's own forward code."""
 
 
 class Weights(str, Enum):
@@ -173,15 +150,8 @@ class CompensationConfig:
     tokens: int = 20_000
     """Tokens that each cluster's set is fitted on; the whole corpus's set takes three times as many."""
     distil_tokens: int = 0
-    """Tokens of the texts that each cluster's set is trained on from there, the whole corpus's again on three times as
-    many, as are clusters that learn jointly; 0: the closed form stays as it is."""
-    distil_from: Start = Start.CLUSTER
-    """What training begins with."""
-
-    @property
-    def own_fits(self) -> bool:
-        """Whether clusters have sets fitted to them."""
-        return not self.distil_tokens or self.distil_from is not Start.CORPUS
+    """Three times as many tokens of the texts train the whole corpus's set from there, and then again all clusters' sets
+    jointly; 0: the closed form stays as it is."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

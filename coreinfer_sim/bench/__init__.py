@@ -1,1 +1,3 @@
-"""Speed beside other programs, in turns, each in a process of its own."""
+"""Measures decode speed beside other programs, which take turns in processes of their own."""
+
+__all__ = ["bench", "machine", "plot", "programs", "prompts", "shapes", "specs"]

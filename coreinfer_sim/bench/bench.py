@@ -6,16 +6,17 @@ import importlib.util
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import BenchmarkError, ConfigError, GenerationError
 from coreinfer_sim.base.processes import n_cores
 from coreinfer_sim.base.progress import Progress
-from coreinfer_sim.bench.contenders import Job, Prompt, Subject, Timing
+from coreinfer_sim.bench.files import ProgramFile, write_files
 from coreinfer_sim.bench.machine import ReadBandwidth, header
-from coreinfer_sim.bench.preparing import Written, make_prompts, write_files
+from coreinfer_sim.bench.programs import BenchJob, Prompt, Subject, Timing
+from coreinfer_sim.bench.prompts import make_prompts
 from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, Spec
 from coreinfer_sim.bench.worker import Worker, in_process
 
@@ -25,7 +26,7 @@ SECONDS = ("lookup", "swap", "prefill", "first_token")
 
 
 @dataclass(frozen=True)
-class Setup:
+class BenchSettings:
     """What is measured, and how often."""
 
     n_prompt: int = 128
@@ -56,11 +57,11 @@ class Setup:
 class _Entry:
     """A contender of a run, and what came of it."""
 
-    job: Job
+    job: BenchJob
     worker: Worker | None = None
     facts: dict[str, Any] | None = None
     start_seconds: float | None = None
-    runs: list[Timing] | None = None
+    runs: list[Timing] = field(default_factory=list)
     peak_bytes: int = 0
     error: str | None = None
 
@@ -74,7 +75,7 @@ def default_specs(subject: Subject) -> list[str]:
 def bench(
     subject: Subject,
     specs: Sequence[Spec],
-    setup: Setup | None = None,
+    settings: BenchSettings | None = None,
     *,
     text: str | None = None,
     folder: Path | None = None,
@@ -85,10 +86,10 @@ def bench(
     Args:
         subject: the model, or a shape.
         specs: the contenders; see `parse_spec`.
-        setup: lengths, rounds, threads.
+        settings: lengths, rounds, threads.
         text: what prompts are cut from.
-        folder: for GGUF files and checkpoints of the model, kept there; None takes a temporary one.
-        progress: takes messages and progress.
+        folder: for GGUF files and checkpoints of the model, kept there; None: a temporary one.
+        progress: receives messages and progress.
 
     Returns:
         Plain JSON types: machine, versions, bandwidth, and for each contender medians, spread and all runs, or ``error``.
@@ -98,25 +99,29 @@ def bench(
         ConfigError: a contender needs an index and none was given.
         PromptError: the prompt and the new tokens do not fit.
     """
-    setup, progress = setup or Setup(), progress or Progress()
+    # 1) What all contenders share: prompts, and the bandwidth that bounds them.
+    settings, progress = settings or BenchSettings(), progress or Progress()
     _check(subject, specs)
-    n_threads = setup.n_threads or n_cores()
-    prompts = make_prompts(subject, text, setup.n_prompt, setup.n_new, setup.rounds + 1, setup.seed)
-    device = _device(setup.device)
+    n_threads = settings.n_threads or n_cores()
+    prompts = make_prompts(subject, text, settings.n_prompt, settings.n_new, settings.rounds + 1, settings.seed)
+    device = _device(settings.device)
     bandwidth = ReadBandwidth(n_threads=n_threads, device=device)
+    # 2) Files of the same weights for those that read files.
     with tempfile.TemporaryDirectory(prefix="coreinfer-sim-") as scratch:
-        written: dict[str, Written] = {}
+        written: dict[str, ProgramFile] = {}
         if any(spec.kind in (LLAMACPP, OFFLOAD) for spec in specs):
             progress.say("Writing the files that contenders need")
             place = folder or Path(scratch)
             place.mkdir(parents=True, exist_ok=True)
             written = in_process(write_files, subject, list(specs), place, n_threads=n_threads)
-        entries = [_entry(spec, subject, setup, n_threads, written, Path(scratch)) for spec in specs]
+        # 3) The rounds.
+        entries = [_entry(spec, subject, settings, n_threads, written, Path(scratch)) for spec in specs]
         try:
-            _take_turns(entries, prompts, setup, bandwidth, progress)
+            _take_turns(entries, prompts, settings, bandwidth, progress)
         finally:
             for entry in entries:
                 _stop(entry)
+    # 4) Medians and spread.
     rows = [_summary(entry, bandwidth.highest) for entry in entries]
     if all("error" in row for row in rows):
         reasons = "; ".join(f"{row['contender']}: {row['error']}" for row in rows)
@@ -125,12 +130,12 @@ def bench(
         **header("xllamacpp", "accelerate"),
         "model": subject.title,
         "index": subject.index,
-        "prompt_tokens": setup.n_prompt,
-        "new_tokens": setup.n_new,
-        "rounds": setup.rounds,
+        "prompt_tokens": settings.n_prompt,
+        "new_tokens": settings.n_new,
+        "rounds": settings.rounds,
         "threads": n_threads,
         "device": device,
-        "fresh": setup.fresh,
+        "fresh": settings.fresh,
         "bandwidth_gb_per_s": bandwidth.as_dict(),
         "contenders": rows,
     }
@@ -144,8 +149,8 @@ def _check(subject: Subject, specs: Sequence[Spec]) -> None:
         raise ConfigError("no contender was given, expected one or more.")
     for spec in specs:
         if spec.needs_index and subject.index is None:
-            instead = "random" if subject.shape is not None else "random, stability, or give --index"
-            raise ConfigError(f"the contender {spec.text!r} needs an index, and none was given; take {instead}.")
+            instead = "random" if subject.shape is not None else "random, stability, or give an index"
+            raise ConfigError(f"the contender {spec.text!r} needs an index, and none was given; use {instead}.")
 
 
 def _device(device: str) -> str:
@@ -155,64 +160,68 @@ def _device(device: str) -> str:
 
 
 def _entry(
-    spec: Spec, subject: Subject, setup: Setup, n_threads: int, written: dict[str, Written], scratch: Path
+    spec: Spec,
+    subject: Subject,
+    settings: BenchSettings,
+    n_threads: int,
+    written: dict[str, ProgramFile],
+    scratch: Path,
 ) -> _Entry:
-    file = written.get(spec.text, Written())
+    file = written.get(spec.text, ProgramFile())
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=scratch))
-    job = Job(
+    job = BenchJob(
         spec,
         subject,
         n_threads,
-        setup.device,
-        context=setup.n_prompt + setup.n_new + 8,
-        seed=setup.seed,
+        settings.device,
+        context=settings.n_prompt + settings.n_new + 8,
+        seed=settings.seed,
         file=file.path,
         folder=folder,
         bytes_per_token=file.bytes_per_token,
     )
-    return _Entry(job, runs=[], error=file.error)
+    return _Entry(job, error=file.error)
 
 
 def _take_turns(
-    entries: list[_Entry], prompts: list[Prompt], setup: Setup, bandwidth: ReadBandwidth, progress: Progress
+    entries: list[_Entry], prompts: list[Prompt], settings: BenchSettings, bandwidth: ReadBandwidth, progress: Progress
 ) -> None:
     """Let every contender run in every round, each round beginning with another; the first round warms up."""
-    if not setup.fresh:
+    if not settings.fresh:
         for entry in entries:
             if entry.error is None:
                 progress.say(f"Loading {entry.job.spec.text}")
                 _start(entry)
-    progress.start("Measuring", (setup.rounds + 1) * len(entries), "runs")
+    progress.start("Measuring", (settings.rounds + 1) * len(entries), "runs")
     try:
-        for number in range(setup.rounds + 1):
+        for number in range(settings.rounds + 1):
             bandwidth.measure()
             first = number % len(entries)
             for entry in entries[first:] + entries[:first]:
-                _turn(entry, prompts, number, setup)
+                _turn(entry, prompts, number, settings)
                 progress.advance(1)
     finally:
         progress.finish()
 
 
-def _turn(entry: _Entry, prompts: list[Prompt], number: int, setup: Setup) -> None:
+def _turn(entry: _Entry, prompts: list[Prompt], number: int, settings: BenchSettings) -> None:
     """Run one contender once; what goes wrong is its own."""
-    if entry.error is not None or (setup.fresh and number == 0):
+    if entry.error is not None or (settings.fresh and number == 0):
         return
     try:
-        if setup.fresh:
+        if settings.fresh:
             _start(entry)
             if entry.worker is not None:
-                entry.worker.run(prompts[0], min(setup.n_new, _FRESH_WARM_UP))
+                entry.worker.run(prompts[0], min(settings.n_new, _FRESH_WARM_UP))
         if entry.worker is None:
             return
-        timing, entry.peak_bytes = entry.worker.run(prompts[number], setup.n_new)
+        timing, entry.peak_bytes = entry.worker.run(prompts[number], settings.n_new)
         if number:
-            assert entry.runs is not None
             entry.runs.append(timing)
     except GenerationError as error:
         entry.error = str(error)
     finally:
-        if setup.fresh or entry.error is not None:
+        if settings.fresh or entry.error is not None:
             _stop(entry)
 
 

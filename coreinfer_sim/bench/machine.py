@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from coreinfer_sim.engines.products import processor
+from coreinfer_sim.base.processor import processor, processor_features
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy", "numba", "datasets")
 _WIDTH = 4096
@@ -24,6 +24,7 @@ def machine() -> dict[str, Any]:
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": processor(),
+        "instructions": processor_features(),
         **gpu,
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -1,12 +1,16 @@
-"""Prompts of one length, the same tokens for every contender."""
+"""Prompts of one length, the same tokens for every program."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-from coreinfer_sim.base.errors import PromptError
-from coreinfer_sim.bench.contenders import Prompt
+from transformers import AutoConfig
+
+from coreinfer_sim.base.errors import ContextLengthError, ModelError, PromptError
+from coreinfer_sim.bench.programs import Prompt, Subject
+from coreinfer_sim.bench.shapes import byte_tokenizer
+from coreinfer_sim.models.loading import load_tokenizer
 
 TEXT = (
     "Stars form when a cold cloud of gas and dust collapses under its own weight, heats up and begins to fuse hydrogen.",
@@ -25,12 +29,47 @@ TEXT = (
 """What prompts are cut from unless a text is given; each line begins another topic."""
 
 
+def make_prompts(
+    subject: Subject, text: str | None, n_tokens: int, n_new: int, n_prompts: int, seed: int
+) -> list[Prompt]:
+    """Return prompts of ``n_tokens`` tokens: random ones for a shape, else cut from ``text``.
+
+    Raises:
+        ContextLengthError: prompt and new tokens do not fit into the model's context.
+        PromptError: the text is of no use.
+    """
+    config = subject.shape.config() if subject.shape else _config(subject)
+    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and n_tokens + n_new > limit:
+        raise ContextLengthError(
+            f"{n_tokens} prompt tokens and {n_new} new ones were requested, but the model's context is {limit}; request fewer."
+        )
+    if subject.shape is not None:
+        return random_prompts(n_tokens, n_prompts, seed)
+    assert subject.model is not None
+    return cut_prompts(load_tokenizer(subject.model), text, n_tokens, n_prompts)
+
+
+def _config(subject: Subject) -> Any:
+    """Return a checkpoint's configuration, or None for a GGUF file, whose own the contenders read."""
+    model = str(subject.model)
+    if model.endswith(".gguf"):
+        return None
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model {model!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."
+        ) from error
+
+
 def cut_prompts(tokenizer: Any, text: str | None, n_tokens: int, n_prompts: int) -> list[Prompt]:
     """Cut prompts of ``n_tokens`` tokens from a text; each begins at another of its lines.
 
     Args:
         tokenizer: of the model.
-        text: what to cut from, read in circles if it is short; None takes `TEXT`.
+        text: what to cut from, read in circles if it is short; None: `TEXT`.
         n_tokens: of each prompt, special tokens included.
         n_prompts: how many.
 
@@ -60,14 +99,12 @@ def _cut(tokenizer: Any, lines: list[str], first: int, n_tokens: int) -> Prompt:
                 return Prompt(cut, ids)
     raise PromptError(
         f"no prompt of just {n_tokens} tokens can be cut from line {first + 1} of the text, expected a text of which that can; "
-        "ask for another number of tokens or give another text."
+        "request another number of tokens or give another text."
     )
 
 
 def random_prompts(n_tokens: int, n_prompts: int, seed: int) -> list[Prompt]:
     """Draw prompts for `byte_tokenizer`, whose tokens are the characters."""
-    from coreinfer_sim.bench.shapes import byte_tokenizer
-
     chance, tokenizer = random.Random(seed), byte_tokenizer()
     texts = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=n_tokens)) for _ in range(n_prompts)]
     return [Prompt(text, tokenizer(text)["input_ids"]) for text in texts]

@@ -103,7 +103,7 @@ def parse_shape(text: str) -> Shape:
     whole = _SHAPES[found[1]][1]["num_hidden_layers"]
     n_layers = whole if found[2] is None else int(found[2])
     if not 1 <= n_layers <= whole:
-        raise ConfigError(f"{n_layers} layers of {found[1]} were asked for, expected 1 to {whole}.")
+        raise ConfigError(f"{n_layers} layers of {found[1]} were requested, expected 1 to {whole}.")
     return Shape(found[1], n_layers, whole)
 
 
@@ -138,7 +138,7 @@ def random_model(shape: Shape, dtype: str = "auto", device: str = "auto") -> Any
 
 
 def _fill(parameter: Any, block: Any) -> None:
-    """Fill a matrix with one random block after the other; drawing billions of numbers would take minutes."""
+    """Fill a matrix with one random block after the other; drawing billions of numbers would need minutes."""
     if parameter.dim() == 1:
         parameter.fill_(1.0)
         return

@@ -1,52 +1,46 @@
-"""What a contender is asked for, as text such as ``sparse:0.4:int8``; no torch."""
+"""Contenders as text, such as ``sparse:0.4:int8``; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.base.settings import Mode, check_ratio, parse_size
+from coreinfer_sim.base.settings import Mode, check_ratio
 
 DENSE, OURS_DENSE, OFFLOAD, LLAMACPP = "dense", "ours-dense", "offload", "llamacpp"
 _MODES = {"sparse": Mode.SIMILARITY, **{mode.value: mode for mode in Mode if mode is not Mode.DENSE}}
 KINDS = (DENSE, OURS_DENSE, *_MODES, OFFLOAD, LLAMACPP)
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "bf16": "bfloat16", "f32": "float32"}
 GGUF_TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
-_CONVERT: dict[str, Any] = {
-    **dict.fromkeys(("engine", "weights", "prefill", "refresh", "score", "fallback", "sparse_layers"), str),
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("engine", "weights", "prefill", "score", "fallback", "sparse_layers"), str),
     "seed": int,
-    "memory_budget": parse_size,
 }
-"""Further options of our own runtime, by what reads their text."""
+"""Further settings of our own runtime, as `load` names them, by what reads their text."""
 DEFAULT_KEEP_RATIO = 0.4
 _POSSIBLE = (
     "dense[:DTYPE], ours-dense[:DTYPE], MODE[:KEEP_RATIO][:DTYPE][:int8][:OPTION=VALUE…], offload[:SHARE][:DTYPE] or "
     f"llamacpp[:TYPE]; MODE is {', '.join(_MODES)}, DTYPE float32, bfloat16 or float16, TYPE {', '.join(GGUF_TYPES)}, "
-    f"OPTION {', '.join(_CONVERT)}"
+    f"OPTION {', '.join(_OPTIONS)}"
 )
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One contender as it was asked for."""
+    """One contender as it was requested."""
 
     text: str
-    """What was asked for; the contender's name."""
+    """What was requested; the contender's name."""
     kind: str
     """DENSE, OURS_DENSE, OFFLOAD, LLAMACPP, or the value of a `Mode`."""
     dtype: str = "auto"
-    """As `load_model` takes it; in llama.cpp the type of the GGUF file."""
+    """As `load_model` reads it; in llama.cpp the type of the GGUF file."""
     ratio: float | None = None
     """Keep ratio; in offload the share of the weights that stays in memory."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of our own runtime."""
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether our own runtime decodes."""
-        return self.kind not in (DENSE, OFFLOAD, LLAMACPP)
 
     @property
     def mode(self) -> Mode:
@@ -76,7 +70,7 @@ def parse_spec(text: str) -> Spec:
     found: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for part in parts:
-        name, value = _read_part(text, part, takes_ratio=kind not in (DENSE, OURS_DENSE), takes_options=ours)
+        name, value = _read_part(text, part, has_ratio=kind not in (DENSE, OURS_DENSE), has_options=ours)
         target = found if name in ("dtype", "ratio") else options
         if name in target:
             raise _wrong(text, f"{part!r} gives {name} a second time")
@@ -88,23 +82,23 @@ def parse_spec(text: str) -> Spec:
     return Spec(text, kind, found.get("dtype", "auto"), ratio, options)
 
 
-def _read_part(text: str, part: str, takes_ratio: bool, takes_options: bool) -> tuple[str, Any]:
+def _read_part(text: str, part: str, has_ratio: bool, has_options: bool) -> tuple[str, Any]:
     """Return what a part of a spec sets, and to what."""
     if part in DTYPES:
         return "dtype", DTYPES[part]
     name, equals, value = part.partition("=")
-    if takes_options and part == "int8":
+    if has_options and part == "int8":
         return "weights", "int8"
-    if takes_options and equals and name in _CONVERT:
+    if has_options and equals and name in _OPTIONS:
         try:
-            return name, _CONVERT[name](value)
+            return name, _OPTIONS[name](value)
         except ValueError as error:
             raise _wrong(text, f"{value!r} is no {name}") from error
     try:
         ratio = float(part)
     except ValueError as error:
         raise _wrong(text, f"{part!r} is unknown") from error
-    if not takes_ratio:
+    if not has_ratio:
         raise _wrong(text, f"dense contenders have no ratio, but {part!r} was given")
     check_ratio(f"the ratio of the contender {text!r}", ratio)
     return "ratio", ratio
@@ -114,7 +108,7 @@ def _wrong(text: str, reason: str) -> ConfigError:
     return ConfigError(f"the contender {text!r} cannot be read, as {reason}; expected {_POSSIBLE}.")
 
 
-def parse_specs(texts: tuple[str, ...] | list[str]) -> list[Spec]:
+def parse_specs(texts: Sequence[str]) -> list[Spec]:
     """Read contenders, each once.
 
     Raises:

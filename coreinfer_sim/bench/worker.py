@@ -1,4 +1,4 @@
-"""A process a contender: its peak memory is its own, its threads rest while others work, and it may die alone."""
+"""A process a program: its peak memory is its own, its threads rest while others work, and it may die alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from coreinfer_sim.base.errors import CoreInferSimError, GenerationError
 from coreinfer_sim.base.memory import peak_bytes
-from coreinfer_sim.bench.contenders import Job, Prompt, Timing, make_contender
+from coreinfer_sim.bench.programs import BenchJob, Prompt, Timing
+from coreinfer_sim.bench.registry import make_program
 
 _STOP_SECONDS = 5.0
 
@@ -25,12 +26,12 @@ def one_sentence(error: BaseException) -> str:
 
 
 def in_process(function: Callable[..., Any], *arguments: Any, n_threads: int) -> Any:
-    """Return what a function gives in a process of its own, which then ends and takes its memory along.
+    """Return what a function gives in a process of its own, which ends with it and frees its memory.
 
     Raises:
         GenerationError: it failed; the message is its own.
     """
-    process = _Process(_call, function, arguments, n_threads, n_threads=n_threads)
+    process = _Process(_run_function, function, arguments, n_threads, n_threads=n_threads)
     try:
         return process.receive()
     finally:
@@ -38,11 +39,11 @@ def in_process(function: Callable[..., Any], *arguments: Any, n_threads: int) ->
 
 
 class Worker:
-    """A contender in a process of its own."""
+    """A program in a process of its own."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchJob) -> None:
         """Start the process; it begins to load at once."""
-        self._process = _Process(_serve, job, n_threads=job.n_threads)
+        self._process = _Process(_run_program, job, n_threads=job.n_threads)
         begin = time.perf_counter()
         try:
             self.facts: dict[str, Any] = self._process.receive()
@@ -55,7 +56,7 @@ class Worker:
         """Return what a prompt cost, and the process's peak memory in bytes.
 
         Raises:
-            GenerationError: the contender failed; the message says why.
+            GenerationError: the program failed; the message says why.
         """
         self._process.send((prompt, n_new))
         timing, peak = self._process.receive()
@@ -126,7 +127,7 @@ def _quiet(n_threads: int) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def _call(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], n_threads: int) -> None:
+def _run_function(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], n_threads: int) -> None:
     try:
         if "torch" in sys.modules:  # unpickling the function imported what it needs
             _quiet(n_threads)
@@ -135,20 +136,20 @@ def _call(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], n
         pipe.send((False, one_sentence(error)))
 
 
-def _serve(pipe: Any, job: Job) -> None:
-    """Start the contender, then run prompts until None comes."""
+def _run_program(pipe: Any, job: BenchJob) -> None:
+    """Start the program, then run prompts until None comes."""
     try:
-        contender = make_contender(job)
+        program = make_program(job)
         if "torch" in sys.modules:
             _quiet(job.n_threads)
-        pipe.send((True, contender.start()))
+        pipe.send((True, program.start()))
     except Exception as error:
         pipe.send((False, one_sentence(error)))
         return
-    while (asked := pipe.recv()) is not None:
-        prompt, n_new = asked
+    while (request := pipe.recv()) is not None:
+        prompt, n_new = request
         try:
-            pipe.send((True, (contender.run(prompt, n_new), peak_bytes())))
+            pipe.send((True, (program.run(prompt, n_new), peak_bytes())))
         except Exception as error:
             pipe.send((False, one_sentence(error)))
-    contender.stop()
+    program.stop()

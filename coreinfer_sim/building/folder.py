@@ -1,8 +1,7 @@
-"""The folders of a build: the one at work, which only one process may hold, and small files in it."""
+"""The folders of a build: the index that shall be made, and the folder at work, which only one process may hold."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -12,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 
-from coreinfer_sim.base.corpus import Sentence
 from coreinfer_sim.base.errors import BuildError, ClusteringError, ConfigError, CorpusError
+from coreinfer_sim.base.files import remove, write_json
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.resuming import differing
+from coreinfer_sim.fitting.pipeline import forget_sets
 from coreinfer_sim.index.manifest import MANIFEST_FILE
 
-KEPT_NEURONS = "neurons.json"
-PLAN = "plan.json"
-LOCK = "lock"
-_SHORT = 40
-"""Characters of two values that a message can show."""
-FORCED = "forced"
-"""Left where --force began a build, which goes on when it is repeated as it was, --force included."""
+SHARDS_FOLDER = "shards"
+SETTINGS_FILE = "plan.json"
+LOCK_FILE = "lock"
+FORCED_FILE = "forced"
+"""Left where a forced build began, which goes on when it is repeated as it was, ``force`` included."""
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -32,25 +31,17 @@ def check_output(out: Path, force: bool) -> None:
     if out.exists():
         if not (out / MANIFEST_FILE).is_file():
             raise BuildError(
-                f"{out} exists already and is no index, which --force would replace, expected a new folder; name another one."
+                f"{out} exists already and is no index, which force would replace, expected a new folder; name another one."
             )
         if not force:
-            raise BuildError(f"{out} exists already, expected a new folder; name another one or give --force.")
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            raise BuildError(f"{out} exists already, expected a new folder; name another one or replace it with force.")
 
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[None]:
     """Hold the build folder for this process alone; a failed start leaves none behind in the way of the next one."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
     try:
         held = lock.acquire()
     except filelock.Timeout as error:
@@ -60,15 +51,15 @@ def build_folder(folder: Path) -> Iterator[None]:
     with held:
         for path in folder.rglob(".*.part"):  # what a kill cut short
             path.unlink()
-        new = not (folder / PLAN).exists()
+        new = not (folder / SETTINGS_FILE).exists()
         try:
             yield
         except (ConfigError, CorpusError, ClusteringError):
-            if new and not (folder / "shards").exists():  # another setting must be given, which cannot go on from here
+            if new and not (folder / SHARDS_FOLDER).exists():  # another setting is needed, which cannot go on from here
                 _remove_held(folder)
             raise
         finally:
-            if folder.exists() and {path.name for path in folder.iterdir()} <= {LOCK, PLAN, FORCED}:
+            if folder.exists() and {path.name for path in folder.iterdir()} <= {LOCK_FILE, SETTINGS_FILE, FORCED_FILE}:
                 _remove_held(folder)
 
 
@@ -77,56 +68,47 @@ def _remove_held(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=os.name == "nt")
 
 
-def clear(folder: Path) -> None:
+def begin_or_continue(folder: Path, settings: dict[str, Any], force: bool, progress: Progress) -> None:
+    """Write the settings of a build into its folder, or compare them with those of a build that was broken off there.
+
+    Args:
+        folder: of the build, held by this process.
+        settings: all that the index depends on; compensation lies under "config".
+        force: drop what other settings have left; of a build that only compensates otherwise, the statistics stay.
+        progress: takes a message.
+
+    Raises:
+        BuildError: the folder holds a build with other settings.
+    """
+    settings = json.loads(json.dumps(settings))  # as they will be read
+    path, forced = folder / SETTINGS_FILE, folder / FORCED_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    different = [] if found is None else differing(found, settings)
+    if different and not force:
+        raise BuildError(
+            f"{folder} holds a build with other settings – {', '.join(different)} –, expected the same; repeat them to go on, "
+            "or start anew with force – where only compensation differs, behind the statistics."
+        )
+    if found is not None and not different and (forced.exists() or not force):
+        progress.say(f"Continuing the build in {folder}.")
+        return
+    if found is not None and different and _without_compensation(found) == _without_compensation(settings):
+        forget_sets(folder)
+        progress.say(f"Making other compensated sets from the statistics in {folder}.")
+    else:
+        _clear(folder)
+    if force:
+        forced.touch()
+    write_json(path, settings)
+
+
+def _without_compensation(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what statistics depend on."""
+    return {**settings, "config": {**settings["config"], "compensation": None}}
+
+
+def _clear(folder: Path) -> None:
     """Empty the build folder, whose lock stays held."""
     for path in folder.iterdir():
-        if path.name != LOCK:
+        if path.name != LOCK_FILE:
             remove(path)
-
-
-def differing(found: Any, plan: dict[str, Any], group: str = "") -> list[str]:
-    """Return the settings that differ: their names, and both values where these are short."""
-    names: list[str] = []
-    for name, value in plan.items():
-        other = found.get(name) if isinstance(found, dict) else None
-        if isinstance(value, dict) and isinstance(other, dict):
-            names += differing(other, value, "compensation " if name == "compensation" else group)
-        elif other != value:
-            there, here = ("not given" if each is None else str(each) for each in (other, value))
-            values = "" if len(there + here) > _SHORT else f" ({there} there, {here} here)"
-            names.append(f"{group}{name}{values}")
-    return names
-
-
-def read_sentences(path: Path) -> list[Sentence]:
-    """Read the corpus that a build has drawn."""
-    with path.open(encoding="utf-8") as file:
-        return [Sentence(**json.loads(line)) for line in file]
-
-
-def link(source: str, target: str) -> None:
-    """Give a finished file a second place without a second copy, where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def save_npy(array: np.ndarray, path: Path) -> None:
-    """Write an array as .npy."""
-    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
-    np.save(buffer, array)
-    path.write_bytes(buffer.getbuffer())
-
-
-def save_npz(path: Path, **arrays: Any) -> None:
-    """Write named arrays as .npz."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    path.write_bytes(buffer.getbuffer())
-
-
-def read_kept_neurons(folder: Path) -> dict[str, list[int]]:
-    """Read by keep ratio how many neurons each layer keeps, [n_layers]."""
-    kept: dict[str, list[int]] = json.loads((folder / KEPT_NEURONS).read_text(encoding="utf-8"))
-    return kept

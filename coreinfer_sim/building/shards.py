@@ -6,7 +6,7 @@ shards, processes or machines finish.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 
-from coreinfer_sim.base.corpus import Sentence
 from coreinfer_sim.base.files import write_atomic
 from coreinfer_sim.base.memory import give_back_memory
-from coreinfer_sim.base.settings import BuildConfig
-from coreinfer_sim.choosing.statistics import sentence_statistics
+from coreinfer_sim.choosing.statistics import activation_statistics
+from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.taps import recorded_activations
 
 ENERGY_UNIT = 2.0**-30
@@ -95,19 +93,19 @@ class Batch:
         return int(self.attention_mask.sum())
 
 
-def batches(
-    language_model: LanguageModel, sentences: Sequence[Sentence], shard: np.ndarray, batch_size: int, max_tokens: int
-) -> Iterator[Batch]:
+def batches(corpus: ClusteredCorpus, shard: np.ndarray) -> Iterator[Batch]:
     """Tokenise a shard in batches of at most ``batch_size`` sentences, fewer where they are long.
 
     The longest batch decides how much memory a build takes, so it is bounded whatever the corpus holds.
     """
-    tokenizer = language_model.tokenizer
-    device = language_model.model.device
+    tokenizer = corpus.language_model.tokenizer
+    device = corpus.language_model.model.device
+    max_tokens = corpus.max_tokens
     begin = 0
     while begin < len(shard):
-        numbers = shard[begin : begin + batch_size]
-        rows = tokenizer([sentences[i].text for i in numbers], truncation=True, max_length=max_tokens)["input_ids"]
+        numbers = shard[begin : begin + corpus.config.batch_size]
+        texts = [corpus.sentences[i].text for i in numbers]
+        rows = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
         # Every new shape costs memory and time in the libraries below, so lengths are rounded up to a few.
         n_positions = min(-(-max(map(len, rows)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
         rows = rows[: max(1, _TOKENS_AT_ONCE // n_positions)]
@@ -127,32 +125,20 @@ def forward(language_model: LanguageModel, batch: Batch) -> None:
         language_model.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
-def run_shard(
-    language_model: LanguageModel,
-    layers: Sequence[MLPLayer],
-    sentences: Sequence[Sentence],
-    assignment: np.ndarray,
-    shard: np.ndarray,
-    config: BuildConfig,
-    max_tokens: int,
-) -> PartialSums:
+def run_shard(corpus: ClusteredCorpus, shard: np.ndarray) -> PartialSums:
     """Run the language model over one shard and sum up what its neurons did.
 
     Args:
-        language_model: the model.
-        layers: the layers to record.
-        sentences: the corpus.
-        assignment: cluster of each sentence, [n_sentences].
+        corpus: of the build.
         shard: numbers of the shard's sentences.
-        config: α, β and the batch size.
-        max_tokens: longer texts are cut.
     """
+    layers, config, assignment = corpus.layers, corpus.config, corpus.clustering.assignment
     sums = PartialSums.zeros(np.unique(assignment[shard]), len(layers), layers[0].d_ff)
     row_of = {layer.number: row for row, layer in enumerate(layers)}
     starts = places = np.zeros(0, np.int64)
 
     def add(number: int, z: torch.Tensor) -> None:
-        statistics = sentence_statistics(z, starts, config.alpha)
+        statistics = activation_statistics(z, starts, config.alpha)
         parts = (
             ("counts", statistics.core_mask(config.beta).astype(np.int64)),
             ("energy", np.rint(statistics.energy / np.float32(ENERGY_UNIT)).astype(np.int64)),
@@ -163,10 +149,10 @@ def run_shard(
                 getattr(sums, name)[place, row_of[number]] += values[places == place].sum(axis=0)
 
     with recorded_activations(layers, add) as tap:
-        for batch in batches(language_model, sentences, shard, config.batch_size, max_tokens):
+        for batch in batches(corpus, shard):
             starts = np.concatenate([[0], np.cumsum(batch.attention_mask.sum(1).cpu().numpy())])
             places = np.searchsorted(sums.clusters, assignment[batch.numbers])
             tap.set_mask(batch.attention_mask)
-            forward(language_model, batch)
+            forward(corpus.language_model, batch)
             give_back_memory()  # batches of many shapes would leave holes, more with every one
     return sums

@@ -1,1 +1,3 @@
-"""Which neurons decode holds for a prompt."""
+"""Chooses which neurons decode holds for a prompt."""
+
+__all__ = ["compatibility", "index_sets", "make", "predictors", "prompt_reader", "selection", "statistics"]

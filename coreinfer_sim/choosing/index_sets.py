@@ -17,8 +17,8 @@ def wanted_sets(index: SemanticIndex, keep_ratio: float | None = None, compensat
 
     Args:
         index: that the sets come from.
-        keep_ratio: None takes the profile's; without a profile, that of the first compensated sets, else the build's γ.
-        compensated: False: plain sets; None takes `Manifest.plain_keep_ratio` then.
+        keep_ratio: None uses the profile's; without a profile, that of the first compensated sets, else the build's γ.
+        compensated: False: plain sets; None uses `Manifest.plain_keep_ratio` then.
     """
     manifest = index.manifest
     if keep_ratio is not None:
@@ -53,7 +53,7 @@ class IndexSets:
 
         Args:
             index: that the sets come from.
-            keep_ratio: share of d_ff that is kept; None takes that of `wanted_sets`.
+            keep_ratio: share of d_ff that is kept; None uses that of `wanted_sets`.
             score: energy, or the paper's count of sentences, whose sets are never compensated.
             layers: slice of the model's layers, such as ``4:``; None: those that the index recorded.
             compensated: take the compensated sets if the index holds some of this keep ratio and its profile, where no keep

@@ -15,7 +15,7 @@ import torch
 from coreinfer_sim.base.errors import GenerationError
 from coreinfer_sim.base.settings import Mode, Score
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import PromptStatistics, SentenceStatistics
+from coreinfer_sim.choosing.statistics import ActivationStatistics, LayerStatistics
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -31,7 +31,7 @@ class Predictor(Protocol):
     """If the prompts' own activations may be read: the share that makes C_α; else None."""
 
     def select(
-        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+        self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
     ) -> list[NeuronSelection] | None:
         """Return one selection a row; rows that keep the same neurons share the mapping of ids.
 
@@ -53,7 +53,7 @@ class FixedPredictor:
         self._selection = selection
 
     def select(
-        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+        self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
     ) -> list[NeuronSelection]:
         """Return the one selection for every row."""
         return [self._selection] * n_rows
@@ -71,7 +71,7 @@ class StabilityPredictor:
         self.alpha: float | None = alpha
 
     def select(
-        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+        self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
     ) -> list[NeuronSelection] | None:
         """Return each row's own selection."""
         if statistics is None:
@@ -89,12 +89,12 @@ class StabilityPredictor:
             for row in range(n_rows)
         ]
 
-    def _ids(self, statistics: SentenceStatistics, row: int) -> np.ndarray:
+    def _ids(self, statistics: ActivationStatistics, row: int) -> np.ndarray:
         score = statistics.ranked_by(self._score)
         return top_ids(score[row], statistics.activation[row], n_kept(self._keep_ratio, score.shape[1]))
 
 
-def check_read(statistics: PromptStatistics, mode: str) -> None:
+def check_read(statistics: LayerStatistics, mode: str) -> None:
     """Raise GenerationError if prefill read no token."""
     if not statistics:
         raise GenerationError(f"{mode} mode read no prompt tokens; it needs at least one in this call.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from coreinfer_sim.choosing.statistics import PromptStatistics, SentenceStatistics, sentence_statistics
+from coreinfer_sim.choosing.statistics import ActivationStatistics, LayerStatistics, activation_statistics
 from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.taps import ActivationTap, recorded_activations
 
@@ -21,7 +21,7 @@ class PromptReader:
         self._starts = np.zeros(1, np.int64)
         self._n_beams = 1
         self._tap: ActivationTap | None = None
-        self.statistics: PromptStatistics = {}
+        self.statistics: LayerStatistics = {}
 
     @contextmanager
     def reading(self, layers: Sequence[MLPLayer]) -> Iterator[None]:
@@ -43,7 +43,7 @@ class PromptReader:
         self._tap.pause()
 
     def _add(self, layer: int, z: torch.Tensor) -> None:
-        every = sentence_statistics(z, self._starts, self.alpha)
+        every = activation_statistics(z, self._starts, self.alpha)
         step = self._n_beams  # all beams of a prompt have read the same
-        own = SentenceStatistics(every.counts[::step], every.energy[::step], every.activation[::step])
+        own = ActivationStatistics(every.counts[::step], every.energy[::step], every.activation[::step])
         self.statistics[layer] = self.statistics[layer] + own if layer in self.statistics else own

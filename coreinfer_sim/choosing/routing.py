@@ -13,7 +13,7 @@ from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.choosing.index_sets import IndexSets
 from coreinfer_sim.choosing.predictors import check_read
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import PromptStatistics
+from coreinfer_sim.choosing.statistics import LayerStatistics
 from coreinfer_sim.index.clusters import Match
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.ranking import n_kept, top_ids
@@ -64,7 +64,7 @@ class HybridPredictor:
         self.alpha: float | None = alpha
 
     def select(
-        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+        self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
     ) -> list[NeuronSelection] | None:
         """Return each prompt's own selection."""
         if statistics is None:
@@ -72,7 +72,7 @@ class HybridPredictor:
         routed = self._router.route(prompts)
         return [self.choose(match, statistics, row) for row, match in enumerate(routed)]
 
-    def choose(self, match: Match, statistics: PromptStatistics, row: int) -> NeuronSelection:
+    def choose(self, match: Match, statistics: LayerStatistics, row: int) -> NeuronSelection:
         """Return the selection of a batch's row whose nearest cluster is ``match``."""
         check_read(statistics, self.mode)
         prior, prior_ties = self._sets.index.statistics(match.cluster, self._sets.score)
@@ -99,7 +99,7 @@ class SimilarityPredictor:
         self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
 
     def select(
-        self, prompts: Sequence[str] | None, statistics: PromptStatistics | None, n_rows: int
+        self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
     ) -> list[NeuronSelection] | None:
         """Return each prompt's selection; prompts of one cluster share theirs.
 
@@ -111,7 +111,7 @@ class SimilarityPredictor:
             return None
         return [self._choose(match, statistics, row) for row, match in enumerate(routed)]
 
-    def _choose(self, match: Match, statistics: PromptStatistics | None, row: int) -> NeuronSelection:
+    def _choose(self, match: Match, statistics: LayerStatistics | None, row: int) -> NeuronSelection:
         if match.confident or self._fallback is None:
             return self._sets.of_match(match)
         if isinstance(self._fallback, HybridPredictor):

@@ -52,37 +52,7 @@ class NeuronSelection:
                     f"the selection of layer {number} does not ascend within 0 to {d_ff - 1}, expected each id once, in order."
                 )
 
-    def mlp_bytes(self, layers: Sequence[MLPLayer]) -> int:
-        """Return the MLP bytes that one decoded token reads, compensation included."""
-        repairs = self.compensation or {}
-        return sum(
-            compact_bytes(layer, len(self.ids[layer.number]), repairs.get(layer.number))
-            if layer.number in self.ids
-            else layer.n_bytes
-            for layer in layers
-        )
-
     def keep_ratio(self, layers: Sequence[MLPLayer]) -> float:
         """Return kept neurons over all neurons of the model."""
         kept = sum(len(self.ids[layer.number]) if layer.number in self.ids else layer.d_ff for layer in layers)
         return kept / sum(layer.d_ff for layer in layers)
-
-
-def compact_bytes(layer: MLPLayer, n_kept: int, compensation: LayerCompensation | None = None) -> int:
-    """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias."""
-    per_neuron, output_bias = _parts(layer)
-    has_bias = layer.output.bias is not None or compensation is not None
-    return per_neuron * n_kept + (output_bias if has_bias else 0)
-
-
-def n_within(layer: MLPLayer, keep_ratio: float) -> int:
-    """Return how many neurons a compensated MLP holds within a share of the dense MLP's bytes."""
-    per_neuron, output_bias = _parts(layer)
-    return int(min(layer.d_ff, max(1, (keep_ratio * layer.n_bytes - output_bias) // per_neuron)))
-
-
-def _parts(layer: MLPLayer) -> tuple[int, int]:
-    """Return the bytes of one neuron and those of an output bias."""
-    output_bias = layer.d_model * layer.output.weight.element_size()
-    own = output_bias if layer.output.bias is not None else 0
-    return (layer.n_bytes - own) // layer.d_ff, output_bias

@@ -31,7 +31,7 @@ def token_core_mask(z: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 @dataclass
-class SentenceStatistics:
+class ActivationStatistics:
     """What one layer's activations say of each of ``n`` sentences; all arrays are [n, d_ff].
 
     ``counts`` is f(n; s), the number of tokens that hold the neuron in C_α; ``energy`` is e(n; s), the sum over
@@ -42,9 +42,9 @@ class SentenceStatistics:
     energy: np.ndarray
     activation: np.ndarray
 
-    def __add__(self, other: SentenceStatistics) -> SentenceStatistics:
+    def __add__(self, other: ActivationStatistics) -> ActivationStatistics:
         """Add the statistics of further tokens of the same sentences."""
-        return SentenceStatistics(
+        return ActivationStatistics(
             self.counts + other.counts, self.energy + other.energy, self.activation + other.activation
         )
 
@@ -57,11 +57,11 @@ class SentenceStatistics:
         return top_mask(self.counts, self.activation, n_kept(beta, self.counts.shape[1]))
 
 
-PromptStatistics = dict[int, SentenceStatistics]
+LayerStatistics = dict[int, ActivationStatistics]
 """By layer number, the statistics of every row of a batch, [n_rows, d_ff]."""
 
 
-def sentence_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> SentenceStatistics:
+def activation_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> ActivationStatistics:
     """Sum token-wise core neurons, energy and activation over the tokens of each sentence.
 
     Args:
@@ -77,7 +77,7 @@ def sentence_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> Se
             accumulate,  # numba takes a while to import, and lookups never need it
         )
 
-        result = SentenceStatistics(*(np.zeros(shape, kind) for kind in (np.int32, np.float32, np.float32)))
+        result = ActivationStatistics(*(np.zeros(shape, kind) for kind in (np.int32, np.float32, np.float32)))
         accumulate(z.detach().contiguous(), np.asarray(starts), alpha, result.counts, result.energy, result.activation)
         return result
     sentence = torch.repeat_interleave(
@@ -90,4 +90,4 @@ def sentence_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> Se
         z.float().clamp_min(0),
     )
     sums = [torch.zeros(shape, dtype=part.dtype, device=z.device).index_add_(0, sentence, part) for part in parts]
-    return SentenceStatistics(*(total.cpu().numpy() for total in sums))
+    return ActivationStatistics(*(total.cpu().numpy() for total in sums))

@@ -1,1 +1,3 @@
-"""How held neurons are laid out, read and multiplied."""
+"""Lays held neurons out, reads and multiplies them: engines behind one face."""
+
+__all__ = ["cutting", "face", "in_transformers", "llamacpp", "modules", "prepared", "registry"]

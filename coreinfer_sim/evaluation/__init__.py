@@ -1,1 +1,3 @@
-"""Quality under forced sparse decode, beside what one would take instead."""
+"""Measures quality as the engine that decodes gives it, beside what one would take instead."""
+
+__all__ = ["contenders", "harness", "plot", "results", "rows", "run", "summary", "text_scores", "tune"]

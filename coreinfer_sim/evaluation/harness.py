@@ -27,16 +27,12 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from coreinfer_sim.base.decode_settings import ModelConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError
-from coreinfer_sim.base.settings import Mode, Score
-from coreinfer_sim.choosing.make import make_predictor
-from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.compact import installed
-from coreinfer_sim.evaluation.scoring import Prefill, decoded_logits, prefill
-from coreinfer_sim.generation.sparse_model import SparseModel
-from coreinfer_sim.index.encoder import SentenceEncoder
-from coreinfer_sim.index.index import SemanticIndex
-from coreinfer_sim.models.loading import load_model
+from coreinfer_sim.engines.prepared import Prepared
+from coreinfer_sim.generation.in_process import TextGenerator
+from coreinfer_sim.generation.opening import load
+from coreinfer_sim.generation.reading import PromptRead, read_prompt
 
 _log = logging.getLogger(__name__)
 
@@ -61,15 +57,17 @@ class CoreInferLM(HFLM):
         self,
         model: str | None = None,
         index: str | None = None,
-        mode: str = Mode.SIMILARITY.value,
+        mode: str = "similarity",
         keep_ratio: float | None = None,
-        score: str = Score.ENERGY.value,
+        score: str = "energy",
         sparse_layers: str | None = None,
         alpha: float | None = None,
         seed: int = 0,
         encoder: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        engine: str = "auto",
+        weights: str = "stored",
         rolling_prompt: int = 64,
         **options: Any,
     ) -> None:
@@ -78,20 +76,22 @@ class CoreInferLM(HFLM):
         Args:
             model: hub id, checkpoint folder or GGUF file.
             index: folder; similarity and global need it.
-            mode: similarity, stability, global, random or dense.
-            keep_ratio: share of d_ff that is kept; None takes the index's default, as `make_predictor` does.
+            mode: similarity, hybrid, stability, global, random or dense.
+            keep_ratio: share of d_ff that is held; None takes the index's.
             score: energy or paper.
-            sparse_layers: slice of the layers that become sparse; None: as `make_predictor` does.
+            sparse_layers: slice of the layers that become sparse; None: those of the index, or all.
             alpha: for stability.
             seed: for random.
             encoder: sentence encoder, hub id or folder; None: the index's.
             dtype: of the weights; auto: as stored, bfloat16 for GGUF.
             device: torch device; auto: a GPU if there is one, and so is lm-eval's own default, cuda:0, where there is none.
+            engine: what decodes, and is scored.
+            weights: stored or int8.
             rolling_prompt: positions of a rolling document that are read densely, its prefix token among them.
             **options: of `HFLM`, such as batch_size, max_length, add_bos_token.
 
         Raises:
-            CoreInferSimError: as `load_model`, `SemanticIndex.load` and `make_predictor` do.
+            CoreInferSimError: as `load` does.
         """
         if model is None:
             raise ConfigError("the arguments name no model, expected model=NAME among --model_args.")
@@ -99,26 +99,32 @@ class CoreInferLM(HFLM):
             raise ConfigError(
                 f"the arguments name {', '.join(unknown)}, which neither this model nor lm-eval's own knows; leave them out."
             )
-        _check_choice("mode", mode, Mode)
-        _check_choice("score", score, Score)
         if rolling_prompt < 1:
             raise ConfigError(f"rolling_prompt is {rolling_prompt}, expected 1 or more.")
-        loaded = None if index is None else SemanticIndex.load(index, SentenceEncoder(encoder) if encoder else None)
         if device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("There is no GPU here for %s: decoding on the CPU.", device)
             device = "auto"
-        self._language_model = load_model(model, dtype, device)
-        self._predictor = make_predictor(
-            mode,
-            self._language_model.layers,
-            loaded,
+        selection = SelectionConfig(
+            mode=mode,  # type: ignore[arg-type]  # it turns names into choices
             keep_ratio=keep_ratio,
-            score=score,
+            score=score,  # type: ignore[arg-type]
             sparse_layers=None if sparse_layers is None else str(sparse_layers),  # lm-eval makes a number of "3"
             alpha=alpha,
             seed=seed,
         )
-        self._sparse = SparseModel(self._language_model.model, self._predictor, self._language_model.tokenizer)
+        opened = load(
+            index,
+            model,
+            selection=selection,
+            loading=ModelConfig(dtype, device, encoder),
+            engine=engine,
+            weights=weights,
+        )
+        if not isinstance(opened, TextGenerator):
+            raise ConfigError(f"the engine {engine} was named, expected one that decodes in this process.")
+        self._generator, self._language_model = opened, opened.language_model
+        self._sparse = opened.sparse_model()
+        self._engine = opened.engines[0]
         self._rolling_prompt = rolling_prompt
         super().__init__(self._language_model.model, tokenizer=self._language_model.tokenizer, **options)
 
@@ -138,31 +144,30 @@ class CoreInferLM(HFLM):
             by_context.setdefault(tuple(kept), []).append(number)
         answers: dict[int, LogLikelihood] = {}
         for context, numbers in tqdm(by_context.items(), "Contexts", disable=disable_tqdm):
-            found = self._score_context(list(context), [requests[number][2] for number in numbers])
+            found = self.score_context(list(context), [requests[number][2] for number in numbers])
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
         return [answers[number] for number in range(len(requests))]
 
-    def _score_context(self, context: list[int], continuations: Sequence[list[int]]) -> list[LogLikelihood]:
+    def score_context(self, context: list[int], continuations: Sequence[list[int]]) -> list[LogLikelihood]:
+        """Score continuations, as token ids, of one context that is read once."""
         *beginning, last = context
-        read, selection = self._read(beginning or context)
+        read, held = self._read(beginning or context)
         cache = read.cache if beginning else None
-        with installed(self._language_model.layers, selection):
-            return [
-                self._log_likelihood(
-                    decoded_logits(self.model, self._ids([last, *continuation[:-1]]), cache), continuation
-                )
-                for continuation in continuations
-            ]
+        return [
+            self._log_likelihood(self._engine.forced(self._ids([last, *continuation[:-1]]), cache, held), continuation)
+            for continuation in continuations
+        ]
 
-    def _read(self, prompt: list[int], n_logits: int = 1) -> tuple[Prefill, NeuronSelection]:
-        """Read a prompt densely and choose the neurons that decode keeps."""
-        read = prefill(self._language_model, self._ids(prompt), self._predictor.alpha, n_logits)
-        texts = [self.tokenizer.decode(prompt, skip_special_tokens=True)] if self._predictor.needs_text else None
-        selections = self._predictor.select(texts, read.statistics, 1)
+    def _read(self, prompt: list[int], n_logits: int = 1) -> tuple[PromptRead, Prepared]:
+        """Read a prompt densely and prepare the neurons that decode holds."""
+        predictor = self._sparse.predictor
+        read = read_prompt(self._language_model, self._engine, self._ids(prompt), predictor.alpha, n_logits)
+        texts = [self.tokenizer.decode(prompt, skip_special_tokens=True)] if predictor.needs_text else None
+        selections = predictor.select(texts, read.statistics, 1)
         assert selections is not None
-        return read, selections[0]
+        return read, self._engine.prepare(selections)[0]
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(tokens)], device=self.device)
@@ -192,18 +197,15 @@ class CoreInferLM(HFLM):
         (prefix, beginning), *later = windows
         positions = [*prefix, *beginning[:-1]]
         n_prompt = min(self._rolling_prompt, len(positions))
-        first, selection = self._read(positions[:n_prompt], n_prompt)
+        first, held = self._read(positions[:n_prompt], n_prompt)
         logits = first.logits
-        with installed(self._language_model.layers, selection):
-            if n_prompt < len(positions):
-                decoded = decoded_logits(self.model, self._ids(positions[n_prompt:]), first.cache)
-                logits = torch.cat([logits, decoded])
-            total, _ = self._log_likelihood(logits, beginning)
-            for context, continuation in later:
-                ids = self._ids([*context, *continuation[:-1]])
-                with torch.inference_mode():
-                    logits = self.model(input_ids=ids, logits_to_keep=len(continuation)).logits[0].float()
-                total += self._log_likelihood(logits, continuation)[0]
+        if n_prompt < len(positions):
+            decoded = self._engine.forced(self._ids(positions[n_prompt:]), first.cache, held)
+            logits = torch.cat([logits, decoded])
+        total, _ = self._log_likelihood(logits, beginning)
+        for context, continuation in later:
+            logits = self._engine.forced(self._ids([*context, *continuation[:-1]]), None, held)
+            total += self._log_likelihood(logits[-len(continuation) :], continuation)[0]
         return total
 
     def _model_generate(
@@ -212,19 +214,14 @@ class CoreInferLM(HFLM):
         """Generate by `SparseModel`; the batch's rows are routed by their own contexts."""
         if not generation_kwargs.get("do_sample"):
             generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 means greedy
-        return self._sparse.generate(
+        generated: torch.Tensor = self._sparse.generate(
             context,
             max_length=max_length,
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
             pad_token_id=self.tokenizer.pad_token_id,
             **generation_kwargs,
         )
-
-
-def _check_choice(name: str, value: str, kind: type[Mode] | type[Score]) -> None:
-    known = [choice.value for choice in kind]
-    if value not in known:
-        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
+        return generated
 
 
 if __name__ == "__main__":  # lm-eval's own command, which knows the model now

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.progress import counted
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt with a good answer."""
-
-    set_name: str
-    id: str
-    prompt: str
-    completion: str
-
-    @property
-    def digest(self) -> str:
-        """Tells the row's texts from others that come under the same name."""
-        return hashlib.sha256(f"{self.prompt}\0{self.completion}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+from coreinfer_sim.base.rows import Row, read_completions
 
 
 def hash_percent(row_id: str) -> int:
@@ -46,31 +29,22 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
     """
     path = Path(path)
     rows: list[Row] = []
-    n_lines = n_empty = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for n_lines, line in enumerate(file, 1):
-                try:
-                    row = _row(path, n_lines, json.loads(line))
-                except ValueError as error:
-                    raise CorpusError(
-                        f"{path}, line {n_lines}, is no JSON ({error}); expected one object a line; mend or remove it."
-                    ) from error
-                if not row.prompt.strip() or not row.completion.strip():
-                    n_empty += 1
-                elif hash_percent(row.id) in part:
-                    rows.append(row)
-                if len(rows) == limit:
-                    break
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 ({error.reason}), expected UTF-8 text; convert it first.") from error
+    n_rows, n_empty = 0, 0
+    for row in read_completions(path):
+        n_rows += 1
+        if not row.prompt.strip() or not row.completion.strip():
+            n_empty += 1
+        elif hash_percent(row.id) in part:
+            rows.append(row)
+        if len(rows) == limit:
+            break
     if not rows:
-        if not n_lines:
+        if not n_rows:
             raise CorpusError(f"{path} is empty, expected one object a line; give a file with rows.")
-        found = f"{counted(n_lines, 'row')}, {n_empty} of them without prompt or completion"
+        found = f"{counted(n_rows, 'row')}, {n_empty} of them without prompt or completion"
         raise CorpusError(
             f"{path} holds {found}, and none whose id hashes into {part.start} to {part.stop - 1}; "
-            + ("give a file with rows." if n_lines == n_empty else "name a wider --part.")
+            + ("give a file with rows." if n_rows == n_empty else "name a wider part.")
         )
     return rows
 
@@ -94,20 +68,6 @@ def read_sets(paths: Sequence[str | Path], part: range, limit: int | None) -> li
             )
         known.add((row.set_name, row.id))
     return rows
-
-
-def _row(path: Path, number: int, raw: Any) -> Row:
-    """Check one line's fields."""
-    fields = ("id", "prompt", "completion")
-    if not isinstance(raw, dict) or not set(fields) <= set(raw):
-        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        raise CorpusError(f"{path}, line {number}, has {found}, expected an object with {', '.join(fields)}.")
-    for name in ("prompt", "completion"):
-        if not isinstance(raw[name], str):
-            raise CorpusError(
-                f"{path}, line {number}: {name} is {raw[name]!r:.60}, expected text; write it as a string."
-            )
-    return Row(path.stem, str(raw["id"]), raw["prompt"], raw["completion"])
 
 
 def joined(prompt: str, completion: str) -> tuple[str, str]:

@@ -30,7 +30,8 @@ def text_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         chrf: sacrebleu's corpus scores.
     """
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     references = [reference.strip() for _, reference in pairs]
     texts = [

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.rows import Row
 from coreinfer_sim.base.settings import Fallback
 from coreinfer_sim.evaluation.contenders import Contender
-from coreinfer_sim.evaluation.rows import Row
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import ProfileInfo
 
@@ -29,7 +29,7 @@ FEWEST_OF_SET = 2
 def check_rows(set_names: Iterable[str]) -> None:
     """Raise ConfigError if there are too few rows to promise anything on; of each row the set's name is given."""
     n_rows = Counter(set_names)
-    remedy = "give more sets, longer completions, a higher --limit or a wider --part."
+    remedy = "give more sets, longer completions, a higher limit or a wider part."
     if n_rows.total() < FEWEST_ROWS:
         raise ConfigError(
             f"there are {n_rows.total()} rows to tune on, expected {FEWEST_ROWS} or more with two completion tokens, as a "

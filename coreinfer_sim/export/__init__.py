@@ -1,1 +1,3 @@
-"""A cluster as an ordinary, smaller model: a checkpoint or a GGUF file."""
+"""Writes clusters as ordinary, smaller models: checkpoints of transformers, or GGUF files for llama.cpp."""
+
+__all__ = ["checkpoint", "export", "gguf", "weights"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.base.errors import ExportError
-from coreinfer_sim.export.compact import CompactWeights, Source
+from coreinfer_sim.export.weights import CompactWeights, Source
 from coreinfer_sim.models.loading import LanguageModel
 
 TYPES = {
@@ -45,7 +45,7 @@ the first that fits counts. Bytes cut by their own pattern alone are "gpt-2"."""
 
 
 def bits_per_value(kind: str) -> float:
-    """Return the bits that a matrix's value takes."""
+    """Return the bits of one value of a matrix."""
     values, n_bytes = gguf.GGML_QUANT_SIZES[_written_as(kind)]
     return 8 * n_bytes / values
 
@@ -69,23 +69,23 @@ def check_exportable(language_model: LanguageModel, kind: str) -> None:
     family, config = language_model.layers[0].family.name, language_model.model.config
     if family not in _LLAMA_LIKE:
         raise ExportError(
-            f"{family} models are not written as GGUF, expected {', '.join(_LLAMA_LIKE)}; export --format hf and convert that "
-            "with llama.cpp's own script."
+            f"{family} models are not written as GGUF, expected {', '.join(_LLAMA_LIKE)}; export a checkpoint and convert "
+            "that with llama.cpp's own script."
         )
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise ExportError(
-            f"the model scales its positions ({rope['rope_type']}), expected plain rotary ones; export --format hf and convert "
-            "that with llama.cpp's own script."
+            f"the model scales its positions ({rope['rope_type']}), expected plain rotary ones; export a checkpoint and "
+            "convert that with llama.cpp's own script."
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings:
         raise ExportError(f"the model attends to a window of {window} positions, which Llama in llama.cpp cannot.")
     if kind in K_QUANTS and shutil.which(QUANTISER) is None:
         raise ExportError(
-            f"{kind} needs llama.cpp's {QUANTISER}, which is not on the PATH; install it, or take one of {', '.join(TYPES)}."
+            f"{kind} needs llama.cpp's {QUANTISER}, which is not on the PATH; install it, or use one of {', '.join(TYPES)}."
         )
-    _pre_tokenizer(language_model)
+    pre_tokenizer_name(language_model.tokenizer)
 
 
 def export_gguf(
@@ -94,7 +94,7 @@ def export_gguf(
     """Write one GGUF file.
 
     Layers of one width make a ``llama`` model. Layers of several make a ``deci`` model: the same computation, for which
-    llama.cpp takes a list of widths.
+    llama.cpp reads a list of widths.
 
     Args:
         language_model: the dense model.
@@ -120,52 +120,72 @@ def export_gguf(
 
 
 def _write(language_model: LanguageModel, weights: CompactWeights, source: Source, out: Path, kind: str) -> None:
-    config = language_model.model.config
     one_width = len(set(weights.widths)) == 1
     arch = gguf.MODEL_ARCH.LLAMA if one_width else gguf.MODEL_ARCH.DECI
     matrix_type, file_type = TYPES[kind]
     writer = gguf.GGUFWriter(str(out), gguf.MODEL_ARCH_NAMES[arch])
-    n_heads = config.num_attention_heads
-    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     writer.add_name(f"{Path(source.model).stem} {source.title}")
     writer.add_file_type(file_type)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(weights.widths))
-    writer.add_feed_forward_length(weights.widths[0] if one_width else weights.widths)
-    # A deci model states its heads for each layer.
-    writer.add_head_count(n_heads if one_width else [n_heads] * len(weights.widths))
-    writer.add_head_count_kv(n_kv_heads if one_width else [n_kv_heads] * len(weights.widths))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _add_architecture(writer, language_model.model.config, weights.widths)
     for key, value in facts_of(source).items():
         writer.add_key_value(f"{_PREFIX}{key}", value, _KINDS[type(value)])
     _add_tokenizer(writer, language_model)
-    names = gguf.get_tensor_name_map(arch, len(weights.widths))
-    tied = config.tie_word_embeddings
     try:
-        for name, value in weights.parameters.items():
-            if tied and name == "lm_head.weight":
-                continue  # llama.cpp reads the embeddings instead
-            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if target is None:
-                raise ExportError(f"llama.cpp has no name for the parameter {name}; export --format hf instead.")
-            heads = n_heads if ".q_proj." in name else n_kv_heads if ".k_proj." in name else None
-            if heads is not None:
-                value = _interleaved(value, heads)
-            array = value.detach().float().cpu().numpy()
-            kept = matrix_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-            writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), kept), raw_dtype=kept)
+        _add_tensors(writer, language_model.model.config, weights, arch, matrix_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Return the heads of queries, and of keys and values."""
+    n_heads: int = config.num_attention_heads
+    return n_heads, getattr(config, "num_key_value_heads", None) or n_heads
+
+
+def _add_architecture(writer: gguf.GGUFWriter, config: Any, widths: list[int]) -> None:
+    """Add the sizes; a model whose layers differ in width states its heads for each layer as well."""
+    one_width = len(set(widths)) == 1
+    n_heads, n_kv_heads = _heads(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(widths))
+    writer.add_feed_forward_length(widths[0] if one_width else widths)
+    writer.add_head_count(n_heads if one_width else [n_heads] * len(widths))
+    writer.add_head_count_kv(n_kv_heads if one_width else [n_kv_heads] * len(widths))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter,
+    config: Any,
+    weights: CompactWeights,
+    arch: gguf.MODEL_ARCH,
+    matrix_type: gguf.GGMLQuantizationType,
+) -> None:
+    """Add all parameters under llama.cpp's names, vectors in float32."""
+    names = gguf.get_tensor_name_map(arch, len(weights.widths))
+    n_heads, n_kv_heads = _heads(config)
+    for name, value in weights.parameters.items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue  # llama.cpp reads the embeddings instead
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise ExportError(f"llama.cpp has no name for the parameter {name}; export a checkpoint instead.")
+        heads = n_heads if ".q_proj." in name else n_kv_heads if ".k_proj." in name else None
+        if heads is not None:
+            value = _interleaved(value, heads)
+        array = value.detach().float().cpu().numpy()
+        stored = matrix_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), stored), raw_dtype=stored)
 
 
 def _written_as(kind: str) -> gguf.GGMLQuantizationType:
@@ -195,7 +215,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, language_model: LanguageModel) -> No
         else:
             types.append(gguf.TokenType.NORMAL)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(language_model))
+    writer.add_tokenizer_pre(pre_tokenizer_name(language_model.tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in backend["model"]["merges"]])
@@ -214,13 +234,17 @@ def _add_tokenizer(writer: gguf.GGUFWriter, language_model: LanguageModel) -> No
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _pre_tokenizer(language_model: LanguageModel) -> str:
-    """Return llama.cpp's name for how the tokenizer cuts text."""
-    backend = json.loads(language_model.tokenizer.backend_tokenizer.to_str())
+def pre_tokenizer_name(tokenizer: Any) -> str:
+    """Return llama.cpp's name for how a tokenizer cuts text before byte pairs are merged.
+
+    Raises:
+        ExportError: llama.cpp knows no such way.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] != "BPE" or not isinstance(backend["pre_tokenizer"], dict):
         raise ExportError(
-            f"the tokenizer is a {backend['model']['type']} model, expected byte-level BPE; export --format hf and convert that "
-            "with llama.cpp's own script."
+            f"the tokenizer is a {backend['model']['type']} model, expected byte-level BPE; export a checkpoint and convert "
+            "that with llama.cpp's own script."
         )
     description = json.dumps(backend["pre_tokenizer"])
     for name, part in _PRE_TOKENIZERS.items():
@@ -229,6 +253,6 @@ def _pre_tokenizer(language_model: LanguageModel) -> str:
     if backend["pre_tokenizer"].get("type") == "ByteLevel" and backend["pre_tokenizer"].get("use_regex", True):
         return "gpt-2"
     raise ExportError(
-        f"the tokenizer cuts text in a way unknown here ({description[:120]}); export --format hf and convert that with "
+        f"the tokenizer cuts text in a way unknown here ({description[:120]}); export a checkpoint and convert that with "
         "llama.cpp's own script."
     )

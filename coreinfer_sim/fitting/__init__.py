@@ -1,1 +1,3 @@
-"""Sets of neurons whose held ones make up for the dropped ones."""
+"""Sets whose held neurons make up for the dropped ones."""
+
+__all__ = ["clustered_corpus", "comparing", "costs", "pipeline", "workers"]

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from coreinfer_sim.choosing.selection import n_within
-from coreinfer_sim.engines.compact import compact_projections, install
-from coreinfer_sim.fitting.calibration import CalibrationText, Fit, fit_each_alone
+from coreinfer_sim.engines.cutting import compact_projections
+from coreinfer_sim.engines.modules import install
+from coreinfer_sim.fitting.clustered_corpus import CalibrationText
+from coreinfer_sim.fitting.layerwise import Fit, fit_each_alone
 from coreinfer_sim.fitting.reading import n_completion, packs, read_densely
 from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.mlps import MLPLayer
+from coreinfer_sim.models.mlps import MLPLayer, n_within
 
 PROBE = 0.375
 """Keep ratio at which the cost of a layer is measured."""

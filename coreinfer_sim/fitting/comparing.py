@@ -13,10 +13,10 @@ from enum import Enum
 import numpy as np
 import torch
 
-from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.compact import Projections, compact_model
-from coreinfer_sim.fitting.texts import CalibrationCorpus
+from coreinfer_sim.engines.cutting import Projections, compact_model
+from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.fitting.sets import load_set
 from coreinfer_sim.fitting.training import divergences_of
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.index.manifest import compensation_file
@@ -34,24 +34,23 @@ class Kind(str, Enum):
     """As many neurons of each layer, by energy, and nothing that makes up for the others."""
 
 
+Statistics = Callable[[int | None], tuple[np.ndarray, np.ndarray]]
+"""Gives a cluster's, or under None the whole corpus's, energy and activation of neurons, [n_recorded, d_ff] each."""
+
+
 def plain_set(
-    sums: PartialSums, numbers: Sequence[int], n_kept: Sequence[int], cluster: int | None, d_model: int
+    statistics: tuple[np.ndarray, np.ndarray], numbers: Sequence[int], n_kept: Sequence[int], d_model: int
 ) -> NeuronSelection:
-    """Return a cluster's neurons of highest energy with compensation that is nothing.
+    """Return the neurons of highest energy with compensation that is nothing.
 
     Args:
-        sums: of all clusters.
+        statistics: energy and activation, [n_recorded, d_ff] each.
         numbers: of the model's layers that were recorded.
         n_kept: neurons of each layer of the model that stay, [n_layers]; d_ff leaves the layer dense.
-        cluster: its number; None: the whole corpus.
         d_model: width of the model.
     """
     ids, nothing = {}, {}
-    for row, number in enumerate(numbers):
-        energy, activation = (
-            values[:, row].sum(0) if cluster is None else values[cluster, row]
-            for values in (sums.energy, sums.activation)
-        )
+    for number, energy, activation in zip(numbers, *statistics, strict=True):
         n = n_kept[number]
         if n < len(energy):
             ids[number] = torch.from_numpy(top_ids(energy, activation, n))
@@ -60,12 +59,16 @@ def plain_set(
 
 
 def compare_sets(
-    corpus: CalibrationCorpus, plain: Callable[[float, int | None], NeuronSelection], report: Callable[[int], None]
+    corpus: ClusteredCorpus,
+    keep_ratios: Sequence[float],
+    plain: Callable[[float, int | None], NeuronSelection],
+    report: Callable[[int], None],
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Measure each cluster's finished set, the whole corpus's, and plain neurons on texts of the cluster that were held out.
 
     Args:
-        corpus: of the build.
+        corpus: of the build, whose folder holds the finished sets.
+        keep_ratios: of these.
         plain: gives the plain set of a keep ratio and cluster; None: the whole corpus's.
         report: takes 1 after each text.
 
@@ -76,10 +79,10 @@ def compare_sets(
     layers = corpus.language_model.layers
 
     def fitted(ratio: float, cluster: int | None) -> dict[int, Projections]:
-        return compact_model(layers, corpus.load(corpus.folder / compensation_file(ratio, cluster)))
+        return compact_model(layers, load_set(corpus.folder / compensation_file(ratio, cluster), layers))
 
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for ratio in corpus.settings.keep_ratios:
+    for ratio in keep_ratios:
         of_corpus = fitted(ratio, None)
         found[f"{ratio:g}"] = by_cluster = {}
         for cluster in range(corpus.n_clusters):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from coreinfer_sim.base.settings import CompensationConfig
 from coreinfer_sim.fitting.sets import trainings
-from coreinfer_sim.fitting.students import checkpoint_bytes, training_bytes
+from coreinfer_sim.fitting.student import checkpoint_bytes, training_bytes
 from coreinfer_sim.models.mlps import MLPLayer, dense_bytes
 
 
@@ -23,16 +23,15 @@ class CompensationCosts:
         """Return the disk that the sets of an index need."""
         return self._of_cluster() * (n_clusters + 1 if n_clusters > 1 else 1)
 
-    def build_disk(self, n_clusters: int, n_workers: int) -> int:
-        """Return the disk that is needed beside the sets until the build has ended, by ``n_workers`` processes."""
+    def build_disk(self, n_clusters: int) -> int:
+        """Return the disk that is needed beside the sets until the build has ended."""
         if self.settings is None:
             return 0
         n_bytes = 0
-        if self.settings.own_fits and n_clusters > 1:
+        if n_clusters > 1:
             n_bytes += self._moments() * len(self.layers) * len(self.settings.keep_ratios)
         if self.settings.distil_tokens:  # the sets as they were fitted stay until the end
-            n_bytes += self.index_disk(n_clusters) if self.settings.own_fits else self._of_cluster()
-            n_bytes += n_workers * self._of_training(checkpoint_bytes, n_clusters)
+            n_bytes += self.index_disk(n_clusters) + self._of_training(checkpoint_bytes, n_clusters)
         return n_bytes
 
     def fitting(self) -> int:
@@ -67,5 +66,5 @@ class CompensationCosts:
         """Add up over the keep ratios what a training takes of something."""
         if self.settings is None or not self.settings.distil_tokens:
             return 0
-        n_sharing = max(len(training.clusters) for training in trainings(self.settings, n_clusters))
+        n_sharing = max(map(len, trainings(n_clusters)))
         return sum(n_bytes(self.layers, ratio, n_sharing) for ratio in self.settings.keep_ratios)

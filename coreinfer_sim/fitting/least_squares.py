@@ -130,9 +130,11 @@ def left_over(gram: torch.Tensor, output_weight: torch.Tensor, score: torch.Tens
     weight = output_weight.float()
     order = score.argsort(descending=True)
     cross = gram[order] @ weight.T
-    explained = torch.linalg.solve_triangular(_cholesky(gram[order][:, order], RIDGE), cross, upper=False)
+    factor = _cholesky(gram[order][:, order], RIDGE)
+    explained: torch.Tensor = torch.linalg.solve_triangular(factor, cross, upper=False)
     total = (weight.T * (gram @ weight.T)).sum()
-    return (total - explained.square().sum(1).cumsum(0)).clamp_min(0)
+    error: torch.Tensor = total - explained.square().sum(1).cumsum(0)
+    return error.clamp_min(0)
 
 
 def compensate(
@@ -213,9 +215,10 @@ def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     ridged = gram.clone()
     ridged.diagonal().add_(ridge * variance.clamp_min(0) + 1e-6 * variance.mean().clamp_min(1e-20))
     try:
-        return torch.linalg.cholesky(ridged)
-    except torch.linalg.LinAlgError as error:
+        factor: torch.Tensor = torch.linalg.cholesky(ridged)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise BuildError(
             f"the activations' covariance over {len(gram)} neurons cannot be factored ({error}), expected one of many tokens; "
-            "raise --compensate-tokens or build with --dtype float32."
+            "fit to more tokens, or load the model with the dtype float32."
         ) from error
+    return factor

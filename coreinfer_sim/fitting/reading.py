@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from coreinfer_sim.fitting.calibration import CalibrationText
+from coreinfer_sim.fitting.clustered_corpus import CalibrationText
 
-_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Of a pack, by device: with so many a pass is bound by arithmetic."""
-_LENGTH_STEP = 32
+LENGTH_STEP = 32
 """Rows are filled up to multiples of so many tokens: of hundreds of lengths, each would have matrix products prepared for
 itself alone and leave gaps of its own size in memory, among which the next one's are looked for."""
 _COPIES = 4
@@ -57,7 +57,7 @@ def read_densely(model: Any, texts: Sequence[CalibrationText], n_last: Sequence[
         n_last: how many of each text's tokens are the last ones, 1 or more and fewer than all.
     """
     device, n_counted = model.device, sum(n_last)
-    n_filling = [-n % _LENGTH_STEP for n in (sum(len(text.ids) for text in texts) - n_counted, n_counted)]
+    n_filling = [-n % LENGTH_STEP for n in (sum(len(text.ids) for text in texts) - n_counted, n_counted)]
     if any(n_filling) and sum(len(text.ids) for text in texts) + sum(n_filling) <= _most_at_once(model):
         texts, n_last = [*texts, CalibrationText([0] * sum(n_filling), 0)], [*n_last, n_filling[1]]
     n_earlier = [len(text.ids) - n for text, n in zip(texts, n_last, strict=True)]
@@ -99,7 +99,7 @@ def _most_at_once(model: Any) -> int:
     positions = "position_ids" in inspect.signature(model.forward).parameters
     if not positions or getattr(config, "alibi", False):  # places come from the mask, which a pack needs for itself
         return 0
-    most = _TOKENS_AT_ONCE.get(model.device.type, _TOKENS_AT_ONCE["cpu"])
+    most = TOKENS_AT_ONCE.get(model.device.type, TOKENS_AT_ONCE["cpu"])
     if model.device.type == "cuda":
         room = torch.cuda.get_device_properties(model.device).total_memory // 4
         most = min(most, room // (_COPIES * 4 * config.vocab_size))

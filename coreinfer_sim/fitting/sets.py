@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,165 +11,140 @@ from safetensors.torch import load_file, save
 
 from coreinfer_sim.base.files import write_atomic
 from coreinfer_sim.base.memory import free_memory, give_back_memory
-from coreinfer_sim.base.settings import Budget, CompensationConfig, Start
+from coreinfer_sim.base.processes import Report
+from coreinfer_sim.base.settings import Budget, CompensationConfig
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.fitting.budgets import layer_costs, neurons_of
-from coreinfer_sim.fitting.calibration import Fit, fit_layers
+from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.fitting.layerwise import Fit, fit_layers
 from coreinfer_sim.fitting.least_squares import Moments
-from coreinfer_sim.fitting.students import LEARNING_RATE, SPECIALISING_RATE, taught, training_bytes
-from coreinfer_sim.fitting.texts import CalibrationCorpus, save_selection
-from coreinfer_sim.fitting.training import distil, distil_jointly, training_on
+from coreinfer_sim.fitting.student import add_trained_change, training_bytes
+from coreinfer_sim.fitting.training import distil, training_on
+from coreinfer_sim.index.compensated import load_compensated, save_compensated
 from coreinfer_sim.index.manifest import compensation_file
 from coreinfer_sim.models.mlps import MLPLayer
 
+FITTED_FOLDER = "fitted"
+MOMENTS_FOLDER = "moments"
+TRAINING_FOLDER = "training"
 _GLOBAL_SHARE = 3
 _MEASURED_TOKENS = 10_000
-
-
-def fit_of(config: CompensationConfig) -> Fit:
-    """Return how the settings of a build ask for compact MLPs to be fitted."""
-    return Fit(config.ranking)
-
-
-def sets_to_fit(config: CompensationConfig, n_clusters: int) -> list[tuple[float, int | None]]:
-    """Return keep ratio and cluster of every set: first those of the whole corpus (None), which the others lean on."""
-    return [(ratio, cluster) for cluster in fitted_clusters(n_clusters) for ratio in config.keep_ratios]
-
-
-def fitted_clusters(n_clusters: int) -> list[int | None]:
-    """Return the clusters that have sets of their own, after None, the whole corpus, which a single cluster equals."""
-    return [None, *(range(n_clusters) if n_clusters > 1 else ())]
+_ROOM = 0.8
+"""Share of the free memory that training takes at most: reading texts and the rest of the machine need some."""
 
 
 @dataclass(frozen=True)
-class Training:
-    """Sets that are trained in one go."""
+class FitSets:
+    """The job that fits one set by its number in `sets_to_fit` and leaves it on disk; it reports layers."""
 
-    clusters: tuple[int | None, ...]
-    """Whose; None: the whole corpus."""
-    from_corpus: bool = False
-    """Whether a cluster's set begins as the whole corpus's trained one, which it specialises."""
+    settings: CompensationConfig
+    n_kept: Mapping[str, list[int]]
+    """By keep ratio, the neurons of each layer that stay."""
 
-    @property
-    def together(self) -> bool:
-        """Whether several clusters share what they learn."""
-        return len(self.clusters) > 1
-
-    def starts(self, corpus: CalibrationCorpus, ratio: float) -> list[NeuronSelection]:
-        """Return the sets as they are before, from the folder of the build."""
-        trained, fitted = corpus.folder / compensation_file(ratio, None), corpus.folder / "fitted"
-        if self.from_corpus:
-            return [corpus.load(trained)]
-        own = [corpus.load(fitted / compensation_file(ratio, each)) for each in self.clusters]
-        if not self.together:
-            return own
-        before, after = corpus.load(fitted / compensation_file(ratio, None)), corpus.load(trained)
-        return [taught(each, before, after) for each in own]
-
-
-def trainings(config: CompensationConfig, n_clusters: int) -> list[Training]:
-    """Return the trainings of a build, first the whole corpus's."""
-    first, *others = fitted_clusters(n_clusters)
-    if config.distil_from is Start.JOINT:
-        return [Training((first,)), *([Training(tuple(others))] if others else [])]
-    from_corpus = config.distil_from is Start.CORPUS
-    return [Training((first,)), *(Training((each,), from_corpus) for each in others)]
-
-
-def make_fitter(
-    corpus: CalibrationCorpus, n_kept: dict[str, list[int]], report: Callable[[int], None] | None
-) -> Callable[[int], int]:
-    """Return the function that fits one set by its number in `sets_to_fit` and leaves it on disk.
-
-    That function returns the layers that it has not reported.
-
-    Args:
-        corpus: what to fit to.
-        n_kept: by keep ratio, the neurons of each layer that stay.
-        report: takes 1 after each layer; None: in another process, which cannot show progress.
-    """
-    settings, folder = corpus.settings, corpus.folder
-    sets = sets_to_fit(settings, corpus.n_clusters)
-
-    def run(number: int) -> int:
-        ratio, cluster = sets[number]
-        _, texts = corpus.texts(cluster, set_tokens(settings.tokens, cluster))
-        moments = folder / "moments" / f"{ratio:g}"
-        leant_on = cluster is None and settings.own_fits and corpus.n_clusters > 1
+    def run(self, corpus: ClusteredCorpus, number: int, report: Report) -> None:
+        """Fit a set; the whole corpus's leaves its moments, towards which those of clusters are shrunk."""
+        ratio, cluster = sets_to_fit(self.settings, corpus.n_clusters)[number]
+        _, texts = corpus.texts(cluster, set_tokens(self.settings.tokens, cluster))
+        folder = corpus.folder / MOMENTS_FOLDER / f"{ratio:g}"
+        leant_on = cluster is None and corpus.n_clusters > 1
         selection = fit_layers(
             corpus.language_model,
             texts,
-            n_kept[f"{ratio:g}"],
-            fit_of(settings),
-            prior=None if cluster is None else lambda layer: _load_moments(moments / f"{layer}.safetensors"),
-            keep=(lambda layer, m: _save_moments(moments / f"{layer}.safetensors", m)) if leant_on else None,
+            self.n_kept[f"{ratio:g}"],
+            Fit(self.settings.ranking),
+            prior=None if cluster is None else lambda layer: _load_moments(folder / f"{layer}.safetensors"),
+            keep=(lambda layer, sums: _save_moments(folder / f"{layer}.safetensors", sums)) if leant_on else None,
             report=report,
         )
-        save_selection(fitted_path(folder, settings, ratio, cluster), selection)
-        return len(corpus.language_model.layers) if report is None else 0
-
-    return run
+        save_set(fitted_path(corpus.folder, self.settings, ratio, cluster), selection)
 
 
-def make_distiller(
-    corpus: CalibrationCorpus, report: Callable[[int], None] | None, room_share: float
-) -> Callable[[int], int]:
-    """Return the function that does one of the build's `trainings`, by its number, at all keep ratios.
+def sets_to_fit(settings: CompensationConfig, n_clusters: int) -> list[tuple[float, int | None]]:
+    """Return keep ratio and cluster of every set: first those of the whole corpus (None), which the others lean on."""
+    clusters = [each for training in trainings(n_clusters) for each in training]
+    return [(ratio, cluster) for cluster in clusters for ratio in settings.keep_ratios]
 
-    That function leaves the sets on disk and returns the tokens that it has not reported. Arguments as for `make_fitter`,
-    and the share of the free memory in which sets may be trained side by side.
+
+def trainings(n_clusters: int) -> list[tuple[int | None, ...]]:
+    """Return whose sets are trained in one go: the whole corpus's (None), which a single cluster equals, then all clusters'."""
+    return [(None,), tuple(range(n_clusters))] if n_clusters > 1 else [(None,)]
+
+
+def train_sets(
+    corpus: ClusteredCorpus, settings: CompensationConfig, clusters: Sequence[int | None], report: Report
+) -> None:
+    """Train the sets of some clusters in one go at all keep ratios, and leave them on disk.
+
+    Args:
+        corpus: of the build.
+        settings: of the sets.
+        clusters: one of `trainings`.
+        report: takes the tokens that have been read, over all keep ratios once.
     """
-    settings, folder, language_model = corpus.settings, corpus.folder, corpus.language_model
-    all_trainings = trainings(settings, corpus.n_clusters)
-
-    def run(number: int) -> int:
-        training = all_trainings[number]
-        clusters = training.clusters
-        cluster = None if training.together else clusters[0]
-        n_tokens = set_tokens(settings.distil_tokens, cluster)
-        # from the end, so that the fit's own texts, which no longer show what is wrong with it, come last or not at all
-        places, texts = corpus.texts(cluster, n_tokens, from_end=True)
-        how = training_on(
-            language_model.model.device.type, texts, SPECIALISING_RATE if training.from_corpus else LEARNING_RATE
-        )
-        room = int(room_share * free_memory(language_model.model.device))
-        files = {
-            ratio: [folder / compensation_file(ratio, each) for each in clusters] for ratio in settings.keep_ratios
-        }
-        ratios = [ratio for ratio, paths in files.items() if not all(path.exists() for path in paths)]
-        checkpoints = folder / "training"
-        parts = _begun(checkpoints, number, ratios)
-        left = [ratio for ratio in ratios if not any(ratio in part for part in parts)]
-        parts += trained_together(language_model.layers, left, room, len(clusters))
-
-        def advance(n_tokens: int) -> None:
-            if report is not None:
-                report(n_tokens // len(parts))
-
-        for part in parts:
-            checkpoint = checkpoints / f"{number}-{'-'.join(f'{ratio:g}' for ratio in part)}.safetensors"
-            starts = [training.starts(corpus, ratio) for ratio in part]
-            if training.together:
-                readers = corpus.clustering.assignment[places].tolist()
-                found = distil_jointly(language_model, starts, texts, readers, how, advance, checkpoint)
-            else:
-                alone = distil(language_model, [start for (start,) in starts], texts, how, advance, checkpoint)
-                found = [[selection] for selection in alone]
-            for ratio, selections in zip(part, found, strict=True):
-                for path, selection in zip(files[ratio], selections, strict=True):
-                    save_selection(path, selection)
-            checkpoint.unlink(missing_ok=True)
-            give_back_memory()  # the next ones' tensors have other shapes
-        n_reported = 0 if report is None else len(parts) * sum(len(text.ids) // len(parts) for text in texts)
-        return sum(len(text.ids) for text in texts) - n_reported
-
-    return run
+    # 1) the texts, from the end, so that the fit's own, which no longer show what is wrong with it, come last or not at all
+    language_model = corpus.language_model
+    places, texts = corpus.texts(None, set_tokens(settings.distil_tokens, None), from_end=True)
+    readers = [0] * len(texts) if len(clusters) == 1 else corpus.clustering.assignment[places].tolist()
+    how = training_on(language_model.model.device.type, texts)
+    # 2) the keep ratios that are trained side by side
+    name, folder = ("corpus" if len(clusters) == 1 else "clusters"), corpus.folder / TRAINING_FOLDER
+    ratios = [ratio for ratio in settings.keep_ratios if not are_trained(corpus.folder, ratio, clusters)]
+    groups = broken_off(folder, name, ratios)
+    left = [ratio for ratio in ratios if not any(ratio in group for group in groups)]
+    room = int(_ROOM * free_memory(language_model.model.device))
+    groups += trained_together(language_model.layers, left, room, len(clusters))
+    # 3) training, and what it gives
+    advance = _in_shares(report, len(groups))
+    for group in groups:
+        checkpoint = folder / f"{name}-{'-'.join(f'{ratio:g}' for ratio in group)}.safetensors"
+        families = [_fitted(corpus, ratio, clusters) for ratio in group]
+        found = distil(language_model, families, texts, readers, how, advance, checkpoint)
+        for ratio, selections in zip(group, found, strict=True):
+            for cluster, selection in zip(clusters, selections, strict=True):
+                save_set(corpus.folder / compensation_file(ratio, cluster), selection)
+        checkpoint.unlink(missing_ok=True)
+        del families, found
+        give_back_memory()  # the next ones' tensors have other shapes
 
 
-def _begun(checkpoints: Path, number: int, ratios: Sequence[float]) -> list[list[float]]:
-    """Return the groups of keep ratios whose training was broken off, whatever memory was free when they were made."""
+def are_trained(folder: Path, ratio: float, clusters: Sequence[int | None]) -> bool:
+    """Return whether a build folder holds the trained sets of some clusters at a keep ratio."""
+    return all((folder / compensation_file(ratio, cluster)).exists() for cluster in clusters)
+
+
+def _fitted(corpus: ClusteredCorpus, ratio: float, clusters: Sequence[int | None]) -> list[NeuronSelection]:
+    """Return the sets of some clusters as training begins; clusters' hold what the whole corpus's has learnt already."""
+    layers, folder = corpus.language_model.layers, corpus.folder / FITTED_FOLDER
+    own = [load_set(folder / compensation_file(ratio, cluster), layers) for cluster in clusters]
+    if len(clusters) == 1:
+        return own
+    before, after = (load_set(each / compensation_file(ratio, None), layers) for each in (folder, corpus.folder))
+    return [add_trained_change(each, before, after) for each in own]
+
+
+def _in_shares(report: Report, n_shares: int) -> Report:
+    """Return what takes the tokens of ``n_shares`` runs over the same texts and reports those of one run."""
+    n_read = n_reported = 0
+
+    def advance(n: int) -> None:
+        nonlocal n_read, n_reported
+        n_read += n
+        report(n_read // n_shares - n_reported)
+        n_reported = n_read // n_shares
+
+    return advance
+
+
+def broken_off(folder: Path, name: str, ratios: Sequence[float]) -> list[list[float]]:
+    """Return the groups of keep ratios whose training was broken off, whatever memory was free when they were made.
+
+    Args:
+        folder: of the checkpoints.
+        name: with which theirs begin.
+        ratios: that are not trained yet.
+    """
     groups: list[list[float]] = []
-    for path in sorted(checkpoints.glob(f"{number}-*.safetensors")):
+    for path in sorted(folder.glob(f"{name}-*.safetensors")):
         names = path.stem.split("-")[1:]
         group = [ratio for ratio in ratios if f"{ratio:g}" in names]
         if len(group) == len(names) and not any(ratio in other for other in groups for ratio in group):
@@ -200,28 +175,39 @@ def set_tokens(tokens: int, cluster: int | None) -> int:
 
 def fitted_path(folder: Path, settings: CompensationConfig, ratio: float, cluster: int | None) -> Path:
     """Return where a set that is fitted in closed form is: in its final place, unless it is trained on from there."""
-    return folder / ("fitted" if settings.distil_tokens else ".") / compensation_file(ratio, cluster)
+    return folder / (FITTED_FOLDER if settings.distil_tokens else ".") / compensation_file(ratio, cluster)
 
 
 def neurons_by_ratio(
-    corpus: CalibrationCorpus, recorded: Sequence[int], report: Callable[[int], None]
+    corpus: ClusteredCorpus, settings: CompensationConfig, report: Callable[[int], None]
 ) -> dict[str, list[int]]:
     """Return how many neurons each layer keeps at each keep ratio, measured if the budget asks for it.
 
     Args:
         corpus: what to measure on.
-        recorded: numbers of the layers that become sparse.
+        settings: of the sets.
         report: takes 1 after each layer that was measured.
     """
-    settings, language_model = corpus.settings, corpus.language_model
-    costs = None
+    language_model, costs = corpus.language_model, None
     if settings.budget is Budget.SENSITIVITY:
         _, texts = corpus.texts(None, min(_MEASURED_TOKENS, settings.tokens))
         n_held = max(1, len(texts) // 8)
         held, fitted = texts[:n_held], texts[n_held:] or texts
-        measured = layer_costs(language_model, fitted, held, fit_of(settings), report)
+        measured = layer_costs(language_model, fitted, held, Fit(settings.ranking), report)
         costs = measured if measured.any() else None  # texts of one token say nothing
+    recorded = [layer.number for layer in corpus.layers]
     return {f"{ratio:g}": neurons_of(language_model.layers, recorded, ratio, costs) for ratio in settings.keep_ratios}
+
+
+def save_set(path: Path, selection: NeuronSelection) -> None:
+    """Write a selection with its compensation."""
+    save_compensated(path, selection.ids, selection.compensation or {})
+
+
+def load_set(path: Path, layers: Sequence[MLPLayer]) -> NeuronSelection:
+    """Read what `save_set` wrote for a model of these layers."""
+    ids, compensation = load_compensated(path, layers[0].d_model, len(layers))
+    return NeuronSelection("compensated", ids, compensation=compensation)
 
 
 def _save_moments(path: Path, moments: Moments) -> None:

@@ -23,60 +23,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from coreinfer_sim.base.errors import BuildError
 from coreinfer_sim.base.files import write_atomic
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.compact import Projections, install
-from coreinfer_sim.fitting.calibration import CalibrationText
+from coreinfer_sim.engines.cutting import Projections
+from coreinfer_sim.engines.modules import install
+from coreinfer_sim.fitting.clustered_corpus import CalibrationText
 from coreinfer_sim.fitting.reading import n_completion, packs, read_densely
-from coreinfer_sim.fitting.students import Alone, Distillation, Joint, Student
+from coreinfer_sim.fitting.student import Distillation, Student
 from coreinfer_sim.models.loading import LanguageModel
 
 _N_DONE = "steps"
-_KEPT_EVERY = 300.0
+KEPT_EVERY = 300.0
 """Seconds of training that a kill may cost."""
 _LEAST_READ = 32
 _LARGE_STEP = 1000
-"""Decoded tokens of a step on a GPU, unless that leaves fewer steps than _ENOUGH_STEPS."""
-_ENOUGH_STEPS = 500
+"""Decoded tokens of a step on a GPU, unless that leaves fewer steps than ENOUGH_STEPS."""
+ENOUGH_STEPS = 500
 
 
-def training_on(device: str, texts: Sequence[CalibrationText], learning_rate: float) -> Distillation:
+def training_on(device: str, texts: Sequence[CalibrationText]) -> Distillation:
     """Return how texts are trained on with a type of device: on a GPU a small step takes as long as a large one."""
     if device != "cuda":
-        return Distillation(learning_rate)
+        return Distillation()
     n_tokens = sum(max(0, n_decoded(text)) for text in texts)
-    tokens_per_step = min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // _ENOUGH_STEPS))
-    return Distillation(learning_rate, tokens_per_step=tokens_per_step)
+    tokens_per_step = min(_LARGE_STEP, max(Distillation.tokens_per_step, n_tokens // ENOUGH_STEPS))
+    return Distillation(tokens_per_step=tokens_per_step)
 
 
 def distil(
-    language_model: LanguageModel,
-    selections: Sequence[NeuronSelection],
-    texts: Sequence[CalibrationText],
-    settings: Distillation,
-    report: Callable[[int], None] | None = None,
-    checkpoint: Path | None = None,
-) -> list[NeuronSelection]:
-    """Train the compensation of fitted selections once over texts, each by itself.
-
-    Together they cost less than one after the other: the dense model reads each text once for all.
-
-    Args:
-        language_model: the dense model.
-        selections: with compensation.
-        texts: in the order in which they are read.
-        settings: how.
-        report: takes each text's number of tokens when it has been read.
-        checkpoint: where a training that is broken off is found by the next call, which ends as it would have; None: nowhere.
-
-    Returns:
-        The same ids with the trained compensation, on the CPU.
-    """
-    steps = list(_steps(texts, [0] * len(texts), settings.tokens_per_step))
-    students = [Alone(language_model, selection, settings, len(steps)) for selection in selections]
-    _train(language_model, students, texts, steps, settings, report, checkpoint)
-    return [selection for student in students for selection in student.trained()]
-
-
-def distil_jointly(
     language_model: LanguageModel,
     families: Sequence[Sequence[NeuronSelection]],
     texts: Sequence[CalibrationText],
@@ -88,6 +60,7 @@ def distil_jointly(
     """Train families of selections over texts, each of which one selection reads; in a family they share what they learn.
 
     A neuron that several selections keep learns from the texts of all of them. What a fit gave each selection alone stays.
+    Families cost less together than one after the other: the dense model reads each text once for all.
 
     Args:
         language_model: the dense model.
@@ -102,7 +75,7 @@ def distil_jointly(
         The same ids with the trained compensation, on the CPU.
     """
     steps = list(_steps(texts, readers, settings.tokens_per_step))
-    students = [Joint(language_model, selections, readers, settings, len(steps)) for selections in families]
+    students = [Student(language_model, selections, readers, settings, len(steps)) for selections in families]
     _train(language_model, students, texts, steps, settings, report, checkpoint)
     return [student.trained() for student in students]
 
@@ -118,9 +91,11 @@ def _train(
 ) -> None:
     """Let students learn from texts, which the dense model reads once for all of them, step by step of `_steps`."""
     model, layers, device = language_model.model, language_model.layers, language_model.model.device
+    # 1) take up a training that was broken off
     n_done = 0 if checkpoint is None or not checkpoint.exists() else _restore(students, checkpoint)
     saved = time.monotonic()
-    with _frozen(model), _sound_gradients(device.type):
+    # 2) the dense model reads the texts of a step, the students learn from them
+    with _frozen(model), sound_gradients(device.type):
         for number, step in enumerate(steps, 1):
             if number <= n_done:
                 if report is not None:
@@ -136,20 +111,21 @@ def _train(
                 for student in students:
                     whole = install(layers, student.compact(places[0]))
                     try:
-                        (weight @ reading.divergences(model)).backward()  # type: ignore[no-untyped-call]
+                        (weight @ reading.divergences(model)).backward()
                     finally:
                         install(layers, whole)
-                    student.take(places[0])
+                    student.gather()
                 if report is not None:
                     report(sum(len(text.ids) for text in read))
             for student in students:
                 student.step()
-            if checkpoint is not None and time.monotonic() - saved >= _KEPT_EVERY:
+            # 3) now and then keep what a kill would cost
+            if checkpoint is not None and time.monotonic() - saved >= KEPT_EVERY:
                 _save(students, number, checkpoint)
                 saved = time.monotonic()
 
 
-def _sound_gradients(device: str) -> AbstractContextManager[Any]:
+def sound_gradients(device: str) -> AbstractContextManager[Any]:
     """Keep cuDNN's attention out of the block: in PyTorch 2.11 and later its gradients can be no numbers under a mask.
 
     Models with massive activations, such as Qwen2.5, come upon it (github.com/pytorch/pytorch/issues/196678).
@@ -242,7 +218,8 @@ def _weights(text: CalibrationText, settings: Distillation) -> torch.Tensor:
     n = n_decoded(text)
     weights = torch.ones(n)
     weights[: max(0, text.n_prompt - (len(text.ids) - n))] = settings.prompt_weight
-    return weights * float(weights.sum()) ** (settings.length_power - 1)
+    scale: float = float(weights.sum()) ** (settings.length_power - 1)
+    return weights * scale
 
 
 @contextmanager

@@ -1,1 +1,3 @@
-"""A prompt to a text: dense prefill, decode by an engine, and what it cost."""
+"""Turns a prompt into a text: dense prefill, decode by an engine, and what it cost."""
+
+__all__ = ["budget", "exported", "in_process", "memory_plan", "opening", "reading", "sparse_model", "text"]

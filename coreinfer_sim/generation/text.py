@@ -1,23 +1,21 @@
-"""Text in, text out: streaming, and what a call cost."""
+"""Text in, text out: what every generator offers, whichever engine decodes, and what a text cost."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
-import torch
-from transformers import TextStreamer
-
-from coreinfer_sim.base.errors import ContextLengthError
-from coreinfer_sim.base.settings import Engine
-from coreinfer_sim.choosing.predictors import Predictor
+from coreinfer_sim.base.decode_settings import SamplingConfig
+from coreinfer_sim.base.errors import ConfigError, UnknownModeError
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.generation.sparse_model import SparseModel
-from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.mlps import dense_bytes
-from coreinfer_sim.models.prompts import Message, last_user_message, prompt_ids, within
+from coreinfer_sim.generation.routing import routing_text
+from coreinfer_sim.index.clusters import Match
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.prompts import Message
 
 
 @dataclass(frozen=True)
@@ -25,36 +23,43 @@ class Generation:
     """What one prompt gave and cost."""
 
     prompt: str
+    """What it was routed by."""
     text: str
     """The new text, without the prompt."""
-    token_ids: list[int]
-    """The new tokens."""
+    token_ids: list[int] | None
+    """The new tokens; None where the engine gives text alone."""
+    n_new_tokens: int
+    ended: bool
+    """Whether the text came to its end, rather than to the limit of new tokens."""
     selection: NeuronSelection
+    keep_ratio: float | None
+    """Held neurons over all neurons of the model; None where an exported file decides that."""
+    engine: str
+    """What decoded."""
     n_prompt_tokens: int
-    keep_ratio: float
-    """Kept neurons over all neurons of the model."""
     prefill_seconds: float
     """From the call to the first new token; routing by meaning included."""
     decode_seconds: float
-    """From the first new token to the last, without `swap_seconds`."""
-    mlp_bytes_per_token: int
-    """MLP bytes that one decoded token reads."""
-    dense_mlp_bytes_per_token: int
+    """From the first new token to the last, without `prepare_seconds`."""
+    mlp_bytes_per_token: int | None
+    """MLP bytes that decode read for a token, counted by the engine; None where it cannot tell."""
+    dense_mlp_bytes_per_token: int | None
     """The same in the dense model."""
+    total_bytes_per_token: int | None = None
+    """All bytes of weights that decode read for a token."""
     lookup_seconds: float = 0.0
     """To choose the neurons before prefill: the prompt's embedding and the nearest cluster."""
-    swap_seconds: float = 0.0
-    """To put the compact weights in place, after the first token or, if prefill is sparse or the weights lie on disk, before
-    it; they are cut only if they are not at hand from an earlier prompt."""
-    engine: str = Engine.TRANSFORMERS.value
-    """What decoded: lean or transformers."""
-    n_refreshes: int = 0
-    """How often the selection was derived anew from the text; the dense readings for it are not in the bytes."""
+    prepare_seconds: float = 0.0
+    """To prepare the held weights; next to nothing where they are at hand from an earlier prompt."""
+    not_first: str | None = None
+    """Why the engine that comes first did not serve this call; None: it did."""
+    file: str | None = None
+    """Exported file that decoded."""
 
     @property
     def tokens_per_second(self) -> float | None:
         """Decode speed; None with fewer than two new tokens."""
-        n = len(self.token_ids) - 1
+        n = self.n_new_tokens - 1
         return n / self.decode_seconds if n > 0 and self.decode_seconds > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,143 +74,150 @@ class Generation:
             "similarity": None if selection.similarity is None else round(selection.similarity, 4),
             "confidence": None if selection.confidence is None else round(selection.confidence, 4),
             "confident": selection.confident,
-            "keep_ratio": round(self.keep_ratio, 4),
+            "keep_ratio": None if self.keep_ratio is None else round(self.keep_ratio, 4),
+            "engine": self.engine,
+            "file": self.file,
+            "ended": self.ended,
             "n_prompt_tokens": self.n_prompt_tokens,
-            "n_new_tokens": len(self.token_ids),
+            "n_new_tokens": self.n_new_tokens,
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
             "tokens_per_second": None if speed is None else round(speed, 2),
             "lookup_seconds": round(self.lookup_seconds, 4),
-            "swap_seconds": round(self.swap_seconds, 4),
-            "engine": self.engine,
+            "prepare_seconds": round(self.prepare_seconds, 4),
             "mlp_bytes_per_token": self.mlp_bytes_per_token,
             "dense_mlp_bytes_per_token": self.dense_mlp_bytes_per_token,
-            "n_refreshes": self.n_refreshes,
+            "total_bytes_per_token": self.total_bytes_per_token,
         }
 
 
-class _Clock(TextStreamer):
-    """Streams new text to a function and notes when the first token came."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
-        self._n_puts = 0
-        self.first_token: float | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self._n_puts += 1
-        if self._n_puts == 2:  # the first put is the prompt
-            self.first_token = time.perf_counter()
-        if self._write is None:
-            return
-        is_prompt = self.next_tokens_are_prompt
-        super().put(value)
-        if not is_prompt and not self.token_cache:  # a line has ended, and with it what its last token is decoded with
-            self.token_cache = [int(value.flatten()[-1])]
-            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
-
-    def end(self) -> None:
-        if self._write is not None:
-            super().end()
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        assert self._write is not None
-        if text:
-            self._write(text)
+Write = Callable[[str], None]
+"""Takes new text piece by piece; what it raises breaks the generation off."""
 
 
-class TextGenerator:
-    """Generates text with a model and a predictor."""
+class Generator(ABC):
+    """Generates, streams, scores and looks up: the outer half of an engine, which commands and the server speak to."""
 
-    def __init__(
-        self, language_model: LanguageModel, predictor: Predictor, refresh: str | None = None, **options: Any
-    ) -> None:
-        """Wrap a loaded model; see `make_predictor` for the predictor and `SparseModel` for the rest."""
-        self.language_model = language_model
-        self.sparse = SparseModel(language_model.model, predictor, language_model.tokenizer, refresh, **options)
+    index: SemanticIndex | None
+    """Routes prompts; None: only modes that need no index."""
+    modes: tuple[str, ...]
+    """Ways of choosing neurons that a call may name, the default first."""
+    name: str
+    """Of the model."""
+
+    def __enter__(self) -> Generator:
+        """Return the generator itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of what it holds."""
+        self.close()
 
     def generate(
         self,
         prompt: str | list[Message],
+        sampling: SamplingConfig | None = None,
         *,
         chat: bool = False,
-        max_new_tokens: int = 128,
+        mode: str | None = None,
         shorten: bool = False,
-        write: Callable[[str], None] | None = None,
+        write: Write | None = None,
         routed_by: str | None = None,
-        **options: Any,
+        **settings: Any,
     ) -> Generation:
         """Generate one continuation.
 
         Args:
-            prompt: a text, or the messages of a conversation. Routing looks at the last user message.
+            prompt: a text, or the messages of a conversation.
+            sampling: how tokens are chosen, and how many at most.
             chat: put a text into the model's chat template.
-            max_new_tokens: most tokens to generate.
-            shorten: where the context has no room for as many, generate fewer, rather than refuse.
-            write: takes the new text piece by piece, as it comes.
-            routed_by: text that routes in place of the last user message.
-            **options: of transformers' ``generate``.
+            mode: one of `modes`; None takes the first.
+            shorten: where the context has no room for as many new tokens, generate fewer, rather than refuse.
+            write: receives the new text piece by piece, as it comes.
+            routed_by: text that routes in place of the prompt; see `routing_text`.
+            **settings: further fields of `SamplingConfig`, such as ``max_new_tokens=64``.
 
         Raises:
-            PromptError: the prompt is empty.
-            ContextLengthError: it does not fit into the context together with ``max_new_tokens``.
-            ChatTemplateError: see `prompt_ids`.
+            UnknownModeError: there is no such mode.
+            PromptError: the prompt is empty, or does not fit into the context together with the new tokens.
         """
-        text, ids = self._encode(prompt, chat)
-        if shorten:
-            max_new_tokens = within(self.language_model.context_length, ids.shape[1], max_new_tokens)
-        self._check_length(ids.shape[1], max_new_tokens)
-        clock = _Clock(self.language_model.tokenizer, write)
-        beams = options.get("num_beams") or self.language_model.model.generation_config.num_beams or 1
-        streams = beams == 1
-        begin = time.perf_counter()
-        output = self.sparse.generate(
-            ids,
-            prompts=[routed_by or text],
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=self.language_model.tokenizer.pad_token_id,
-            streamer=clock if streams else None,
-            **options,
-        )
-        end = time.perf_counter()
-        new = output[0, ids.shape[1] :].tolist()
-        first = clock.first_token or self.sparse.decode_began or end  # beams do not stream
-        selection, layers = self.sparse.selections[0], self.sparse.layers
-        generated = self.language_model.tokenizer.decode(new, skip_special_tokens=True)
-        if write is not None and not streams:
-            write(generated)
-        return Generation(
-            prompt=text,
-            text=generated,
-            token_ids=new,
-            selection=selection,
-            n_prompt_tokens=ids.shape[1],
-            keep_ratio=selection.keep_ratio(layers),
-            prefill_seconds=first - begin,
-            decode_seconds=end - first - (self.sparse.swap_seconds if self.sparse.swapped_in_decode else 0.0),
-            mlp_bytes_per_token=self.sparse.mlp_bytes(selection),
-            dense_mlp_bytes_per_token=dense_bytes(layers),
-            lookup_seconds=self.sparse.lookup_seconds,
-            swap_seconds=self.sparse.swap_seconds,
-            engine=self.sparse.engine_used.value,
-            n_refreshes=self.sparse.n_refreshes,
-        )
+        mode = self.checked_mode(mode)
+        sampling = replace(sampling or SamplingConfig(), **settings)
+        routed = routed_by or routing_text(self.index, prompt)
+        return self._generate(prompt, sampling, routed, mode, chat, shorten, write)
 
-    def _encode(self, prompt: str | list[Message], chat: bool) -> tuple[str, torch.Tensor]:
-        """Return the text to route by, and the prompt's ids [1, n_positions]."""
-        lm = self.language_model
-        routed = last_user_message([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-        return routed, prompt_ids(lm.tokenizer, lm.name, prompt, chat).to(lm.model.device)
+    @abstractmethod
+    def _generate(
+        self,
+        prompt: str | list[Message],
+        sampling: SamplingConfig,
+        routed_by: str,
+        mode: str,
+        chat: bool,
+        shorten: bool,
+        write: Write | None,
+    ) -> Generation:
+        """Do what `generate` says, with everything decided."""
 
-    def _check_length(self, n_prompt: int, max_new_tokens: int) -> None:
-        limit = self.language_model.context_length
-        if limit is not None and n_prompt + max_new_tokens > limit:
-            budgeted = limit == self.language_model.position_limit
-            what = "the memory budget has room for" if budgeted else "the model's context is"
-            raise ContextLengthError(
-                f"the prompt has {n_prompt} tokens and {max_new_tokens} new ones were asked for, but {what} "
-                f"{limit}; shorten the prompt"
-                + (f" or ask for at most {limit - n_prompt}." if limit > n_prompt else ".")
-            )
+    def stream(
+        self, prompt: str | list[Message], sampling: SamplingConfig | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Yield the new text as it comes; options as for `generate`. Leaving the loop early breaks the generation off."""
+        pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+        left = threading.Event()
+
+        def write(piece: str) -> None:
+            if left.is_set():
+                raise _Left
+            pieces.put(piece)
+
+        def work() -> None:
+            try:
+                self.generate(prompt, sampling, write=write, **options)
+            except _Left:
+                pass
+            except BaseException as error:  # it is raised where the text is read
+                pieces.put(error)
+            pieces.put(None)
+
+        worker = threading.Thread(target=work, name="coreinfer-sim-stream", daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left.set()
+            worker.join()
+
+    def checked_mode(self, mode: str | None) -> str:
+        """Return the mode that a call named, or the default; raise UnknownModeError if there is no such mode."""
+        if mode is not None and mode not in self.modes:
+            raise UnknownModeError(f"the mode is {mode!r}, expected one of {', '.join(self.modes)}.")
+        return mode or self.modes[0]
+
+    @abstractmethod
+    def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
+        """Return the log-probability in nats of each completion token, as decode would have predicted it.
+
+        The first one comes from the prompt's prefill.
+        """
+
+    @overload
+    def lookup(self, prompt: str, k: int = 1) -> list[Match]: ...
+    @overload
+    def lookup(self, prompt: list[str], k: int = 1) -> list[list[Match]]: ...
+    def lookup(self, prompt: str | Sequence[str], k: int = 1) -> Any:
+        """Return the ``k`` semantic clusters nearest to a prompt, or to each of several, best first."""
+        if self.index is None:
+            raise ConfigError("there is no index to look prompts up in; load one.")
+        return self.index.lookup(prompt, k) if isinstance(prompt, str) else self.index.lookup(list(prompt), k)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of prepared weights and open files."""
+
+
+class _Left(Exception):
+    """Nobody reads the stream any more."""

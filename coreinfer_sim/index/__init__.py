@@ -1,1 +1,3 @@
-"""Texts grouped by meaning: embedded, clustered, looked up, and kept in a checked folder."""
+"""Groups texts by meaning, finds the group of a new one, and keeps all that in a checked folder."""
+
+__all__ = ["checks", "clustering", "clusters", "compensated", "encoder", "index", "manifest", "ranking", "storage"]

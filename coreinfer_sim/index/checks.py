@@ -84,8 +84,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _compensation(raw: dict[str, Any]) -> CompensationInfo:
-    """Make what is said of compensated sets from JSON; that sets were stored in factors, their files tell."""
-    fields = {name: value for name, value in raw.items() if name not in ("rank", "bypass_rank")}
+    """Make what is said of compensated sets from JSON; what earlier releases said beside that is left out.
+
+    That sets were stored in factors, which are not read any more, their files tell.
+    """
+    fields = {name: value for name, value in raw.items() if name not in ("rank", "bypass_rank", "distil_from")}
     found: CompensationInfo = _typed(CompensationInfo, {"plain": False, **fields}, "compensation")
     return found
 

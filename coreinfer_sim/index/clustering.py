@@ -12,7 +12,8 @@ from coreinfer_sim.base.errors import ClusteringError
 
 N_ITERATIONS = 25
 N_RESTARTS = 8  # fewer may leave a field of a small corpus without a cluster of its own
-_SAMPLE = 2000
+SAMPLE = 2000
+"""Sentences that the number of clusters is chosen on."""
 CANDIDATES = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192)
 _SMALLEST_MEAN_SIZE = 8
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
@@ -37,7 +38,8 @@ class Clustering:
     def exemplars(self, cluster: int, n: int) -> list[int]:
         """Return the sentences nearest to the centroid."""
         members = np.flatnonzero(self.assignment == cluster)
-        return members[np.argsort(-self.similarity[members], kind="stable")[:n]].tolist()
+        nearest_first: list[int] = members[np.argsort(-self.similarity[members], kind="stable")].tolist()
+        return nearest_first[:n]
 
 
 def cluster_embeddings(
@@ -58,7 +60,7 @@ def cluster_embeddings(
     if n_clusters > n_different:
         raise ClusteringError(
             f"{n_clusters} clusters were asked for, but the corpus holds {n_different} different prompts; "
-            "give a smaller --clusters or a larger corpus."
+            "give a smaller number of clusters or a larger corpus."
         )
     embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     runs = []
@@ -129,8 +131,8 @@ def choose_n_clusters(
     from sklearn.metrics import silhouette_score
 
     sample = embeddings
-    if len(embeddings) > _SAMPLE:
-        sample = embeddings[np.sort(np.random.default_rng(seed).choice(len(embeddings), _SAMPLE, replace=False))]
+    if len(embeddings) > SAMPLE:
+        sample = embeddings[np.sort(np.random.default_rng(seed).choice(len(embeddings), SAMPLE, replace=False))]
     curve: dict[int, float] = {}
     n_different = len(np.unique(sample, axis=0))
     for k in CANDIDATES:
@@ -144,8 +146,8 @@ def choose_n_clusters(
             report(k, curve[k])
     if not curve:
         raise ClusteringError(
-            f"--clusters auto needs at least {2 * _SMALLEST_MEAN_SIZE} different prompts, the corpus holds "
-            f"{n_different}; name the number with --clusters N."
+            f"choosing the number of clusters needs at least {2 * _SMALLEST_MEAN_SIZE} different prompts, the corpus holds "
+            f"{n_different}; name the number."
         )
     return max(curve, key=lambda k: (curve[k], -k)), curve
 

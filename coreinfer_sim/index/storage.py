@@ -57,7 +57,7 @@ def read_centroids(folder: Path, n_clusters: int, dimension: int) -> np.ndarray:
             f"{path} holds {index.ntotal} centroids of {index.d} dimensions, expected {n_clusters} of {dimension}; "
             f"{REBUILD}."
         )
-    return index.reconstruct_n(0, n_clusters)
+    return np.asarray(index.reconstruct_n(0, n_clusters))
 
 
 def read_clusters(folder: Path, n_clusters: int) -> list[Cluster]:

@@ -1,1 +1,3 @@
-"""A loaded language model: where its MLPs are, where their weights lie, and what passes through them."""
+"""Loads a language model, and knows where its MLPs are, where their weights lie, and what passes through them."""
+
+__all__ = ["budgeted", "fingerprint", "loading", "mlps", "offload", "prompts", "store", "streaming", "taps"]

@@ -16,8 +16,6 @@ from transformers.utils import logging as transformers_logging
 from coreinfer_sim.base.errors import ModelError
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 
-LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types that the lean engine can decode."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,7 +58,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool = False) -> LanguageModel:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: bool = False) -> LanguageModel:
     """Load a model for inference.
 
     Args:
@@ -68,8 +66,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
         dtype: float32, bfloat16, float16, stored (bfloat16 for GGUF), or auto: as stored, but float32 on a CPU that has
             no instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
-        lean: the model only generates: weights stay as stored on any CPU, as decode's products read 16 bits everywhere
-            (`lean`, `products`); GPT-2's transposed matrices are not among them.
+        as_stored: with ``auto``, weights stay as stored on any CPU, for engines whose products read 16 bits everywhere;
+            GPT-2's transposed matrices are not among them.
 
     Raises:
         ModelError: nothing there, or nothing that transformers can load; no such device.
@@ -81,11 +79,11 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", lean: bool 
     device = usable_device(device)
     transformers_logging.disable_progress_bar()
     try:
-        of_gguf = torch.bfloat16 if dtype == "stored" or lean else usable(torch.bfloat16, device)
+        of_gguf = torch.bfloat16 if dtype == "stored" or as_stored else usable(torch.bfloat16, device)
         wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
-        if dtype == "auto" and not (lean and not any(isinstance(module, Conv1D) for module in model.modules())):
+        if dtype == "auto" and not (as_stored and not any(isinstance(module, Conv1D) for module in model.modules())):
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
         head = model.get_output_embeddings()

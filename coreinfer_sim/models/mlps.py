@@ -7,7 +7,7 @@ projections, and the names of the projections. Its model's own forward code keep
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,16 +122,17 @@ def _mlp_layer(number: int, owner: Any) -> MLPLayer:
     return MLPLayer(number, family, owner, d_model, d_ff, n_bytes, store)
 
 
-def activation(layer: MLPLayer) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the activation function φ of a layer's MLP, under whichever name its family keeps it."""
-    names = ("act_fn", "activation_fn", "act", "gelu_impl")
-    return next(getattr(layer.owner, name) for name in names if hasattr(layer.owner, name))
-
-
 def weight_shape(projection: Any) -> tuple[int, int]:
     """Return (out features, in features) of a linear projection; Conv1D stores the transpose."""
     rows, columns = projection.weight.shape
     return (columns, rows) if isinstance(projection, Conv1D) else (rows, columns)
+
+
+def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight [out, in] and bias [out] of a Linear or Conv1D."""
+    weight = projection.weight.detach()
+    bias = projection.bias.detach() if projection.bias is not None else None
+    return (weight.T if isinstance(projection, Conv1D) else weight), bias
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -177,12 +178,55 @@ def dense_bytes(layers: Sequence[MLPLayer]) -> int:
     return sum(layer.n_bytes for layer in layers)
 
 
+def compact_bytes(layer: MLPLayer, n_kept: int, compensated: bool = False) -> int:
+    """Return the bytes of a compact MLP: all weights shrink with the neurons, but not the output bias.
+
+    Args:
+        layer: the dense MLP.
+        n_kept: neurons that stay.
+        compensated: compensation is merged, which brings an output bias to those that have none.
+    """
+    has_bias = compensated or layer.output.bias is not None
+    return _neuron_bytes(layer) * n_kept + (_output_bias_bytes(layer) if has_bias else 0)
+
+
+def mlp_bytes(layers: Sequence[MLPLayer], ids: Mapping[int, torch.Tensor], compensated: Container[int] = ()) -> int:
+    """Return the MLP bytes that one decoded token reads.
+
+    Args:
+        layers: the model's MLPs.
+        ids: kept neurons by layer, [n_kept]; the other layers stay dense.
+        compensated: layers with compensation.
+    """
+    return sum(
+        compact_bytes(layer, len(ids[layer.number]), layer.number in compensated)
+        if layer.number in ids
+        else layer.n_bytes
+        for layer in layers
+    )
+
+
+def n_within(layer: MLPLayer, keep_ratio: float) -> int:
+    """Return how many neurons a compensated MLP holds within a share of the dense MLP's bytes, at least one."""
+    room = keep_ratio * layer.n_bytes - _output_bias_bytes(layer)
+    return int(min(layer.d_ff, max(1, room // _neuron_bytes(layer))))
+
+
+def _output_bias_bytes(layer: MLPLayer) -> int:
+    return layer.d_model * int(layer.output.weight.element_size())
+
+
+def _neuron_bytes(layer: MLPLayer) -> int:
+    own_bias = _output_bias_bytes(layer) if layer.output.bias is not None else 0
+    return (layer.n_bytes - own_bias) // layer.d_ff
+
+
 def other_bytes(model: Any, layers: Sequence[MLPLayer]) -> int:
     """Return the bytes of weights outside the MLPs that one decoded token reads.
 
     Embedding tables are not counted, as a token reads one row of them, but an output head that shares one is.
     """
-    every = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    every = module_bytes(model)
     head = model.get_output_embeddings()
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     if head is not None:

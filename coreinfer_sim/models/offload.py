@@ -18,7 +18,7 @@ class Staging:
     """The buffers of one model."""
 
     def __init__(self, weights: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
-        """Bring weights; the buffers are made when the first are asked for, as sparse prefill never does.
+        """Bring weights; the buffers are made when the first are needed, as sparse prefill never does.
 
         Args:
             weights: of each layer's projections, in host memory and of one type.
@@ -33,8 +33,18 @@ class Staging:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: list[Any] = [None, None]
 
+    @property
+    def held(self) -> list[int]:
+        """Layers whose weights are on the device, or on their way."""
+        return [number for number in self._held if number is not None]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+
     def weights_of(self, number: int) -> list[torch.Tensor]:
-        """Return a layer's weights on the device; they last until the layer after the next one is asked for."""
+        """Return a layer's weights on the device; they last until the layer after the next one is needed."""
         if not self._buffers:
             largest = max(sum(part.numel() for part in layer) for layer in self._weights)
             first = self._weights[0][0]
@@ -52,7 +62,7 @@ class Staging:
         return self._views(number)
 
     def _copy(self, number: int) -> None:
-        """Copy a layer into its buffer; on a GPU this only begins, once everything that was asked for so far is computed."""
+        """Copy a layer into its buffer; on a GPU this only begins, once everything so far is computed."""
         views = self._views(number)
         self._held[number % 2] = number
         if self._stream is None:
@@ -87,7 +97,7 @@ class HostLinear(nn.Module):
             bias: so, [out features].
         """
         super().__init__()
-        self._staging, self._layer, self._place = staging, layer, place
+        self.staging, self._layer, self._place = staging, layer, place
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._device_bias = None if bias is None else bias.to(staging.device)
@@ -95,11 +105,11 @@ class HostLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self._staging.device
+        return self.staging.device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in features] to [..., out features]."""
-        return F.linear(x, self._staging.weights_of(self._layer)[self._place], self._device_bias)
+        return F.linear(x, self.staging.weights_of(self._layer)[self._place], self._device_bias)
 
 
 def in_host_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -38,7 +38,8 @@ def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: boo
         ChatTemplateError: the model, called ``name``, has no chat template, or that refuses the messages.
     """
     if not chat and isinstance(prompt, str):
-        return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+        return ids
     if tokenizer.chat_template is None:
         raise ChatTemplateError(f"{name} has no chat template; give the prompt as plain text.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -50,4 +51,5 @@ def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: boo
         raise ChatTemplateError(
             f"{name}'s chat template refuses the conversation ({error}); send another one."
         ) from error
-    return encoded["input_ids"]
+    ids = encoded["input_ids"]
+    return ids

@@ -6,7 +6,6 @@ the rows of the input projections, gate before up, and the column of the output 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from coreinfer_sim.base.errors import ModelError, StoreError
 from coreinfer_sim.base.files import atomic_path, cache_folder, open_to_read
@@ -31,7 +31,10 @@ _MAGIC = "coreinfer-sim neurons"
 _HEADER = 1 << 16
 _ALIGN = 4096
 _N_THREADS = 8
-_TASK = 2 << 20
+TASK_BYTES = 2 << 20
+"""What one thread reads at a time."""
+LOCK_FILE = ".lock"
+"""Held in the stores' folder by who writes one."""
 _BLOCK = 8 << 20
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -133,7 +136,7 @@ class LayerStore:
 
         Args:
             ids: of neurons.
-            out: takes the result; None makes it.
+            out: receives the result; None makes it.
 
         Raises:
             StoreError: an id lies outside the layer, or the file has become too short.
@@ -142,7 +145,7 @@ class LayerStore:
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.d_ff:
             raise StoreError(f"neurons {wanted.min()} to {wanted.max()} were asked for, expected 0 to {self.d_ff - 1}.")
         out = self._checked(len(wanted), out)
-        step = max(1, _TASK // self._size)
+        step = max(1, TASK_BYTES // self._size)
         breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
         edges = np.unique(np.concatenate([[0], breaks, np.arange(0, len(wanted), step), [len(wanted)]]))
         view = raw(out) if len(wanted) else memoryview(b"")
@@ -213,7 +216,7 @@ def open_or_make(
         checkpoint: where the weights come from.
         layers: for each layer where its parts are.
         shape: of the store.
-        progress: takes progress.
+        progress: receives progress.
 
     Raises:
         StoreError: there is no room, the store is damaged, or it has another shape.
@@ -255,7 +258,7 @@ def make_store(
                 file.seek(_HEADER + number * shape.layer_bytes)
                 checksums.append(_write_layer(file, checkpoint, sources, shape))
                 file.flush()
-                os.fdatasync(file.fileno())
+                os.fsync(file.fileno())
                 drop_cached(file.fileno(), 0, file.tell())
                 progress.advance(1)
             file.truncate(shape.file_bytes)
@@ -326,20 +329,20 @@ def _again(path: Path) -> str:
 @contextmanager
 def _alone(path: Path, progress: Progress) -> Iterator[None]:
     """Let one process at a time make stores in a folder, in whatever container: process numbers would not tell those apart."""
+    lock = FileLock(path.with_name(LOCK_FILE))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress.say(f"Another process is writing to {path.parent}; waiting for it.")
+            lock.acquire()
     except OSError as error:
         raise StoreError(
             f"{path.parent} cannot be used ({error}), expected a folder for the model's MLPs; name another in "
             "COREINFER_SIM_CACHE."
         ) from error
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.say(f"Another process is writing to {path.parent}; waiting for it.")
-            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(folder)
+        lock.release()

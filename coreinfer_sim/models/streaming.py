@@ -19,7 +19,8 @@ from coreinfer_sim.models.store import LayerStore
 
 SCRATCH = 13 << 20
 """Bytes of the buffers that all layers share, the output weights of one layer left out."""
-_RAW = 4 << 20
+BLOCK_BYTES = 4 << 20
+"""Weights that are read at a time."""
 _WIDE = 1 << 20  # weights that are widened at a time
 
 
@@ -32,8 +33,8 @@ class Scratch:
     def __init__(self, store: LayerStore, compute: torch.dtype) -> None:
         """Make buffers for blocks of ``store``'s shape; products are computed in the dtype ``compute``."""
         self.widens = compute is not store.dtype
-        self.block_bytes = _RAW
-        (_, n), *_ = store.ranges(_RAW)
+        self.block_bytes = BLOCK_BYTES
+        (_, n), *_ = store.ranges(BLOCK_BYTES)
         shape = n, store.n_parts, store.d_model
         self._raw = [torch.empty(shape, dtype=store.dtype) for _ in range(2)]
         largest = max(n * store.d_model, _WIDE, store.d_ff)

@@ -65,5 +65,5 @@ def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[Act
     if missed:
         raise ModelError(
             f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; the family's entry "
-            "in coreinfer_sim/architectures.py does not fit this model."
+            "in coreinfer_sim/models/mlps.py does not fit this model."
         )

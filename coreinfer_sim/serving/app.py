@@ -52,7 +52,7 @@ def make_app(
     Args:
         backend: generates the texts; closed with the server.
         name: of the model, as /v1/models lists it.
-        api_key: that requests must bring, except for the page and /health; None asks for none.
+        api_key: that requests must bring, except for the page and /health; None requires none.
         max_new_tokens: of one text; also the number where a request names none.
         queue_limit: requests that may wait or be answered at a time.
         timeout: seconds that a request may take, waiting included.
@@ -128,7 +128,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens: int) -> None:
-    """Add the two ways to ask for a text."""
+    """Add the two routes that generate."""
 
     async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
         checked = text_request(request, name, queue.backend, max_new_tokens)
@@ -154,17 +154,17 @@ def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens
 def text_request(
     request: ChatRequest | CompletionRequest, name: str, backend: Backend, max_new_tokens: int
 ) -> TextRequest:
-    """Return what a request asks of the backend.
+    """Return a request as the backend reads it.
 
     Args:
         request: sound by itself.
         name: of the model that is served.
         backend: whose modes a request may choose from.
-        max_new_tokens: that a request may ask for; also the number where it names none.
+        max_new_tokens: limit of a request; also the number where it names none.
 
     Raises:
         ModelNotFoundError: the request names another model.
-        InvalidRequestError: it asks for too many tokens.
+        InvalidRequestError: it requests too many tokens.
         UnknownModeError: the backend lacks the mode.
     """
     if request.model not in (None, name):
@@ -173,7 +173,7 @@ def text_request(
     if isinstance(request, ChatRequest):
         limit = request.max_completion_tokens or limit
     if limit is not None and limit > max_new_tokens:
-        raise InvalidRequestError(f"{limit} new tokens were asked for, expected at most {max_new_tokens}.")
+        raise InvalidRequestError(f"{limit} new tokens were requested, expected at most {max_new_tokens}.")
     mode = (request.coreinfer.mode if request.coreinfer else None) or backend.modes[0]
     if mode not in backend.modes:
         raise UnknownModeError(f"coreinfer.mode is {mode!r}, expected one of {', '.join(backend.modes)}.")
@@ -238,7 +238,7 @@ def _kept_shares(backend: Backend, cluster: int) -> list[float]:
 
 
 def _add_status(app: FastAPI, queue: RequestQueue) -> None:
-    """Add what tells how the server is doing, and the page."""
+    """Add health, metrics and the page."""
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a request can be refused for, and what the client is told: a status, OpenAI's error type and code, a message."""
+"""Why a request can be refused, and its response: a status, OpenAI's error type and code, a message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 from fastapi.responses import JSONResponse
 
-from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError, PromptError
+from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError, PromptError, SamplingError
 
 _log = logging.getLogger(__name__)
 
@@ -16,10 +16,16 @@ class ServingError(CoreInferSimError):
 
     status = 500
     code: str | None = None
+    message = "the request is refused."
+    """Of this kind, where a request has none of its own."""
+
+    def __init__(self, message: str | None = None) -> None:
+        """Refuse a request."""
+        super().__init__(message or self.message)
 
 
 class InvalidRequestError(ServingError):
-    """The request asks for something that this server does not do."""
+    """The request needs something that this server does not do."""
 
     status = 400
 
@@ -27,11 +33,7 @@ class InvalidRequestError(ServingError):
 class AuthenticationError(ServingError):
     """The API key is missing or wrong."""
 
-    status, code = 401, "invalid_api_key"
-
-    def __init__(self) -> None:
-        """Say so; not which of the two."""
-        super().__init__("the API key is missing or wrong.")
+    status, code, message = 401, "invalid_api_key", "the API key is missing or wrong."
 
 
 class ModelNotFoundError(ServingError):
@@ -53,31 +55,20 @@ class RequestTooLargeError(ServingError):
 class QueueFullError(ServingError):
     """Too many requests wait."""
 
-    status, code = 429, "rate_limit_exceeded"
-
-    def __init__(self) -> None:
-        """Say what to do."""
-        super().__init__("too many requests wait; try again later.")
+    status, code, message = 429, "rate_limit_exceeded", "too many requests wait; try again later."
 
 
 class ShutdownError(ServingError):
     """The server is shutting down."""
 
-    status = 503
-
-    def __init__(self) -> None:
-        """Say what to do."""
-        super().__init__("the server is shutting down; ask again when it is back.")
+    status, message = 503, "the server is shutting down; ask again when it is back."
 
 
 class RequestTimeoutError(ServingError):
     """A request took too long, waiting included."""
 
     status = 504
-
-    def __init__(self) -> None:
-        """Say what to do."""
-        super().__init__("the request took too long, waiting included; ask for fewer tokens or try again later.")
+    message = "the request took too long, waiting included; ask for fewer tokens or try again later."
 
 
 def error_response(error: Exception) -> JSONResponse:
@@ -86,7 +77,7 @@ def error_response(error: Exception) -> JSONResponse:
         return error_json(error.status, str(error), error.code)
     if isinstance(error, ContextLengthError):
         return error_json(400, str(error), "context_length_exceeded")
-    if isinstance(error, (PromptError, ConfigError)):
+    if isinstance(error, (PromptError, SamplingError, ConfigError)):
         return error_json(400, str(error))
     _log.error("a request failed", exc_info=error)
     return error_json(500, "the server failed; its log says why.")

@@ -13,7 +13,7 @@ class Metrics:
     """Counters of one request queue."""
 
     def __init__(self, n_open: Callable[[], int]) -> None:
-        """Count in a registry of its own; ``n_open`` tells how many requests wait or are being answered."""
+        """Count in a registry of its own; ``n_open`` returns how many requests wait or are being answered."""
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:

@@ -15,7 +15,7 @@ from coreinfer_sim.serving.errors import QueueFullError, RequestTimeoutError, Sh
 from coreinfer_sim.serving.metrics import Metrics
 
 GRACE = 8.0
-"""Seconds that open requests have left when the server is told to stop; less than uvicorn waits for connections."""
+"""Seconds that open requests have left when the server is stopped; less than uvicorn waits for connections."""
 
 
 class _CancelledError(Exception):
@@ -111,7 +111,7 @@ class RequestQueue:
         timer.start()
 
     def close(self, grace: float = 10.0) -> None:
-        """Answer no further requests; the one being answered may take ``grace`` seconds more."""
+        """Answer no further requests; the one being answered has ``grace`` seconds left."""
         self._closing = True
         self._tasks.put(None)
         self._worker.join(grace)
@@ -136,7 +136,7 @@ class RequestQueue:
                 completion = self.backend.complete(task.request, write)
             except _CancelledError:
                 continue
-            except Exception as error:  # the server goes on; whoever waits is told
+            except Exception as error:  # the server goes on; the client gets the error
                 task.put(error)
                 continue
             self.metrics.count(completion, time.perf_counter() - begin)

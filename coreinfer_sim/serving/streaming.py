@@ -59,7 +59,7 @@ class ResponseFormat:
         return {**self._chunk, "choices": [choice], "coreinfer": completion.facts}
 
     def usage(self, completion: Completion) -> dict[str, Any]:
-        """Return the chunk that follows if usage was asked for."""
+        """Return the chunk that follows if usage was requested."""
         return {**self._chunk, "choices": [], "usage": _usage(completion)}
 
 

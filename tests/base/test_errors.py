@@ -14,7 +14,8 @@ def test_memory_that_runs_out_is_one_kind_of_error(allocate):
     with pytest.raises((MemoryError, RuntimeError)) as error:
         allocate(10**15)
     assert isinstance(as_out_of_memory(error.value), OutOfMemoryError)
-    assert isinstance(as_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")), OutOfMemoryError)
+    for other in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (1 GiB)")):
+        assert isinstance(as_out_of_memory(other), OutOfMemoryError)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a memory format is unknown"), ValueError("DefaultCPUAllocator")])

@@ -9,7 +9,16 @@ import math
 import pytest
 
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.base.settings import BuildConfig, CorpusConfig, Fallback, Mode, Score, parse_layers, template_fields
+from coreinfer_sim.base.settings import (
+    BuildConfig,
+    CompensationConfig,
+    CorpusConfig,
+    Fallback,
+    Mode,
+    Score,
+    parse_layers,
+    template_fields,
+)
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
@@ -114,3 +123,19 @@ def test_closed_choices_compare_to_their_text():
     assert Score("paper") is Score.PAPER and Score.ENERGY == "energy"
     assert {mode.value for mode in Mode} == {"similarity", "hybrid", "stability", "global", "random", "dense"}
     assert {fallback.value for fallback in Fallback} == {"hybrid", "dense", "global", "none"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep_ratios": ()},
+        {"keep_ratios": (1.0,)},
+        {"keep_ratios": (0.4, 0.5, 0.4)},
+        {"keep_ratios": (0.4, 0.4 + 1e-9)},
+        {"tokens": 0},
+        {"distil_tokens": -1},
+    ],
+)
+def test_impossible_settings_of_compensation_are_refused(settings):
+    with pytest.raises(ConfigError):
+        CompensationConfig(**settings)

@@ -14,7 +14,7 @@ from coreinfer_sim.choosing.index_sets import IndexSets
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.routing import prior_weight
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics
+from coreinfer_sim.choosing.statistics import ActivationStatistics, activation_statistics
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.mlps import find_mlps
@@ -90,7 +90,7 @@ def statistics_of(model, ids, alpha=0.4):
     layers = find_mlps(model)
 
     def add(number, z):
-        found[number] = sentence_statistics(z, np.array([0, len(z)]), alpha)
+        found[number] = activation_statistics(z, np.array([0, len(z)]), alpha)
 
     with recorded_activations(layers, add) as tap, torch.no_grad():
         tap.set_mask(torch.ones_like(ids))
@@ -116,7 +116,7 @@ def test_hybrid_adds_prior_and_evidence(model, index, predictor, score):
     hybrid = predictor("hybrid", score=score)
     sparse = SparseModel(model, hybrid)
     sparse.generate(ids, prompts=[prompt], max_new_tokens=3, do_sample=False)
-    (chosen,) = sparse.selections
+    (chosen,) = sparse.latest.selections
     (match,) = index.lookup(prompt)
     name, weight = ("energy" if score == "energy" else "counts"), 64 / (64 + 9) * (1 + match.confidence) / 2
     prior, _ = index.statistics(match.cluster, score)
@@ -152,18 +152,18 @@ def test_hybrid_by_row_equals_single_rows(model, predictor):
     sparse = SparseModel(model, predictor("hybrid"))
     options = {"max_new_tokens": 6, "do_sample": False}
     batch = sparse.generate(ids, attention_mask=mask, prompts=PROMPTS, **options)
-    together = sparse.selections
+    together = sparse.latest.selections
     for number, row in enumerate(rows):
         alone = sparse.generate(row, prompts=[PROMPTS[number]], **options)
         assert alone[0, -6:].tolist() == batch[number, -6:].tolist()
-        assert same_ids(sparse.selections[0].ids, together[number].ids)
+        assert same_ids(sparse.latest.selections[0].ids, together[number].ids)
 
 
 def test_a_silent_layer_leaves_the_prior_alone(index, predictor, model):
     """A layer of a ReLU model may be all zeros over a short prompt."""
     layers = find_mlps(model)
     zeros = np.zeros((1, layers[0].d_ff), np.float32)
-    silent = {n: SentenceStatistics(zeros.astype(np.int32), zeros, zeros) for n in range(len(layers))}
+    silent = {n: ActivationStatistics(zeros.astype(np.int32), zeros, zeros) for n in range(len(layers))}
     (chosen,) = predictor("hybrid").select(PROMPTS[:1], silent, 1)
     assert same_ids(chosen.ids, index.core_neurons(0, 0.25))
 
@@ -233,7 +233,7 @@ def test_a_familiar_prompt_is_not_read(model, predictor, fallback, monkeypatch):
     monkeypatch.setattr(prompt_reader, "recorded_activations", lambda *_: read.append(1))
     sparse = SparseModel(model, predictor("similarity", fallback=fallback))
     sparse.generate(token_ids(5).repeat(2, 1), prompts=PROMPTS[:2], max_new_tokens=3, do_sample=False)
-    assert not read and [s.mode for s in sparse.selections] == ["similarity"] * 2
+    assert not read and [s.mode for s in sparse.latest.selections] == ["similarity"] * 2
 
 
 def test_only_the_unfamiliar_row_of_a_batch_falls_back(model, predictor):
@@ -241,13 +241,13 @@ def test_only_the_unfamiliar_row_of_a_batch_falls_back(model, predictor):
     prompts, options = [PROMPTS[0], FAR, PROMPTS[0]], {"max_new_tokens": 6, "do_sample": False}
     sparse = SparseModel(model, predictor("similarity"))
     batch = sparse.generate(ids, prompts=prompts, **options)
-    chosen = sparse.selections
+    chosen = sparse.latest.selections
     assert [selection.mode for selection in chosen] == ["similarity", "hybrid", "similarity"]
     assert chosen[0].ids is chosen[2].ids
     for row, mode in enumerate(["similarity", "hybrid"]):
         alone = SparseModel(model, predictor(mode))
         assert alone.generate(ids[:1], prompts=[prompts[row]], **options).tolist() == [batch[row].tolist()]
-        assert same_ids(alone.selections[0].ids, chosen[row].ids)
+        assert same_ids(alone.latest.selections[0].ids, chosen[row].ids)
 
 
 def test_a_prompt_is_embedded_once(index, predictor, model, monkeypatch):
@@ -256,4 +256,4 @@ def test_a_prompt_is_embedded_once(index, predictor, model, monkeypatch):
     monkeypatch.setattr(SemanticIndex, "lookup_embeddings", lambda *a: embedded.append(1) or lookup(*a))
     sparse = SparseModel(model, predictor("similarity"))
     sparse.generate(token_ids(5), prompts=[FAR], max_new_tokens=3, do_sample=False)
-    assert sparse.selections[0].mode == "hybrid" and len(embedded) == 1
+    assert sparse.latest.selections[0].mode == "hybrid" and len(embedded) == 1

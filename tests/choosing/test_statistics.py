@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coreinfer_sim.base.errors import CoreInferSimError
-from coreinfer_sim.choosing.statistics import SentenceStatistics, sentence_statistics, token_core_mask
+from coreinfer_sim.choosing.statistics import ActivationStatistics, activation_statistics, token_core_mask
 
 
 def ids_of(mask):
@@ -43,7 +43,7 @@ def test_a_whole_share_is_not_rounded_up():
     """0.1 · 30 and the like lie a little above the whole number in binary."""
     for alpha, n_positive in [(0.1, 30), (0.4, 5), (0.7, 10), (0.29, 100), (0.55, 100), (0.4, 15000), (0.3, 210)]:
         z = torch.ones(1, n_positive)
-        found = sentence_statistics(z, np.array([0, 1]), alpha).counts.sum()
+        found = activation_statistics(z, np.array([0, 1]), alpha).counts.sum()
         assert found == round(alpha * n_positive), (alpha, n_positive)
 
 
@@ -71,7 +71,7 @@ STARTS = np.array([0, 3, 4, 6])
 
 
 def test_sentence_statistics_by_hand():
-    found = sentence_statistics(SENTENCES, STARTS, 0.5)
+    found = activation_statistics(SENTENCES, STARTS, 0.5)
     # C_α: {0, 1} of four positive, {1, 4} of three, {2, 3} of three; {1} of one; {}, {0} of two
     assert found.counts.tolist() == [[1, 2, 1, 1, 1], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
     assert np.issubdtype(found.counts.dtype, np.integer)
@@ -93,7 +93,7 @@ def test_sentence_statistics_by_hand():
 
 
 def test_sentence_wise_core_neurons_by_hand():
-    found = sentence_statistics(SENTENCES, STARTS, 0.5)
+    found = activation_statistics(SENTENCES, STARTS, 0.5)
     # β = 0.4 of five: two. First: 1 by its count, then 2 by its activation of 7 over 5, 3 and 2.
     # Second: 1, then the lowest of those without count and activation. Third: 0, then 2 by activation.
     assert ids_of(found.core_mask(0.4)) == [[1, 2], [0, 1], [0, 2]]
@@ -103,8 +103,8 @@ def test_sentence_wise_core_neurons_by_hand():
 
 
 def test_statistics_of_parts_add_up():
-    whole = sentence_statistics(SENTENCES[:3], np.array([0, 3]), 0.5)
-    parts = sentence_statistics(SENTENCES[:1], np.array([0, 1]), 0.5) + sentence_statistics(
+    whole = activation_statistics(SENTENCES[:3], np.array([0, 3]), 0.5)
+    parts = activation_statistics(SENTENCES[:1], np.array([0, 1]), 0.5) + activation_statistics(
         SENTENCES[1:3], np.array([0, 2]), 0.5
     )
     assert np.array_equal(parts.counts, whole.counts)
@@ -113,7 +113,7 @@ def test_statistics_of_parts_add_up():
 
 
 def test_a_sentence_without_tokens_has_no_statistics():
-    found = sentence_statistics(SENTENCES[:2], np.array([0, 0, 2, 2]), 0.5)
+    found = activation_statistics(SENTENCES[:2], np.array([0, 0, 2, 2]), 0.5)
     for array in (found.counts, found.energy, found.activation):
         assert not array[[0, 2]].any()
         assert array[1].any()
@@ -128,7 +128,7 @@ def reference(z, starts, alpha):
     square = wide**2
     share = square / np.maximum(square.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
     spans = list(zip(starts[:-1], starts[1:], strict=True))
-    return SentenceStatistics(
+    return ActivationStatistics(
         *(
             np.stack([part[begin:end].sum(axis=0) for begin, end in spans])
             for part in (mask.astype(np.int64), share, np.maximum(wide, 0))
@@ -170,7 +170,7 @@ def test_the_loop_equals_the_definition(dtype, kind, alpha):
     starts = np.array([0, 4, 5, 11, 12])
     for seed, d_ff in enumerate((1, 2, 37, 96, 257)):
         z = activations(12, d_ff, kind, dtype, seed)
-        assert_same(sentence_statistics(z, starts, alpha), reference(z, starts, alpha))
+        assert_same(activation_statistics(z, starts, alpha), reference(z, starts, alpha))
 
 
 @DTYPES
@@ -179,15 +179,15 @@ def test_the_loop_equals_the_definition(dtype, kind, alpha):
 def test_the_loop_equals_the_definition_in_wide_layers(dtype, kind, d_ff):
     starts = np.array([0, 1, 4])
     z = activations(4, d_ff, kind, dtype, seed=d_ff)
-    assert_same(sentence_statistics(z, starts, 0.4), reference(z, starts, 0.4))
+    assert_same(activation_statistics(z, starts, 0.4), reference(z, starts, 0.4))
 
 
 @DTYPES
 def test_every_neuron_positive_in_a_wide_layer(dtype):
     z = torch.ones(2, 33000).to(dtype)
-    found = sentence_statistics(z, np.array([0, 2]), 1.0)
+    found = activation_statistics(z, np.array([0, 2]), 1.0)
     assert (found.counts == 2).all()
-    few = sentence_statistics(z, np.array([0, 2]), 0.5).counts[0]
+    few = activation_statistics(z, np.array([0, 2]), 0.5).counts[0]
     assert (few[:16500] == 2).all()
     assert not few[16500:].any()
 
@@ -199,7 +199,7 @@ def test_extreme_values(dtype):
     z = torch.tensor([[big, finfo.tiny, finfo.smallest_normal / 2, 1.0, -big, 0.0, -0.0]]).to(dtype)
     starts = np.array([0, 1])
     for alpha in (0.25, 0.5, 0.75, 1.0):
-        found = sentence_statistics(z, starts, alpha)
+        found = activation_statistics(z, starts, alpha)
         assert np.array_equal(found.counts, reference(z, starts, alpha).counts)
         assert found.counts.sum() == round(4 * alpha)
         np.testing.assert_allclose(found.energy[0, [0, 4]], [0.5, 0.5], rtol=1e-3)
@@ -216,7 +216,7 @@ def test_the_loop_equals_the_definition_for_any_values(data):
     rows = data.draw(st.lists(st.lists(value, min_size=d_ff, max_size=d_ff), min_size=n_tokens, max_size=n_tokens))
     alpha = data.draw(st.sampled_from([0.05, 0.1, 0.25, 0.4, 0.5, 0.8, 1.0]))
     z, starts = torch.tensor(rows).to(dtype), np.array([0, n_tokens])
-    found = sentence_statistics(z, starts, alpha)
+    found = activation_statistics(z, starts, alpha)
     assert np.array_equal(found.counts, reference(z, starts, alpha).counts)
 
 
@@ -224,17 +224,17 @@ def test_the_loop_reads_a_slice_of_a_larger_tensor():
     large = activations(9, 80, "ties", torch.bfloat16, seed=0)
     for z in (large[:, 7:40], large.T[:9, :9], large[::2]):
         starts = np.array([0, 2, len(z)])
-        assert_same(sentence_statistics(z, starts, 0.4), reference(z.contiguous(), starts, 0.4))
+        assert_same(activation_statistics(z, starts, 0.4), reference(z.contiguous(), starts, 0.4))
 
 
 @DTYPES
 def test_any_number_of_threads_gives_the_same(dtype, monkeypatch):
     z = activations(40, 50, "ties", dtype, seed=1)
     starts = np.array([0, 3, 3, 9, 20, 21, 40])
-    one = sentence_statistics(z, starts, 0.4)
+    one = activation_statistics(z, starts, 0.4)
     for n_threads in (2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
-        many = sentence_statistics(z, starts, 0.4)
+        many = activation_statistics(z, starts, 0.4)
         for name in ("counts", "energy", "activation"):
             assert np.array_equal(getattr(many, name), getattr(one, name))
 
@@ -242,7 +242,7 @@ def test_any_number_of_threads_gives_the_same(dtype, monkeypatch):
 def test_float64():
     z, starts = activations(6, 50, "ties", torch.float64, seed=2), np.array([0, 2, 6])
     try:
-        found = sentence_statistics(z, starts, 0.4)
+        found = activation_statistics(z, starts, 0.4)
     except CoreInferSimError:  # a refusal would do as well
         return
     assert_same(found, reference(z, starts, 0.4))
@@ -251,12 +251,12 @@ def test_float64():
 def test_activations_that_require_gradients_are_read():
     z = torch.randn(3, 8, requires_grad=True)
     starts = np.array([0, 3])
-    assert_same(sentence_statistics(z * 2, starts, 0.4), reference((z * 2).detach(), starts, 0.4))
+    assert_same(activation_statistics(z * 2, starts, 0.4), reference((z * 2).detach(), starts, 0.4))
 
 
 def test_energy_of_almost_nothing_is_finite():
     z = torch.full((1, 8), 1e-20)
-    assert np.isfinite(sentence_statistics(z, np.array([0, 1]), 0.4).energy).all()
+    assert np.isfinite(activation_statistics(z, np.array([0, 1]), 0.4).energy).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -267,4 +267,4 @@ def test_a_gpu_gives_the_same(dtype, alpha):
     for kind in ("plain", "ties", "relu", "two-values"):
         for d_ff in (37, 211, 5000):
             z = activations(12, d_ff, kind, dtype, seed=d_ff)
-            assert_same(sentence_statistics(z.cuda(), starts, alpha), sentence_statistics(z, starts, alpha))
+            assert_same(activation_statistics(z.cuda(), starts, alpha), activation_statistics(z, starts, alpha))

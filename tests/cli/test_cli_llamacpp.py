@@ -1,32 +1,39 @@
-"""`coreinfer-sim generate --backend llamacpp`."""
+"""`coreinfer-sim generate --engine llamacpp`."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from click.testing import CliRunner
-from coreinfer_sim_cli.main import main
+from commands import call, parsed, refused, setting, succeeded
 from tiny_index import PROMPTS
 
 pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")
 
 
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
 def test_the_command_runs_on_llama_cpp(wide_index, exported):
-    given = ("generate", "--index", wide_index.name, "--backend", "llamacpp")
-    given += ("--exported", exported, "--max-new-tokens", 6)
-    result = run(*given, "--compare", "--context", 128, PROMPTS[0])
-    assert result.exit_code == 0, result.output
-    assert "dense.gguf, dense prefill" in result.stdout and "tokens/s" in result.stdout
-    result = run(*given, "--json", "--temperature", 0.8, "--top-k", 5, "--memory-limit", "1GiB", PROMPTS[0])
-    assert result.exit_code == 0 and json.loads(result.stdout)["n_new_tokens"] == 6
-    result = run(*given, "--num-beams", 2, PROMPTS[0])
-    assert result.exit_code == 2 and "does not apply to --backend llamacpp" in result.output
-    assert run("generate", "--index", wide_index.name, "--context", 64, PROMPTS[0]).exit_code == 2
-    result = run("generate", "--index", wide_index.name, "--backend", "llamacpp", PROMPTS[0])
-    assert result.exit_code == 1 and "give --index and --exported" in result.output
-    assert run(*given, "--memory-limit", "lots", PROMPTS[0]).exit_code == 1
+    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", "--exported", exported)
+    given += ("--max-new-tokens", 6, *setting("decode.context", 128))
+    text = succeeded(*given, "--compare", PROMPTS[0]).stdout
+    assert "[similarity]" in text and "engine llamacpp, cluster-" in text
+    assert "engine llamacpp, dense.gguf · 6 tokens at " in text
+    found = parsed(*given, "--temperature", 0.8, *setting("sample.top_k", 5), PROMPTS[0])
+    assert (found["n_new_tokens"], found["engine"], found["keep_ratio"]) == (6, "llamacpp", None)
+    assert (exported / found["file"]).is_file()
+    sparse = parsed(*given, *setting("decode.prefill", "sparse"), *setting("decode.memory_limit", "1GiB"), PROMPTS[0])
+    assert sparse["n_new_tokens"] == 6 and sparse["file"] == found["file"]
+
+
+def test_what_llama_cpp_has_not_is_refused(wide_index, exported):
+    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", PROMPTS[0])
+    refused(call(*given), "needs the models exported from the index")
+    given += ("--exported", exported)
+    refused(call(*given, *setting("sample.num_beams", 2)), "num_beams does not apply to the engine llamacpp")
+    refused(call(*given, "--keep-ratio", 0.5), "keep_ratio does not apply to the engine llamacpp")
+    refused(call(*given, *setting("decode.memory_limit", "lots")), "expected a size", code=2)
+    refused(call(*given, "--mode", "hybrid"), "expected similarity, global or dense")
+
+
+@pytest.mark.parametrize("name", ["context", "memory_limit"])
+def test_what_is_of_llama_cpp_alone_is_refused_elsewhere(wide_index, exported, name):
+    given = ("generate", "--index", wide_index.name, PROMPTS[0])
+    refused(call(*given, *setting(f"decode.{name}", 640)), f"{name} is of the engine llamacpp")
+    refused(call(*given, "--exported", exported), "exported is of the engine llamacpp")

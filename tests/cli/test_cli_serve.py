@@ -19,7 +19,7 @@ def test_the_command_serves_exported_clusters(wide_index, exported):
     given = [
         "--index",
         wide_index.name,
-        "--backend",
+        "--engine",
         "llamacpp",
         "--exported",
         str(exported),
@@ -28,12 +28,15 @@ def test_the_command_serves_exported_clusters(wide_index, exported):
         "--name",
         NAME,
     ]
-    with subprocess.Popen([*command, *given, "--prefill", "sparse"], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *given, "--set", "decode.prefill=sparse"], stderr=subprocess.PIPE, text=True
+    ) as process:
         line = next(line for line in process.stderr if "Serving" in line)
         url = re.search(r"http://[\d.:]+", line)[0]
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             answer = chat(client)
-        assert answer.usage.completion_tokens == 8 and answer.model_extra["coreinfer"]["prefill"] == "sparse"
+        assert answer.usage.completion_tokens == 8 and answer.model_extra["coreinfer"]["engine"] == "llamacpp"
+        assert (exported / answer.model_extra["coreinfer"]["file"]).is_file()
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
     assert "Traceback" not in rest, rest
@@ -42,8 +45,13 @@ def test_the_command_serves_exported_clusters(wide_index, exported):
 def test_the_command_asks_for_a_key_where_others_can_reach_it(wide_index):
     result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--host", "0.0.0.0"])
     assert result.exit_code == 1 and "give --api-key" in result.output
-    result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--prefill", "sparse"])
-    assert result.exit_code == 2 and "--prefill needs --backend llamacpp" in result.output
+
+
+def test_the_command_refuses_what_is_planned_for_one_text(wide_index):
+    result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--set", "decode.memory_budget=2GiB"])
+    assert result.exit_code == 1 and "a memory budget is planned for one text" in result.output
+    result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--engine", "best"])
+    assert result.exit_code == 2 and "no engine 'best'" in result.output
 
 
 def test_the_command_serves_until_it_is_interrupted(wide_index, wide_checkpoint):

@@ -17,7 +17,7 @@ import datasets
 import pytest
 from click.testing import CliRunner, Result
 
-from data_scripts._common import cut
+from data_scripts.common import cut
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, Any]]

@@ -12,10 +12,10 @@ from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.base.errors import ConfigError, ContextLengthError, GenerationError, ModelError, UnknownModeError
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.compact import installed
 from coreinfer_sim.engines.llamacpp.engine import Decoded, LlamaCppEngine, StreamSettings
-from coreinfer_sim.export.compact import Source, compact_weights, exported_selection
+from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.export.gguf import export_gguf
+from coreinfer_sim.export.weights import Source, compact_weights, exported_selection
 from coreinfer_sim.models.loading import load_model
 
 pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")

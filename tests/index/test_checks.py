@@ -174,7 +174,6 @@ FITTED = {
     "budget": "uniform",
     "tokens": 9,
     "distil_tokens": 0,
-    "distil_from": None,
     "n_kept": [3, 3, 3],
 }
 

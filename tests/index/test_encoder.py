@@ -62,7 +62,7 @@ def test_three_windows(encoder):
 
 def test_a_text_that_just_fits_is_read_in_one_pass(encoder):
     text = repeated("star", ROOM - 1) + " bread"
-    direct = encoder._model.encode([text], normalize_embeddings=True, show_progress_bar=False)
+    direct = encoder.model.encode([text], normalize_embeddings=True, show_progress_bar=False)
     np.testing.assert_allclose(encoder.encode([text]), direct, atol=1e-6)
 
 

@@ -9,7 +9,8 @@ from tiny_models import N_LAYERS, tiny_mixtral, tiny_model, tiny_mpt, tiny_t5
 from torch import nn
 
 from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
-from coreinfer_sim.models.mlps import FAMILIES, dense_bytes, find_mlps, weight_shape
+from coreinfer_sim.bench.shapes import parse_shape, random_model
+from coreinfer_sim.models.mlps import FAMILIES, dense_bytes, find_mlps, other_bytes, weight_shape
 
 
 def test_every_layer_is_found(tiny, model):
@@ -92,3 +93,24 @@ def test_wrapped_projections_are_refused(name):
     setattr(mlp, name, adapted)
     with pytest.raises(UnsupportedModelError, match="Adapted"):
         find_mlps(model)
+
+
+def test_bytes_per_token_by_hand():
+    model = tiny_model("llama")
+    layers = find_mlps(model)
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32  # queries, keys and values of half as many heads, output
+    norms = (2 * N_LAYERS + 1) * 32
+    assert dense_bytes(layers) == 4 * N_LAYERS * 3 * 32 * 48
+    assert other_bytes(model, layers) == 4 * (N_LAYERS * attention + norms + 80 * 32)  # the head, not the embeddings
+
+
+def test_a_shared_head_counts_once_and_position_tables_never():
+    shape = parse_shape("smollm2-135m:layers=1")
+    loaded = random_model(shape, "bfloat16", "cpu")
+    attention = 2 * 576 * 576 + 2 * 576 * 192
+    assert other_bytes(loaded.model, loaded.layers) == 2 * (attention + 3 * 576 + 49152 * 576)
+    opt = tiny_model("opt")
+    layers = find_mlps(opt)
+    tables = opt.model.decoder.embed_tokens.weight.numel() + opt.model.decoder.embed_positions.weight.numel()
+    every = sum(p.numel() for p in opt.parameters())
+    assert other_bytes(opt, layers) + dense_bytes(layers) == 4 * (every - tables)

@@ -11,7 +11,8 @@ from tiny_models import TINY_FAMILIES, save_tiny_checkpoint, tiny_model
 
 from coreinfer_sim import SparseModel, make_predictor
 from coreinfer_sim.base.errors import BudgetError, ModelError
-from coreinfer_sim.generation.memory_plan import MIB, Use, _keep_on_host, load_on_device
+from coreinfer_sim.generation.memory_plan import MIB, Use, load_on_device
+from coreinfer_sim.models.budgeted import keep_on_host
 from coreinfer_sim.models.loading import load_model
 from coreinfer_sim.models.mlps import find_mlps
 from coreinfer_sim.models.offload import HostLinear, Staging
@@ -44,24 +45,20 @@ def test_layers_come_in_any_order(device, n_layers):
             assert found[0].device.type == device.type
 
 
-def test_the_device_holds_two_layers_and_the_next_one_comes_early(device, monkeypatch):
+def test_the_device_holds_two_layers_and_the_next_one_comes_early(device):
     weights = _weights(5, device)
     staging = Staging(weights, device)
-    assert not staging._buffers
-    copied = []
-    copy = staging._copy
-    monkeypatch.setattr(staging, "_copy", lambda number: (copied.append(number), copy(number)))
+    assert staging.n_bytes == 0 and staging.held == []
     for number in range(5):
         staging.weights_of(number)
-        assert copied[-1] == min(number + 1, 4)
-    assert sorted(copied) == list(range(5))
-    assert sum(buffer.numel() for buffer in staging._buffers) == 2 * 48
+        assert sorted(staging.held) == ([number, number + 1] if number < 4 else [3, 4])
+    assert staging.n_bytes == 2 * 48 * 4
 
 
 @pytest.mark.parametrize("key", [family.key for family in TINY_FAMILIES])
 def test_every_family_computes_as_if_it_were_whole(key, device):
     whole, split = tiny_model(key).to(device), tiny_model(key)
-    _keep_on_host(split, find_mlps(split), device)
+    keep_on_host(split, find_mlps(split), device)
     layers = find_mlps(split)
     assert all(layer.away and layer.output.weight.device.type == "cpu" for layer in layers)
     assert split.device.type == device.type
@@ -84,15 +81,15 @@ def test_every_family_computes_as_if_it_were_whole(key, device):
 
 def test_sparse_prefill_brings_no_dense_layer(device):
     model = tiny_model("llama")
-    _keep_on_host(model, find_mlps(model), device)
+    keep_on_host(model, find_mlps(model), device)
     layers = find_mlps(model)
     sparse = SparseModel(model, make_predictor("random", layers, keep_ratio=0.5), prefill="sparse")
     sparse.generate(IDS.to(device), max_new_tokens=3, do_sample=False)
-    assert not layers[0].output._staging._buffers
+    assert layers[0].output.staging.n_bytes == 0
 
 
 def test_a_compensated_mlp_is_cut_in_host_memory(device):
-    from coreinfer_sim.engines.compact import compact_projections
+    from coreinfer_sim.engines.cutting import compact_projections
     from coreinfer_sim.index.compensated import LayerCompensation
 
     model = tiny_model("qwen2")
@@ -101,7 +98,7 @@ def test_a_compensated_mlp_is_cut_in_host_memory(device):
     torch.manual_seed(0)
     repair = LayerCompensation(torch.randn(layer.d_model), torch.randn(layer.d_model, len(ids)))
     expected = compact_projections(layer, ids, repair)
-    _keep_on_host(model, find_mlps(model), device)
+    keep_on_host(model, find_mlps(model), device)
     found = compact_projections(find_mlps(model)[0], ids, repair)
     for name, module in expected.items():
         assert found[name].weight.device.type == device.type
@@ -143,9 +140,3 @@ def test_a_budget_too_small_for_the_device_names_the_smallest(checkpoint, device
 def test_a_device_that_is_not_there(checkpoint):
     with pytest.raises(ModelError, match="the device 'nowhere' cannot be used"):
         load_on_device(checkpoint, 1 << 34, _use(24), device="nowhere")
-
-
-def test_the_compiled_engine_holds_compact_weights_twice(checkpoint):
-    once = load_on_device(checkpoint, 1 << 34, _use(24), device="cpu")[1]
-    twice = load_on_device(checkpoint, 1 << 34, lambda *a: Use([24] * 3, 5, 8, held_twice=True), device="cpu")[1]
-    assert twice.parts["kept neurons"] == 2 * once.parts["kept neurons"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from coreinfer_sim.base.errors import ModelError
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.compact import installed
+from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.models.mlps import find_mlps
 from coreinfer_sim.models.taps import recorded_activations
 

@@ -15,18 +15,15 @@ from hypothesis import strategies as st
 from served import NAME, Served, backend_of, chat
 from tiny_index import PROMPTS, WIDE_RATIO
 
-from coreinfer_sim.choosing.make import make_predictor
-from coreinfer_sim.generation.text import TextGenerator
+from coreinfer_sim.generation.opening import load
 from coreinfer_sim.serving.app import make_app
 
 AS_JSON = {"Content-Type": "application/json"}
 
 
 def test_chat_gives_what_generate_gives(client, language_model, wide_index):
-    predictor = make_predictor("similarity", language_model.layers, wide_index, keep_ratio=WIDE_RATIO, fallback="none")
-    expected = TextGenerator(language_model, predictor).generate(
-        PROMPTS[1], chat=True, max_new_tokens=8, do_sample=False
-    )
+    generator = load(wide_index, language_model, keep_ratio=WIDE_RATIO, fallback="none")
+    expected = generator.generate(PROMPTS[1], chat=True, max_new_tokens=8)
     answer = chat(client, PROMPTS[1])
     assert answer.choices[0].message.content == expected.text and answer.choices[0].finish_reason == "length"
     assert answer.usage.prompt_tokens == expected.n_prompt_tokens and answer.usage.completion_tokens == 8

@@ -221,16 +221,24 @@ def _log_probability(server: LlamaServer, before: Sequence[int], token: int) -> 
     within a character it gives none; then those of all tokens are read beside another choice.
     """
     request = {"temperature": 0.0, **_SLOT, "n_predict": 1, "prompt": list(before)}
-    (harmless, *_) = server.post("/tokenize", {"content": "a", "add_special": False})["tokens"]
-    for choice, n_probs in ((token, 1), (harmless, _ALL)):
+
+    def find(choice: int, n_probs: int) -> float | None:
         answer = server.complete({**request, "n_probs": n_probs, "logit_bias": [[choice, _BIAS]]})
         for step in answer.get("completion_probabilities", []):
-            found = [each["logprob"] for each in (step, *step["top_logprobs"]) if each["id"] == token]
-            if found:
-                return float(found[0])
-    raise GenerationError(
-        f"llama.cpp gives {server.path.name}'s token {token} no probability, expected one of its own."
-    )
+            for each in (step, *step["top_logprobs"]):
+                if each["id"] == token:
+                    return float(each["logprob"])
+        return None
+
+    found = find(token, 1)
+    if found is None:
+        (letter, *_) = server.post("/tokenize", {"content": "a", "add_special": False})["tokens"]
+        found = find(letter, _ALL)
+    if found is None:
+        raise GenerationError(
+            f"llama.cpp gives {server.path.name}'s token {token} no probability, expected one of its own."
+        )
+    return found
 
 
 class LlamaCppEngine:

@@ -95,7 +95,7 @@ class LlamaServer:
             ) from error
 
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is not asked for what runs here
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server runs in this process, so no proxy
 
 
 def library() -> Any:

@@ -1,0 +1,186 @@
+"""Settings of decoding: which neurons are held, what decodes with them, and how tokens are chosen. Plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Fallback, Mode, Score, Weights, check_ratio
+
+GIB = 1 << 30
+MAX_SEED = 2**64 - 1
+"""Of torch's generators."""
+
+
+class Prefill(str, Enum):
+    """Which MLPs read the prompt."""
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+    """The held neurons alone, which must be known before."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How a model and its sentence encoder are loaded."""
+
+    dtype: str = "auto"
+    """Of the weights: auto, stored, float32, bfloat16 or float16; see `load_model`."""
+    device: str = "auto"
+    """Of torch; auto: a GPU where there is one."""
+    encoder: str | None = None
+    """Sentence encoder, hub id or folder; None: the index's, in a build all-MiniLM-L6-v2."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which neurons decode holds for a prompt."""
+
+    mode: Mode = Mode.SIMILARITY
+    """Where the neurons come from."""
+    keep_ratio: float | None = None
+    """Share of d_ff that is held; of the MLP bytes in compensated sets. None: the index's."""
+    score: Score = Score.ENERGY
+    """What ranks the neurons."""
+    sparse_layers: str | None = None
+    """Slice of the layers that become sparse, such as ``4:``. None: those of the index, or all."""
+    fallback: Fallback | None = None
+    """What similarity mode does for unfamiliar prompts. None: global where compensated sets decode or prefill is sparse, else
+    hybrid."""
+    compensated: bool = True
+    """Take the index's compensated sets where it has them for the keep ratio, unless it was tuned to plain ones."""
+    alpha: float | None = None
+    """Share of the positive activations that makes a token's core neurons. None: the index's, or 0.4."""
+    seed: int = 0
+    """Of random mode."""
+
+    def __post_init__(self) -> None:
+        """Turn names into choices and check ranges."""
+        for name, kind in (("mode", Mode), ("score", Score), ("fallback", Fallback)):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, choice(name, value, kind))
+        for name in ("keep_ratio", "alpha"):
+            value = getattr(self, name)
+            if value is not None:
+                check_ratio(name.replace("_", " "), value)
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What decodes, and in how much memory."""
+
+    engine: str = "auto"
+    """Name of a registered engine, or auto: the first that can run the model."""
+    weights: Weights = Weights.STORED
+    """Type in which decode reads weights; int8 needs the lean engine."""
+    prefill: Prefill = Prefill.DENSE
+    """Which MLPs read the prompt."""
+    cache_bytes: int = 2 * GIB
+    """Prepared weights of recent selections that stay in memory for later prompts."""
+    memory_budget: int | None = None
+    """Bytes that the process (on a GPU: its memory) may hold; dense MLP weights then stay on disk (in host memory)."""
+    exported: str | None = None
+    """For llamacpp: folder of exported files and their router."""
+    memory_limit: int | None = None
+    """For llamacpp: bytes of files that may be open at a time."""
+    context: int = 4096
+    """For llamacpp: positions of the cache."""
+
+    def __post_init__(self) -> None:
+        """Turn names into choices and check ranges."""
+        object.__setattr__(self, "weights", choice("weights", self.weights, Weights))
+        object.__setattr__(self, "prefill", choice("prefill", self.prefill, Prefill))
+        for name, least in (("cache_bytes", 0), ("memory_budget", 1), ("memory_limit", 1), ("context", 8)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}, expected {least} or more.")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen and where a text ends; greedy unless a sampling setting is given."""
+
+    max_new_tokens: int = 128
+    """Most new tokens."""
+    min_new_tokens: int | None = None
+    """No end token before so many."""
+    temperature: float | None = None
+    """Sample at this temperature; 0: greedy."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Nucleus sampling."""
+    min_p: float | None = None
+    """Drop tokens below this share of the likeliest."""
+    typical_p: float | None = None
+    """Locally typical sampling."""
+    repetition_penalty: float | None = None
+    """Above 1: tokens that were there become less likely."""
+    no_repeat_ngram_size: int | None = None
+    """No sequence of so many tokens comes twice."""
+    num_beams: int = 1
+    """Beam search; does not stream."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+    seed: int | None = None
+    """Of sampling. None: goes on with torch's generator."""
+    ignore_eos: bool = False
+    """Go on past end tokens, as benchmarks do."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (
+            *(
+                ("max_new_tokens", 1),
+                ("min_new_tokens", 0),
+                ("top_k", 0),
+                ("no_repeat_ngram_size", 1),
+                ("num_beams", 1),
+            ),
+            *(("temperature", 0.0), ("min_p", 0.0)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}, expected {least} or more.")
+        check_seed(self.seed)
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            if value is not None:
+                check_ratio(name, value)
+        if self.min_p is not None and self.min_p > 1:
+            raise ConfigError(f"min_p is {self.min_p}, expected 0 to 1.")
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, expected a number above 0.")
+        if (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens, {self.max_new_tokens}."
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise ConfigError("a stop text is empty, which every text contains; leave it out.")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn by chance."""
+        if self.temperature == 0:
+            return False
+        names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+        return any(getattr(self, name) is not None for name in names)
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise ConfigError unless torch's generators take a seed."""
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed is {seed}, expected 0 to {MAX_SEED}.")
+
+
+def choice(name: str, value: object, kind: type[Enum]) -> Enum:
+    """Return the member of ``kind`` that ``value`` names, or raise ConfigError with all names."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        known = ", ".join(str(each.value) for each in kind)
+        raise ConfigError(f"{name} is {value!r}, expected one of {known}.") from error

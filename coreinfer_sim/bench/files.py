@@ -1,0 +1,80 @@
+"""Files that contenders need before they start: GGUF files and checkpoints of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coreinfer_sim.bench.programs import Subject
+from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, Spec
+from coreinfer_sim.bench.worker import one_sentence
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.llamacpp.router import DENSE
+from coreinfer_sim.export.gguf import check_exportable, export_gguf, facts_of, source_of
+from coreinfer_sim.export.weights import Source, compact_weights
+from coreinfer_sim.models.loading import LanguageModel
+
+
+@dataclass(frozen=True)
+class ProgramFile:
+    """A file for a contender, or why there is none."""
+
+    path: Path | None = None
+    bytes_per_token: int | None = None
+    error: str | None = None
+
+
+def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[str, ProgramFile]:
+    """Write what llama.cpp and offload need, each file once; files of an earlier run stay.
+
+    Args:
+        subject: the model.
+        specs: the contenders.
+        folder: where to; files in it must be of the same model.
+
+    Returns:
+        By the contender's text.
+    """
+    wanted = [s for s in specs if s.kind == LLAMACPP or (s.kind == OFFLOAD and subject.shape is not None)]
+    if not wanted:
+        return {}
+    language_model = subject.load("stored", "cpu")
+    found: dict[str, ProgramFile] = {}
+    for spec in wanted:
+        try:
+            found[spec.text] = (
+                _gguf(language_model, spec, folder) if spec.kind == LLAMACPP else _checkpoint(language_model, folder)
+            )
+        except Exception as error:  # the other contenders go on
+            found[spec.text] = ProgramFile(error=one_sentence(error))
+    return found
+
+
+def _gguf(language_model: LanguageModel, spec: Spec, folder: Path) -> ProgramFile:
+    path = folder / f"dense-{spec.dtype}.gguf"
+    source = Source(language_model.name, "none", "none", DENSE, 1.0, False, spec.dtype)
+    if not path.exists() or source_of(path) != facts_of(source):  # another model's
+        check_exportable(language_model, spec.dtype)
+        weights = compact_weights(language_model, NeuronSelection(DENSE), one_width=False)
+        part = path.with_suffix(".part")
+        export_gguf(language_model, weights, source, part, spec.dtype)
+        part.replace(path)
+    return ProgramFile(path, gguf_bytes(path))
+
+
+def _checkpoint(language_model: LanguageModel, folder: Path) -> ProgramFile:
+    path = folder / "checkpoint"
+    if not path.exists():
+        language_model.model.save_pretrained(path)
+    return ProgramFile(path)
+
+
+def gguf_bytes(path: Path) -> int:
+    """Return the bytes of weights that one token reads in a GGUF file: all but the embeddings, unless they are the head."""
+    import gguf
+
+    sizes = {str(tensor.name): int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    if "output.weight" in sizes:
+        sizes.pop("token_embd.weight", None)
+    return sum(sizes.values())

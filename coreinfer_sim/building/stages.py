@@ -1,0 +1,167 @@
+"""The stages that make statistics, each of which leaves its result in the build folder, so that a killed build goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreinfer_sim.base.files import write_atomic, write_json
+from coreinfer_sim.base.memory import give_back_memory
+from coreinfer_sim.base.processes import Report
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.rows import CorpusReport, Row, load_rows, read_corpus
+from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
+from coreinfer_sim.building.folder import SHARDS_FOLDER
+from coreinfer_sim.building.shards import PartialSums, cut_into_shards, run_shard
+from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.fitting.workers import CLUSTERING_FILE, SENTENCES_FILE, Workers, read_clustering
+from coreinfer_sim.index.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings
+from coreinfer_sim.index.encoder import SentenceEncoder
+
+_REPORT_FILE = "corpus-report.json"
+_EMBEDDINGS_FOLDER = "embeddings"
+_EMBEDDED_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class DrawnCorpus:
+    """The sentences that a build has drawn from its corpus."""
+
+    sentences: list[Row]
+    report: CorpusReport
+
+
+def draw(folder: Path, corpus: CorpusConfig, tokenizer: Any, progress: Progress) -> DrawnCorpus:
+    """Draw the sentences from the corpus into the build folder."""
+    path, report_path = folder / SENTENCES_FILE, folder / _REPORT_FILE
+    if not report_path.exists():
+        drawn, report = read_corpus(corpus, lambda texts: tokenizer(texts, verbose=False)["input_ids"])
+        progress.start("Reading the corpus", corpus.limit, "prompts")
+
+        def write(part: Path) -> None:
+            with part.open("w", encoding="utf-8") as file:
+                for sentence in drawn:
+                    file.write(json.dumps(asdict(sentence), ensure_ascii=False) + "\n")
+                    progress.advance(1)
+
+        try:
+            write_atomic(path, write)
+        finally:
+            progress.finish()
+        write_json(report_path, report.as_dict())
+    report = CorpusReport(**json.loads(report_path.read_text(encoding="utf-8")))
+    progress.say(f"Corpus: {report}.")
+    return DrawnCorpus(load_rows(path), report)
+
+
+def embed(folder: Path, sentences: Sequence[Row], encoder: SentenceEncoder, progress: Progress) -> np.ndarray:
+    """Embed the prompts, in pieces that are kept; return [n_sentences, dimension]."""
+    folder = folder / _EMBEDDINGS_FOLDER
+    folder.mkdir(exist_ok=True)
+    n = len(sentences)
+    begins = range(0, n, _EMBEDDED_AT_ONCE)
+    paths = [folder / f"{begin:09d}.npy" for begin in begins]
+    done = sum(min(_EMBEDDED_AT_ONCE, n - b) for b, path in zip(begins, paths, strict=True) if path.exists())
+    progress.start("Embedding", n, "prompts", done)
+    try:
+        for begin, path in zip(begins, paths, strict=True):
+            if not path.exists():
+                block = [sentence.prompt for sentence in sentences[begin : begin + _EMBEDDED_AT_ONCE]]
+                write_atomic(path, partial(_save_array, encoder.encode(block)))
+                give_back_memory()
+                progress.advance(len(block))
+    finally:
+        progress.finish()
+    return np.concatenate([np.load(path) for path in paths])
+
+
+def cluster(folder: Path, embeddings: np.ndarray, config: BuildConfig, progress: Progress) -> Clustering:
+    """Cluster embeddings [n_sentences, dimension] by k-means, or read what it gave before."""
+    path = folder / CLUSTERING_FILE
+    if not path.exists():
+        n_clusters = config.clusters
+        if isinstance(n_clusters, str):
+            n_clusters = _choose_n_clusters(embeddings, config.seed, progress)
+        progress.start("Clustering", N_RESTARTS, "starts")
+        try:
+            clustering = cluster_embeddings(embeddings, n_clusters, config.seed, progress.advance)
+        finally:
+            progress.finish()
+        write_atomic(path, partial(_save_arrays, vars(clustering)))
+    return read_clustering(folder)
+
+
+def _choose_n_clusters(embeddings: np.ndarray, seed: int, progress: Progress) -> int:
+    progress.start("Comparing numbers of clusters", None, "candidates")
+
+    def report(k: int, silhouette: float) -> None:
+        progress.advance(1)
+        progress.say(f"  {k:4d} clusters: silhouette {silhouette:.4f} {'▇' * max(0, round(100 * silhouette))}")
+
+    try:
+        best, _ = choose_n_clusters(embeddings, seed, report)
+    finally:
+        progress.finish()
+    progress.say(f"Chosen: {best} clusters.")
+    return best
+
+
+class RecordShards:
+    """The job that runs the language model over shards of the corpus; it reports tokens."""
+
+    def run(self, corpus: ClusteredCorpus, number: int, report: Report) -> None:
+        """Leave the sums of one shard on disk."""
+        shard = _shards_of(corpus)[number]
+        run_shard(corpus, shard).save(_shard_path(corpus.folder, number))
+        report(sum(corpus.sentences[i].n_tokens for i in shard))
+
+
+def record(workers: Workers) -> None:
+    """Run the language model over every shard that is not finished yet."""
+    corpus = workers.corpus
+    (corpus.folder / SHARDS_FOLDER).mkdir(exist_ok=True)
+    shards = dict(enumerate(_shards_of(corpus)))
+    sizes = {number: sum(corpus.sentences[i].n_tokens for i in shard) for number, shard in shards.items()}
+    finished = [number for number in sizes if _shard_path(corpus.folder, number).exists()]
+    own_bytes = corpus.language_model.model.get_memory_footprint()  # room for activations, about
+    workers.run(RecordShards(), "Language model", "tokens", sizes, finished, worker_bytes=own_bytes)
+
+
+def add_up(corpus: ClusteredCorpus) -> PartialSums:
+    """Add all shards up."""
+    sums = PartialSums.zeros(np.arange(corpus.n_clusters), len(corpus.layers), corpus.layers[0].d_ff)
+    for number in range(len(_shards_of(corpus))):
+        sums.add(PartialSums.load(_shard_path(corpus.folder, number)))
+    return sums
+
+
+def _shards_of(corpus: ClusteredCorpus) -> list[np.ndarray]:
+    """Return the numbers of each shard's sentences."""
+    n_tokens = np.array([sentence.n_tokens for sentence in corpus.sentences])
+    return cut_into_shards(corpus.clustering.assignment, n_tokens, corpus.config.shard_size)
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    """Return where a shard's sums are."""
+    return folder / SHARDS_FOLDER / f"{number:06d}.safetensors"
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    """Write an array as .npy."""
+    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
+    """Write named arrays as .npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    path.write_bytes(buffer.getbuffer())

@@ -1,0 +1,135 @@
+"""The last stage of a build: the index folder, put in place in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from coreinfer_sim.base.rows import CorpusReport
+from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
+from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.fitting.pipeline import CompensatedSets
+from coreinfer_sim.index.clustering import distinctive_terms
+from coreinfer_sim.index.clusters import Cluster
+from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import (
+    FORMAT_VERSION,
+    CompensationInfo,
+    CorpusInfo,
+    EncoderInfo,
+    Manifest,
+    ModelInfo,
+    SettingsInfo,
+)
+from coreinfer_sim.index.storage import remove_index, save_index
+from coreinfer_sim.models.fingerprint import weight_sketch
+from coreinfer_sim.models.loading import tokenizer_hash
+
+_N_EXEMPLARS = 3
+_EXEMPLAR_LENGTH = 160
+_LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
+
+
+@dataclass(frozen=True)
+class BuiltParts:
+    """All that an index is written from."""
+
+    corpus: ClusteredCorpus
+    source: str
+    """Name of the corpus: of its file or on the hub."""
+    report: CorpusReport
+    encoder: SentenceEncoder
+    n_threads: int
+    sums: PartialSums
+    """Of all clusters."""
+    sets: CompensatedSets | None
+
+
+def write_index(out: Path, parts: BuiltParts) -> None:
+    """Write an index beside its place, check that it loads, and move it there, in place of an older one."""
+    sums = parts.sums
+    temporary = out.with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        statistics = {
+            "counts": sums.counts.astype(np.min_scalar_type(int(sums.counts.max(initial=0)))),
+            "energy": (sums.energy * ENERGY_UNIT).astype(np.float32),
+            "activation": (sums.activation * ACTIVATION_UNIT).astype(np.float32),
+        }
+        if parts.sets is not None:
+            parts.sets.put_into(temporary)
+        manifest = _manifest(parts, [] if parts.sets is None else parts.sets.described())
+        save_index(temporary, parts.corpus.clustering.centroids, _clusters(parts.corpus), statistics, manifest)
+        SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
+        if out.exists():
+            remove_index(out)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
+    """Describe the clusters: size, label and the prompts nearest to the centroid."""
+    clustering, sentences = corpus.clustering, corpus.sentences
+    labels = distinctive_terms([s.prompt for s in sentences], clustering.assignment, corpus.n_clusters)
+    clusters = []
+    for number, label in enumerate(labels):
+        members = np.flatnonzero(clustering.assignment == number).tolist()
+        nearest = clustering.exemplars(number, _N_EXEMPLARS)
+        clusters.append(
+            Cluster(
+                id=number,
+                size=len(members),
+                n_tokens=sum(sentences[i].n_tokens for i in members),
+                label=label,
+                exemplars=[" ".join(sentences[i].prompt.split())[:_EXEMPLAR_LENGTH] for i in nearest],
+                exemplar_ids=[sentences[i].id for i in nearest],
+                similarity_quantiles=clustering.quantiles(number),
+            )
+        )
+    return clusters
+
+
+def _manifest(parts: BuiltParts, compensation: list[CompensationInfo]) -> Manifest:
+    """Say what the index was built from, and how."""
+    corpus, encoder, report = parts.corpus, parts.encoder, parts.report
+    language_model, config, layers = corpus.language_model, corpus.config, corpus.layers
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        versions={name: version(name) for name in _LIBRARIES},
+        model=ModelInfo(
+            name=language_model.name,
+            revision=getattr(language_model.model.config, "_commit_hash", None),
+            family=layers[0].family.name,
+            dtype=language_model.dtype_name,
+            n_layers=len(language_model.layers),
+            d_model=layers[0].d_model,
+            d_ff=layers[0].d_ff,
+            weight_sketch=weight_sketch(language_model.layers),
+            tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
+            activation_site=f"input of {layers[0].family.output}",
+        ),
+        encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
+        corpus=CorpusInfo(Path(parts.source).name, report.sha256, report.n_kept, report.n_tokens),
+        settings=SettingsInfo(
+            n_clusters=corpus.n_clusters,
+            alpha=config.alpha,
+            beta=config.beta,
+            gamma=config.gamma,
+            seed=config.seed,
+            layers=[layer.number for layer in layers],
+            batch_size=config.batch_size,
+            shard_size=config.shard_size,
+            n_threads=parts.n_threads,
+        ),
+        compensation=compensation,
+        profile=None,
+        files={},
+    )

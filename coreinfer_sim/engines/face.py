@@ -1,0 +1,234 @@
+"""The face of every engine: generation, evaluation, bench and serving speak to nothing else.
+
+An engine decides how held neurons are laid out, read and multiplied. To add one, derive from `Engine`, implement `refuses`,
+`cut`, `step` and `forced`, and hand the class to `registry.register`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.prepared import Prepared, PreparedCache
+from coreinfer_sim.models.mlps import MLPLayer
+
+Group = tuple[Sequence[int], Prepared]
+"""Rows of a batch, and the neurons that they decode with."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What held neurons cost, known before anything is loaded."""
+
+    held: int
+    """Bytes in memory."""
+    read: int
+    """Bytes that one token reads."""
+
+
+@dataclass(frozen=True)
+class BytesRead:
+    """Bytes of weights that decode has read, counted while it ran."""
+
+    mlp: int = 0
+    """In the MLPs."""
+    other: int = 0
+    """Outside: attention, norms and the output head. The cache is not counted."""
+    n_steps: int = 0
+    """Decode steps; of `Engine.forced`, positions."""
+
+    def __add__(self, further: BytesRead) -> BytesRead:
+        """Add what further steps read."""
+        return BytesRead(self.mlp + further.mlp, self.other + further.other, self.n_steps + further.n_steps)
+
+    @property
+    def mlp_per_step(self) -> int:
+        """MLP bytes of one step; 0 before the first."""
+        return round(self.mlp / self.n_steps) if self.n_steps else 0
+
+    @property
+    def per_step(self) -> int:
+        """All bytes of one step; 0 before the first."""
+        return round((self.mlp + self.other) / self.n_steps) if self.n_steps else 0
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a decode step gets."""
+
+    ids: torch.Tensor
+    """The newest token of every row, [n_rows, 1]."""
+    cache: Any
+    """Of transformers; it grows by one position in all rows."""
+    given: Mapping[str, Any]
+    """All that transformers' ``generate`` gives to a forward pass."""
+    starts: np.ndarray
+    """First position of each row that is no padding, int64 [n_rows]."""
+    finished: np.ndarray
+    """Rows whose text has ended, boolean [n_rows]; nobody looks at their logits."""
+    n_copies: int
+    """Rows of each prompt: beams, or several texts of one prompt; groups name prompts."""
+    forward: Callable[..., Any]
+    """The model's own forward pass."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Of the newest tokens, [n_rows]."""
+        found = self.given.get("position_ids")
+        if found is None:
+            found = torch.full((1, 1), int(self.cache.get_seq_length()))
+        return found.reshape(-1).expand(len(self.ids))
+
+
+class Engine(ABC):
+    """Decodes one model with the neurons of any selection; one call at a time."""
+
+    name: ClassVar[str]
+    """What users call it."""
+    skips_finished: ClassVar[bool] = False
+    """Whether rows that have ended cost nothing, so that it is worth finding them out at each step."""
+
+    def __init__(self, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> None:
+        """Decode ``model``, whose MLPs are ``layers``, in a way that `refuses` has nothing against."""
+        self.model, self.layers, self.config = model, layers, config
+        self.cache = PreparedCache(config.cache_bytes)
+        """Prepared weights of recent selections."""
+        self._read = BytesRead()
+        self._latest: Sequence[Group] = ()
+
+    @classmethod
+    @abstractmethod
+    def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
+        """Return why a model cannot be decoded under these settings, or None if it can."""
+
+    def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
+        """Return why decode cannot go on from this cache in this call, or None if it can.
+
+        Args:
+            cache: as prefill has left it.
+            mask: of the prompt, [n_prompts, n_positions].
+            given: what transformers' ``generate`` gives to the first decode step.
+        """
+        return None
+
+    @classmethod
+    def plan(cls, neuron_bytes: float, n_held: Sequence[int], config: DecodeConfig) -> Bytes:
+        """Return what the MLPs will take, from the bytes of one neuron and the neurons that each layer holds."""
+        n_bytes = round(sum(n_held) * neuron_bytes)
+        return Bytes(n_bytes, n_bytes)
+
+    def calibrate(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
+        """Return what the engine has to measure on texts before it decodes; None: nothing."""
+        return None
+
+    @classmethod
+    def warm_up(cls, model: Any) -> None:
+        """Compile what decode needs for a model, which may have no weights yet, ahead of the first text."""
+        return None
+
+    @abstractmethod
+    def cut(self, selection: NeuronSelection) -> Mapping[int, Any]:
+        """Lay out the held neurons of a selection that fits the model, by layer."""
+
+    @abstractmethod
+    def size(self, layers: Mapping[int, Any]) -> int:
+        """Return the bytes of what `cut` has made."""
+
+    def prepare(self, selections: Sequence[NeuronSelection]) -> list[Prepared]:
+        """Return the held neurons of a batch's selections, from the cache where they are there."""
+        if len(selections) == 1 and self.layers[0].away:  # a memory budget has room for one
+            self.cache.keep_only(selections[0])
+
+        def make(selection: NeuronSelection) -> Prepared:
+            selection.check(self.layers)
+            made = self.cut(selection)
+            return Prepared(selection, made, self.size(made))
+
+        return [self.cache.get(selection, make) for selection in selections]
+
+    @abstractmethod
+    def mounted(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
+        """Let the model's own forward pass use the held neurons within the block: sparse prefill."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Surround a call of the model's ``generate`` or forward pass, prefill included."""
+        return nullcontext()
+
+    def generate_options(self, n_sequences: int, n_positions: int, reuse: bool) -> dict[str, Any]:
+        """Return what transformers' ``generate`` needs besides.
+
+        Args:
+            n_sequences: rows times beams.
+            n_positions: prompt and new tokens.
+            reuse: whether a cache of an earlier call may be used again.
+        """
+        return {}
+
+    def compiled(self, forward: Callable[..., Any], config: Any) -> Callable[..., Any]:
+        """Return what is called in place of the model's forward pass where transformers would compile it."""
+        return forward
+
+    @abstractmethod
+    def step(self, inputs: StepInputs, groups: Sequence[Group]) -> Any:
+        """Decode one token in every row.
+
+        Returns:
+            transformers' ``CausalLMOutputWithPast``, with float logits [n_rows, 1, vocabulary]. Call `count` once.
+        """
+
+    @abstractmethod
+    def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
+        """Feed the tokens of a given text as decode would have read them, many positions at a time.
+
+        Args:
+            ids: [1, n_tokens].
+            cache: of the prompt, one row; it is left as it was. None: no prompt.
+            prepared: held neurons.
+
+        Returns:
+            Logits as those of single steps, float32 [n_tokens, vocabulary].
+        """
+
+    @abstractmethod
+    def other_bytes(self) -> int:
+        """Return the bytes of weights that a step reads outside the MLPs."""
+
+    def dense_bytes(self, layer: MLPLayer) -> int:
+        """Return the bytes that a step reads in a layer that stays dense."""
+        return layer.n_bytes
+
+    def mlp_bytes(self, held: Sequence[Prepared]) -> int:
+        """Return the MLP bytes that a step reads; a layer that several selections leave dense is read once."""
+        dense = [layer for layer in self.layers if any(layer.number not in each.layers for each in held)]
+        return sum(each.n_bytes for each in held) + sum(self.dense_bytes(layer) for layer in dense)
+
+    def count(self, groups: Sequence[Group], n_steps: int = 1) -> None:
+        """Count the bytes of steps that have been done."""
+        self._latest = groups
+        mlp = self.mlp_bytes([prepared for _, prepared in groups])
+        self._read += BytesRead(mlp * n_steps, self.other_bytes() * n_steps, n_steps)
+
+    def read(self) -> BytesRead:
+        """Return what was read since the latest `release`."""
+        return self._read
+
+    def neurons_read(self) -> list[dict[int, torch.Tensor]]:
+        """Return the ids that the latest step read in full, by group and layer; layers that are not named were read whole."""
+        return [dict(prepared.selection.ids) for _, prepared in self._latest]
+
+    def release(self) -> None:
+        """Let go of what belongs to the latest call, and begin to count anew."""
+        self._read, self._latest = BytesRead(), ()
+
+    def close(self) -> None:
+        """Let go of all prepared weights."""
+        self.release()
+        self.cache.clear()

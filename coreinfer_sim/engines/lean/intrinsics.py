@@ -1,0 +1,161 @@
+"""What all compiled loops are made of: conversions of stored weights, products and sums of one row, and compilation.
+
+A decode step is bound by the bytes it reads, so weights stay bfloat16, float16 or int8 in memory and are widened to float32
+in registers. That also serves processors without instructions for those types. Arrays carry them as bit patterns: uint16
+for bfloat16, int16 for float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+SILU, RELU = 0, 1
+"""Activations that the loops know."""
+
+
+@intrinsic
+def widened(_context, value):
+    """Turn a stored weight into a float32."""
+    from llvmlite import ir
+
+    def code(_context, builder, signature, args):
+        (stored,) = args
+        kind = signature.args[0]
+        if kind == types.float32:
+            return stored
+        if kind == types.int8:
+            return builder.sitofp(stored, ir.FloatType())
+        if kind == types.int16:  # float16
+            return builder.fpext(builder.bitcast(stored, ir.HalfType()), ir.FloatType())
+        bits = builder.shl(builder.zext(stored, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(value), code
+
+
+@intrinsic
+def narrowed(_context, like, value):
+    """Round a float32 to the type that ``like`` is stored in, to nearest even."""
+    from llvmlite import ir
+
+    def code(_context, builder, signature, args):
+        number = args[1]
+        kind = signature.args[0]
+        if kind == types.float32:
+            return number
+        if kind == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+        word = ir.IntType(32)
+        bits = builder.bitcast(number, word)
+        last = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(last, ir.Constant(word, 0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+
+    return like(like, value), code
+
+
+@intrinsic
+def power_of_two(_context, exponent):
+    """Return 2 to a whole int32 between -126 and 127, by its bit pattern."""
+    from llvmlite import ir
+
+    def code(_context, builder, _signature, args):
+        word = ir.IntType(32)
+        biased = builder.add(args[0], ir.Constant(word, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(word, 23)), ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
+def _kept_on_disk(**options: Any) -> Any:
+    """Compile a function; where there is no place for it on the disk, in every process anew."""
+
+    def compiled(function: Any) -> Any:
+        try:
+            return numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True, **options)(function)
+        except RuntimeError:
+            return numba.njit(nogil=True, fastmath=True, error_model="numpy", **options)(function)
+
+    return compiled
+
+
+inline: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", inline="never")
+serial: Any = _kept_on_disk()  # but for the loops that it calls
+parallel: Any = _kept_on_disk(parallel=True)
+
+
+@inline
+def exp(x):
+    """Return e^x to float32 precision (Cephes' expf), in a form that compilers vectorise."""
+    x = min(max(x, np.float32(-87.0)), np.float32(87.0))
+    n = np.floor(x * _LOG2E + np.float32(0.5))
+    x = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * x + np.float32(1.3981999507e-3)
+    p = p * x + np.float32(8.3334519073e-3)
+    p = p * x + np.float32(4.1665795894e-2)
+    p = p * x + np.float32(1.6666665459e-1)
+    p = p * x + np.float32(5.0000001201e-1)
+    return (p * x * x + x + np.float32(1.0)) * power_of_two(np.int32(n))
+
+
+@inline
+def activated(gate, kind):
+    """Return φ of a gate: ReLU or SiLU."""
+    if kind == RELU:
+        return max(gate, np.float32(0.0))
+    return gate / (np.float32(1.0) + exp(-gate))
+
+
+@inline
+def dot(row, x):
+    """Multiply a stored row with a float32 row."""
+    total = np.float32(0.0)
+    for j in range(x.shape[0]):
+        total += widened(row[j]) * x[j]
+    return total
+
+
+@inline
+def add_scaled(factor, row, out):
+    """Add a stored row, times a factor, to a float32 row."""
+    for j in range(out.shape[0]):
+        out[j] += factor * widened(row[j])
+
+
+@inline
+def normalise(x, weight, eps, out):
+    """RMSNorm of one row."""
+    square = np.float32(0.0)
+    for j in range(x.shape[0]):
+        square += x[j] * x[j]
+    factor = np.float32(1.0) / np.sqrt(square / np.float32(x.shape[0]) + eps)
+    for j in range(x.shape[0]):
+        out[j] = x[j] * factor * weight[j]
+
+
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return a contiguous CPU tensor's memory as the array that the loops take."""
+    return tensor.detach().view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def set_threads() -> int:
+    """Let the loops use as many threads as torch does, and return how many."""
+    n = torch.get_num_threads()
+    numba.set_num_threads(min(n, _MOST_THREADS))
+    if torch.get_num_threads() != n:  # numba starts its threads with OpenMP's number, which is torch's too
+        torch.set_num_threads(n)
+    return n

@@ -1,0 +1,253 @@
+"""TextGenerator: a model that is loaded in this process, decoded by an engine of `registry`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, SamplingConfig, SelectionConfig
+from coreinfer_sim.base.errors import ContextLengthError, SamplingError
+from coreinfer_sim.base.settings import Mode
+from coreinfer_sim.choosing.compatibility import check_model
+from coreinfer_sim.choosing.make import predictor_of
+from coreinfer_sim.choosing.predictors import Predictor
+from coreinfer_sim.engines.face import Group
+from coreinfer_sim.engines.registry import choose_engines
+from coreinfer_sim.generation.reading import read_prompt
+from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.generation.text import Generation, Generator, Write
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import dense_bytes
+from coreinfer_sim.models.prompts import Message, prompt_ids, within
+
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_ALWAYS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
+
+
+class TextGenerator(Generator):
+    """Generates with a loaded model."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        index: SemanticIndex | None = None,
+        selection: SelectionConfig | None = None,
+        decode: DecodeConfig | None = None,
+        *,
+        predictor: Predictor | None = None,
+    ) -> None:
+        """Generate with a model.
+
+        Args:
+            language_model: the loaded model.
+            index: routes prompts; it must belong to the model.
+            selection: which neurons decode holds; its mode is the default of calls.
+            decode: what decodes.
+            predictor: chooses the neurons in place of ``selection``; then there is one mode, its own.
+
+        Raises:
+            ConfigError: settings that contradict each other, the index or the model.
+            IndexMismatchError: the index belongs to another model.
+        """
+        if index is not None:
+            check_model(index, language_model.layers)
+        self.language_model, self.index, self.name = language_model, index, language_model.name
+        self.selection, self.decode = selection or SelectionConfig(), decode or DecodeConfig()
+        self.engines, self.refused = choose_engines(language_model.model, language_model.layers, self.decode)
+        self._sparse: dict[str, SparseModel] = {}
+        if predictor is not None:
+            self.modes: tuple[str, ...] = (predictor.mode,)
+            self._sparse[predictor.mode] = self._wrapped(predictor)
+            return
+        others = [each.value for each in Mode]
+        self.modes = tuple(dict.fromkeys([self.selection.mode.value, *others]))
+        self.sparse_model()  # what is wrong with the settings is known before anything is generated
+
+    def sparse_model(self, mode: str | None = None) -> SparseModel:
+        """Return the wrapper that decodes in a mode; all of them share the engines and their prepared weights."""
+        mode = self.checked_mode(mode)
+        if mode not in self._sparse:
+            config = replace(self.selection, mode=Mode(mode))
+            self._sparse[mode] = self._wrapped(predictor_of(config, self.language_model.layers, self.index))
+        return self._sparse[mode]
+
+    def _wrapped(self, predictor: Predictor) -> SparseModel:
+        model = self.language_model
+        return SparseModel(model.model, predictor, model.tokenizer, self.decode, engines=self.engines)
+
+    def _generate(
+        self,
+        prompt: str | list[Message],
+        sampling: SamplingConfig,
+        routed_by: str,
+        mode: str,
+        chat: bool,
+        shorten: bool,
+        write: Write | None,
+    ) -> Generation:
+        # 1) ids that fit
+        model, sparse = self.language_model, self.sparse_model(mode)
+        ids = prompt_ids(model.tokenizer, model.name, prompt, chat or not isinstance(prompt, str)).to(
+            model.model.device
+        )
+        n_prompt = ids.shape[1]
+        if shorten:
+            n_new = within(model.context_length, n_prompt, sampling.max_new_tokens)
+            sampling = replace(sampling, max_new_tokens=n_new, min_new_tokens=_least(sampling, n_new))
+        self._check_length(n_prompt, sampling.max_new_tokens)
+        # 2) prefill and decode
+        timer = StreamTimer(model.tokenizer, write)
+        streams = sampling.num_beams == 1
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        begin = time.perf_counter()
+        try:
+            output = sparse.generate(
+                ids,
+                prompts=[routed_by],
+                attention_mask=torch.ones_like(ids),
+                pad_token_id=model.tokenizer.pad_token_id,
+                streamer=timer if streams else None,
+                **generate_options(sampling, model.tokenizer),
+            )
+        except ValueError as error:  # transformers' own word on settings that contradict each other
+            reason = " ".join(str(error).split())[:300]
+            raise SamplingError(f"transformers refused the settings ({reason}); change or leave them out.") from error
+        end = time.perf_counter()
+        # 3) what came of it
+        facts = sparse.latest
+        new = output[0, n_prompt:].tolist()
+        text = model.tokenizer.decode(new, skip_special_tokens=True)
+        if write is not None and not streams:
+            write(text)
+        first = timer.first_token or facts.decode_began or end  # beams do not stream
+        selection = facts.selections[0]
+        counted = facts.read.n_steps > 0
+        return Generation(
+            prompt=routed_by,
+            text=text,
+            token_ids=new,
+            n_new_tokens=len(new),
+            ended=len(new) < sampling.max_new_tokens or new[-1] in self._ends(),
+            selection=selection,
+            keep_ratio=selection.keep_ratio(sparse.layers),
+            engine=facts.engine,
+            n_prompt_tokens=n_prompt,
+            prefill_seconds=first - begin,
+            decode_seconds=end - first - (facts.prepare_seconds if facts.prepared_in_decode else 0.0),
+            mlp_bytes_per_token=facts.read.mlp_per_step if counted else None,
+            dense_mlp_bytes_per_token=dense_bytes(sparse.layers),
+            total_bytes_per_token=facts.read.per_step if counted else None,
+            lookup_seconds=facts.lookup_seconds,
+            prepare_seconds=facts.prepare_seconds,
+            not_first=facts.not_first or self.refused,
+        )
+
+    def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
+        """Return the log-probability of each completion token; see `Generator.score`."""
+        # 1) ids that fit
+        model, predictor, engine = self.language_model, self.sparse_model(mode).predictor, self.engines[0]
+        ids = prompt_ids(model.tokenizer, model.name, prompt, chat=False)
+        completion_ids = model.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        self._check_length(ids.shape[1], len(completion_ids))
+        if not completion_ids:
+            return []
+        # 2) the prompt, as prefill reads it, and the held neurons
+        known = predictor.select([prompt], None, 1) if self.decode.prefill is Prefill.SPARSE else None
+        groups: list[Group] = [] if known is None else [([0], each) for each in engine.prepare(known)]
+        with engine.mounted(groups) if groups else nullcontext():
+            read = read_prompt(model, engine, ids, predictor.alpha)
+        selections = known or predictor.select([prompt], read.statistics, 1)
+        assert selections is not None
+        # 3) the completion; its first token is the prompt's to predict
+        new = torch.tensor([completion_ids], device=model.model.device)
+        logits = read.logits
+        if new.shape[1] > 1:
+            (held,) = engine.prepare(selections)
+            logits = torch.cat([logits, engine.forced(new[:, :-1], read.cache, held)])
+        found = torch.log_softmax(logits.float(), -1).gather(1, new[0, :, None])
+        return found[:, 0].tolist()
+
+    def close(self) -> None:
+        """Let go of the prepared weights."""
+        for engine in self.engines:
+            engine.close()
+
+    def _ends(self) -> Sequence[int]:
+        ends = self.language_model.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+    def _check_length(self, n_prompt: int, n_new: int) -> None:
+        limit = self.language_model.context_length
+        if limit is not None and n_prompt + n_new > limit:
+            budgeted = limit == self.language_model.position_limit
+            what = "the memory budget has room for" if budgeted else "the model's context is"
+            raise ContextLengthError(
+                f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, but {what} "
+                f"{limit}; shorten the prompt"
+                + (f" or ask for at most {limit - n_prompt}." if limit > n_prompt else ".")
+            )
+
+
+def generate_options(sampling: SamplingConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return the settings as transformers' ``generate`` names them.
+
+    A checkpoint's own sampling settings do not apply to greedy decoding.
+    """
+    found: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.samples}
+    found["num_beams"] = sampling.num_beams
+    if sampling.samples:
+        found.update({name: getattr(sampling, name) for name in _SAMPLED if getattr(sampling, name) is not None})
+    else:
+        found.update(temperature=None, top_k=None, top_p=None)
+    found.update({name: getattr(sampling, name) for name in _ALWAYS if getattr(sampling, name) is not None})
+    if sampling.ignore_eos:  # rather than a least length, which costs a pass over all logits
+        found["eos_token_id"] = None
+    if sampling.stop:
+        found.update(stop_strings=list(sampling.stop), tokenizer=tokenizer)
+    return found
+
+
+def _least(sampling: SamplingConfig, n_new: int) -> int | None:
+    return None if sampling.min_new_tokens is None else min(sampling.min_new_tokens, n_new)
+
+
+class StreamTimer(TextStreamer):
+    """Streams new text to a function and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
+        """Give pieces to ``write``; None: only look at the clock."""
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self._n_puts = 0
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receive the prompt, then a token a call."""
+        self._n_puts += 1
+        if self._n_puts == 2:  # the first put is the prompt
+            self.first_token = time.perf_counter()
+        if self._write is None:
+            return
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)  # type: ignore[no-untyped-call]
+        if not is_prompt and not self.token_cache:  # a line has ended, and with it what its last token is decoded with
+            self.token_cache = [int(value.flatten()[-1])]
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+
+    def end(self) -> None:
+        """Write what was held back."""
+        if self._write is not None:
+            super().end()  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand a piece on."""
+        if text and self._write is not None:
+            self._write(text)

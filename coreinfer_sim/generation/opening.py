@@ -1,0 +1,132 @@
+"""The one place that opens an index, a model and an engine: every command, the server, lm-eval and bench go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.settings import Fallback
+from coreinfer_sim.choosing.compatibility import check_model
+from coreinfer_sim.engines.registry import EXPORTED
+from coreinfer_sim.generation.budget import Longest, load_within_budget
+from coreinfer_sim.generation.exported import ExportedGenerator
+from coreinfer_sim.generation.in_process import TextGenerator
+from coreinfer_sim.generation.text import Generator
+from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.loading import LanguageModel, load_model, tokenizer_hash
+
+_OF_LLAMACPP = ("exported", "memory_limit", "context")
+"""Settings that no other engine looks at."""
+
+
+def load(
+    index: str | Path | SemanticIndex | None = None,
+    model: str | LanguageModel | None = None,
+    *,
+    selection: SelectionConfig | None = None,
+    decode: DecodeConfig | None = None,
+    loading: ModelConfig | None = None,
+    longest: Longest | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Generator:
+    """Open what generates, streams and looks up.
+
+    Example:
+        >>> import coreinfer_sim
+        >>> with coreinfer_sim.load("my-index", "./my-model") as generator:
+        ...     print(generator.generate("How do stars form?", max_new_tokens=64).text)
+
+    Args:
+        index: folder of an index, or a loaded one; None: only modes that need none.
+        model: hub id, checkpoint folder, GGUF file or a loaded model; None: the index's.
+        selection: which neurons decode holds.
+        decode: what decodes.
+        loading: type and device of the model, and the sentence encoder.
+        longest: for a memory budget, which is planned before anything is loaded.
+        progress: receives messages.
+        **settings: further fields of these, such as ``mode="global"``, ``engine="lean"`` or ``device="cpu"``.
+
+    Raises:
+        CoreInferSimError: what is missing, damaged or does not belong together.
+    """
+    # 1) settings
+    selection, decode, loading = with_settings(
+        settings, selection or SelectionConfig(), decode or DecodeConfig(), loading or ModelConfig()
+    )
+    if decode.prefill is Prefill.SPARSE and selection.fallback is None:
+        selection = replace(selection, fallback=Fallback.GLOBAL)
+    # 2) the index
+    opened = open_index(index, loading.encoder)
+    if decode.engine == EXPORTED:
+        if opened is None:
+            raise ConfigError("llama.cpp needs an index that routes and the models exported from it; give both.")
+        return ExportedGenerator(opened, selection, decode)
+    given = [name for name in _OF_LLAMACPP if getattr(decode, name) != getattr(DecodeConfig(), name)]
+    if given:
+        raise ConfigError(f"{given[0]} is of the engine llamacpp, but {decode.engine} was asked for; leave it out.")
+    # 3) the model
+    if isinstance(model, LanguageModel):
+        loaded = model
+    elif decode.memory_budget is not None:
+        name = model_name(opened, model)
+        loaded = load_within_budget(name, opened, selection, decode, loading, longest or Longest(), progress)
+    else:
+        loaded = open_model(opened, model, loading, decode)
+    if opened is not None:
+        check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
+    return TextGenerator(loaded, opened, selection, decode)
+
+
+def with_settings(
+    settings: Mapping[str, Any], selection: SelectionConfig, decode: DecodeConfig, loading: ModelConfig
+) -> tuple[SelectionConfig, DecodeConfig, ModelConfig]:
+    """Put settings by name into whichever of the three has them.
+
+    Raises:
+        ConfigError: none has one of that name.
+    """
+    known = [{field.name for field in fields(kind)} for kind in (selection, decode, loading)]
+    unknown = sorted(set(settings).difference(*known))
+    if unknown:
+        listed = ", ".join(sorted(set().union(*known)))
+        raise ConfigError(f"there is no setting {', '.join(unknown)}, expected some of {listed}.")
+
+    def own(place: int) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name in known[place]}
+
+    return replace(selection, **own(0)), replace(decode, **own(1)), replace(loading, **own(2))
+
+
+def open_index(index: str | Path | SemanticIndex | None, encoder: str | None = None) -> SemanticIndex | None:
+    """Load an index, with an encoder of its own where one is named."""
+    if index is None or isinstance(index, SemanticIndex):
+        return index
+    return SemanticIndex.load(index, SentenceEncoder(encoder) if encoder else None)
+
+
+def model_name(index: SemanticIndex | None, model: str | None) -> str:
+    """Return the model that was named, or else the index's."""
+    if model is not None:
+        return model
+    if index is None:
+        raise ConfigError("neither a model nor an index was given, expected a model, or an index to take it from.")
+    return index.manifest.model.name
+
+
+def open_model(
+    index: SemanticIndex | None,
+    model: str | None,
+    loading: ModelConfig | None = None,
+    decode: DecodeConfig | None = None,
+) -> LanguageModel:
+    """Load the model that decodes: weights stay as stored where the engine multiplies them in any type."""
+    loading = loading or ModelConfig()
+    as_stored = (decode or DecodeConfig()).engine != "compiled"
+    return load_model(model_name(index, model), loading.dtype, loading.device, as_stored=as_stored)

@@ -1,0 +1,235 @@
+"""One call of ``generate``: tells prefill from decode by the cache, and hands decode steps to an engine.
+
+A forward pass that begins before the end of the prompt is prefill, every later one is decode. One-token prompts, chunked
+prefill and calls that bring a cache along are therefore right.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from coreinfer_sim.base.decode_settings import Prefill
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.choosing.predictors import Predictor
+from coreinfer_sim.choosing.prompt_reader import PromptReader
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What one call chose and cost."""
+
+    selections: tuple[NeuronSelection, ...] = ()
+    """One for each row."""
+    engine: str = ""
+    """What decoded, or would have."""
+    not_first: str | None = None
+    """Why the first engine that can run the model did not serve this call; None: it did."""
+    read: BytesRead = BytesRead()
+    """Bytes that decode read."""
+    lookup_seconds: float = 0.0
+    """To choose the neurons before prefill: the prompts' embeddings and the nearest clusters."""
+    prepare_seconds: float = 0.0
+    """To prepare the held weights and put them in place; next to nothing if they are at hand from an earlier prompt."""
+    prepared_in_decode: bool = True
+    """Whether that was after prefill, as it is unless prefill is sparse or the weights lie on disk."""
+    decode_began: float | None = None
+    """When the first pass after prefill began, by `time.perf_counter`; None: there was none."""
+
+
+def groups_of(selections: Sequence[NeuronSelection]) -> list[tuple[NeuronSelection, list[int]]]:
+    """Return each selection of a batch with the rows that decode by it."""
+    rows: dict[int, list[int]] = {}
+    unique: dict[int, NeuronSelection] = {}
+    for row, selection in enumerate(selections):
+        unique.setdefault(id(selection.ids), selection)
+        rows.setdefault(id(selection.ids), []).append(row)
+    return [(selection, rows[key]) for key, selection in unique.items()]
+
+
+class PhasedCall:
+    """One call of a model's ``generate``, within `running`."""
+
+    def __init__(
+        self,
+        model: Any,
+        engines: Sequence[Engine],
+        predictor: Predictor,
+        mask: torch.Tensor,
+        prompts: Sequence[str] | None,
+        ends: torch.Tensor,
+    ) -> None:
+        """Choose the neurons, unless the predictor wants the prompts' activations first.
+
+        Args:
+            model: of transformers.
+            engines: that may decode it, best first.
+            predictor: chooses the neurons.
+            mask: of the prompts, [n_rows, n_positions], padded on the left.
+            prompts: by which rows are routed.
+            ends: tokens that end a text.
+        """
+        self._model, self._engines, self._engine = model, engines, engines[0]
+        self._predictor, self._mask, self._prompts, self._ends = predictor, mask, prompts, ends
+        self._refused: str | None = None
+        self._prepare_seconds, self._prepared_in_decode = 0.0, True
+        self._decode_began: float | None = None
+        begin = time.perf_counter()
+        known = predictor.select(prompts, None, len(mask))
+        self._lookup_seconds = time.perf_counter() - begin
+        self._selections: list[NeuronSelection] = known or []
+        self._reader: PromptReader | None = None
+        """Reads the prompt's activations, if the predictor needs them."""
+        if known is None:
+            if predictor.alpha is None:
+                raise ConfigError(f"{predictor.mode} mode gave no selection and reads no activations.")
+            self._reader = PromptReader(mask, predictor.alpha)
+        self._groups: list[Group] = []
+        self._mount = ExitStack()
+        """Holds the weights of sparse prefill in the model."""
+        self._decoding = False
+        self._n_copies = 1
+        self._starts, self._finished = np.zeros(0, np.int64), np.zeros(0, bool)
+
+    @property
+    def facts(self) -> CallFacts:
+        """What was chosen and what it cost so far."""
+        return CallFacts(
+            tuple(self._selections),
+            self._engine.name,
+            self._refused,
+            self._engine.read(),
+            self._lookup_seconds,
+            self._prepare_seconds,
+            self._prepared_in_decode,
+            self._decode_began,
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the model's forward passes in the block be phases of this call; afterwards the model is its dense self."""
+        for engine in self._engines:
+            engine.release()
+        with ExitStack() as stack, self._mount:
+            stack.enter_context(self._engine.running())
+            if self._reader is not None:
+                stack.enter_context(self._reader.reading(self._engine.layers))
+            else:
+                self._begin_prefill()
+            for engine in self._engines:
+                stack.callback(engine.release)
+            stack.enter_context(_forward_of(self._model, self._forward, self._compiled))
+            yield
+
+    def finish(self) -> None:
+        """At the end: where nothing was decoded, the choice is of interest all the same."""
+        if self._reader is not None and not self._decoding:
+            self._select()
+
+    def _begin_prefill(self) -> None:
+        """Fetch weights that are away, so that decode follows prefill at once; put them in place if prefill is sparse."""
+        sparse = self._engine.config.prefill is Prefill.SPARSE
+        if not sparse and not self._engine.layers[0].away:
+            return
+        begin, self._prepared_in_decode = time.perf_counter(), False
+        self._prepare()
+        if sparse:
+            self._mount.enter_context(self._engine.mounted(self._groups))
+        self._prepare_seconds = time.perf_counter() - begin
+
+    def _prepare(self) -> None:
+        parts = groups_of(self._selections)
+        held = self._engine.prepare([selection for selection, _ in parts])
+        self._groups = [(rows, prepared) for (_, rows), prepared in zip(parts, held, strict=True)]
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the model's forward pass: prefill goes through it, decode steps through the engine."""
+        if not self._decoding:
+            cache = kwargs.get("past_key_values")
+            n_past = int(cache.get_seq_length()) if cache is not None else 0
+            if n_past < self._mask.shape[1]:
+                if self._reader is not None:
+                    self._reader.begin(kwargs["input_ids"], n_past)
+                return original(*args, **kwargs)
+            self._begin_decode(cache, kwargs)
+        ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+        if self._engine.skips_finished and len(ids) == len(
+            self._mask
+        ):  # among the beams of a prompt rows change places
+            self._finished |= torch.isin(ids[:, -1].cpu(), self._ends).numpy()
+        inputs = StepInputs(ids, cache, kwargs, self._starts, self._finished, self._n_copies, original)
+        return self._engine.step(inputs, self._groups)
+
+    def _compiled(self, original: Callable[..., Any], config: Any) -> Callable[..., Any]:
+        """Return what transformers decodes with where it would compile: the bare forward code, without hooks."""
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(self._engine.compiled(original, config), *args, **kwargs)
+
+        return step
+
+    def _begin_decode(self, cache: Any, given: dict[str, Any]) -> None:
+        self._decoding, self._decode_began = True, time.perf_counter()
+        if self._reader is not None:
+            self._reader.pause()
+            self._select()
+        begin = time.perf_counter()
+        self._take_engine(cache, given)
+        if not self._groups:
+            self._prepare()
+        self._n_copies = len(given["input_ids"]) // len(self._mask)
+        self._starts = self._mask.long().argmax(1).repeat_interleave(self._n_copies).cpu().numpy()
+        self._finished = np.zeros(len(self._starts), bool)
+        self._prepare_seconds += time.perf_counter() - begin
+
+    def _take_engine(self, cache: Any, given: dict[str, Any]) -> None:
+        """Keep the first engine that can serve this call; another one prepares the weights anew."""
+        reasons: list[str] = []
+        for engine in self._engines:
+            reason = engine.refuses_call(cache, self._mask, given)
+            if reason is None:
+                if engine is not self._engine:
+                    self._mount.close()  # weights can only be cut from the dense model
+                    self._engine, self._groups = engine, []
+                self._refused = "; ".join(reasons) or None
+                return
+            reasons.append(f"{engine.name}: {reason}")
+        raise ConfigError(f"no engine can serve this call ({'; '.join(reasons)}); leave the engine at auto.")
+
+    def _select(self) -> None:
+        assert self._reader is not None
+        found = self._predictor.select(self._prompts, self._reader.statistics, len(self._mask))
+        assert found is not None
+        self._selections = found
+
+
+@contextmanager
+def _forward_of(
+    model: Any, forward: Callable[..., Any], compiled: Callable[[Callable[..., Any], Any], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within the block let calls of the model go through ``forward(original, …)``, and compiled ones through ``compiled``."""
+    original, own = model.forward, vars(model).get("forward")
+
+    @functools.wraps(original)
+    def through(*args: Any, **kwargs: Any) -> Any:
+        return forward(original, *args, **kwargs)
+
+    model.forward = through
+    model.get_compiled_call = functools.partial(compiled, original)
+    try:
+        yield
+    finally:
+        del model.get_compiled_call
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

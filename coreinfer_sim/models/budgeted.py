@@ -1,0 +1,305 @@
+"""Loading a model under a memory budget.
+
+On a CPU dense MLP weights stay on disk, in a neuron-major store; all other weights are read into memory as they are stored.
+On a GPU, whose memory the budget then counts, dense MLP weights stay in host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from coreinfer_sim.base.errors import ConfigError, ModelError, UnsupportedModelError
+from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.models.checkpoint import Checkpoint
+from coreinfer_sim.models.loading import DTYPES, LanguageModel, load_model, usable, usable_device
+from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters, weight_shape
+from coreinfer_sim.models.offload import HostLinear, Staging, in_host_memory
+from coreinfer_sim.models.store import PartSource, StoreShape, open_or_make, store_path
+from coreinfer_sim.models.streaming import Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The bytes of a model's parts."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    itemsize: int
+    """Bytes of a weight."""
+    mlp_bytes: int
+    """All MLPs, dense."""
+    other_bytes: int
+    """All other weights that stay in memory."""
+    cache_bytes: int
+    """The cache of one position of one sequence."""
+    vocabulary: int
+
+
+Planner = Callable[[LanguageModel, ModelShape], int]
+"""Given a model whose weights are not where they will be yet, says how many positions there is room for, or refuses it."""
+
+
+def load_within(
+    name: str, planner: Planner, dtype: str = "auto", device: str = "auto", progress: Progress | None = None
+) -> LanguageModel:
+    """Load a model whose dense MLPs stay on disk.
+
+    Args:
+        name: local checkpoint folder in safetensors format.
+        planner: called before any weights are loaded; what it raises is passed on.
+        dtype: auto or the type of the checkpoint, which is kept.
+        device: auto or cpu.
+        progress: receives progress when the store is made.
+
+    Raises:
+        ConfigError: another dtype or device.
+        ModelError: no checkpoint that can be read.
+        StoreError: the store cannot be made, or is damaged.
+    """
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"the device is {device}, expected cpu; load_on_device serves others.")
+    # 1) The model without weights
+    checkpoint = Checkpoint(_folder(name))
+    model, tokenizer = _empty_model(name, checkpoint)
+    if dtype not in ("auto", "stored") and DTYPES.get(dtype) is not model.dtype:
+        raise ConfigError(
+            f"the dtype is {dtype}, but under a memory budget weights stay as {name} stores them, in "
+            f"{str(model.dtype).removeprefix('torch.')}; leave dtype at auto."
+        )
+    layers = find_mlps(model)
+    names = _Names(model, checkpoint)
+    streamed_table = names.streams_table()
+    # 2) The plan
+    limit = planner(
+        LanguageModel(model, tokenizer, name, layers), model_shape(model, layers, without_table=streamed_table)
+    )
+    # 3) The weights
+    keep_heap_small()
+    _stream(model, layers, names, progress or Progress())
+    _load_rest(model, names, streamed_table)
+    give_back_memory()
+    return LanguageModel(model.eval(), tokenizer, name, find_mlps(model), position_limit=limit)
+
+
+def load_on_device(
+    name: str, budget: int, planner: Planner, dtype: str = "auto", device: str = "cuda"
+) -> LanguageModel:
+    """Load a model onto a device with a budget smaller than the model: dense MLPs wait in host memory (`offload`).
+
+    Args:
+        name: as `load_model` takes it; the whole model must fit into host memory.
+        budget: bytes of the device's memory that this process may hold, as PyTorch's allocator counts them.
+        planner: called before anything is put on the device; what it raises is passed on.
+        dtype: as in `load_model`; auto: as stored.
+        device: of torch.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    place = torch.device(usable_device(device))
+    loaded = load_model(name, "stored" if dtype == "auto" else dtype, "cpu")
+    model, layers = loaded.model, loaded.layers
+    limit = planner(loaded, model_shape(model, layers))
+    if place.type == "cuda":
+        total = torch.cuda.get_device_properties(place).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), place)
+    keep_on_host(model, layers, place)
+    return replace(loaded, layers=find_mlps(model), position_limit=limit)
+
+
+def keep_on_host(model: Any, layers: Sequence[MLPLayer], device: torch.device) -> None:
+    """Move a model to a device, all but its dense MLPs, which pass through it when they are called."""
+    parts: list[list[tuple[torch.Tensor, torch.Tensor | None]]] = []
+    for layer in layers:
+        parts.append([])
+        for name in layer.projections:
+            weight, bias = linear_parameters(getattr(layer.owner, name))
+            parts[-1].append((in_host_memory(weight, device), bias))
+            setattr(layer.owner, name, None)  # so that it is neither moved nor held twice
+    model.to(device)
+    staging = Staging([[weight for weight, _ in layer] for layer in parts], device)
+    for layer, kept in zip(layers, parts, strict=True):
+        for place, (name, (weight, bias)) in enumerate(zip(layer.projections, kept, strict=True)):
+            setattr(layer.owner, name, HostLinear(staging, layer.number, place, weight, bias))
+
+
+def model_shape(model: Any, layers: list[MLPLayer], without_table: bool = False) -> ModelShape:
+    """Return the bytes of a model's parts, which may have no weights yet.
+
+    Args:
+        model: the model.
+        layers: its MLPs.
+        without_table: its embedding table stays on disk.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    tied = set(model.all_tied_weights_keys)
+    every = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if n not in tied)
+    table = model.get_input_embeddings().weight
+    itemsize = model.dtype.itemsize
+    return ModelShape(
+        n_layers=len(layers),
+        d_model=layers[0].d_model,
+        d_ff=layers[0].d_ff,
+        itemsize=itemsize,
+        mlp_bytes=dense_bytes(layers),
+        other_bytes=every - dense_bytes(layers) - (table.numel() * itemsize if without_table else 0),
+        cache_bytes=2 * len(layers) * kv_heads * head_dim * itemsize,
+        vocabulary=table.shape[0],
+    )
+
+
+def _folder(name: str) -> Path:
+    path = Path(name)
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{name} is no local checkpoint folder, which is what a memory budget reads; save the model with "
+            "save_pretrained, or download it with 'hf download'."
+        )
+    return path
+
+
+def _empty_model(name: str, checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return the model without weights, in the type that most of the checkpoint is stored in, and the tokenizer."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    dtype = max(sizes, key=lambda each: sizes[each])
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(f"{name} is quantised, expected plain weights under a memory budget.")
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if (checkpoint.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the model {name!r} cannot be loaded ({reason}); expected a checkpoint folder.") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return model, tokenizer
+
+
+class _Names:
+    """What a model's parameters are called in its checkpoint."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self.model, self.checkpoint = model, checkpoint
+        self.modules = {id(module): name for name, module in model.named_modules()}
+
+    def find(self, name: str) -> str | None:
+        """Return the tensor of a parameter; a checkpoint of the bare decoder leaves the first part out."""
+        prefix = f"{self.model.base_model_prefix}."
+        names = (name, name.removeprefix(prefix), name.replace("lm_head.", "embed_out."))  # the last is GPT-NeoX's
+        return next((n for n in names if n in self.checkpoint.tensors), None)
+
+    def of(self, module: Any, parameter: str, expected: tuple[int, ...]) -> str:
+        """Return the tensor of a module's parameter.
+
+        Raises:
+            ModelError: there is none of this shape.
+        """
+        name = f"{self.modules[id(module)]}.{parameter}"
+        return self.checked(name, expected)
+
+    def checked(self, name: str, expected: tuple[int, ...]) -> str:
+        """Return the tensor of a parameter, which must have a shape."""
+        found = self.find(name)
+        shape = None if found is None else self.checkpoint.tensors[found].shape
+        if found is None or shape != expected:
+            raise ModelError(
+                f"{self.checkpoint.folder} holds {'no' if found is None else f'a {shape}'} tensor {name}, expected "
+                f"{expected}; fetch the checkpoint again."
+            )
+        return found
+
+    def streams_table(self) -> bool:
+        """Return whether the embedding table can stay on disk: a plain one that the output head does not share."""
+        table = self.model.get_input_embeddings()
+        tied = bool(self.model.all_tied_weights_keys)
+        return type(table) is nn.Embedding and not tied and self.find(f"{self.modules[id(table)]}.weight") is not None
+
+
+def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progress) -> None:
+    """Make or open the store, and put projections that read from it into the model."""
+    shape = StoreShape(
+        len(layers),
+        layers[0].d_ff,
+        3 if layers[0].family.gated else 2,
+        layers[0].d_model,
+        str(model.dtype).removeprefix("torch."),
+    )
+    sources = [_sources(layer, names) for layer in layers]
+    checkpoint = names.checkpoint
+    for source in (s for parts in sources for s in parts):
+        if checkpoint.tensors[source.tensor].dtype is not model.dtype:
+            raise UnsupportedModelError(
+                f"{source.tensor} is stored in {checkpoint.tensors[source.tensor].dtype}, expected {model.dtype} as most "
+                "weights; save the model in one type."
+            )
+    store = open_or_make(store_path(checkpoint), checkpoint, sources, shape, progress)
+    scratch = Scratch(store.layers[0], usable(model.dtype, "cpu"))
+    for layer, own in zip(layers, store.layers, strict=True):
+        mlp = StreamedMLP(own, scratch)
+        streamed = {}
+        for name in layer.projections:
+            dense = getattr(layer.owner, name)
+            bias = None
+            if dense.bias is not None:
+                bias = checkpoint.read(names.of(dense, "bias", tuple(dense.bias.shape)), model.dtype)
+            place = None if name == layer.family.output else layer.family.inputs.index(name)
+            streamed[name] = StreamedLinear(mlp, place, weight_shape(dense), bias)
+        mlp.bind([streamed[name] for name in layer.family.inputs])
+        for name, module in streamed.items():
+            setattr(layer.owner, name, module)
+
+
+def _sources(layer: MLPLayer, names: _Names) -> list[PartSource]:
+    """Return where the parts of a layer's neurons are."""
+    sources = []
+    for name in layer.projections:
+        module = getattr(layer.owner, name)
+        transposed = isinstance(module, Conv1D)
+        tensor = names.of(module, "weight", tuple(module.weight.shape))
+        is_output = name == layer.family.output
+        sources.append(PartSource(tensor, in_columns=transposed is not is_output))
+        if layer.family.fused and not is_output:
+            sources.append(PartSource(tensor, first=layer.d_ff))
+    return sources
+
+
+def _load_rest(model: Any, names: _Names, streamed_table: bool) -> None:
+    """Read all weights outside the MLPs, tensor by tensor, into memory of their own."""
+    checkpoint, tied = names.checkpoint, set(model.all_tied_weights_keys)
+    if streamed_table:
+        table = model.get_input_embeddings()
+        found = names.of(table, "weight", tuple(table.weight.shape))
+        model.set_input_embeddings(StreamedEmbedding(checkpoint, found, tuple(table.weight.shape), model.dtype))
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, StreamedLinear) or name in tied:
+            continue
+        value = checkpoint.read(names.checked(name, tuple(parameter.shape)), parameter.dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    for name, buffer in model.named_buffers():
+        kept = names.find(name)
+        if kept is not None and checkpoint.tensors[kept].shape == buffer.shape:
+            buffer.copy_(checkpoint.read(kept))
+    model.tie_weights()

@@ -1,0 +1,1 @@
+"""Figures that the README and the documentation show, each written by the command that measures it."""

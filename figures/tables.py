@@ -1,0 +1,147 @@
+"""Write the tables of figures here and in docs from the result files, or with --check say whether they are current."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from figures.record import NO_BAR
+from figures.table import ROOT
+from figures.tools import UNSEEN
+
+# "with bars" leaves out the figures that are there for comparison alone
+_BLOCK = re.compile(r"(<!-- figures: (\S+)( with bars)? -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def table(path: Path, bars_only: bool = False) -> str:
+    """Return a result file as a Markdown table, with a note for figures that were measured elsewhere."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "bandwidth_gb_per_s" in content:
+        return _speeds(content)
+    if "points" in content:
+        return _points(content)
+    if "contenders" in content:
+        return _contenders(content)
+    if "groupings" in content:
+        return _groupings(content)
+    lines = [f"{_where(content)}.", "", "| figure | value | bar | holds |", "|---|--:|---|---|"]
+    elsewhere: list[str] = []
+    for figure in content["figures"]:
+        if bars_only and figure["bar"] == NO_BAR:
+            continue
+        note = ""
+        if "measured" in figure:
+            place = _where(figure["measured"])
+            if place not in elsewhere:
+                elsewhere.append(place)
+            note = f" ({elsewhere.index(place) + 1})"
+        value = f"{figure['value']:,}" if isinstance(figure["value"], int | float) else figure["value"]
+        holds = "–" if figure["bar"] == NO_BAR else "yes" if figure["holds"] else "**no**"
+        lines.append(f"| {figure['name']}{note} | {value} {figure['unit']} | {figure['bar']} | {holds} |")
+    lines += ["", *(f"({number}) {place}.  " for number, place in enumerate(elsewhere, 1))] if elsewhere else []
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _contenders(content: dict[str, Any]) -> str:
+    """Return what `evaluate` wrote: a row a contender, geometric means first and then each set, those last that no index has."""
+    rows = content["contenders"]
+    seen, unseen = ([each for each in rows[0]["sets"] if (each in UNSEEN) is apart] for apart in (False, True))
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
+    titles = [f"the {len(seen)} indexed", f"the {len(unseen)} unseen", *seen, *unseen]
+    lines += [f"| contender | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
+    for row in rows:
+        ratios = {each: found["ratio"] for each, found in row["sets"].items()}
+        means = [math.exp(sum(math.log(ratios[each]) for each in group) / len(group)) for group in (seen, unseen)]
+        values = [*means, *(ratios[each] for each in [*seen, *unseen])]
+        lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _groupings(content: dict[str, Any]) -> str:
+    """Return a comparison of ways to group texts: a row a way, beside one set for all."""
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
+    lines += ["| groups | how many | of one data set | the 15 indexed | log gap over one set's | the 4 unseen |"]
+    lines += ["|---|--:|--:|--:|--:|--:|"]
+    one = content["groupings"]["one set"]
+    for way, found in content["groupings"].items():
+        lines.append(
+            f"| {way} | {found['groups']} | {found['of_leading_set']:.0%} | {math.exp(found['log_gap']):.2f} | "
+            f"{found['log_gap'] / one['log_gap']:.2f} | {math.exp(found['log_gap_unseen']):.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _points(content: dict[str, Any]) -> str:
+    """Return what `frontier` wrote: a row a point, by bytes; bold, what no point with fewer bytes does as well as."""
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
+    lines += ["| contender | MB a token | of the MLPs | perplexity ratio | 95 % interval |", "|---|--:|--:|--:|--:|"]
+    best = float("inf")
+    for row in content["points"]:
+        mark = "**" if row["ratio"] < best else ""
+        best = min(best, row["ratio"])
+        interval = row["ratio_interval"]
+        spread = "–" if interval is None else f"{interval[0]:,.2f}–{interval[1]:,.2f}"
+        lines.append(
+            f"| {mark}{row['contender']}{mark} | {row['total_bytes_per_token'] / 1e6:,.0f} | "
+            f"{row['mlp_bytes_per_token'] / 1e6:,.0f} | {row['ratio']:,.3f} | {spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _speeds(content: dict[str, Any]) -> str:
+    """Return what `bench` wrote: a row a contender."""
+    highest = content["bandwidth_gb_per_s"]["highest"]
+    lines = [
+        f"{content['model']}, {content['prompt_tokens']} prompt tokens, {content['new_tokens']} new ones, median of "
+        f"{content['rounds']} rounds; memory is read at {highest:.1f} GB/s at best. {_where(content)}.",
+        "",
+        "| contender | tokens/s (lowest–highest) | first token | peak memory | MB a token | share of bandwidth |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in content["contenders"]:
+        if "error" in row:
+            lines.append(f"| {row['contender']} | not measured: {row['error']} | | | | |")
+            continue
+        slowest, fastest = row["tokens_per_second_lowest"], row["tokens_per_second_highest"]
+        share = row["tokens_per_second"] * row["bytes_per_token"] / (highest * 1e9)
+        lines.append(
+            f"| {row['contender']} | {row['tokens_per_second']:.1f} ({slowest:.1f}–{fastest:.1f}) | "
+            f"{1000 * row['first_token_seconds']:,.0f} ms | {row['peak_bytes'] / 1e6:,.0f} MB | "
+            f"{row['bytes_per_token'] / 1e6:,.0f} | {share:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _where(measured: dict[str, Any]) -> str:
+    machine, versions = measured["machine"], measured["versions"]
+    gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
+    return (
+        f"{gpu}{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; {measured['date']}"
+    )
+
+
+def filled(page: str) -> str:
+    """Return a page with every block of figures made anew."""
+    return _BLOCK.sub(lambda m: m[1] + table(ROOT / "figures" / "results" / m[2], bool(m[3])) + m[4], page)
+
+
+def main() -> None:
+    """Fill in the tables, or check them."""
+    for path in (ROOT / "figures" / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            sys.exit(f"the figures in {path.name} are not those of figures/results; run figures/tables.py")
+
+
+if __name__ == "__main__":
+    main()

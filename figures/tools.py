@@ -1,0 +1,140 @@
+"""What several entries do: run the command line, and take turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from figures.table import ROOT, Given
+
+K = TypeVar("K")
+UNSEEN = ("dialogsum", "mbpp", "nq_open", "xsum")
+"""Sets that no index is built on."""
+AS_SET = {
+    "dtype": "model.dtype",
+    "prefill": "decode.prefill",
+    "fallback": "select.fallback",
+    "min_new_tokens": "sample.min_new_tokens",
+    "batch_size": "build.batch_size",
+}
+"""Settings that have no option of their own in this tree, each with the name that ``--set`` knows it by."""
+
+
+def options(tree: Path = ROOT, **settings: object) -> list[str]:
+    """Return settings as the command line of a tree takes them; True is a flag, None is left out."""
+    words = []
+    for name, value in settings.items():
+        if tree == ROOT and name in AS_SET and value is not None:
+            words += ["--set", f"{AS_SET[name]}={value}"]
+        elif value is not None:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+def python(tree: Path, code: str, *arguments: object) -> list[str]:
+    """Return a command that runs Python with a tree's packages, those of this checkout or of an earlier one."""
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tree.resolve())!r}); {code}",
+        *map(str, arguments),
+    ]
+
+
+def coreinfer(*arguments: object, tree: Path = ROOT) -> list[str]:
+    """Return a command that runs a tree's `coreinfer-sim`."""
+    return python(tree, "from cli.main import main; main()", *arguments)
+
+
+def output_of(command: Sequence[str], **env: str) -> str:
+    """Run a command, with more in its environment, and return what it prints."""
+    more = {**os.environ, **env}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=more).stdout
+
+
+def generated(
+    given: Given, prompts: str | Sequence[str], *, tree: Path = ROOT, cache: Path | None = None, **settings: object
+) -> Any:
+    """Return what `generate --json` says of a prompt, or of each of several.
+
+    Args:
+        given: model, and new tokens unless ``settings`` name them.
+        prompts: of one line each.
+        tree: whose command runs, on two threads.
+        cache: folder that the command keeps what it makes in; None: an empty one, so that no earlier run's choice is read.
+        **settings: see `options`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "prompts.txt")
+        if not isinstance(prompts, str):
+            file.write_text("\n".join(prompts), encoding="utf-8")
+        source = [prompts] if isinstance(prompts, str) else ["--file", file]
+        settings = {
+            "model": given.model,
+            "max_new_tokens": getattr(given, "new_tokens", None),
+            "json": True,
+            **settings,
+        }
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "2")
+        command = coreinfer("generate", *source, *options(tree, **settings), tree=tree)
+        return json.loads(output_of(command, COREINFER_SIM_CACHE=str(cache or folder), **threads))
+
+
+def sets_of(data: Path, *, seen_only: bool = False) -> list[Path]:
+    """Return the JSONL files of a folder, a file a set."""
+    return [path for path in sorted(data.glob("*.jsonl")) if not (seen_only and path.stem in UNSEEN)]
+
+
+def demo_prompts() -> list[str]:
+    """Return the ten prompts of the demo."""
+    return (ROOT / "demo" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    """Return how long a call takes."""
+    begin = time.perf_counter()
+    function(*arguments, **options)
+    return time.perf_counter() - begin
+
+
+def in_turns(contenders: Iterable[K], rounds: int, measure: Callable[[K, int], float]) -> dict[K, list[float]]:
+    """Return what ``measure(contender, round)`` found for each contender, after a round 0 to warm up.
+
+    Each round begins with another contender.
+    """
+    found: dict[K, list[float]] = {each: [] for each in contenders}
+    order = list(found)
+    for number in range(rounds + 1):
+        for each in order:
+            value = measure(each, number)
+            if number:
+                found[each].append(value)
+        order.append(order.pop(0))
+    return found
+
+
+def medians(found: Mapping[K, Sequence[float]]) -> dict[K, float]:
+    """Return the median of each list."""
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def spread(values: Iterable[float], digits: int = 2) -> list[float]:
+    """Return the lowest and the highest, rounded."""
+    known = list(values)
+    return [round(min(known), digits), round(max(known), digits)]
+
+
+def exactly_new(n: int) -> dict[str, Any]:
+    """Return options of transformers' generate for ``n`` greedy tokens.
+
+    There is no end token rather than a least length, which costs a pass over all logits that no user pays.
+    """
+    return {"max_new_tokens": n, "eos_token_id": None, "do_sample": False}

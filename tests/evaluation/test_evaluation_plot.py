@@ -1,0 +1,48 @@
+"""The picture of quality over bytes."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from coreinfer_sim.evaluation.contenders import parse_contenders
+from coreinfer_sim.evaluation.plot import families, plot
+
+CONTENDERS = parse_contenders(["dense", "griffin", "similarity"], [0.8, 0.4], ["energy"], ["16bit", "q4_0"])
+BITS = {"16bit": 16, "q4_0": 4.5}
+
+
+def _summary() -> list[dict]:
+    """Rows as `summarise` makes them: the fewer bytes, the worse."""
+    return [
+        {
+            "contender": str(c),
+            "ratio": 1 / (c.keep_ratio * BITS[c.weights] / 16),
+            "ratio_interval": [0.9, 12.0],
+            "total_bytes_per_token": 1e8 * c.keep_ratio * BITS[c.weights] / 16,
+        }
+        for c in CONTENDERS
+    ]
+
+
+def test_a_plot_has_a_line_a_family():
+    found = families(_summary(), CONTENDERS)
+    assert list(found) == [
+        "dense",
+        "griffin 16bit",
+        "griffin q4_0",
+        "similarity/energy 16bit",
+        "similarity/energy q4_0",
+    ]
+    assert [c.weights for c, _ in found["dense"]] == ["q4_0", "16bit"]
+    assert [c.keep_ratio for c, _ in found["griffin 16bit"]] == [0.4, 0.8]
+
+
+def test_a_plot_is_written_whole_and_names_what_it_shows(tmp_path):
+    plot(_summary(), CONTENDERS, tmp_path / "a.png")
+    plot(_summary(), CONTENDERS, tmp_path / "a.svg", {"as it came": (5e7, 1.0)})
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    text = (tmp_path / "a.svg").read_text()
+    for shown in ("dense", "similarity/energy q4_0", "as it came", "weights read per decoded token (MB)"):
+        assert f"<!-- {shown} -->" in text  # matplotlib draws text as paths and keeps it in a comment
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]

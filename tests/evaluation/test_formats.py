@@ -1,0 +1,74 @@
+"""Weights rounded to the formats of files, and the bytes that they count for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers.pytorch_utils import Conv1D
+
+from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.settings import Weights
+from coreinfer_sim.choosing.predictors import random_selection
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.engines.cutting import compact_model
+from coreinfer_sim.evaluation.formats import engine_for, rounded, rounded_model
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import dense_bytes, find_mlps, other_bytes
+
+
+def test_rounding_is_closer_with_more_bits_and_leaves_the_original_alone(language_model):
+    weight = torch.randn(7, 45)
+    q8, q4 = (float((rounded(weight, kind) - weight).abs().mean()) for kind in ("q8_0", "q4_0"))
+    assert 0 < q8 < q4 / 4
+    before = {name: value.clone() for name, value in language_model.model.state_dict().items()}
+    variant = rounded_model(language_model, "q4_0")
+    assert all(torch.equal(value, before[name]) for name, value in language_model.model.state_dict().items())
+    own = variant.layers[0].output.weight
+    assert not torch.equal(own, language_model.layers[0].output.weight)
+    assert own is variant.model.get_submodule(path_of(variant.model, variant.layers[0].output)).weight
+
+
+def path_of(model, wanted) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def test_only_formats_of_files_decode_a_rounded_model(language_model):
+    for weights, kind in (("16bit", Weights.STORED), ("int8", Weights.INT8)):
+        model, engine = engine_for(language_model, weights, DecodeConfig())
+        assert model is language_model and engine.model is model.model
+        assert (engine.name, engine.config.weights) == ("lean", kind)
+    model, engine = engine_for(language_model, "q4_0", DecodeConfig(engine="lean"))
+    assert model is not language_model and engine.model is model.model and engine.name == "transformers"
+
+
+def test_held_neurons_are_cut_before_they_are_rounded(language_model):
+    _, engine = engine_for(language_model, "q4_0", DecodeConfig())
+    half = random_selection(language_model.layers, range(len(language_model.layers)), 0.5, seed=0)
+    (held,) = engine.prepare([half])
+    for number, parts in compact_model(language_model.layers, half).items():
+        for name, module in parts.items():
+            assert torch.equal(held.layers[number][name].weight, rounded(module.weight.data, "q4_0"))
+    assert engine.mlp_bytes([held]) == round(dense_bytes(language_model.layers) / 2 * 4.5 / 32)
+
+
+@pytest.mark.parametrize("key", ["llama", "gpt2"])
+def test_of_4_bits_all_matrices_but_the_head_have_4(key):
+    model = tiny_model(key)
+    whole = LanguageModel(model, None, key, find_mlps(model))
+    variant = rounded_model(whole, "q4_0").model
+    matrices = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    assert len(matrices) > 6
+    for name, weight in matrices.items():
+        kind = "q8_0" if name == "lm_head" else "q4_0"
+        flat = isinstance(model.get_submodule(name), Conv1D)
+        wanted = rounded(weight.data.T, kind).T if flat else rounded(weight.data, kind)
+        assert torch.equal(variant.get_submodule(name).weight, wanted) and not torch.equal(wanted, weight)
+    _, engine = engine_for(whole, "q4_0", DecodeConfig())
+    (dense,) = engine.prepare([NeuronSelection("dense")])
+    assert engine.mlp_bytes([dense]) == round(dense_bytes(whole.layers) * 4.5 / 32)
+    head = model.lm_head.weight.numel() * model.dtype.itemsize
+    others = other_bytes(model, whole.layers) - head
+    assert engine.other_bytes() == round(others * 4.5 / 32 + head * 8.5 / 32)
+    _, in_8_bits = engine_for(whole, "q8_0", DecodeConfig())
+    assert in_8_bits.other_bytes() == pytest.approx((others + head) * 8.5 / 32, abs=1)

@@ -1,0 +1,74 @@
+"""llama.cpp on exported sets gives the tokens that our own engines give."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_index import PROMPTS, WIDE_RATIO
+
+from coreinfer_sim.base.errors import ConfigError, ContextLengthError, PromptError
+from coreinfer_sim.generation.opening import load
+
+pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")
+
+
+def opened(wide_index, exported, **settings):
+    settings = {"fallback": "none", "context": 256, **settings}
+    return load(wide_index, engine="llamacpp", exported=str(exported), **settings)
+
+
+@pytest.mark.parametrize("mode", ["similarity", "global", "dense"])
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_the_tokens_are_those_of_our_own_engines(wide_checkpoint, wide_index, exported, mode, chat):
+    ours = load(wide_index, wide_checkpoint, mode=mode, keep_ratio=WIDE_RATIO, fallback="none", dtype="float32")
+    with opened(wide_index, exported, mode=mode) as generator:
+        for prompt in PROMPTS[:2]:
+            expected = ours.generate(prompt, chat=chat, max_new_tokens=16)
+            run = generator.generate(prompt, chat=chat, max_new_tokens=16)
+            assert run.text == expected.text and run.n_new_tokens == expected.n_new_tokens
+            written = []
+            streamed = generator.generate(prompt, chat=chat, max_new_tokens=16, write=written.append)
+            assert "".join(written) == streamed.text and streamed.n_new_tokens == run.n_new_tokens
+            # Of broken UTF-8, such as random weights write, a stream of llama.cpp's leaves parts out.
+            assert run.n_prompt_tokens == expected.n_prompt_tokens and run.engine == "llamacpp"
+            assert (run.selection.mode, run.selection.cluster) == (mode, expected.selection.cluster)
+            assert json.loads(json.dumps(run.as_dict()))["tokens_per_second"] > 0
+
+
+def test_scores_are_those_of_our_own_engines(wide_checkpoint, wide_index, exported):
+    ours = load(wide_index, wide_checkpoint, keep_ratio=WIDE_RATIO, fallback="none", dtype="float32")
+    with opened(wide_index, exported) as generator:
+        expected = ours.score(PROMPTS[0] + "\n", "Stars form in clouds.")
+        found = generator.score(PROMPTS[0] + "\n", "Stars form in clouds.")
+    assert found == pytest.approx(expected, abs=2e-2)
+
+
+def test_sparse_prefill_reads_the_prompt_with_the_cluster(wide_index, exported):
+    with opened(wide_index, exported, prefill="sparse") as generator:
+        run = generator.generate(PROMPTS[0], max_new_tokens=8)
+        assert run.n_new_tokens == 8 and run.file is not None and run.file.endswith(".gguf")
+
+
+def test_what_llama_cpp_cannot_do_is_refused(wide_index, exported):
+    with pytest.raises(ConfigError, match="expected similarity, global or dense"):
+        opened(wide_index, exported, mode="stability")
+    with pytest.raises(ConfigError, match="depend on the prompt"):
+        opened(wide_index, exported, fallback="hybrid")
+    with pytest.raises(ConfigError, match="prefill is 'some'"):
+        opened(wide_index, exported, prefill="some")
+    for setting in ({"keep_ratio": 0.5}, {"weights": "int8"}, {"memory_budget": 1 << 30}):
+        with pytest.raises(ConfigError, match="fixed by export"):
+            opened(wide_index, exported, **setting)
+    with pytest.raises(ConfigError, match="is of the engine llamacpp"):
+        load(wide_index, exported=str(exported))
+
+
+def test_bad_prompts_are_refused(wide_index, exported):
+    with opened(wide_index, exported, context=64) as generator:
+        with pytest.raises(PromptError, match="is empty"):
+            generator.generate("  ")
+        with pytest.raises(ContextLengthError, match="exceed the context of 64"):
+            generator.generate(PROMPTS[0] * 9, max_new_tokens=32)
+        with pytest.raises(ConfigError, match="hybrid"):
+            generator.generate(PROMPTS[0], mode="hybrid")
