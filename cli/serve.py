@@ -118,7 +118,8 @@ def serve(
             app.state.stop()
             super().handle_exit(sig, frame)
 
-    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    # No logging of uvicorn's own: setting it up closes the handlers, and so the streams, of others in this process.
+    server = Server(uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=10))
     with _listening(host, port) as listener:
         place = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         click.echo(f"Serving {title} at http://{place} – Ctrl-C ends it.", err=True)
