@@ -172,27 +172,28 @@ def texts(given: Given) -> None:
 )  # fmt: skip
 def speed(given: Given) -> None:
     """Decode of the lean engine before and after, dense and sparse, bfloat16 and int8: processes that take turns."""
-    prompt, trees = demo_prompts()[0], {"before": given.before_tree, "after": ROOT}
-    contenders = list(itertools.product(("stored", "int8"), ("dense", "random"), trees))
-
-    def measure(contender: tuple[str, str, str], _number: int) -> float:
-        weights, mode, when = contender
-        settings = {"mode": mode, "keep_ratio": given.keep_ratio if mode == "random" else None, "weights": weights}
-        settings |= {"dtype": "bfloat16", "engine": "lean", "min_new_tokens": given.new_tokens}
-        run = generated(given, prompt, tree=trees[when], cache=Path(cache, when), **settings)
-        return float(run["tokens_per_second"])
-
+    prompts, trees = (
+        demo_prompts()[:1] * 6,
+        {"before": given.before_tree, "after": ROOT},
+    )  # a process takes long to begin
     with tempfile.TemporaryDirectory() as cache:
-        found = in_turns(contenders, given.rounds, measure)
-    middle = medians(found)
-    for weights, mode, _ in contenders[::2]:
-        before, after = (found[weights, mode, when] for when in trees)
-        record(
-            f"{given.name}, lean engine, {'dense' if mode == 'dense' else f'keep ratio {given.keep_ratio:g}'}, "
-            f"{'bfloat16' if weights == 'stored' else weights}: decode over that before",
-            middle[weights, mode, "after"] / middle[weights, mode, "before"],
-            "×, of medians",
-            at_least(0.98),
-            of_rounds=spread([b / a for a, b in zip(before, after, strict=True)], 3),
-            tokens_per_second={w: [middle[weights, mode, w], *spread(found[weights, mode, w])] for w in trees},
-        )
+        for weights, mode in itertools.product(("stored", "int8"), ("dense", "random")):
+            ratio = given.keep_ratio if mode == "random" else None
+            settings: dict[str, Any] = {"mode": mode, "keep_ratio": ratio, "weights": weights, "dtype": "bfloat16"}
+            settings |= {"engine": "lean", "min_new_tokens": given.new_tokens}
+
+            def measure(when: str, _number: int, settings: dict[str, Any] = settings) -> float:
+                runs = generated(given, prompts, tree=trees[when], cache=Path(cache, when), **settings)
+                return statistics.median(run["tokens_per_second"] for run in runs)
+
+            found = in_turns(trees, given.rounds, measure)
+            middle = medians(found)
+            record(
+                f"{given.name}, lean engine, {'dense' if ratio is None else f'keep ratio {ratio:g}'}, "
+                f"{'bfloat16' if weights == 'stored' else weights}: decode over that before",
+                middle["after"] / middle["before"],
+                "×, of medians",
+                at_least(0.98),
+                of_rounds=spread([b / a for a, b in zip(found["before"], found["after"], strict=True)], 3),
+                tokens_per_second={when: [middle[when], *spread(found[when])] for when in trees},
+            )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode, Score, Weights, check_ratio
@@ -169,6 +171,23 @@ class SamplingConfig:
             return False
         names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
         return any(getattr(self, name) is not None for name in names)
+
+
+def with_settings(settings: Mapping[str, Any], configs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put settings by name into whichever of ``configs``, dataclasses, has them.
+
+    Raises:
+        ConfigError: none has one of that name.
+    """
+    known = [{field.name for field in fields(config)} for config in configs]
+    unknown = sorted(set(settings).difference(*known))
+    if unknown:
+        listed = ", ".join(sorted(set().union(*known)))
+        raise ConfigError(f"there is no setting {', '.join(unknown)}, expected some of {listed}.")
+    return tuple(
+        replace(config, **{name: value for name, value in settings.items() if name in own})
+        for config, own in zip(configs, known, strict=True)
+    )
 
 
 def check_seed(seed: int | None) -> None:

@@ -13,9 +13,9 @@ from coreinfer_sim.base.settings import Fallback, Mode
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.llamacpp.engine import Decoded, LlamaCppEngine, StreamSettings
 from coreinfer_sim.engines.llamacpp.router import GLOBAL
-from coreinfer_sim.generation.text import Generation, Generator, Write
+from coreinfer_sim.generation.text import Generation, Generator, Request, Write
 from coreinfer_sim.index.index import SemanticIndex
-from coreinfer_sim.models.prompts import Message, within
+from coreinfer_sim.models.prompts import within
 
 _SAMPLING = {
     "temperature": "temperature",
@@ -73,28 +73,18 @@ class ExportedGenerator(Generator):
             )
         self._fallback = self._chosen_fallback(selection.fallback)
 
-    def _generate(
-        self,
-        prompt: str | list[Message],
-        sampling: SamplingConfig,
-        routed_by: str,
-        mode: str,
-        chat: bool,
-        shorten: bool,
-        write: Write | None,
-    ) -> Generation:
+    def _generate(self, request: Request, write: Write | None) -> Generation:
         # 1) the set, open in llama.cpp
         begin = time.perf_counter()
-        selection = self._route(routed_by, mode)
+        selection = self._route(request.routed_by, request.mode)
         looked_up = time.perf_counter()
         model = self._engine.model(selection)
         opened = time.perf_counter()
         # 2) a prompt that fits
-        chat = chat or not isinstance(prompt, str)
-        ids = model.tokenize(model.render(prompt, chat), parse_special=chat)
-        n_new = sampling.max_new_tokens
-        n_new = within(self._engine.context, len(ids), n_new) if shorten else n_new
-        settings = StreamSettings(n_new, llamacpp_sampling(sampling))
+        ids = model.tokenize(model.render(request.prompt, request.chat), parse_special=request.chat)
+        n_new = request.sampling.max_new_tokens
+        n_new = within(self._engine.context, len(ids), n_new) if request.shorten else n_new
+        settings = StreamSettings(n_new, llamacpp_sampling(request.sampling))
         # 3) the text
         if write is None:
             decoded = model.complete(ids, settings)
@@ -106,7 +96,7 @@ class ExportedGenerator(Generator):
                     else:
                         write(piece)
         return Generation(
-            prompt=routed_by,
+            prompt=request.routed_by,
             text=decoded.text,
             token_ids=None,
             n_new_tokens=decoded.n_new_tokens,

@@ -17,15 +17,15 @@ from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.make import predictor_of
 from coreinfer_sim.choosing.predictors import Predictor
-from coreinfer_sim.engines.face import Group
+from coreinfer_sim.engines.face import Engine, Group
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.sparse_model import SparseModel
-from coreinfer_sim.generation.text import Generation, Generator, Write
+from coreinfer_sim.generation.text import Generation, Generator, Request, Write
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import dense_bytes
-from coreinfer_sim.models.prompts import Message, prompt_ids, within
+from coreinfer_sim.models.prompts import prompt_ids, within
 
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _ALWAYS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
@@ -82,23 +82,12 @@ class TextGenerator(Generator):
         model = self.language_model
         return SparseModel(model.model, predictor, model.tokenizer, self.decode, engines=self.engines)
 
-    def _generate(
-        self,
-        prompt: str | list[Message],
-        sampling: SamplingConfig,
-        routed_by: str,
-        mode: str,
-        chat: bool,
-        shorten: bool,
-        write: Write | None,
-    ) -> Generation:
+    def _generate(self, request: Request, write: Write | None) -> Generation:
         # 1) ids that fit
-        model, sparse = self.language_model, self.sparse_model(mode)
-        ids = prompt_ids(model.tokenizer, model.name, prompt, chat or not isinstance(prompt, str)).to(
-            model.model.device
-        )
+        model, sparse, sampling = self.language_model, self.sparse_model(request.mode), request.sampling
+        ids = prompt_ids(model.tokenizer, model.name, request.prompt, request.chat).to(model.model.device)
         n_prompt = ids.shape[1]
-        if shorten:
+        if request.shorten:
             n_new = within(model.context_length, n_prompt, sampling.max_new_tokens)
             sampling = replace(sampling, max_new_tokens=n_new, min_new_tokens=_least(sampling, n_new))
         self._check_length(n_prompt, sampling.max_new_tokens)
@@ -111,7 +100,7 @@ class TextGenerator(Generator):
         try:
             output = sparse.generate(
                 ids,
-                prompts=[routed_by],
+                prompts=[request.routed_by],
                 attention_mask=torch.ones_like(ids),
                 pad_token_id=model.tokenizer.pad_token_id,
                 streamer=timer if streams else None,
@@ -131,7 +120,7 @@ class TextGenerator(Generator):
         selection = facts.selections[0]
         counted = facts.read.n_steps > 0
         return Generation(
-            prompt=routed_by,
+            prompt=request.routed_by,
             text=text,
             token_ids=new,
             n_new_tokens=len(new),
@@ -152,28 +141,34 @@ class TextGenerator(Generator):
 
     def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
         """Return the log-probability of each completion token; see `Generator.score`."""
-        # 1) ids that fit
-        model, predictor, engine = self.language_model, self.sparse_model(mode).predictor, self.engines[0]
+        model, sparse, engine = self.language_model, self.sparse_model(mode), self.engines[0]
         ids = prompt_ids(model.tokenizer, model.name, prompt, chat=False)
         completion_ids = model.tokenizer(completion, add_special_tokens=False)["input_ids"]
         self._check_length(ids.shape[1], len(completion_ids))
         if not completion_ids:
             return []
-        # 2) the prompt, as prefill reads it, and the held neurons
+        new = torch.tensor([completion_ids], device=model.model.device)
+        with sparse.held():
+            logits = self._forced_logits(sparse.predictor, engine, prompt, ids, new)
+        found = torch.log_softmax(logits.float(), -1).gather(1, new[0, :, None])
+        return found[:, 0].tolist()
+
+    def _forced_logits(
+        self, predictor: Predictor, engine: Engine, prompt: str, ids: torch.Tensor, new: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits that predict each token of ``new``, [1, n], behind a prompt: [n, vocabulary]."""
+        # 1) the prompt, as prefill reads it, and the held neurons
         known = predictor.select([prompt], None, 1) if self.decode.prefill is Prefill.SPARSE else None
         groups: list[Group] = [] if known is None else [([0], each) for each in engine.prepare(known)]
         with engine.mounted(groups) if groups else nullcontext():
-            read = read_prompt(model, engine, ids, predictor.alpha)
+            read = read_prompt(self.language_model, engine, ids, predictor.alpha)
         selections = known or predictor.select([prompt], read.statistics, 1)
         assert selections is not None
-        # 3) the completion; its first token is the prompt's to predict
-        new = torch.tensor([completion_ids], device=model.model.device)
-        logits = read.logits
-        if new.shape[1] > 1:
-            (held,) = engine.prepare(selections)
-            logits = torch.cat([logits, engine.forced(new[:, :-1], read.cache, held)])
-        found = torch.log_softmax(logits.float(), -1).gather(1, new[0, :, None])
-        return found[:, 0].tolist()
+        # 2) the completion; its first token is the prompt's to predict
+        if new.shape[1] == 1:
+            return read.logits
+        (held,) = engine.prepare(selections)
+        return torch.cat([read.logits, engine.forced(new[:, :-1], read.cache, held)])
 
     def close(self) -> None:
         """Let go of the prepared weights."""

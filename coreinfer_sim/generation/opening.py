@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig
+from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Fallback
@@ -58,7 +57,7 @@ def load(
     """
     # 1) settings
     selection, decode, loading = with_settings(
-        settings, selection or SelectionConfig(), decode or DecodeConfig(), loading or ModelConfig()
+        settings, (selection or SelectionConfig(), decode or DecodeConfig(), loading or ModelConfig())
     )
     if decode.prefill is Prefill.SPARSE and selection.fallback is None:
         selection = replace(selection, fallback=Fallback.GLOBAL)
@@ -82,26 +81,6 @@ def load(
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
     return TextGenerator(loaded, opened, selection, decode)
-
-
-def with_settings(
-    settings: Mapping[str, Any], selection: SelectionConfig, decode: DecodeConfig, loading: ModelConfig
-) -> tuple[SelectionConfig, DecodeConfig, ModelConfig]:
-    """Put settings by name into whichever of the three has them.
-
-    Raises:
-        ConfigError: none has one of that name.
-    """
-    known = [{field.name for field in fields(kind)} for kind in (selection, decode, loading)]
-    unknown = sorted(set(settings).difference(*known))
-    if unknown:
-        listed = ", ".join(sorted(set().union(*known)))
-        raise ConfigError(f"there is no setting {', '.join(unknown)}, expected some of {listed}.")
-
-    def own(place: int) -> dict[str, Any]:
-        return {name: value for name, value in settings.items() if name in known[place]}
-
-    return replace(selection, **own(0)), replace(decode, **own(1)), replace(loading, **own(2))
 
 
 def open_index(index: str | Path | SemanticIndex | None, encoder: str | None = None) -> SemanticIndex | None:

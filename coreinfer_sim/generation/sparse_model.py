@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill
+from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, with_settings
 from coreinfer_sim.base.errors import ConfigError, GenerationError
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.engines.face import Engine
@@ -55,7 +55,7 @@ class SparseModel:
             ConfigError: settings that contradict each other or the predictor, or an engine that cannot run the model.
             UnsupportedModelError: the family has no adapter.
         """
-        self.config = dataclasses.replace(config or DecodeConfig(), **settings)
+        self.config: DecodeConfig = with_settings(settings, (config or DecodeConfig(),))[0]
         if self.config.prefill is Prefill.SPARSE and predictor.alpha is not None:
             raise ConfigError(
                 f"sparse prefill needs the set before the prompt is read, but {predictor.mode} mode may take it from the "
@@ -114,12 +114,18 @@ class SparseModel:
         mask = kwargs.get("attention_mask")
         mask = settings.mask_of(input_ids) if mask is None else mask
         check_ids(input_ids, mask)
+        with self.held():
+            return self._generate(input_ids, mask, prompts, settings, kwargs)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other calls from the model's weights within the block, or raise GenerationError if one is running."""
         if not self._lock.acquire(blocking=False):
             raise GenerationError(
                 "this model is generating already, and its weights serve one call at a time; wait, or load it twice."
             )
         try:
-            return self._generate(input_ids, mask, prompts, settings, kwargs)
+            yield
         finally:
             self._lock.release()
 

@@ -6,10 +6,10 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
-from coreinfer_sim.base.decode_settings import SamplingConfig
+from coreinfer_sim.base.decode_settings import SamplingConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError, UnknownModeError
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.generation.routing import routing_text
@@ -95,6 +95,19 @@ Write = Callable[[str], None]
 """Takes new text piece by piece; what it raises breaks the generation off."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """What `Generator.generate` was called with, once everything is decided."""
+
+    prompt: str | list[Message]
+    sampling: SamplingConfig
+    routed_by: str
+    mode: str
+    chat: bool
+    """Whether the prompt goes through the model's chat template."""
+    shorten: bool
+
+
 class Generator(ABC):
     """Generates, streams, scores and looks up: the outer half of an engine, which commands and the server speak to."""
 
@@ -139,25 +152,18 @@ class Generator(ABC):
 
         Raises:
             UnknownModeError: there is no such mode.
+            ConfigError: there is no such setting.
             PromptError: the prompt is empty, or does not fit into the context together with the new tokens.
         """
         mode = self.checked_mode(mode)
-        sampling = replace(sampling or SamplingConfig(), **settings)
-        routed = routed_by or routing_text(self.index, prompt)
-        return self._generate(prompt, sampling, routed, mode, chat, shorten, write)
+        sampling = with_settings(settings, (sampling or SamplingConfig(),))[0]
+        routed_by = routed_by or routing_text(self.index, prompt)
+        chat = chat or not isinstance(prompt, str)
+        return self._generate(Request(prompt, sampling, routed_by, mode, chat, shorten), write)
 
     @abstractmethod
-    def _generate(
-        self,
-        prompt: str | list[Message],
-        sampling: SamplingConfig,
-        routed_by: str,
-        mode: str,
-        chat: bool,
-        shorten: bool,
-        write: Write | None,
-    ) -> Generation:
-        """Do what `generate` says, with everything decided."""
+    def _generate(self, request: Request, write: Write | None) -> Generation:
+        """Do what `generate` says."""
 
     def stream(
         self, prompt: str | list[Message], sampling: SamplingConfig | None = None, **options: Any
