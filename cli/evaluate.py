@@ -12,6 +12,7 @@ import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import CorpusConfig
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
@@ -29,7 +30,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 
 
 @click.command()
-@click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("sets", nargs=-1, required=True, callback=options.existing)
 @options.model
 @options.index
 @click.option(
@@ -88,10 +89,10 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw quality over bytes a token into this .png or .svg file.",
 )
-@set_option("decode", "model")
+@set_option("corpus", "decode", "model")
 @options.as_json
 def evaluate(
-    sets: tuple[Path, ...],
+    sets: tuple[str, ...],
     model: str | None,
     index: str | None,
     contenders: tuple[str, ...],
@@ -112,11 +113,11 @@ def evaluate(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Score ways of choosing neurons on SETS: JSONL files with id, prompt and completion.
+    """Score ways of choosing neurons on SETS: whatever build-index reads, with prompts and completions, or conversations.
 
-    Prefill is dense unless decode.prefill says otherwise, decode forced sparse, by the engine that decodes; the completion's
-    tokens from the second on are scored. With --generate, texts are generated in place of the completions and compared with
-    them: exact match, F1, ROUGE-L, BLEU and chrF.
+    Ids, where there are some, decide which rows --part takes. Prefill is dense unless decode.prefill says otherwise, decode
+    forced sparse, by the engine that decodes; the completion's tokens from the second on are scored. With --generate, texts
+    are generated in place of the completions and compared with them: exact match, F1, ROUGE-L, BLEU and chrF.
 
     \b
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\
@@ -141,7 +142,7 @@ def evaluate(
     if generate:
         check_text_scores()
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
-    rows = read_sets(sets, part, limit)
+    rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
     opened = open_index(index, loading.encoder)
     name = model_name(opened, model)
     # 2) who is compared

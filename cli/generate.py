@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SamplingConfig, SelectionConfig
-from coreinfer_sim.base.errors import PromptError
+from coreinfer_sim.base.errors import ConfigError, PromptError
 from coreinfer_sim.base.progress import counted
+from coreinfer_sim.base.rows import CorpusReport, Row, read_prompts
+from coreinfer_sim.base.settings import CorpusConfig
 
 from . import options
 from .console import ConsoleProgress, note_plain_sets, print_json, quiet_libraries, size_text, status
@@ -32,7 +34,9 @@ _EFFECTIVE = {
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One prompt a line.")
+@click.option(
+    "--file", metavar="CORPUS", callback=options.existing, help="Prompts: one a line, or whatever build-index reads."
+)
 @options.index
 @options.model
 @options.mode
@@ -53,11 +57,11 @@ _EFFECTIVE = {
     help="Keep to this much memory, such as 2GiB: dense MLP weights stay on disk; on a GPU, whose memory is then counted, "
     "in host memory.  [default: no limit]",
 )
-@set_option("select", "decode", "sample", "model")
+@set_option("corpus", "select", "decode", "sample", "model")
 @options.as_json
 def generate(
     prompt: str | None,
-    file: Path | None,
+    file: str | None,
     index: str | None,
     model: str | None,
     mode: str | None,
@@ -75,7 +79,7 @@ def generate(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Generate from PROMPT, from the lines of --file, or from the lines of stdin.
+    """Generate from PROMPT, from the rows of --file, or from the lines of stdin.
 
     Prefill is dense, unless decode.prefill says otherwise; decode reads only the held neurons.
 
@@ -96,10 +100,11 @@ def generate(
         stop=stop or None,
         seed=None if "seed" in settings.given("sample") else 0,
     )
-    prompts = _prompts(prompt, file)
+    report = CorpusReport()
+    prompts = _prompts(prompt, file, settings, report)
     first = next(prompts, None)
     if first is None:
-        raise PromptError("no prompt was given, expected an argument, --file, or lines on stdin.")
+        raise PromptError("no prompt was given, expected an argument, --file with rows, or lines on stdin.")
     _note_ineffective(settings, selection, keep_ratio)
     modes = list(dict.fromkeys([selection.mode.value, *(["dense"] if compare else [])]))
     quiet_libraries()
@@ -108,7 +113,7 @@ def generate(
     from coreinfer_sim.generation.opening import load
 
     longest = Longest(
-        options.messages(options.readable(first), chat, system),
+        _asked(first, chat, system),
         chat,
         sampling.max_new_tokens,
         sampling.num_beams,
@@ -132,14 +137,16 @@ def generate(
         alone = memory_budget is not None and len(modes) > 1
         run = _Runner(generator, sampling, modes, chat, system, shown=not as_json, titled=compare, alone=alone)
         results, n_failed = [], 0
-        for number, text in enumerate(itertools.chain([first], prompts)):
+        for number, row in enumerate(itertools.chain([first], prompts)):
             try:
-                results.append([each.as_dict() for each in run(options.readable(text), number)])
+                results.append([each.as_dict() for each in run(row, number)])
             except PromptError as error:  # the other lines are still worth an answer
                 if prompt is not None:
                     raise
                 click.echo(f"Error: line {number + 1}: {error}", err=True)
                 n_failed += 1
+    if report.remarks():
+        click.echo(f"Note: {file}: {'; '.join(report.remarks())}.", err=True)
     if as_json:
         flat = results if compare else [runs[0] for runs in results]
         print_json(flat[0] if prompt is not None else flat)
@@ -155,17 +162,27 @@ def _note_ineffective(settings: Settings, selection: SelectionConfig, keep_ratio
             click.echo(f"Note: {name} has no effect in mode {selection.mode.value}.", err=True)
 
 
-def _prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
+def _prompts(prompt: str | None, file: str | None, settings: Settings, report: CorpusReport) -> Iterator[Row]:
     if prompt is not None and file is not None:
         raise click.UsageError("give PROMPT or --file, not both.")
+    if file is None and settings.given("corpus"):
+        raise click.UsageError(f"corpus.{settings.given('corpus')[0]} does nothing without --file; leave it out.")
     if prompt is not None:
-        yield options.readable(prompt)
+        yield Row("0", options.readable(prompt))
     elif file is not None:
-        with file.open(encoding="utf-8", errors="surrogateescape") as lines:
-            yield from (line.strip() for line in lines if line.strip())
+        yield from read_prompts(settings.make(CorpusConfig, source=file), report)
     elif not sys.stdin.isatty():
-        typed = (line.decode("utf-8", "surrogateescape").strip() for line in sys.stdin.buffer)
-        yield from (line for line in typed if line)
+        lines = (line.decode("utf-8", "surrogateescape").strip() for line in sys.stdin.buffer)
+        yield from (Row(str(number), line) for number, line in enumerate(lines) if line)
+
+
+def _asked(row: Row, chat: bool, system: str | None) -> Any:
+    """Return what a generator takes: a text, or a conversation up to the user's last message."""
+    if not row.history:
+        return options.messages(options.readable(row.prompt), chat, system)
+    if system is not None:
+        raise ConfigError("--system was given, but the rows are conversations, which have their own; leave it out.")
+    return [turn._asdict() for turn in row.history]
 
 
 class _Runner:
@@ -190,22 +207,23 @@ class _Runner:
         """Whether there is room for the weights of one mode only."""
         self._reported: set[str] = set()
 
-    def __call__(self, text: str, number: int) -> list[Generation]:
+    def __call__(self, row: Row, number: int) -> list[Generation]:
         """Generate; ``number`` of the prompt."""
+        asked = _asked(row, self._chat, self._system)
         if self._shown:
-            click.echo(("\n" if number else "") + f"> {text}")
+            click.echo(("\n" if number else "") + f"> {row.prompt}")
         runs = []
         for mode in self._modes:
-            runs.append(self._one(text, mode))
+            runs.append(self._one(asked, mode))
             if self._alone:
                 self._generator.close()
         return runs
 
-    def _one(self, text: str, mode: str) -> Generation:
+    def _one(self, asked: Any, mode: str) -> Generation:
         if self._shown and self._titled:
             click.echo(f"[{mode}]")
         run = self._generator.generate(
-            options.messages(text, self._chat, self._system),
+            asked,
             self._sampling,
             chat=self._chat,
             mode=mode,

@@ -10,6 +10,7 @@ import click
 
 from coreinfer_sim.base.errors import ConfigError, PromptError
 from coreinfer_sim.base.settings import parse_size
+from coreinfer_sim.base.sources import is_file_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,6 +78,14 @@ def part(default: str) -> Callable[[F], F]:
         metavar="LOW:HIGH",
         help="Rows whose id hashes into these of 100 parts; keep them apart from what the index was built on.",
     )
+
+
+def existing(_ctx: click.Context, _param: click.Parameter, value: Any) -> Any:
+    """Refuse names of files that are not there; others may be on the hub."""
+    for name in (value,) if isinstance(value, str) else value or ():
+        if not Path(name).exists() and (Path(name).is_absolute() or is_file_name(name)):
+            raise click.BadParameter(f"there is no file {name!r}; check the path.")
+    return value
 
 
 def readable(prompt: str) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
+from coreinfer_sim.base.settings import CorpusConfig
 
 from . import options
-from .console import print_json, quiet_libraries, status
+from .console import ConsoleProgress, print_json, quiet_libraries, status
 from .evaluate import score_with_log
 from .settings import Settings, set_option
 from .tables import print_table
@@ -29,7 +30,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 
 
 @click.command()
-@click.argument("sets", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("sets", nargs=-1, required=True, callback=options.existing)
 @click.option("--index", required=True, type=click.Path(), help="Index folder, which gets the profile.")
 @options.model
 @click.option(
@@ -53,10 +54,10 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 @options.max_tokens
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @options.log
-@set_option("decode", "model")
+@set_option("corpus", "decode", "model")
 @options.as_json
 def tune(
-    sets: tuple[Path, ...],
+    sets: tuple[str, ...],
     index: str,
     model: str | None,
     max_increase: float,
@@ -71,7 +72,7 @@ def tune(
 ) -> None:
     """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
 
-    SETS are JSONL files with id, prompt and completion, as for evaluate. Take other rows than those that you build on or
+    SETS hold prompts and completions, as for evaluate. Take other rows than those that you build on or
     report. Each keep ratio is tried with plain sets and, where the index has some, with compensated ones; what is hopeless
     on the first quarter of each set's rows is not tried on the others.
     """
@@ -90,7 +91,7 @@ def tune(
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
     loaded = SemanticIndex.load(index)
     contenders = candidates(loaded, keep_ratios)
-    rows = read_sets(sets, part, limit)
+    rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
     check_rows(row.set_name for row in rows)
     with status("Loading the model"):
         language_model = open_model(loaded, model, loading, decode)

@@ -1,6 +1,7 @@
 """Gives every room what it needs: checked settings, errors, files, memory, processes, progress, plots, and rows."""
 
 __all__ = [
+    "chats",
     "decode_settings",
     "errors",
     "extra",
@@ -13,4 +14,5 @@ __all__ = [
     "resuming",
     "rows",
     "settings",
+    "sources",
 ]

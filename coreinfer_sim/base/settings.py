@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -67,6 +66,8 @@ class Fallback(str, Enum):
     NONE = "none"
 
 
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+"""Of values in a text file, by name."""
 UNFAMILIAR = 0.05
 """A prompt is unfamiliar if fewer than this share of its cluster's own prompts lie as far from the centroid."""
 
@@ -95,16 +96,23 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
-def template_fields(template: str) -> list[str]:
-    """Return the column names that a template such as ``"Question: {question}"`` reads."""
-    try:
-        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise ConfigError(f"the template {template!r} cannot be read ({error}); write {{column}}.") from error
-    names = [str(name) for name, _, _ in parsed]
-    if not names or not all(str(name).isidentifier() and not form and not how for name, form, how in parsed):
+def template_parts(template: str) -> list[tuple[str, bool]]:
+    """Return the parts of a template such as ``"Question: {The question}"``: texts, and with True the names of columns.
+
+    A name is whatever stands between braces; doubled braces are braces of the text.
+
+    Raises:
+        ConfigError: it names no column, or has a single brace.
+    """
+    parts: list[tuple[str, bool]] = []
+    for found in re.finditer(r"(\{\{|\}\})|\{([^{}]+)\}|([^{}]+)|([{}])", template):
+        brace, name, text, single = found.groups()
+        if single:
+            raise ConfigError(f"the template {template!r} has a single brace; write {{column}}, or {{{{ for a brace.")
+        parts.append((name, True) if name else (text or brace[0], False))
+    if not any(is_field for _, is_field in parts):
         raise ConfigError(f"the template {template!r} names no column; write for example 'Question: {{question}}'.")
-    return names
+    return parts
 
 
 @dataclass(frozen=True)
@@ -112,14 +120,19 @@ class CorpusConfig:
     """Where the prompts come from and how a row becomes text."""
 
     source: str
-    """Hub id, or the path of a JSONL, JSON, CSV, Parquet or text file, or of a ``save_to_disk`` folder."""
+    """Hub id, or the path of a JSONL, JSON, CSV, TSV, text (each also .gz) or Parquet file, or of a ``save_to_disk`` folder."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set or of a ``save_to_disk`` folder with several."""
     prompt_column: str | None = None
-    """Column that is embedded: what a user would type. None: "prompt", "text", or the only text column; where there is none
+    """Column that is embedded: what a user would type, or a list of messages, of which the user's last one is embedded. None:
+    "messages" or "conversations", "prompt" with "completion", "prompt", "text", or the only text column; where there is none
     of these beside a template, what that renders."""
+    completion_column: str | None = None
+    """Column of answers, which evaluation scores; a build reads prompt and answer as a conversation. None: "completion"."""
+    separator: str | None = None
+    """Of a .csv or .tsv file: a character, or comma, semicolon, tab or pipe. None: recognised by the first rows."""
     template: str | None = None
     """What the language model reads, with ``{column}`` fields. None: the prompt itself."""
     limit: int | None = None
@@ -134,7 +147,9 @@ class CorpusConfig:
         _check_at_least("limit", self.limit, 1)
         _check_at_least("max_tokens", self.max_tokens, 2)
         if self.template is not None:
-            template_fields(self.template)
+            template_parts(self.template)
+        if self.separator is not None and len(self.separator) != 1 and self.separator not in SEPARATORS:
+            raise ConfigError(f"separator is {self.separator!r}, expected one character, or {', '.join(SEPARATORS)}.")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
 from coreinfer_sim.base.progress import Progress
-from coreinfer_sim.base.rows import check_corpus
+from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output
 from coreinfer_sim.building.plan import BuildPlan
@@ -77,7 +77,7 @@ def build_index(
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
     check_output(out, force)
-    check_corpus(corpus)
+    progress.say(f"Reading {describe_corpus(corpus)}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
     # 2) the models
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model

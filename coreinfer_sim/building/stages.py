@@ -24,6 +24,7 @@ from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.workers import CLUSTERING_FILE, SENTENCES_FILE, Workers, read_clustering
 from coreinfer_sim.index.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings
 from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.models.prompts import rendered
 
 _REPORT_FILE = "corpus-report.json"
 _EMBEDDINGS_FOLDER = "embeddings"
@@ -42,7 +43,11 @@ def draw(folder: Path, corpus: CorpusConfig, tokenizer: Any, progress: Progress)
     """Draw the sentences from the corpus into the build folder."""
     path, report_path = folder / SENTENCES_FILE, folder / _REPORT_FILE
     if not report_path.exists():
-        drawn, report = read_corpus(corpus, lambda texts: tokenizer(texts, verbose=False)["input_ids"])
+        drawn, report = read_corpus(
+            corpus,
+            lambda texts: tokenizer(texts, verbose=False)["input_ids"],
+            partial(rendered, tokenizer, "the model"),
+        )
         progress.start("Reading the corpus", corpus.limit, "prompts")
 
         def write(part: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from coreinfer_sim.base.chats import plain
 from coreinfer_sim.base.decode_settings import SamplingConfig
 from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.rows import Row
@@ -30,6 +31,7 @@ from coreinfer_sim.generation.in_process import generate_options
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.prompts import prompt_ids
 from coreinfer_sim.models.taps import recorded_activations
 
 _SCORED_AT_ONCE = 8
@@ -84,7 +86,12 @@ class Case:
         # 1) tokens
         tokenizer = language_model.tokenizer
         prompt, completion = joined(row.prompt, row.completion)
-        ids = _cut(tokenizer, tokenizer(prompt)["input_ids"], -(-max_tokens // 2))
+        if row.history and tokenizer.chat_template is not None:
+            messages = [turn._asdict() for turn in row.history]
+            read = prompt_ids(tokenizer, language_model.name, messages, chat=True)[0].tolist()
+        else:
+            read = tokenizer(f"{plain(row.history)}\n" if row.history else prompt)["input_ids"]
+        ids = _cut(tokenizer, read, -(-max_tokens // 2))
         new = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_tokens // 2]
         if not ids or len(new) < 2:
             raise CorpusError(

@@ -1,14 +1,17 @@
-"""Rows to evaluate on: prompt and completion, kept apart from what an index was built on by a hash of the id."""
+"""Rows to evaluate on: prompts with completions, kept apart from what an index was built on by a hash of the id."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from coreinfer_sim.base.errors import CorpusError
-from coreinfer_sim.base.progress import counted
-from coreinfer_sim.base.rows import Row, read_completions
+from coreinfer_sim.base.progress import Progress, counted
+from coreinfer_sim.base.rows import CorpusReport, Row, read_completions
+from coreinfer_sim.base.settings import CorpusConfig
+from coreinfer_sim.base.sources import set_name
 
 
 def hash_percent(row_id: str) -> int:
@@ -16,28 +19,36 @@ def hash_percent(row_id: str) -> int:
     return int(hashlib.sha256(row_id.encode()).hexdigest()[:8], 16) % 100
 
 
-def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
-    """Read the rows of a JSONL file whose id hashes into ``part``.
+def read_rows(
+    source: str | Path,
+    part: range,
+    limit: int | None,
+    corpus: CorpusConfig | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Read the rows of a file or data set whose id hashes into ``part``.
 
     Args:
-        path: JSONL with "id", "prompt" and "completion".
-        part: of the 100 parts into which ids hash.
-        limit: take at most this many, in the file's order.
+        source: of any kind that a build reads, with prompts and completions, or conversations.
+        part: of the 100 parts into which ids hash; a row without an id has its number for one.
+        limit: take at most this many, in the source's order.
+        corpus: how it is read; its own source is not looked at.
+        progress: takes a line where something was mended.
 
     Raises:
-        CorpusError: no such file, no JSONL, fields missing, or no row in the part.
+        CorpusError: no such file, damaged, columns missing, or no row in the part.
     """
-    path = Path(path)
+    config = replace(corpus or CorpusConfig(""), source=str(source))
+    path, report = config.source, CorpusReport()
     rows: list[Row] = []
-    n_rows, n_empty = 0, 0
-    for row in read_completions(path):
-        n_rows += 1
-        if not row.prompt.strip() or not row.completion.strip():
-            n_empty += 1
-        elif hash_percent(row.id) in part:
+    for row in read_completions(config, report):
+        if hash_percent(row.id) in part:
             rows.append(row)
         if len(rows) == limit:
             break
+    if progress is not None and (report.n_mended or report.n_other_parts):
+        progress.say(f"{path}: {'; '.join(report.remarks())}.")
+    n_rows, n_empty = report.n_rows, report.n_empty
     if not rows:
         if not n_rows:
             raise CorpusError(f"{path} is empty, expected one object a line; give a file with rows.")
@@ -49,14 +60,20 @@ def read_rows(path: str | Path, part: range, limit: int | None) -> list[Row]:
     return rows
 
 
-def read_sets(paths: Sequence[str | Path], part: range, limit: int | None) -> list[Row]:
-    """Read the rows of several files, one set each; arguments and errors as for `read_rows`.
+def read_sets(
+    sources: Sequence[str | Path],
+    part: range,
+    limit: int | None,
+    corpus: CorpusConfig | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Read the rows of several files or data sets, one set each; arguments and errors as for `read_rows`.
 
     Raises:
         CorpusError: scores could not be told apart: two files of one name, or two rows of one id.
     """
-    rows = [row for path in paths for row in read_rows(path, part, limit)]
-    names = [Path(path).stem for path in paths]
+    rows = [row for source in sources for row in read_rows(source, part, limit, corpus, progress)]
+    names = [set_name(str(source)) for source in sources]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise CorpusError(f"two sets are called {twice}, expected each to have its own name; rename a file.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from coreinfer_sim.base.chats import Conversation, plain
 from coreinfer_sim.base.errors import ChatTemplateError, PromptError
 
 Message = dict[str, str]
@@ -53,3 +54,22 @@ def prompt_ids(tokenizer: Any, name: str, prompt: str | list[Message], chat: boo
         ) from error
     ids = encoded["input_ids"]
     return ids
+
+
+def rendered(tokenizer: Any, name: str, turns: Conversation) -> str:
+    """Return a whole conversation as a model reads it: in its chat template, or without one the texts one below the other.
+
+    Raises:
+        ChatTemplateError: the template of the model, called ``name``, refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        return plain(turns)
+    messages = [turn._asdict() for turn in turns]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        raise ChatTemplateError(f"{name}'s chat template refuses the conversation ({error}).") from error
+    begin = tokenizer.bos_token
+    if begin and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:  # which comes with tokenising again
+        text = text.removeprefix(begin)
+    return text

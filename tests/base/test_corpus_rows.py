@@ -49,8 +49,8 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("How do stars form?\n\n  Why does bread rise?  \nHow do stars form?\n", encoding="utf-8")
     sentences, report = read(path)
-    assert [(s.id, s.prompt) for s in sentences] == [("0", "How do stars form?"), ("2", "Why does bread rise?")]
-    assert (report.n_rows, report.n_kept, report.n_empty, report.n_duplicate) == (4, 2, 1, 1)
+    assert [(s.id, s.prompt) for s in sentences] == [("0", "How do stars form?"), ("1", "Why does bread rise?")]
+    assert (report.n_rows, report.n_kept, report.n_empty, report.n_duplicate) == (3, 2, 0, 1)  # a blank line is no row
 
 
 def test_the_split_of_a_saved_folder_is_chosen(tmp_path):
@@ -128,6 +128,11 @@ def test_an_empty_first_row_does_not_hide_the_column(jsonl, column):
 def test_a_template_that_cannot_be_filled_is_an_error_of_ours(jsonl, template):
     with pytest.raises(CoreInferSimError, match="template"):
         read(jsonl(ROWS), template=template)
+
+
+def test_a_column_of_any_name_stands_in_a_template(jsonl):
+    rows = [{"The question": "How?", "a.b {x": "no", "Antwort: kurz": "So."}]
+    assert read(jsonl(rows), template="{The question} {Antwort: kurz}")[0][0].text == "How? So."
 
 
 def test_the_id_is_the_column_or_else_the_row(jsonl):

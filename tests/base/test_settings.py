@@ -17,7 +17,7 @@ from coreinfer_sim.base.settings import (
     Mode,
     Score,
     parse_layers,
-    template_fields,
+    template_parts,
 )
 
 
@@ -68,25 +68,30 @@ def test_settings_survive_json():
 
 
 @pytest.mark.parametrize(
-    ("template", "names"),
+    ("template", "parts"),
     [
-        ("{question}", ["question"]),
-        ("Q: {question}\nA: {answer}", ["question", "answer"]),
-        ("{a}{a}", ["a", "a"]),
-        ("{{literal}} {a}", ["a"]),
+        ("{question}", [("question", True)]),
+        ("Q: {The question}\n{a}", [("Q: ", False), ("The question", True), ("\n", False), ("a", True)]),
+        ("{a}{a}", [("a", True), ("a", True)]),
+        ("{{x}} {a.b[0]:d!r}", [("{", False), ("x", False), ("}", False), (" ", False), ("a.b[0]:d!r", True)]),
+        ("{0} {ünï cødé}", [("0", True), (" ", False), ("ünï cødé", True)]),
     ],
 )
-def test_a_template_names_its_columns(template, names):
-    assert template_fields(template) == names
+def test_a_template_names_its_columns(template, parts):
+    assert template_parts(template) == parts
     assert CorpusConfig("prompts.jsonl", template=template).template == template
 
 
-@pytest.mark.parametrize(
-    "template", ["", "no column", "{}", "{0}", "{a.b}", "{a[0]}", "{{a}}", "{a", "a}", "{two words}"]
-)
+@pytest.mark.parametrize("template", ["", "no column", "{}", "{{a}}", "{a", "a}", "{a{b}", "{a}}"])
 def test_a_template_without_columns_is_refused(template):
     with pytest.raises(ConfigError, match="template"):
         CorpusConfig("prompts.jsonl", template=template)
+
+
+@pytest.mark.parametrize("separator", ["", ";;", "colon"])
+def test_a_separator_is_one_character_or_its_name(separator):
+    with pytest.raises(ConfigError, match="separator"):
+        CorpusConfig("a.csv", separator=separator)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ def test_a_build_says_what_it_read_and_what_it_will_take(built, tiny_checkpoint)
     assert re.search(
         r"^Plan: 45 prompts, .* 3 clusters, 1 shard; disk .*; memory about .*\.$", run.stderr, re.MULTILINE
     )
-    assert len(run.stderr.splitlines()) == 2  # no bars where there is no terminal
+    recognised, *_ = run.stderr.splitlines()
+    assert recognised.startswith("Reading ") and "prompts in 'prompt', completions in 'completion'" in recognised
+    assert len(run.stderr.splitlines()) == 3  # no bars where there is no terminal
     assert run.stdout.startswith(f"{out}: 3 clusters over 45 prompts\n")
     for topic in TOPICS:
         assert re.search(rf"^ +\d +15 prompts  .*{topic}", run.stdout, re.MULTILINE)
@@ -106,7 +108,7 @@ def test_a_broken_corpus(build, tmp_path):
     handler.emit = logged.append
     logging.getLogger("datasets").addHandler(handler)
     try:
-        refused(build(source=tmp_path / "broken.jsonl"), "broken.jsonl cannot be read", "expected a hub id")
+        refused(build(source=tmp_path / "broken.jsonl"), "broken.jsonl, line 2, is no JSON", "mend or remove it")
     finally:
         logging.getLogger("datasets").removeHandler(handler)
     assert [record.getMessage() for record in logged] == []  # nothing beside the one line
@@ -211,7 +213,7 @@ def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoin
     assert build.returncode == 130, stderr
     assert stdout == ""
     lines = stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["Corpus", "Plan", "Error"]
+    assert [line.split(":")[0].split()[0] for line in lines] == ["Reading", "Corpus", "Plan", "Error"]
     assert "interrupted; what was finished is kept" in lines[-1] and "run the same command again" in lines[-1]
     assert not CONTROL.search(stderr)
     assert (

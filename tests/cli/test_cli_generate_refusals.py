@@ -66,7 +66,7 @@ def test_a_prompt_longer_than_the_models_context(index):
 def test_no_prompt(index, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n  \n")
     refused(call("generate", "--index", index, stdin=""), "no prompt was given", "--file")
-    refused(call("generate", "--index", index, "--file", tmp_path / "prompts.txt"), "no prompt was given")
+    refused(call("generate", "--index", index, "--file", tmp_path / "prompts.txt"), "prompts.txt is empty")
     refused(call("generate", " ", "--index", index), "the prompt is empty, expected some text")
     refused(call("lookup", index, " "), "the prompt is empty, expected some text")
 
@@ -105,12 +105,15 @@ def test_settings_of_generate_that_cannot_be_met(index, options):
 LATIN = "Was ist ein Gebäude?\n".encode("latin-1")
 
 
-@pytest.mark.parametrize("source", ["file", "stdin"])
-def test_lines_in_another_encoding(index, tmp_path, source):
+def test_a_file_in_another_encoding(index, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"stars\n" + LATIN)
-    given = {"stdin": b"stars\n" + LATIN} if source == "stdin" else {}
-    more = [] if source == "stdin" else ["--file", tmp_path / "latin.txt"]
-    result = call("generate", "--index", index, "--max-new-tokens", 2, "--json", *more, **given)
+    refused(
+        call("generate", "--index", index, "--file", tmp_path / "latin.txt"), "latin.txt is not UTF-8", "convert it"
+    )
+
+
+def test_lines_in_another_encoding(index):
+    result = call("generate", "--index", index, "--max-new-tokens", 2, "--json", stdin=b"stars\n" + LATIN)
     assert result.exit_code == 1
     assert [row["prompt"] for row in json.loads(result.stdout)] == ["stars"]
     first, last = result.stderr.splitlines()

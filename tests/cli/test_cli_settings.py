@@ -19,7 +19,14 @@ ALL = tuple(GROUPS)
 TEXTS = {
     **{"source": "rows.jsonl", "name": "main", "split": "test", "prompt_column": "text", "template": "Q: {text}"},
     **{"sparse_layers": "4:", "layers": "1:3", "engine": "lean", "exported": "ggufs", "dtype": "bfloat16"},
-    **{"device": "cpu", "encoder": "./encoder", "clusters": "auto", "stop": "END"},
+    **{
+        "completion_column": "answer",
+        "separator": "tab",
+        "device": "cpu",
+        "encoder": "./encoder",
+        "clusters": "auto",
+        "stop": "END",
+    },
 }
 """A value of each field of text, by the field's name."""
 

@@ -1,0 +1,218 @@
+"""Which columns of a corpus are read, and as what: recognised once, by the first rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coreinfer_sim.base.chats import Conversation, Turn, conversation_of, is_conversation, last_question
+from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.settings import SEPARATORS, CorpusConfig, template_parts
+from coreinfer_sim.base.sources import Source, Values
+from coreinfer_sim.base.text_files import mended
+
+_CHATS = ("messages", "conversations", "conversation")
+_TEXTS = ("prompt", "text")
+_ID = re.compile(r"(?i)(.*[_\- ])?(id|ids|uuid|guid|index|idx|key|hash)|__index_level_\d+__|unnamed: \d+|")
+_NUMBER = re.compile(r"[+-]?(\d[\d.,]*)?([eE][+-]?\d+)?%?")
+
+
+@dataclass
+class RowText:
+    """What a row holds, as far as it was asked for."""
+
+    prompt: str
+    """What is embedded."""
+    text: str = ""
+    """What the model reads, where a template says so."""
+    turns: Conversation = ()
+    """The conversation, of which the prompt is the user's last message; none where the row is a text."""
+    n_mended: int = 0
+    """Values that were no Unicode text, with U+FFFD in place of what is none."""
+    n_other_parts: int = 0
+    """Parts of messages that are no text."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns are read, and as what."""
+
+    source: Source
+    prompt: str | None = None
+    """Embedded; a text, or a list of messages."""
+    completion: str | None = None
+    """Follows the prompt; a text, or a list of messages."""
+    template: str | None = None
+    has_id: bool = False
+
+    @classmethod
+    def of(cls, config: CorpusConfig, source: Source) -> Columns:
+        """Recognise the columns by a corpus's first rows.
+
+        Raises:
+            CorpusError: a named column is missing, or what to read is left open.
+        """
+        sample = source.sample()
+        if not sample:
+            raise CorpusError(
+                f"the corpus {config.source} holds no row, expected at least one with text; check the file."
+            )
+        names = list(dict.fromkeys(name for values in sample for name in values))
+        fields = template_fields(config.template)
+        wanted = [name for name in (config.prompt_column, config.completion_column) if name is not None] + fields
+        missing = [name for name in dict.fromkeys(wanted) if name not in names]
+        if missing:
+            raise CorpusError(
+                f"the corpus {config.source} has the columns {sorted(names)}, expected {', '.join(missing)}; name an existing "
+                "column in prompt_column or template."
+            )
+        has_id = "id" in names
+        if config.template is not None and config.prompt_column is None:
+            prompt = next((name for name in _TEXTS if name in names and _holds_text(sample, name)), None)
+            return cls(source, prompt, None, config.template, has_id)
+        if config.prompt_column is not None:
+            return cls(source, config.prompt_column, config.completion_column, config.template, has_id)
+        prompt, completion = _recognised(config, sample, names)
+        return cls(source, prompt, config.completion_column or completion, None, has_id)
+
+    @property
+    def names(self) -> list[str]:
+        """Columns that are read."""
+        wanted = [self.prompt, self.completion, *template_fields(self.template), "id" if self.has_id else None]
+        return list(dict.fromkeys(name for name in wanted if name is not None))
+
+    def described(self, sample: Sequence[Values] | None = None) -> str:
+        """Say in one line what was recognised."""
+        parts = [self.source.name]
+        if self.source.separator is not None:
+            names = {sign: name for name, sign in SEPARATORS.items()}
+            parts[0] += f", parted by {names.get(self.source.separator, repr(self.source.separator))}"
+        values = self.source.sample() if sample is None else sample
+        if self.template is not None:
+            parts.append(f"prompts are {'what the template makes' if self.prompt is None else f'in {self.prompt!r}'}")
+            parts.append("the template is read")
+        elif self.prompt is not None and any(map(self.has_conversations, values)):
+            follows = "" if self.completion is None else f", continued in {self.completion!r}"
+            parts.append(
+                f"conversations in {self.prompt!r}{follows}: the user's last message is the prompt, the whole is read"
+            )
+        elif self.completion is not None:
+            parts.append(
+                f"prompts in {self.prompt!r}, completions in {self.completion!r}: both are read, as a conversation"
+            )
+        else:
+            parts.append(f"prompts in {self.prompt!r}")
+        return "; ".join(parts)
+
+    def texts(self, values: Values, place: int) -> RowText:
+        """Return what a row holds.
+
+        Args:
+            values: of the row.
+            place: of the row in its source, for messages.
+
+        Raises:
+            CorpusError: what should be text is a list or an object.
+        """
+        found = RowText("")
+        if self.template is not None:
+            fields = {name: self._text(values, name, place, found) for name in template_fields(self.template)}
+            parts = template_parts(self.template)
+            if any(fields.values()):
+                found.text = "".join(fields[part] if is_field else part for part, is_field in parts).strip()
+            found.prompt = found.text if self.prompt is None else self._text(values, self.prompt, place, found)
+            return found
+        turns = self._turns(values, place, found)
+        is_text = self.completion is None and not self.has_conversations(values)
+        question = last_question(turns)
+        found.prompt = "" if question is None else turns[question].content
+        found.turns = () if is_text else turns
+        return found
+
+    def has_completions(self) -> bool:
+        """Tell whether rows hold completions: in a column of their own, or as answers of conversations."""
+        return self.template is None and (
+            self.completion is not None or any(map(self.has_conversations, self.source.sample()))
+        )
+
+    def has_conversations(self, values: Values) -> bool:
+        """Tell whether a row is a list of messages."""
+        return self.prompt is not None and is_conversation(values.get(self.prompt))
+
+    def _turns(self, values: Values, place: int, found: RowText) -> Conversation:
+        turns: list[Turn] = []
+        for name, role in ((self.prompt, "user"), (self.completion, "assistant")):
+            if name is None:
+                continue
+            if is_conversation(values.get(name)):
+                read, n_other = conversation_of(values[name])
+                found.n_other_parts += n_other
+                turns += [Turn(turn.role, self._mended(turn.content, found).strip()) for turn in read]
+            else:
+                text = self._text(values, name, place, found)
+                turns += [Turn(role, text)] if text or role == "user" else []
+        return tuple(turns)
+
+    def _text(self, values: Values, name: str, place: int, found: RowText) -> str:
+        value = values.get(name)
+        if not value:
+            return ""
+        if not isinstance(value, str):
+            kind = "a list" if isinstance(value, list) else "an object"
+            raise CorpusError(
+                f"{self.source.where(place)}: {name} is {kind}, expected text; name a column that holds text, or a list of "
+                "messages as prompt_column without a template."
+            )
+        return self._mended(value, found).strip()
+
+    @staticmethod
+    def _mended(text: str, found: RowText) -> str:
+        whole = mended(text)
+        found.n_mended += whole != text
+        return whole
+
+
+def template_fields(template: str | None) -> list[str]:
+    """Return the columns that a template such as ``"Question: {question}"`` reads; None reads none."""
+    return [] if template is None else [part for part, is_field in template_parts(template) if is_field]
+
+
+def _recognised(config: CorpusConfig, sample: Sequence[Values], names: Sequence[str]) -> tuple[str, str | None]:
+    """Return the column of prompts or conversations, and that of completions, if there is one."""
+    first = {name: next((values[name] for values in sample if values.get(name)), None) for name in names}
+    chats = [name for name in names if is_conversation(first[name])]
+    usual = next((name for name in _CHATS if name in chats), None)
+    if usual is not None:
+        return usual, None
+    if all(name in chats or isinstance(first.get(name), str) for name in ("prompt", "completion")):
+        return "prompt", "completion"
+    if "prompt" in chats:
+        return "prompt", None
+    texts = [name for name in _TEXTS if name in names and _holds_text(sample, name)]
+    if texts:
+        return texts[0], None
+    if len(chats) == 1:
+        return chats[0], None
+    others = [name for name in names if _holds_text(sample, name) and not _holds_ids(sample, name)]
+    if len(others) != 1 or chats:
+        raise CorpusError(
+            f"the corpus {config.source} has the columns {sorted(names)}, and none is called prompt, text or messages and holds "
+            "text; name one in prompt_column or template."
+        )
+    return others[0], None
+
+
+def _holds_text(sample: Sequence[Values], name: str) -> bool:
+    return all(values.get(name) is None or isinstance(values[name], str) for values in sample)
+
+
+def _holds_ids(sample: Sequence[Values], name: str) -> bool:
+    """Tell whether a column holds ids rather than prompts: by its name, or as all its values are numbers or single words.
+
+    Writing that puts no spaces between words is not ASCII.
+    """
+    if _ID.fullmatch(name.strip()):
+        return True
+    found = [str(values[name]).strip() for values in sample if values.get(name)]
+    return all(_NUMBER.fullmatch(text) or (text.isascii() and len(text.split()) <= 1) for text in found)

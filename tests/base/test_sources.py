@@ -1,0 +1,252 @@
+"""Sources of rows: what stands in a file is what is read, whatever its separators, quotes, line ends and encoding."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.settings import CorpusConfig
+from coreinfer_sim.base.sources import open_source, set_name
+
+
+def rows_of(path, columns=None, **settings):
+    return list(open_source(CorpusConfig(str(path), **settings)).rows(columns))
+
+
+def values_of(path, columns=None, **settings):
+    return [values for _, values in rows_of(path, columns, **settings)]
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+AS_IT_STANDS = [
+    "007",
+    "1.50",
+    "1e5",
+    "+7",
+    "NA",
+    "null",
+    "NaN",
+    "None",
+    "true",
+    "False",
+    "2024-01-05",
+    "1,5",
+    "0x1F",
+    "١٢",
+]
+
+
+@pytest.mark.parametrize("value", AS_IT_STANDS)
+def test_a_csv_value_is_its_characters(written, value):
+    path = written("a.csv", f'prompt,answer\nq,"{value}"\nr,x\n')
+    assert values_of(path)[0]["answer"] == value
+
+
+@pytest.mark.parametrize("value", ["7", "7.0", "1e5", "-0.10", "12345678901234567890123", "true", "false"])
+def test_a_json_scalar_is_its_characters(written, value):
+    for path in (written("a.jsonl", f'{{"a": {value}}}\n'), written("a.json", f'[{{"a": {value}}}]')):
+        assert values_of(path) == [{"a": value}]
+
+
+def test_a_json_string_stays_a_string(written):
+    texts = ["2024-01-05", "2024-01-05T10:00:00Z", "007", "true", " padded ", "a\nb"]
+    path = written("a.jsonl", "".join(json.dumps({"a": text}) + "\n" for text in texts))
+    assert [values["a"] for values in values_of(path)] == texts
+
+
+@pytest.mark.parametrize(
+    ("array", "texts"),
+    [
+        (pa.array([7, None]), ["7", None]),
+        (pa.array([0.1, 7.0], pa.float32()), ["0.1", "7.0"]),
+        (pa.array([0.5, 1e300]), ["0.5", "1e+300"]),
+        (pa.array([True, False]), ["true", "false"]),
+        (pa.array([datetime.date(2024, 1, 5)]), ["2024-01-05"]),
+        (pa.array([datetime.datetime(2024, 1, 5, 12, 30)]), ["2024-01-05 12:30:00"]),
+        (pa.array([decimal.Decimal("1.50")]), ["1.50"]),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        (pa.array(["x"], pa.large_string()), ["x"]),
+        (pa.array(["é".encode()]), ["é"]),
+        (pa.array([["a", "b"]]), [["a", "b"]]),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_a_parquet_value_is_its_plain_text(tmp_path, array, texts):
+    pyarrow.parquet.write_table(pa.table({"a": array}), tmp_path / "a.parquet")
+    assert [values["a"] for values in values_of(tmp_path / "a.parquet")] == texts
+
+
+def test_parquet_text_that_is_no_utf8_is_read(tmp_path):
+    broken = pa.array([b"caf\xe9", b"ok"]).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"a": broken}), tmp_path / "a.parquet")
+    assert [values["a"] for values in values_of(tmp_path / "a.parquet")] == ["caf\udce9", "ok"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_separators_line_ends_and_marks(written, separator, end, mark):
+    lines = [
+        ["Nr", "The question", "Answer"],
+        ["1", f'"one{separator} two"', '"say ""hi"""'],
+        ["2", "b; c, d" if separator not in ";," else "b", ""],
+    ]
+    path = written("a.csv", mark + end.join(separator.join(line) for line in lines) + end + end)
+    first, second = values_of(path)
+    assert first == {"Nr": "1", "The question": f"one{separator} two", "Answer": 'say "hi"'}
+    assert second["Answer"] is None and second["Nr"] == "2"
+
+
+def test_a_tsv_needs_no_sniffing(written):
+    assert values_of(written("a.tsv", "q\ta, b; c\nx\ty, z\n")) == [{"q": "x", "a, b; c": "y, z"}]
+
+
+def test_excel_names_its_separator(written):
+    path = written("a.csv", "sep=;\r\nq;a\r\n1,5;2\r\n")
+    assert rows_of(path) == [(3, {"q": "1,5", "a": "2"})]
+
+
+@pytest.mark.parametrize("named", ["^", "tab"])
+def test_a_separator_can_be_named(written, named):
+    sign = "\t" if named == "tab" else named
+    assert values_of(written("a.csv", f"q{sign}a,b\nx{sign}y,z\n"), separator=named) == [{"q": "x", "a,b": "y,z"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,answer\nWhy, oh why?,So.\n", "line 2, has 3 fields, expected 2"),
+        ("prompt,answer\na,b\n\nc\n", "line 4, has 1 fields, expected 2"),
+        ('prompt,answer\n"a\nb",c\nd,e,f\n', "line 4, has 3 fields"),
+        ('prompt,answer\na,"b\nc,d\n', "line 2, cannot be read .a quoted field does not end"),
+        ('prompt,answer\na,"b" c\n', "line 2, cannot be read"),
+    ],
+)
+def test_a_ragged_row_is_refused_with_its_line(written, content, message):
+    with pytest.raises(CorpusError, match=message):
+        rows_of(written("a.csv", content))
+
+
+def test_quoted_line_breaks_stay_and_places_are_lines(written):
+    assert rows_of(written("a.csv", 'q,a\n"x\ny",1\n\nz,2\n')) == [
+        (2, {"q": "x\ny", "a": "1"}),
+        (5, {"q": "z", "a": "2"}),
+    ]
+
+
+def test_a_column_twice_matters_only_where_it_is_read(written):
+    path = written("a.csv", "q,a,a\n1,2,3\n")
+    assert values_of(path, ["q"])[0]["q"] == "1"
+    with pytest.raises(CorpusError, match="several columns called 'a'"):
+        values_of(path, ["a"])
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    ("encoding", "mark"),
+    [("utf-8", b""), ("utf-8", b"\xef\xbb\xbf"), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_encodings(written, name, encoding, mark, pack):
+    text = {"a.jsonl": '{"text": "Gebäude 建物"}\n', "a.json": '[{"text": "Gebäude 建物"}]'}.get(
+        name, "Gebäude 建物\n" if name == "a.txt" else "text\nGebäude 建物\n"
+    )
+    path = written(name + (".gz" if pack is gzip.compress else ""), pack(mark + text.encode(encoding)))
+    assert [values["text"] for values in values_of(path)] == ["Gebäude 建物"]
+
+
+@pytest.mark.parametrize("text", ["Das Café ist schön", "don\u2019t", "\u201eGänsefüßchen\u201c", "naïve façade"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_windows_1252_is_refused_by_name(written, name, text):
+    body = {"a.jsonl": f'{{"text": "{text}"}}\n', "a.csv": f"text,b\n{text},c\n", "a.txt": f"{text}\n"}[name]
+    with pytest.raises(CorpusError, match=r"is not UTF-8: line \d holds the byte 0x.*Windows-1252; convert it"):
+        rows_of(written(name, body.encode("cp1252")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_its_mark_is_refused_by_name(written, encoding):
+    with pytest.raises(CorpusError, match="UTF-16 without a byte order mark"):
+        rows_of(written("a.csv", "prompt,answer\nq,a\n".encode(encoding)))
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc3", b"\x80\x81", b"\xed\xa0\xbd"])
+def test_a_damaged_row_is_not_the_end_of_a_file(written, damage):
+    path = written("a.txt", "Gebäude\n".encode() + b"cut " + damage + b"\nlast\n")
+    first, second, third = (values["text"] for values in values_of(path))
+    assert (first, third) == ("Gebäude", "last") and second.startswith("cut \udc80"[:4])
+    alone = values_of(written("b.jsonl", b'{"text": "cut ' + damage + b'"}\n{"text": "last"}\n'))
+    assert alone[1] == {"text": "last"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"PK\x03\x04rest", "a zip or Excel file"),
+        ("a.jsonl", b"PAR1rest", "a Parquet file"),
+        ("a.txt", b"\n \n", "is empty"),
+        ("a.csv", b"", "is empty"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 5000)[:60], "cut short or damaged"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2, is no JSON"),
+        ("a.jsonl", b"[" * 100_000, "is no JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2, is list, expected an object"),
+        ("a.json", b'[{"a": 1},\n {"a": }]', "line 2, is no JSON"),
+        ("a.json", b'[{"a": 1},\n {"a": 2}', "the array does not end"),
+        ("a.parquet", b"PAR1 no", "cannot be read"),
+        ("a.xlsx", b"x", "ends in '.xlsx', expected one of"),
+    ],
+)
+def test_what_is_damaged_is_named(written, name, content, message):
+    with pytest.raises(CorpusError, match=message):
+        rows_of(written(name, content))
+
+
+def test_json_values_one_after_the_other_and_arrays_of_texts(written):
+    objects = '{"a": "1"}\n\n{\n "a": "2"\n}\n'
+    assert rows_of(written("a.json", objects)) == [(1, {"a": "1"}), (3, {"a": "2"})]
+    assert values_of(written("b.json", '["x", "y"]')) == [{"text": "x"}, {"text": "y"}]
+    assert values_of(written("c.jsonl", '[\n{"a": "1"},\n{"a": "2"}]')) == [{"a": "1"}, {"a": "2"}]
+
+
+def test_a_long_array_is_read_piece_by_piece(written):
+    raw = [{"a": f"row {n}", "b": "x" * 9000} for n in range(500)]
+    path = written("a.json", json.dumps(raw, indent=1))
+    found = rows_of(path)
+    assert [values["a"] for _, values in found] == [each["a"] for each in raw]
+    assert [place for place, _ in found] == [2 + 4 * n for n in range(500)]
+
+
+@pytest.mark.parametrize(
+    "name", ["rows[1].jsonl", "rows*.jsonl", "a b#c%20.jsonl", "réné?.jsonl", "{x}.jsonl", "-dash.jsonl"]
+)
+def test_the_file_that_was_named_is_read(written, name):
+    for other in ("rows1.jsonl", "rows.jsonl"):
+        written(other, '{"text": "another"}\n')
+    assert values_of(written(name, '{"text": "this"}\n')) == [{"text": "this"}]
+
+
+def test_a_foreign_column_may_be_anything(written):
+    late = "".join(json.dumps({"text": f"row {n}", "x": None if n < 300 else [{"a": n}]}) + "\n" for n in range(400))
+    assert len(values_of(written("a.jsonl", late), ["text"])) == 400
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("a/b.jsonl.gz", "b"), ("c.v2.csv", "c.v2"), ("org/data", "data"), ("x.JSONL", "x")]
+)
+def test_a_set_is_called_after_its_file(source, name):
+    assert set_name(source) == name
