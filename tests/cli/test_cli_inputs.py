@@ -1,0 +1,99 @@
+"""What people bring: one file, and every command takes it."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from commands import ONE_PROCESS, TOPICS, call, parsed, refused, setting, succeeded
+
+QUESTIONS = [f"What do {noun} tell us about {topic}?" for topic, nouns in TOPICS.items() for noun in nouns]
+ANSWER = "All of it; they say so, again and again."
+
+
+def write_csv(folder, separator, mark, columns):
+    path = folder / "rows [1] #2.csv"
+    with path.open("w", newline="", encoding="utf-8-sig" if mark else "utf-8") as file:
+        writer = csv.writer(file, delimiter=separator, lineterminator="\r\n")
+        writer.writerows([["Nr", *columns], *([n, question, ANSWER] for n, question in enumerate(QUESTIONS))])
+        file.write("\r\n")
+    return path
+
+
+def write_chats(folder, form):
+    path = folder / "chats.jsonl"
+    role, content = ("role", "content") if form == "messages" else ("from", "value")
+    user, assistant = ("user", "assistant") if form == "messages" else ("human", "gpt")
+    turns = [[{role: user, content: q}, {role: assistant, content: ANSWER}] for q in QUESTIONS]
+    path.write_text("".join(json.dumps({"id": f"x{n}", form: t}) + "\n" for n, t in enumerate(turns)))
+    return path
+
+
+@pytest.fixture(params=[("csv", ",", False), ("csv", ";", True), ("messages",), ("conversations",)], ids=str)
+def source(request, tmp_path):
+    kind, *how = request.param
+    return write_csv(tmp_path, *how, ["prompt", "completion"]) if kind == "csv" else write_chats(tmp_path, kind)
+
+
+def test_every_command_takes_it(source, tiny_checkpoint, tmp_path):
+    out = tmp_path / "index"
+    succeeded("build-index", source, "--model", tiny_checkpoint, "--out", out, "--clusters", 3, *ONE_PROCESS)
+    summary = parsed("info", out)
+    exemplars = [text for cluster in summary["clusters"] for text in cluster["exemplars"]]
+    assert exemplars and set(exemplars) <= set(QUESTIONS)
+    plain = sum(len(f"{question}\n{ANSWER}".split()) for question in QUESTIONS)
+    assert summary["corpus"]["n_tokens"] > plain  # the whole conversation, in the chat template
+    rows = parsed("generate", "--index", out, "--file", source, "--max-new-tokens", 1)
+    assert [row["prompt"] for row in rows] == QUESTIONS
+    scored = parsed("evaluate", source, "--index", out, "--contender", "dense", "--limit", 2)
+    assert scored[0]["n_rows"] == 2
+    parsed("tune", source, "--index", out, "--part", "0:100", "--limit", 12, "--keep-ratio", 0.5)
+
+
+def test_columns_of_any_name(tiny_checkpoint, tmp_path):
+    source = write_csv(tmp_path, "\t", False, ["The question", "The answer"])
+    out = tmp_path / "index"
+    build = ["build-index", source, "--model", tiny_checkpoint, "--out", out, "--clusters", 3, *ONE_PROCESS]
+    refused(call(*build), "none is called prompt, text or messages")
+    succeeded(*build, "--prompt-column", "The question", "--template", "{The question}: {The answer}")
+    named = setting("corpus.prompt_column", "The question")
+    rows = parsed("generate", "--index", out, "--file", source, "--max-new-tokens", 1, *named)
+    assert [row["prompt"] for row in rows] == QUESTIONS
+    named += setting("corpus.completion_column", "The answer")
+    parsed("evaluate", source, "--index", out, "--contender", "dense", "--limit", 2, *named)
+    refused(call("evaluate", source, "--index", out, *setting("corpus.limit", 3)), "corpus.limit is of builds")
+
+
+def test_damaged_rows_are_counted_and_named_by_every_command(index, tiny_checkpoint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "What of \ud83d?", "completion": ANSWER}, {"prompt": QUESTIONS[0], "completion": ANSWER}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for arguments in (
+        ["build-index", path, "--model", tiny_checkpoint, "--out", tmp_path / "i", "--clusters", 1, *ONE_PROCESS],
+        ["evaluate", path, "--index", index, "--contender", "dense"],
+        ["generate", "--index", index, "--file", path, "--max-new-tokens", "1"],
+    ):
+        said = succeeded(*arguments).stderr
+        assert "1 row with U+FFFD for what is no Unicode text (line 1)" in said, said
+
+
+def test_a_conversation_is_continued_where_the_user_spoke_last(index, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turns = [
+        {"role": "user", "content": QUESTIONS[0]},
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": "And bread?"},
+    ]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    (row,) = parsed("generate", "--index", index, "--file", path, "--max-new-tokens", 1)
+    (short,) = parsed("generate", "--index", index, "--chat", "--max-new-tokens", 1, stdin="And bread?\n")
+    assert row["n_prompt_tokens"] > short["n_prompt_tokens"]
+    refused(call("generate", "--index", index, "--file", path, "--chat", "--system", "Hi"), "rows are conversations")
+
+
+@pytest.mark.parametrize("arguments", [["evaluate"], ["tune"], ["generate", "--file"]])
+def test_a_file_that_is_not_there_is_a_usage_error(index, arguments):
+    for name in ("/nowhere/rows.txt", "nowhere.csv.gz"):
+        result = call(*arguments, name, "--index", index)
+        assert result.exit_code == 2 and "there is no file" in result.stderr
