@@ -46,7 +46,9 @@ _EFFECTIVE = {
 @click.option("--compare", is_flag=True, help="Decode densely too, and show both.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Most new tokens.  [default: 128]")
 @click.option("--temperature", type=click.FloatRange(0.0), help="Sample; greedy without a sampling setting.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop after this text; may be given several times.")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times."
+)
 @options.engine
 @options.weights
 @options.exported

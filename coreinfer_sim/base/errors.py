@@ -77,6 +77,10 @@ class RequestRefusedError(GenerationError):
     """Another program that generates refused a request."""
 
 
+class GenerationCancelledError(GenerationError):
+    """A generation was broken off, as its caller asked for."""
+
+
 class ExportError(CoreInferSimError):
     """A set of neurons cannot be written in the format that was requested."""
 

@@ -31,7 +31,7 @@ from coreinfer_sim.generation.in_process import generate_options
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.prompts import prompt_ids
+from coreinfer_sim.models.prompts import Message, prompt_ids
 from coreinfer_sim.models.taps import recorded_activations
 
 _SCORED_AT_ONCE = 8
@@ -87,7 +87,7 @@ class Case:
         tokenizer = language_model.tokenizer
         prompt, completion = joined(row.prompt, row.completion)
         if row.history and tokenizer.chat_template is not None:
-            messages = [turn._asdict() for turn in row.history]
+            messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in row.history]
             read = prompt_ids(tokenizer, language_model.name, messages, chat=True)[0].tolist()
         else:
             read = tokenizer(f"{plain(row.history)}\n" if row.history else prompt)["input_ids"]
@@ -147,7 +147,7 @@ class Case:
         """Continue the prompt greedily, as the command `generate` does, to an end token or the limit."""
         model = self._language_model
         sparse = SparseModel(model.model, FixedPredictor(selection), config=self._engine.config, engines=[self._engine])
-        options = generate_options(SamplingConfig(max_new_tokens), model.tokenizer)
+        options = generate_options(SamplingConfig(max_new_tokens))
         output = sparse.generate(self.prompt_ids, pad_token_id=model.tokenizer.pad_token_id, **options)
         return str(model.tokenizer.decode(output[0, self.prompt_ids.shape[1] :], skip_special_tokens=True))
 

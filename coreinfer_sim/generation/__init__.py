@@ -1,3 +1,3 @@
 """Turns a prompt into a text: dense prefill, decode by an engine, and what it cost."""
 
-__all__ = ["budget", "exported", "in_process", "memory_plan", "opening", "reading", "sparse_model", "text"]
+__all__ = ["budget", "exported", "in_process", "memory_plan", "opening", "reading", "sparse_model", "streaming", "text"]

@@ -8,12 +8,12 @@ from dataclasses import fields
 from typing import Any
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, SamplingConfig, SelectionConfig
-from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.errors import ChatTemplateError, ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.llamacpp.engine import Decoded, LlamaCppEngine, StreamSettings
+from coreinfer_sim.engines.llamacpp.engine import LlamaCppEngine, StreamSettings
 from coreinfer_sim.engines.llamacpp.router import GLOBAL
-from coreinfer_sim.generation.text import Generation, Generator, Request, Write
+from coreinfer_sim.generation.text import Generation, Generator, Request
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import within
 
@@ -26,6 +26,8 @@ _SAMPLING = {
     "repetition_penalty": "repeat_penalty",
 }
 """Our settings, and what llama.cpp's server calls them."""
+_SEEDS = 2**32 - 1
+"""Of llama.cpp; the next one stands for a seed by chance."""
 _FIXED = ("keep_ratio", "score", "sparse_layers", "compensated", "alpha")
 """Settings of a selection that export has decided."""
 _NOT_THERE = ("min_new_tokens", "no_repeat_ngram_size", "num_beams")
@@ -73,46 +75,53 @@ class ExportedGenerator(Generator):
             )
         self._fallback = self._chosen_fallback(selection.fallback)
 
-    def _generate(self, request: Request, write: Write | None) -> Generation:
+    def _generate(self, request: Request) -> Generation:
+        if request.chat and not self.has_chat_template:
+            raise ChatTemplateError(f"{self.name} has no chat template; give the prompt as plain text.")
         # 1) the set, open in llama.cpp
-        begin = time.perf_counter()
+        begin, output = time.perf_counter(), request.output
         selection = self._route(request.routed_by, request.mode)
         looked_up = time.perf_counter()
         model = self._engine.model(selection)
         opened = time.perf_counter()
         # 2) a prompt that fits
-        ids = model.tokenize(model.render(request.prompt, request.chat), parse_special=request.chat)
+        text = model.render(request.prompt, request.chat, request.chat_template_kwargs)
+        ids = model.tokenize(text, parse_special=request.chat)
         n_new = request.sampling.max_new_tokens
         n_new = within(self._engine.context, len(ids), n_new) if request.shorten else n_new
-        settings = StreamSettings(n_new, llamacpp_sampling(request.sampling))
-        # 3) the text
-        if write is None:
-            decoded = model.complete(ids, settings)
-        else:
-            with closing(model.stream(ids, settings)) as pieces:
-                for piece in pieces:
-                    if isinstance(piece, Decoded):
-                        decoded = piece
-                    else:
-                        write(piece)
+        settings = StreamSettings(n_new, llamacpp_sampling(request.sampling), output.cancelled)
+        # 3) the text; leaving the loop ends the decoding
+        output.check()
+        decode_began = time.perf_counter()
+        with closing(model.stream(ids, settings)) as pieces:
+            for latest in pieces:
+                output.check()
+                if output.add(latest.text):
+                    break
+        seconds = time.perf_counter() - decode_began
         return Generation(
             prompt=request.routed_by,
-            text=decoded.text,
+            text=output.end(),
             token_ids=None,
-            n_new_tokens=decoded.n_new_tokens,
-            ended=decoded.ended,
+            n_new_tokens=latest.n_new_tokens,
+            ended=output.stopped or latest.ended,
             selection=selection,
             keep_ratio=None,
             engine="llamacpp",
             n_prompt_tokens=len(ids),
-            prefill_seconds=decoded.prefill_seconds + looked_up - begin,
-            decode_seconds=decoded.decode_seconds,
+            prefill_seconds=latest.prefill_seconds + looked_up - begin,
+            decode_seconds=seconds - latest.prefill_seconds,
             mlp_bytes_per_token=None,
             dense_mlp_bytes_per_token=None,
             lookup_seconds=looked_up - begin,
             prepare_seconds=opened - looked_up,
             file=model.path.name,
         )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the exported files hold one."""
+        return self._engine.has_chat_template
 
     def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
         """Return the log-probability of each completion token; see `Generator.score`."""
@@ -144,7 +153,7 @@ class ExportedGenerator(Generator):
 
 
 def llamacpp_sampling(sampling: SamplingConfig) -> dict[str, Any]:
-    """Return the settings as llama.cpp's server names them.
+    """Return the settings as llama.cpp's server names them, but for stop texts, which `TextOutput` looks for.
 
     Raises:
         ConfigError: llama.cpp has no such setting.
@@ -157,10 +166,10 @@ def llamacpp_sampling(sampling: SamplingConfig) -> dict[str, Any]:
     found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling.samples:
         found = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **found}
+    if sampling.repetition_penalty is not None:
+        found["repeat_last_n"] = -1  # the whole context, as transformers does
     if sampling.seed is not None:
-        found["seed"] = sampling.seed
-    if sampling.stop:
-        found["stop"] = list(sampling.stop)
+        found["seed"] = sampling.seed % _SEEDS
     if sampling.ignore_eos:
         found["ignore_eos"] = True
     return found

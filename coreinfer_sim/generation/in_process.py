@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ContextLengthError, SamplingError
@@ -21,7 +21,8 @@ from coreinfer_sim.engines.face import Engine, Group
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.sparse_model import SparseModel
-from coreinfer_sim.generation.text import Generation, Generator, Request, Write
+from coreinfer_sim.generation.streaming import Detokenizer, TextOutput
+from coreinfer_sim.generation.text import Generation, Generator, Request
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import dense_bytes
@@ -82,30 +83,32 @@ class TextGenerator(Generator):
         model = self.language_model
         return SparseModel(model.model, predictor, model.tokenizer, self.decode, engines=self.engines)
 
-    def _generate(self, request: Request, write: Write | None) -> Generation:
+    def _generate(self, request: Request) -> Generation:
         # 1) ids that fit
         model, sparse, sampling = self.language_model, self.sparse_model(request.mode), request.sampling
-        ids = prompt_ids(model.tokenizer, model.name, request.prompt, request.chat).to(model.model.device)
+        ids = prompt_ids(model.tokenizer, model.name, request.prompt, request.chat, request.chat_template_kwargs)
+        ids = ids.to(model.model.device)
         n_prompt = ids.shape[1]
         if request.shorten:
             n_new = within(model.context_length, n_prompt, sampling.max_new_tokens)
             sampling = replace(sampling, max_new_tokens=n_new, min_new_tokens=_least(sampling, n_new))
         self._check_length(n_prompt, sampling.max_new_tokens)
         # 2) prefill and decode
-        timer = StreamTimer(model.tokenizer, write)
-        streams = sampling.num_beams == 1
+        ends = [] if sampling.ignore_eos else self._ends()
+        watch = GenerationWatch(model.tokenizer, request.output, n_prompt, ends)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         begin = time.perf_counter()
         try:
-            output = sparse.generate(
-                ids,
-                prompts=[request.routed_by],
-                attention_mask=torch.ones_like(ids),
-                pad_token_id=model.tokenizer.pad_token_id,
-                streamer=timer if streams else None,
-                **generate_options(sampling, model.tokenizer),
-            )
+            with watch.in_prefill(model.model):
+                output = sparse.generate(
+                    ids,
+                    prompts=[request.routed_by],
+                    attention_mask=torch.ones_like(ids),
+                    pad_token_id=model.tokenizer.pad_token_id,
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                    **generate_options(sampling),
+                )
         except ValueError as error:  # transformers' own word on settings that contradict each other
             reason = " ".join(str(error).split())[:300]
             raise SamplingError(f"transformers refused the settings ({reason}); change or leave them out.") from error
@@ -113,10 +116,8 @@ class TextGenerator(Generator):
         # 3) what came of it
         facts = sparse.latest
         new = output[0, n_prompt:].tolist()
-        text = model.tokenizer.decode(new, skip_special_tokens=True)
-        if write is not None and not streams:
-            write(text)
-        first = timer.first_token or facts.decode_began or end  # beams do not stream
+        text = watch.end(new)
+        first = watch.first_token or end
         selection = facts.selections[0]
         counted = facts.read.n_steps > 0
         return Generation(
@@ -124,7 +125,7 @@ class TextGenerator(Generator):
             text=text,
             token_ids=new,
             n_new_tokens=len(new),
-            ended=len(new) < sampling.max_new_tokens or new[-1] in self._ends(),
+            ended=request.output.stopped or len(new) < sampling.max_new_tokens or new[-1] in self._ends(),
             selection=selection,
             keep_ratio=selection.keep_ratio(sparse.layers),
             engine=facts.engine,
@@ -138,6 +139,11 @@ class TextGenerator(Generator):
             prepare_seconds=facts.prepare_seconds,
             not_first=facts.not_first or self.refused,
         )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer has one."""
+        return self.language_model.tokenizer.chat_template is not None
 
     def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
         """Return the log-probability of each completion token; see `Generator.score`."""
@@ -191,8 +197,8 @@ class TextGenerator(Generator):
             )
 
 
-def generate_options(sampling: SamplingConfig, tokenizer: Any) -> dict[str, Any]:
-    """Return the settings as transformers' ``generate`` names them.
+def generate_options(sampling: SamplingConfig) -> dict[str, Any]:
+    """Return the settings as transformers' ``generate`` names them, but for stop texts, which `GenerationWatch` looks for.
 
     A checkpoint's own sampling settings do not apply to greedy decoding.
     """
@@ -205,8 +211,6 @@ def generate_options(sampling: SamplingConfig, tokenizer: Any) -> dict[str, Any]
     found.update({name: getattr(sampling, name) for name in _ALWAYS if getattr(sampling, name) is not None})
     if sampling.ignore_eos:  # rather than a least length, which costs a pass over all logits
         found["eos_token_id"] = None
-    if sampling.stop:
-        found.update(stop_strings=list(sampling.stop), tokenizer=tokenizer)
     return found
 
 
@@ -214,35 +218,67 @@ def _least(sampling: SamplingConfig, n_new: int) -> int | None:
     return None if sampling.min_new_tokens is None else min(sampling.min_new_tokens, n_new)
 
 
-class StreamTimer(TextStreamer):
-    """Streams new text to a function and notes when the first token came."""
+class GenerationWatch(StoppingCriteria):
+    """Looks at every new token: makes text of it, ends at a stop text, and breaks off what nobody wants any more."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None] | None) -> None:
-        """Give pieces to ``write``; None: only look at the clock."""
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
-        self._n_puts = 0
+    def __init__(self, tokenizer: Any, output: TextOutput, n_prompt: int, ends: Sequence[int] = ()) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: of the model.
+            output: takes the text.
+            n_prompt: tokens of the prompt.
+            ends: tokens that end a text.
+        """
+        self._tokenizer, self._output, self._n_prompt, self._ends = tokenizer, output, n_prompt, ends
+        self._detokenizer = Detokenizer(tokenizer, ends)
+        self._hooks: list[Any] = []
+        self._streams = True
         self.first_token: float | None = None
+        """When the first new token came, by `time.perf_counter`."""
 
-    def put(self, value: torch.Tensor) -> None:
-        """Receive the prompt, then a token a call."""
-        self._n_puts += 1
-        if self._n_puts == 2:  # the first put is the prompt
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Look at the newest tokens of rows [n_rows, n_positions]; return which rows have come to a stop."""
+        if self.first_token is None:
             self.first_token = time.perf_counter()
-        if self._write is None:
-            return
-        is_prompt = self.next_tokens_are_prompt
-        super().put(value)  # type: ignore[no-untyped-call]
-        if not is_prompt and not self.token_cache:  # a line has ended, and with it what its last token is decoded with
-            self.token_cache = [int(value.flatten()[-1])]
-            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+            self._remove_hooks()
+            self._streams = len(input_ids) == 1
+        self._output.check()
+        if self._streams:
+            stopped = [self._output.add(self._detokenizer.add(int(input_ids[0, -1])))]
+        else:  # beams change places, so that no row's text is known before the end
+            stopped = [self._has_stop(row[self._n_prompt :].tolist()) for row in input_ids]
+        return torch.tensor(stopped, device=input_ids.device)
 
-    def end(self) -> None:
-        """Write what was held back."""
-        if self._write is not None:
-            super().end()  # type: ignore[no-untyped-call]
+    @contextmanager
+    def in_prefill(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within the block, ask before every step of the model's forward code whether somebody still wants the text.
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand a piece on."""
-        if text and self._write is not None:
-            self._write(text)
+        From the first new token on, that is asked once a token.
+        """
+        if self._output.cancelled is not None:
+            steps = [module for module in model.modules() if next(module.children(), None) is None]
+            self._hooks = [step.register_forward_pre_hook(lambda *_: self._output.check()) for step in steps]
+        try:
+            yield
+        finally:
+            self._remove_hooks()
+
+    def end(self, tokens: list[int]) -> str:
+        """Hand on the rest of the text, whose tokens are given, and return it whole."""
+        if not self._streams:
+            tokens = [token for token in tokens if token not in self._ends]
+            self._output.add(self._decode(tokens))
+        else:
+            self._output.add(self._detokenizer.end())
+        return self._output.end()
+
+    def _has_stop(self, tokens: list[int]) -> bool:
+        return bool(self._output.stops) and any(stop in self._decode(tokens) for stop in self._output.stops)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()

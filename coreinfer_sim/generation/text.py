@@ -5,14 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 from coreinfer_sim.base.decode_settings import SamplingConfig, with_settings
-from coreinfer_sim.base.errors import ConfigError, UnknownModeError
+from coreinfer_sim.base.errors import ConfigError, GenerationCancelledError, UnknownModeError
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.generation.routing import routing_text
+from coreinfer_sim.generation.streaming import Cancelled, TextOutput, Write
 from coreinfer_sim.index.clusters import Match
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message
@@ -25,7 +26,7 @@ class Generation:
     prompt: str
     """What it was routed by."""
     text: str
-    """The new text, without the prompt."""
+    """The new text, without the prompt and before the first stop text."""
     token_ids: list[int] | None
     """The new tokens; None where the engine gives text alone."""
     n_new_tokens: int
@@ -91,10 +92,6 @@ class Generation:
         }
 
 
-Write = Callable[[str], None]
-"""Takes new text piece by piece; what it raises breaks the generation off."""
-
-
 @dataclass(frozen=True)
 class Request:
     """What `Generator.generate` was called with, once everything is decided."""
@@ -106,6 +103,9 @@ class Request:
     chat: bool
     """Whether the prompt goes through the model's chat template."""
     shorten: bool
+    chat_template_kwargs: Mapping[str, Any]
+    output: TextOutput
+    """Takes the text."""
 
 
 class Generator(ABC):
@@ -135,7 +135,9 @@ class Generator(ABC):
         mode: str | None = None,
         shorten: bool = False,
         write: Write | None = None,
+        cancelled: Cancelled | None = None,
         routed_by: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Generation:
         """Generate one continuation.
@@ -147,22 +149,29 @@ class Generator(ABC):
             mode: one of `modes`; None takes the first.
             shorten: where the context has no room for as many new tokens, generate fewer, rather than refuse.
             write: receives the new text piece by piece, as it comes.
+            cancelled: says whether nobody wants the text any more; asked in prefill and at every token.
             routed_by: text that routes in place of the prompt; see `routing_text`.
+            chat_template_kwargs: further variables of the chat template, such as ``{"enable_thinking": False}``.
             **settings: further fields of `SamplingConfig`, such as ``max_new_tokens=64``.
 
         Raises:
             UnknownModeError: there is no such mode.
             ConfigError: there is no such setting.
             PromptError: the prompt is empty, or does not fit into the context together with the new tokens.
+            GenerationCancelledError: ``cancelled`` said so.
         """
         mode = self.checked_mode(mode)
         sampling = with_settings(settings, (sampling or SamplingConfig(),))[0]
-        routed_by = routed_by or routing_text(self.index, prompt)
+        output = TextOutput(sampling.stop, write, cancelled)
+        output.check()
+        routed = routed_by or routing_text(self.index, prompt)
+        output.check()
         chat = chat or not isinstance(prompt, str)
-        return self._generate(Request(prompt, sampling, routed_by, mode, chat, shorten), write)
+        kwargs = chat_template_kwargs or {}
+        return self._generate(Request(prompt, sampling, routed, mode, chat, shorten, kwargs, output))
 
     @abstractmethod
-    def _generate(self, request: Request, write: Write | None) -> Generation:
+    def _generate(self, request: Request) -> Generation:
         """Do what `generate` says."""
 
     def stream(
@@ -172,15 +181,10 @@ class Generator(ABC):
         pieces: queue.Queue[str | BaseException | None] = queue.Queue()
         left = threading.Event()
 
-        def write(piece: str) -> None:
-            if left.is_set():
-                raise _Left
-            pieces.put(piece)
-
         def work() -> None:
             try:
-                self.generate(prompt, sampling, write=write, **options)
-            except _Left:
+                self.generate(prompt, sampling, write=pieces.put, cancelled=left.is_set, **options)
+            except GenerationCancelledError:  # nobody reads the stream any more
                 pass
             except BaseException as error:  # it is raised where the text is read
                 pieces.put(error)
@@ -203,6 +207,11 @@ class Generator(ABC):
             raise UnknownModeError(f"the mode is {mode!r}, expected one of {', '.join(self.modes)}.")
         return mode or self.modes[0]
 
+    @property
+    @abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether it answers conversations; a base model only continues texts."""
+
     @abstractmethod
     def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
         """Return the log-probability in nats of each completion token, as decode would have predicted it.
@@ -223,7 +232,3 @@ class Generator(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of prepared weights and open files."""
-
-
-class _Left(Exception):
-    """Nobody reads the stream any more."""

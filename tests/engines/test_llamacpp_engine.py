@@ -12,7 +12,7 @@ from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.base.errors import ConfigError, ContextLengthError, GenerationError, ModelError, UnknownModeError
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.llamacpp.engine import Decoded, LlamaCppEngine, StreamSettings
+from coreinfer_sim.engines.llamacpp.engine import LlamaCppEngine, StreamSettings
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.export.gguf import export_gguf
 from coreinfer_sim.export.weights import Source, compact_weights, exported_selection
@@ -34,16 +34,17 @@ def test_pieces_add_up_to_the_whole(engine):
     for selection in (FIRST, DENSE, NeuronSelection("global")):
         model = engine.model(selection)
         ids = model.tokenize(PROMPTS[0])
-        *pieces, decoded = model.stream(ids, SHORT)
-        assert isinstance(decoded, Decoded) and decoded.n_new_tokens == 4 and not decoded.ended
-        assert "".join(pieces) == decoded.text
-        assert model.complete(ids, SHORT).n_new_tokens == 4
+        pieces = list(model.stream(ids, SHORT))
+        counts = [piece.n_new_tokens for piece in pieces]
+        assert counts == sorted(counts) and counts[-1] == 4 and not pieces[-1].ended
+        assert "".join(piece.text for piece in pieces) == "".join(piece.text for piece in model.stream(ids, SHORT))
 
 
 def test_one_token_needs_no_decode(engine):
     model = engine.model(FIRST)
     ids = model.tokenize(PROMPTS[0])
-    assert model.complete(ids, StreamSettings(max_new_tokens=1)).n_new_tokens == 1
+    (piece,) = model.stream(ids, StreamSettings(max_new_tokens=1))
+    assert piece.n_new_tokens == 1
 
 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
@@ -103,4 +104,4 @@ def test_a_cache_of_another_shape_is_refused(wide_index, exported, tmp_path):
     with closing(LlamaCppEngine(wide_index, tmp_path, context=64)) as engine:
         model = engine.model(FIRST)
         with pytest.raises(GenerationError, match="does not fit cluster-000"):
-            model.complete(model.tokenize(PROMPTS[0]), SHORT)
+            list(model.stream(model.tokenize(PROMPTS[0]), SHORT))

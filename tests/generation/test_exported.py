@@ -26,11 +26,13 @@ def test_the_tokens_are_those_of_our_own_engines(wide_checkpoint, wide_index, ex
         for prompt in PROMPTS[:2]:
             expected = ours.generate(prompt, chat=chat, max_new_tokens=16)
             run = generator.generate(prompt, chat=chat, max_new_tokens=16)
-            assert run.text == expected.text and run.n_new_tokens == expected.n_new_tokens
+            assert run.n_new_tokens == expected.n_new_tokens
+            # Of broken UTF-8, such as random weights write, llama.cpp leaves out an end that may be half a character.
+            found, sound = (text.replace("\ufffd", "") for text in (run.text, expected.text))
+            assert sound.startswith(found) and len(sound) - len(found) < 4
             written = []
             streamed = generator.generate(prompt, chat=chat, max_new_tokens=16, write=written.append)
-            assert "".join(written) == streamed.text and streamed.n_new_tokens == run.n_new_tokens
-            # Of broken UTF-8, such as random weights write, a stream of llama.cpp's leaves parts out.
+            assert "".join(written) == streamed.text == run.text and streamed.n_new_tokens == run.n_new_tokens
             assert run.n_prompt_tokens == expected.n_prompt_tokens and run.engine == "llamacpp"
             assert (run.selection.mode, run.selection.cluster) == (mode, expected.selection.cluster)
             assert json.loads(json.dumps(run.as_dict()))["tokens_per_second"] > 0

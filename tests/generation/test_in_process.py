@@ -10,15 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import save_tiny_checkpoint, tiny_model
-from tokenizers import Tokenizer, decoders, models
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from coreinfer_sim.base.errors import GenerationError, PromptError
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.modules import installed
-from coreinfer_sim.generation.in_process import StreamTimer, TextGenerator
+from coreinfer_sim.generation.in_process import TextGenerator
 from coreinfer_sim.generation.text import Generation
 from coreinfer_sim.models.loading import LanguageModel, load_model
 from coreinfer_sim.models.mlps import dense_bytes, find_mlps
@@ -279,20 +278,6 @@ def test_beams_are_written_at_the_end(generator):
     assert result.decode_seconds > 0 < result.prefill_seconds  # they do not stream, but decode begins all the same
 
 
-def test_a_stream_keeps_the_spaces_that_begin_a_line():
-    vocabulary = {token: i for i, token in enumerate(["<s>", "▁def", "\n", "▁▁▁▁", "▁return", "x"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # as SentencePiece's: a text loses its first space
-    ids, pieces = [1, 2, 3, 4, 5, 2, 2, 3, 5], []
-    clock = StreamTimer(fast, pieces.append)
-    clock.put(torch.tensor([[1, 1]]))  # the prompt
-    for token in ids:
-        clock.put(torch.tensor([token]))
-    clock.end()
-    assert "".join(pieces) == fast.decode(ids) == "def\n     returnx\n\n    x"
-
-
 def test_generation_stops_at_the_end_token(language_model, generator, monkeypatch):
     free = generator.generate(PROMPT, max_new_tokens=10)
     end = free.token_ids[4]
@@ -308,7 +293,7 @@ def test_a_checkpoint_that_asks_for_beams(tmp_path):
     language_model.model.generation_config.num_beams = 2
     pieces = []
     generator = TextGenerator(language_model, predictor=make_predictor("dense", language_model.layers))
-    assert pieces == [generator.generate(PROMPT, max_new_tokens=4, write=pieces.append).text]
+    assert generator.generate(PROMPT, max_new_tokens=4, write=pieces.append).text == "".join(pieces)
 
 
 def test_the_end_token_is_no_text(language_model, generator, monkeypatch):
@@ -320,15 +305,30 @@ def test_the_end_token_is_no_text(language_model, generator, monkeypatch):
     assert result.text == "".join(pieces) == tokenizer.decode(result.token_ids[:-1])
 
 
-def test_stop_strings(language_model, generator):
-    free = generator.generate(PROMPT, max_new_tokens=30)
-    tokenizer = language_model.tokenizer
-    stop = tokenizer.decode(free.token_ids[5:7])
-    result = generator.generate(PROMPT, max_new_tokens=30, stop=(stop,))
-    assert result.ended
-    assert stop in result.text
+@pytest.mark.parametrize("options", [{}, {"write": lambda _piece: None}], ids=["silent", "streamed"])
+def test_the_text_ends_before_its_first_stop(language_model, generator, options):
+    free = generator.generate(PROMPT, max_new_tokens=30, **options)
+    stop = free.text[len(free.text) // 2 :][:3]
+    result = generator.generate(PROMPT, max_new_tokens=30, stop=("no such text", stop), **options)
+    assert result.ended and result.text == free.text[: free.text.find(stop)]
     assert len(result.token_ids) < 30
-    assert free.token_ids[: len(result.token_ids)] == result.token_ids
+    assert language_model.tokenizer.decode(result.token_ids).startswith(result.text + stop)
+
+
+def test_beams_end_before_a_stop(generator):
+    free = generator.generate(PROMPT, max_new_tokens=30, num_beams=2)
+    letters = sorted(set(free.text))
+    result = generator.generate(PROMPT, max_new_tokens=30, num_beams=2, stop=letters)
+    assert result.ended and len(result.token_ids) < 30 and not set(letters).intersection(result.text)
+
+
+@pytest.mark.parametrize("n_stops", [1, 5, 300])
+def test_a_stop_at_the_limit_is_an_end(generator, n_stops):
+    free = generator.generate(PROMPT, max_new_tokens=12)
+    stops = [f"never {number}" for number in range(n_stops - 1)] + [free.text[-1]]
+    result = generator.generate(PROMPT, max_new_tokens=12, stop=stops)
+    assert result.ended and result.text == free.text[: free.text.find(free.text[-1])]
+    assert not generator.generate(PROMPT, max_new_tokens=12, stop=["never"]).ended
 
 
 def test_a_selection_by_hand(language_model):

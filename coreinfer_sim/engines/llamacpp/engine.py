@@ -7,6 +7,8 @@ first token; every later one is decoded sparsely.
 
 from __future__ import annotations
 
+import functools
+import struct
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -26,7 +28,7 @@ from coreinfer_sim.base.errors import (
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.llamacpp.pool import ModelPool
 from coreinfer_sim.engines.llamacpp.router import DENSE, GLOBAL, SIMILARITY, read_router
-from coreinfer_sim.engines.llamacpp.server import LlamaServer
+from coreinfer_sim.engines.llamacpp.server import Cancelled, LlamaServer
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message
 
@@ -36,6 +38,14 @@ _ALL = 1 << 20
 """Log-probabilities to ask for: more than any vocabulary has."""
 _BIAS = 1e4
 """Far more than logits are apart."""
+_BROKEN = "\ufffd"
+"""What llama.cpp writes for bytes that are no character, or not yet a whole one."""
+_MOST_BYTES = 4
+"""Of one character."""
+_CHAT_TEMPLATE = struct.pack("<Q", 23) + b"tokenizer.chat_template"
+"""As a GGUF file names it: the length, then the name."""
+_MOST_METADATA = 64 << 20
+"""Bytes at the beginning of a GGUF file among which its metadata lie."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +54,23 @@ class StreamSettings:
 
     max_new_tokens: int = 128
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Of llama.cpp's server, such as ``temperature``, ``top_k``, ``seed``, ``stop``; greedy without."""
+    """Of llama.cpp's server, such as ``temperature``, ``top_k``, ``seed``; greedy without."""
+    cancelled: Cancelled | None = None
+    """Says whether nobody wants the text any more."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A whole text and what it cost."""
+class Piece:
+    """New text and what there is so far."""
 
     text: str
+    """May be empty."""
     n_new_tokens: int
-    ended: bool
-    """Whether the text came to its end, rather than to the limit of new tokens."""
+    """So far, this piece's included."""
     prefill_seconds: float
     """To the first new token, the handover of the cache included."""
-    decode_seconds: float
+    ended: bool = False
+    """Whether an end token came, rather than the limit of new tokens; of the last piece."""
 
 
 class ExportedModel:
@@ -74,12 +87,15 @@ class ExportedModel:
         self.path = decoder.path
         self._decoder, self._reader, self._context = decoder, reader, context
 
-    def render(self, prompt: str | list[Message], chat: bool) -> str:
+    def render(
+        self, prompt: str | list[Message], chat: bool, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> str:
         """Return the text that the model reads for a prompt.
 
         Args:
             prompt: a text or a conversation.
             chat: put it into the model's chat template.
+            chat_template_kwargs: further variables of the template.
 
         Raises:
             ChatTemplateError: the template refuses the conversation.
@@ -88,7 +104,8 @@ class ExportedModel:
             return str(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            return str(self._decoder.post("/apply-template", {"messages": messages})["prompt"])
+            content = {"messages": messages, "chat_template_kwargs": dict(chat_template_kwargs or {})}
+            return str(self._decoder.post("/apply-template", content)["prompt"])
         except RequestRefusedError as error:
             raise ChatTemplateError(f"the chat template refuses the conversation: {error} Send another one.") from error
 
@@ -104,10 +121,10 @@ class ExportedModel:
         ids: list[int] = self._decoder.post("/tokenize", content)["tokens"]
         return ids
 
-    def stream(self, ids: Sequence[int], settings: StreamSettings) -> Generator[str | Decoded, None, None]:
-        """Yield the text that follows a prompt in pieces, then as a whole.
+    def stream(self, ids: Sequence[int], settings: StreamSettings) -> Generator[Piece, None, None]:
+        """Yield the text that follows a prompt in pieces; closing the iterator ends the decoding.
 
-        Parts of a text that is no sound UTF-8 may be missing, as llama.cpp leaves them out of streams.
+        A text that ends within a character ends before it.
 
         Args:
             ids: of the prompt, [n_positions].
@@ -115,59 +132,45 @@ class ExportedModel:
 
         Raises:
             ContextLengthError: the prompt and the new tokens do not fit into the context.
+            GenerationCancelledError: nobody wants the text any more.
             GenerationError: llama.cpp refuses; the message says why.
         """
-        return self._decode(list(ids), settings, in_pieces=True)
-
-    def complete(self, ids: Sequence[int], settings: StreamSettings) -> Decoded:
-        """Return the text that follows a prompt; see `stream`, but nothing is missing."""
-        (decoded,) = self._decode(list(ids), settings, in_pieces=False)
-        assert isinstance(decoded, Decoded)
-        return decoded
-
-    def _decode(
-        self, ids: list[int], settings: StreamSettings, in_pieces: bool
-    ) -> Generator[str | Decoded, None, None]:
         self._check_length(len(ids), settings.max_new_tokens)
         request = {"temperature": 0.0, **settings.sampling, **_SLOT, "return_tokens": True}
-        begin = time.perf_counter()
+        begin, prefill_seconds = time.perf_counter(), 0.0
         # 1) The dense model reads the prompt and gives the first token.
         new: list[int] = []
-        text = ""
-        answer: dict[str, Any] = {"stop_type": "limit"}
+        cut = False
         if self._reader is not None:
-            answer = self._reader.complete({**request, "prompt": ids, "n_predict": 1})
-            new, text = answer["tokens"], answer["content"]
-        n_new = len(new)
-        goes_on = answer["stop_type"] == "limit" and n_new < settings.max_new_tokens
-        if goes_on:
-            self._hand_over()
-        prefill_seconds = time.perf_counter() - begin
-        # 2) The set's model decodes. A first token that ends within a character cannot be shown before what follows.
-        shown = in_pieces and (not new or text.strip("\ufffd") != "")
-        if shown and text:
-            yield text
-        if goes_on:
-            rest = {**request, "prompt": [*ids, *new], "n_predict": settings.max_new_tokens - n_new}
-            if shown:
-                with closing(self._decoder.stream(rest)) as parts:
-                    for answer in parts:
-                        text += answer["content"]
-                        if answer["content"]:
-                            yield answer["content"]
-            else:
-                answer = self._decoder.complete(rest)
-                new = [*new, *answer["tokens"]]
-            n_new += answer["tokens_predicted"]
-            if self._reader is None:
-                prefill_seconds += answer["timings"]["prompt_ms"] / 1000
-        decode_seconds = time.perf_counter() - begin - prefill_seconds
-        # 3) The whole text.
-        if not shown:
-            text = self._decoder.post("/detokenize", {"tokens": new})["content"]
-            if in_pieces:
-                yield text
-        yield Decoded(text, n_new, answer["stop_type"] != "limit", prefill_seconds, decode_seconds)
+            answer = self._reader.complete({**request, "prompt": list(ids), "n_predict": 1}, settings.cancelled)
+            new, text, ended = answer["tokens"], answer["content"], answer["stop_type"] != "limit"
+            goes_on = not ended and len(new) < settings.max_new_tokens
+            cut = goes_on and text.endswith(_BROKEN)
+            if goes_on:
+                self._hand_over()
+            prefill_seconds = time.perf_counter() - begin
+            yield Piece("" if cut else text, len(new), prefill_seconds, ended)
+            if not goes_on:
+                return
+        # 2) The set's model decodes. A first token that ends within a character waits for those that complete it.
+        rest = {**request, "prompt": [*ids, *new], "n_predict": settings.max_new_tokens - len(new)}
+        waiting = new if cut else []
+        with closing(self._decoder.stream(rest, settings.cancelled)) as parts:
+            for part in parts:
+                prefill_seconds = prefill_seconds or time.perf_counter() - begin
+                text, ended = part["content"], part.get("stop_type", "limit") not in ("limit", "none")
+                if waiting:
+                    text, waiting = self._completed(waiting, part)
+                yield Piece(text, len(new) + part["tokens_predicted"], prefill_seconds, ended)
+
+    def _completed(self, waiting: list[int], part: dict[str, Any]) -> tuple[str, list[int]]:
+        """Return the text of tokens that waited and of a further part, and what waits on."""
+        tokens = part["tokens"] if part["content"] else []
+        text = self._decoder.post("/detokenize", {"tokens": [*waiting, *tokens]})["content"]
+        if len(waiting) + len(tokens) <= part["tokens_predicted"]:  # of a text that is no sound UTF-8 some are left out
+            return self._decoder.post("/detokenize", {"tokens": waiting})["content"] + part["content"], []
+        waits = text.endswith(_BROKEN) and len(waiting) + len(tokens) < _MOST_BYTES and not part["stop"]
+        return ("", [*waiting, *tokens]) if waits else (text, [])
 
     def score(self, ids: Sequence[int], start: int) -> list[float]:
         """Return ln p(ids[i] | ids[:i]) for every i from ``start`` on, as decode would have read them.
@@ -289,6 +292,13 @@ class LlamaCppEngine:
         dense = self.router.path(DENSE) if self.prefill == "dense" and wanted != DENSE else None
         reader = None if dense is None else self.pool.get(dense, beside=path)
         return ExportedModel(self.pool.get(path, beside=dense), reader, self.context)
+
+    @functools.cached_property
+    def has_chat_template(self) -> bool:
+        """Whether the files hold one; without, llama.cpp takes one that the model has never seen."""
+        path = self.router.folder / next(iter(self.router.files.values()))
+        with path.open("rb") as file:
+            return _CHAT_TEMPLATE in file.read(_MOST_METADATA)
 
     def close(self) -> None:
         """Close all models and remove saved caches."""
