@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,8 @@ from . import options
 from .console import ConsoleProgress, note_plain_sets, quiet_libraries, status
 from .settings import Settings, set_option
 
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
+
 
 @click.command()
 @click.option("--index", required=True, type=click.Path(), help="Index folder.")
@@ -28,7 +31,20 @@ from .settings import Settings, set_option
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--api-key", envvar="COREINFER_API_KEY", show_envvar=True, help="That clients must send.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of one answer.")
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Pages of this origin, such as https://example.org, may ask in a browser; * for all; may be given several times.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Of one answer; a request for more gets so many.",
+)
 @click.option(
     "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait at a time."
 )
@@ -56,6 +72,7 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    cors_origins: tuple[str, ...],
     max_new_tokens: int,
     queue_limit: int,
     timeout: float,
@@ -80,6 +97,12 @@ def serve(
         raise ConfigError(f"{error.name} is not installed; run: pip install 'coreinfer-sim[serve]'") from error
     if not api_key and not _is_loopback(host):
         raise ConfigError(f"{host} can be reached from other machines, expected an API key then; give --api-key.")
+    for origin in cors_origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--cors-origin is {origin!r}, expected what a browser sends: scheme://host or scheme://host:port without a "
+                "path and in small letters, null, or * for all."
+            )
     from coreinfer_sim.generation.opening import load
     from coreinfer_sim.serving.backends import Backend
 
@@ -101,6 +124,10 @@ def serve(
     if generator.index is not None and selection.compensated:
         note_plain_sets(generator.index, selection.keep_ratio)
     title = name or Path(generator.name).name
+    if not generator.has_chat_template:
+        click.echo(
+            f"Note: {title} has no chat template, so it continues texts: /v1/completions alone answers.", err=True
+        )
     app = make_app(
         Backend(generator),
         title,
@@ -109,6 +136,7 @@ def serve(
         queue_limit=queue_limit,
         timeout=timeout,
         body_limit=body_limit,
+        cors_origins=cors_origins,
     )
 
     class Server(uvicorn.Server):

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 
 from coreinfer_sim.base.errors import CoreInferSimError, UnknownModeError
 from coreinfer_sim.choosing.index_sets import IndexSets
-from coreinfer_sim.models.prompts import Message
 from coreinfer_sim.serving.backends import Backend, TextRequest
 from coreinfer_sim.serving.errors import (
-    AuthenticationError,
     InvalidRequestError,
     ModelNotFoundError,
-    RequestTooLargeError,
+    NoChatError,
     error_json,
     error_response,
 )
+from coreinfer_sim.serving.guard import Guard
 from coreinfer_sim.serving.request_queue import RequestQueue
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest
-from coreinfer_sim.serving.streaming import ResponseFormat, cut_at_stops, server_sent_events, while_connected, whole
+from coreinfer_sim.serving.streaming import ResponseFormat, streamed, while_connected, whole
+from coreinfer_sim.serving.wording import sentence
 
 PAGE = Path(__file__).parent / "page.html"
-_WITHOUT_KEY = ("/", "/health")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def make_app(
@@ -46,6 +45,7 @@ def make_app(
     queue_limit: int = 64,
     timeout: float = 300.0,
     body_limit: int = 2 << 20,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """Make the server.
 
@@ -53,10 +53,11 @@ def make_app(
         backend: generates the texts; closed with the server.
         name: of the model, as /v1/models lists it.
         api_key: that requests must bring, except for the page and /health; None requires none.
-        max_new_tokens: of one text; also the number where a request names none.
+        max_new_tokens: of one text; also the number where a request names none, or a larger one.
         queue_limit: requests that may wait or be answered at a time.
         timeout: seconds that a request may take, waiting included.
         body_limit: bytes of a request.
+        cors_origins: of pages that may read answers, such as ``https://example.org``; ``*`` stands for all.
 
     Returns:
         The app; ``app.state.stop`` refuses further requests and ends open ones after a grace period.
@@ -70,36 +71,17 @@ def make_app(
 
     app = FastAPI(title="coreinfer_sim", description="Sparse decode behind OpenAI's API.", lifespan=lifespan)
     app.state.stop = queue.stop
-    _add_guard(app, api_key, body_limit)
+    app.add_middleware(Guard, api_key=api_key, body_limit=body_limit)
+    if cors_origins:  # around the guard: a preflight brings no key, and a page reads refusals too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     _add_error_handlers(app)
     _add_generation(app, queue, name, max_new_tokens)
     _add_models(app, backend, name)
     _add_lookup(app, backend)
     _add_status(app, queue)
     return app
-
-
-def _add_guard(app: FastAPI, api_key: str | None, body_limit: int) -> None:
-    """Check the key and the size of every request before anything else reads it."""
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if api_key is not None and request.url.path not in _WITHOUT_KEY:
-            sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(sent.encode(), api_key.encode()):
-                return error_response(AuthenticationError())
-        body = bytearray()
-        try:
-            async for piece in request.stream():
-                body += piece
-                if len(body) > body_limit:
-                    return error_response(
-                        RequestTooLargeError(f"the request has more than {body_limit} bytes; send less.")
-                    )
-        except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
-        request._body = bytes(body)  # what Starlette itself keeps once a body has been read
-        return await call_next(request)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -110,35 +92,25 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return error_json(400, f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]}).")
-        field = ".".join(str(part) for part in first["loc"][1:]) or first.get("ctx", {}).get("field")
-        reason = first["msg"].removeprefix("Value error, ")
-        return error_json(400, f"{field or 'the body'}: {reason}", param=field)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        message, field = sentence(error.errors()[0], request.headers.get("content-type", ""))
+        return error_json(400, message, param=field)
 
     @app.exception_handler(HTTPException)
     async def http_error(_request: Request, error: HTTPException) -> Response:
-        return error_json(error.status_code, f"{error.detail}.")
-
-    @app.exception_handler(Exception)
-    async def failed(_request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return error_json(error.status_code, f"{error.detail.rstrip('.')}.")
 
 
 def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens: int) -> None:
     """Add the two routes that generate."""
 
     async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
-        checked = text_request(request, name, queue.backend, max_new_tokens)
-        events = cut_at_stops(queue.generate(checked), checked.stop)
-        form = ResponseFormat(name, isinstance(request, ChatRequest))
+        events = queue.generate(text_request(request, name, queue.backend, max_new_tokens))
+        form = ResponseFormat(name, isinstance(request, ChatRequest), request.ignored)
         if not request.stream:
             return await while_connected(http, whole(form, events))
-        first = await anext(events)  # so that a refusal still has its status
-        usage = request.stream_options is not None and request.stream_options.include_usage
-        return StreamingResponse(server_sent_events(form, first, events, usage), media_type="text/event-stream")
+        usage = request.stream_options is not None and bool(request.stream_options.include_usage)
+        return await while_connected(http, streamed(form, events, usage))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
@@ -160,38 +132,29 @@ def text_request(
         request: sound by itself.
         name: of the model that is served.
         backend: whose modes a request may choose from.
-        max_new_tokens: limit of a request; also the number where it names none.
+        max_new_tokens: limit of a request; also the number where it names none, or a larger one.
 
     Raises:
         ModelNotFoundError: the request names another model.
-        InvalidRequestError: it requests too many tokens.
+        NoChatError: it is a conversation, and the model continues texts.
         UnknownModeError: the backend lacks the mode.
     """
     if request.model not in (None, name):
         raise ModelNotFoundError(request.model, name)
-    limit = request.max_tokens
-    if isinstance(request, ChatRequest):
-        limit = request.max_completion_tokens or limit
-    if limit is not None and limit > max_new_tokens:
-        raise InvalidRequestError(f"{limit} new tokens were requested, expected at most {max_new_tokens}.")
+    if isinstance(request, ChatRequest) and not backend.chats:
+        raise NoChatError(name)
     mode = (request.coreinfer.mode if request.coreinfer else None) or backend.modes[0]
     if mode not in backend.modes:
         raise UnknownModeError(f"coreinfer.mode is {mode!r}, expected one of {', '.join(backend.modes)}.")
     return TextRequest(
-        prompt=request.text if isinstance(request, CompletionRequest) else _messages(request),
-        max_new_tokens=limit or max_new_tokens,
+        prompt=request.subject,
+        max_new_tokens=min(request.limit or max_new_tokens, max_new_tokens),
         mode=mode,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        stop=tuple(request.stop or ()),
         seed=request.seed,
-        stop=request.stops,
-        shorten=limit is None,
+        chat_template_kwargs=request.template_kwargs,
+        **{name: value for name in _SAMPLING if (value := getattr(request, name)) is not None},
     )
-
-
-def _messages(request: ChatRequest) -> list[Message]:
-    roles = {"developer": "system"}
-    return [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
 
 
 def _add_models(app: FastAPI, backend: Backend, name: str) -> None:
@@ -199,7 +162,7 @@ def _add_models(app: FastAPI, backend: Backend, name: str) -> None:
     created = int(time.time())
 
     def description() -> dict[str, Any]:
-        facts = {"modes": list(backend.modes), "clusters": len(backend.index)}
+        facts = {"modes": list(backend.modes), "clusters": len(backend.index), "chat": backend.chats}
         return {"id": name, "object": "model", "created": created, "owned_by": "coreinfer_sim", "coreinfer": facts}
 
     @app.get("/v1/models")

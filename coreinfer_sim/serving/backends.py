@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coreinfer_sim.base.decode_settings import SamplingConfig
+from coreinfer_sim.base.decode_settings import MAX_SEED, SamplingConfig
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.generation.streaming import Cancelled, Write
 from coreinfer_sim.generation.text import Generator
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message
@@ -16,6 +17,10 @@ _FACTS = (
     *("mode", "cluster", "label", "similarity", "confidence", "confident", "keep_ratio", "engine", "file"),
     *("tokens_per_second", "mlp_bytes_per_token"),
 )
+_LEAST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is taken, which is what a lower one comes to without the overflow."""
+_LEAST_TOP_P = 1e-6
+"""Leaves the likeliest token, as 0 does."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,13 @@ class TextRequest:
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
+    top_k: int = 0
+    """0 and -1: no limit."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    shorten: bool = False
-    """Whether fewer tokens will do where the context has no room for ``max_new_tokens``, which nobody named."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,28 @@ class Backend:
         self.index: SemanticIndex = generator.index
         self.modes: Sequence[str] = generator.modes
         """That a request may name, the default first."""
+        self.chats = generator.has_chat_template
+        """Whether it answers conversations; a base model only continues texts."""
 
-    def complete(self, request: TextRequest, write: Callable[[str], None]) -> Completion:
-        """Generate; ``write`` receives the text as it comes; what it raises ends the generation."""
+    def complete(self, request: TextRequest, write: Write, cancelled: Cancelled | None = None) -> Completion:
+        """Generate at most ``max_new_tokens``, fewer where the context has no room for them.
+
+        Args:
+            request: what to generate.
+            write: receives the text as it comes.
+            cancelled: says whether nobody wants it any more.
+
+        Raises:
+            GenerationCancelledError: ``cancelled`` said so.
+        """
         sampling = SamplingConfig(
             max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=0,
-            seed=request.seed,
+            temperature=request.temperature if request.temperature >= _LEAST_TEMPERATURE else 0.0,
+            top_p=max(request.top_p, _LEAST_TOP_P),
+            top_k=max(0, request.top_k),
+            min_p=request.min_p or None,
+            repetition_penalty=None if request.repetition_penalty == 1 else request.repetition_penalty,
+            seed=None if request.seed is None else request.seed % (MAX_SEED + 1),
             stop=request.stop,
         )
         run = self._generator.generate(
@@ -79,8 +100,10 @@ class Backend:
             sampling,
             chat=not isinstance(request.prompt, str),
             mode=request.mode,
-            shorten=request.shorten,
+            shorten=True,
             write=write,
+            cancelled=cancelled,
+            chat_template_kwargs=request.chat_template_kwargs,
         )
         facts = run.as_dict()
         return Completion(

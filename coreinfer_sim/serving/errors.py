@@ -6,7 +6,14 @@ import logging
 
 from fastapi.responses import JSONResponse
 
-from coreinfer_sim.base.errors import ConfigError, ContextLengthError, CoreInferSimError, PromptError, SamplingError
+from coreinfer_sim.base.errors import (
+    ConfigError,
+    ContextLengthError,
+    CoreInferSimError,
+    PromptError,
+    SamplingError,
+    UnknownModeError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -16,6 +23,8 @@ class ServingError(CoreInferSimError):
 
     status = 500
     code: str | None = None
+    param: str | None = None
+    """The field that is wrong, where it is the same for all of this kind."""
     message = "the request is refused."
     """Of this kind, where a request has none of its own."""
 
@@ -30,6 +39,16 @@ class InvalidRequestError(ServingError):
     status = 400
 
 
+class NoChatError(InvalidRequestError):
+    """A conversation is sent to a base model."""
+
+    def __init__(self, name: str) -> None:
+        """Name the model."""
+        super().__init__(
+            f"{name} is a base model without a chat template, expected a text to continue; send it as prompt to /v1/completions."
+        )
+
+
 class AuthenticationError(ServingError):
     """The API key is missing or wrong."""
 
@@ -39,7 +58,7 @@ class AuthenticationError(ServingError):
 class ModelNotFoundError(ServingError):
     """The request names another model."""
 
-    status, code = 404, "model_not_found"
+    status, code, param = 404, "model_not_found", "model"
 
     def __init__(self, found: str, expected: str) -> None:
         """Name both models."""
@@ -74,7 +93,9 @@ class RequestTimeoutError(ServingError):
 def error_response(error: Exception) -> JSONResponse:
     """Return the answer to a request that failed; what is the server's own fault goes into its log."""
     if isinstance(error, ServingError):
-        return error_json(error.status, str(error), error.code)
+        return error_json(error.status, str(error), error.code, error.param)
+    if isinstance(error, UnknownModeError):
+        return error_json(400, str(error), param="coreinfer.mode")
     if isinstance(error, ContextLengthError):
         return error_json(400, str(error), "context_length_exceeded")
     if isinstance(error, (PromptError, SamplingError, ConfigError)):

@@ -10,16 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from coreinfer_sim.base.errors import GenerationCancelledError
 from coreinfer_sim.serving.backends import Backend, Completion, TextRequest
 from coreinfer_sim.serving.errors import QueueFullError, RequestTimeoutError, ShutdownError
 from coreinfer_sim.serving.metrics import Metrics
 
 GRACE = 8.0
 """Seconds that open requests have left when the server is stopped; less than uvicorn waits for connections."""
-
-
-class _CancelledError(Exception):
-    """Nobody waits for this text any more."""
 
 
 @dataclass(eq=False)
@@ -30,7 +27,12 @@ class _Task:
     loop: asyncio.AbstractEventLoop
     deadline: float
     events: asyncio.Queue[str | Completion | Exception] = field(default_factory=asyncio.Queue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody waits for the text any more."""
+
+    def cancelled(self) -> bool:
+        """Say whether nobody waits for the text any more, or its time is up."""
+        return self.left.is_set() or time.monotonic() > self.deadline
 
     def put(self, event: str | Completion | Exception) -> None:
         """Hand an event from the worker to the loop; a loop that has been closed waits no more."""
@@ -89,7 +91,7 @@ class RequestQueue:
                 if isinstance(event, Completion):
                     return
         finally:
-            task.cancelled.set()
+            task.left.set()
             self._open.remove(task)
             self.metrics.requests.labels(outcome).inc()
 
@@ -120,21 +122,15 @@ class RequestQueue:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            if task.cancelled.is_set():
+            if task.cancelled():
                 continue
             if self._closing:
                 task.put(ShutdownError())
                 continue
             begin = time.perf_counter()
-
-            def write(text: str, task: _Task = task) -> None:
-                if task.cancelled.is_set() or time.monotonic() > task.deadline:
-                    raise _CancelledError
-                task.put(text)
-
             try:
-                completion = self.backend.complete(task.request, write)
-            except _CancelledError:
+                completion = self.backend.complete(task.request, task.put, task.cancelled)
+            except GenerationCancelledError:
                 continue
             except Exception as error:  # the server goes on; the client gets the error
                 task.put(error)

@@ -1,4 +1,4 @@
-"""A text as it comes, as the responses of OpenAI's API: whole or as server-sent events, cut at stops."""
+"""A text as it comes, as the responses of OpenAI's API: whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from coreinfer_sim.serving.backends import Completion
 from coreinfer_sim.serving.errors import error_response
@@ -22,14 +22,15 @@ _CLIENT_GONE = 499
 class ResponseFormat:
     """The JSON objects that stand around a text in one response."""
 
-    def __init__(self, model: str, chat: bool) -> None:
+    def __init__(self, model: str, chat: bool, ignored: Sequence[str] = ()) -> None:
         """Begin a response.
 
         Args:
             model: its name.
             chat: of /v1/chat/completions rather than /v1/completions.
+            ignored: fields of the request that were passed over.
         """
-        self.chat = chat
+        self.chat, self._ignored = chat, list(ignored)
         kind = "chat.completion" if chat else "text_completion"
         prefix = "chatcmpl" if chat else "cmpl"
         self._whole = {
@@ -40,11 +41,12 @@ class ResponseFormat:
         }
         self._chunk = {**self._whole, "object": "chat.completion.chunk" if chat else kind}
 
-    def whole(self, text: str, completion: Completion) -> dict[str, Any]:
+    def whole(self, completion: Completion) -> dict[str, Any]:
         """Return a whole response."""
+        text = completion.text
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": _finish_reason(completion)}
-        return {**self._whole, "choices": [choice], "usage": _usage(completion), "coreinfer": completion.facts}
+        return {**self._whole, "choices": [choice], "usage": _usage(completion), **self._facts(completion)}
 
     def chunk(self, text: str, first: bool) -> dict[str, Any]:
         """Return a chunk of a streamed response."""
@@ -56,11 +58,14 @@ class ResponseFormat:
         """Return the last chunk."""
         content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": _finish_reason(completion)}
-        return {**self._chunk, "choices": [choice], "coreinfer": completion.facts}
+        return {**self._chunk, "choices": [choice], **self._facts(completion)}
 
     def usage(self, completion: Completion) -> dict[str, Any]:
         """Return the chunk that follows if usage was requested."""
         return {**self._chunk, "choices": [], "usage": _usage(completion)}
+
+    def _facts(self, completion: Completion) -> dict[str, Any]:
+        return {"coreinfer": {**completion.facts, "ignored": self._ignored}}
 
 
 def _finish_reason(completion: Completion) -> str:
@@ -104,12 +109,16 @@ async def server_sent_events(
 
 async def whole(form: ResponseFormat, events: AsyncIterator[str | Completion]) -> Response:
     """Return a response that is not streamed."""
-    text = ""
     async for event in events:
         if isinstance(event, Completion):
-            return JSONResponse(form.whole(text, event))
-        text += event
+            return JSONResponse(form.whole(event))
     raise AssertionError("the events ended without a completion")
+
+
+async def streamed(form: ResponseFormat, events: AsyncIterator[str | Completion], usage: bool) -> Response:
+    """Return a response that is streamed; it begins with the text, so that a refusal still has its status."""
+    first = await anext(events)
+    return StreamingResponse(server_sent_events(form, first, events, usage), media_type="text/event-stream")
 
 
 async def while_connected(http: Request, response: Coroutine[Any, Any, Response]) -> Response:
@@ -124,29 +133,3 @@ async def while_connected(http: Request, response: Coroutine[Any, Any, Response]
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished)
-
-
-async def cut_at_stops(
-    events: AsyncIterator[str | Completion], stops: tuple[str, ...]
-) -> AsyncIterator[str | Completion]:
-    """Cut the text before the first stop; what may be the beginning of one is held back."""
-    held, stopped = "", False
-    async for event in events:
-        if isinstance(event, Completion):
-            if held and not stopped:
-                yield held
-            yield event
-        elif not stopped:
-            held += event
-            places = [place for stop in stops if (place := held.find(stop)) >= 0]
-            stopped = bool(places)
-            n_safe = min(places) if places else len(held) - _n_held_back(held, stops)
-            if n_safe:
-                yield held[:n_safe]
-            held = held[n_safe:]
-
-
-def _n_held_back(text: str, stops: tuple[str, ...]) -> int:
-    """Return how many of the text's last characters may be the beginning of a stop."""
-    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
-    return max(lengths, default=0)

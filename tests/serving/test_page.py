@@ -58,10 +58,23 @@ def test_clusters_shares_and_both_answers_are_shown(browser, backend):
 def test_errors_are_shown(browser, backend):
     with Served(make_app(backend, NAME, max_new_tokens=4)) as server:
         page, errors = opened(browser, server.url)
-        page.fill("#prompt", PROMPTS[0])
-        page.fill("#tokens", "64")
+        page.fill("#prompt", "  ")
         page.click("#send")
-        page.wait_for_function("document.getElementById('error').textContent.includes('at most 4')")
+        page.wait_for_function("document.getElementById('error').textContent.includes('is empty')")
         page.wait_for_function("document.getElementById('model').textContent.includes('3 clusters')")
         assert errors == [] and page.is_enabled("#send")
+        page.close()
+
+
+def test_a_base_model_continues_a_text(browser, language_model, wide_index, monkeypatch):
+    monkeypatch.setattr(language_model.tokenizer, "chat_template", None)
+    with Served(make_app(backend_of(language_model, wide_index), NAME)) as server:
+        page, errors = opened(browser, server.url)
+        page.wait_for_function("document.getElementById('model').textContent.includes('a base model')")
+        assert page.text_content("#task") == "Text to continue"
+        page.fill("#tokens", "6")
+        page.click("#send")
+        page.wait_for_function("document.getElementById('dense-facts').textContent !== ''", timeout=60_000)
+        assert page.text_content("#error") == "" and errors == []
+        assert page.locator("#sparse").inner_text() or page.locator("#dense").inner_text()
         page.close()

@@ -51,12 +51,12 @@ def test_an_answer_that_nobody_waits_for_is_broken_off(language_model, wide_inde
     backend = backend_of(language_model, wide_index)
     complete = backend.complete
 
-    def slowly(request, write):
+    def slowly(request, write, cancelled):
         def wait(text):
             time.sleep(0.1)
             write(text)
 
-        return complete(request, wait)
+        return complete(request, wait, cancelled)
 
     backend.complete = slowly
     with Served(make_app(backend, NAME, max_new_tokens=900)) as server:
