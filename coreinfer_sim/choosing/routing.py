@@ -58,7 +58,7 @@ class HybridPredictor:
 
     def __init__(self, sets: IndexSets, alpha: float) -> None:
         """Keep the share of neurons that ``sets`` does, in its layers and ranked by its score; ``alpha`` makes C_α."""
-        self._sets = sets
+        self._sets, self.index = sets, sets.index
         self._router = Router(sets.index, self.mode)
         self._rows = sets.index.rows_of_layers(sets.layers)
         self.alpha: float | None = alpha
@@ -94,7 +94,7 @@ class SimilarityPredictor:
 
     def __init__(self, sets: IndexSets, fallback: HybridPredictor | NeuronSelection | None = None) -> None:
         """Take the clusters' ``sets``, and for unfamiliar prompts what ``fallback`` is; None: their cluster's all the same."""
-        self._sets, self._fallback = sets, fallback
+        self._sets, self._fallback, self.index = sets, fallback, sets.index
         self._router = Router(sets.index, self.mode)
         self.alpha = fallback.alpha if isinstance(fallback, HybridPredictor) else None
 

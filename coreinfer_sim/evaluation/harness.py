@@ -1,10 +1,10 @@
 """EleutherAI's LM Evaluation Harness on sparse decode: importing this registers the model ``coreinfer_sim`` of lm-eval.
 
-A context is read densely and, as text, routes; it is what the harness hands over, few-shot examples included. Its last
-token is then decoded: were it part of the dense prefill, it would predict the continuation's first token, and a task whose
-choices are single tokens would measure the dense model. So every token of a continuation that is scored comes from the
-compact MLPs. Texts of `generate_until` are those of `generate`: their first token is the dense prefill's, which a task whose
-answers are one token would measure.
+A context is read densely, few-shot examples included; the question at its end routes (`last_question`), so that examples
+change what the model reads and not where a question goes. The context's last token is then decoded: were it part of the
+dense prefill, it would predict the continuation's first token, and a task whose choices are single tokens would measure the
+dense model. So every token of a continuation that is scored comes from the compact MLPs. Texts of `generate_until` are those
+of `generate`: their first token is the dense prefill's, which a task whose answers are one token would measure.
 
 A rolling log-likelihood has no context: the document's own beginning is its prompt. The prefix token and the document's
 first tokens are read densely (`rolling_prompt` positions, which predict as many tokens, and these count) and choose the
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.generation.in_process import TextGenerator
 from coreinfer_sim.generation.opening import load
 from coreinfer_sim.generation.reading import PromptRead, read_prompt
+from coreinfer_sim.generation.routing import last_question
 
 _log = logging.getLogger(__name__)
 
@@ -126,46 +127,71 @@ class CoreInferLM(HFLM):
         self._sparse = opened.sparse_model()
         self._engine = opened.engines[0]
         self._rolling_prompt = rolling_prompt
+        self._documents: Mapping[str, Any] = {}
+        self._batch: list[str] = []
         super().__init__(self._language_model.model, tokenizer=self._language_model.tokenizer, **options)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[LogLikelihood]:
+        """Score continuations, each routed by its document's question."""
+        self._documents = _documents(requests)
+        found: list[LogLikelihood] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate texts, each routed by its document's question."""
+        self._documents = _documents(requests)
+        found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return found
+
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **options: Any) -> Any:
+        """Encode contexts, and keep them for the call that generates from their ids."""
+        self._batch = list(strings)
+        return super().tok_batch_encode(strings, *args, **options)
+
+    def _routed_by(self, context: str) -> str:
+        """Return the text that routes a context."""
+        return last_question(context, self._documents.get(context), self._generator.chat_format)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[LogLikelihood]:
         """Score (texts, context tokens, continuation tokens); the context is cut on the left to what fits."""
-        by_context: dict[tuple[int, ...], list[int]] = {}
-        for number, (_texts, context, continuation) in enumerate(requests):
+        by_context: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for number, (texts, context, continuation) in enumerate(requests):
             room = self.max_length + 1 - len(continuation)
             if room < 1:
                 raise ContextLengthError(
                     f"a continuation has {len(continuation)} tokens, but the model's context is {self.max_length}; leave "
                     "that task out or raise max_length."
                 )
-            kept = (context or [self.prefix_token_id])[-room:]
-            by_context.setdefault(tuple(kept), []).append(number)
+            kept = tuple((context or [self.prefix_token_id])[-room:])
+            by_context.setdefault((self._routed_by(texts[0]), kept), []).append(number)
         answers: dict[int, LogLikelihood] = {}
-        for context, numbers in tqdm(by_context.items(), "Contexts", disable=disable_tqdm):
-            found = self.score_context(list(context), [requests[number][2] for number in numbers])
+        for (routed, kept), numbers in tqdm(by_context.items(), "Contexts", disable=disable_tqdm):
+            found = self.score_context(list(kept), [requests[number][2] for number in numbers], routed)
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
         return [answers[number] for number in range(len(requests))]
 
-    def score_context(self, context: list[int], continuations: Sequence[list[int]]) -> list[LogLikelihood]:
-        """Score continuations, as token ids, of one context that is read once."""
+    def score_context(
+        self, context: list[int], continuations: Sequence[list[int]], routed_by: str | None = None
+    ) -> list[LogLikelihood]:
+        """Score continuations, as token ids, of one context that is read once; ``routed_by`` None: it routes as it is."""
         *beginning, last = context
-        read, held = self._read(beginning or context)
+        read, held = self._read(beginning or context, routed_by=routed_by)
         cache = read.cache if beginning else None
         return [
             self._log_likelihood(self._engine.forced(self._ids([last, *continuation[:-1]]), cache, held), continuation)
             for continuation in continuations
         ]
 
-    def _read(self, prompt: list[int], n_logits: int = 1) -> tuple[PromptRead, Prepared]:
+    def _read(self, prompt: list[int], n_logits: int = 1, routed_by: str | None = None) -> tuple[PromptRead, Prepared]:
         """Read a prompt densely and prepare the neurons that decode holds."""
         predictor = self._sparse.predictor
         read = read_prompt(self._language_model, self._engine, self._ids(prompt), predictor.alpha, n_logits)
-        texts = [self.tokenizer.decode(prompt, skip_special_tokens=True)] if predictor.needs_text else None
-        selections = predictor.select(texts, read.statistics, 1)
+        text = self.tokenizer.decode(prompt, skip_special_tokens=True) if routed_by is None else routed_by
+        selections = predictor.select([text], read.statistics, 1)
         assert selections is not None
         return read, self._engine.prepare(selections)[0]
 
@@ -211,17 +237,23 @@ class CoreInferLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        """Generate by `SparseModel`; the batch's rows are routed by their own contexts."""
+        """Generate by `SparseModel`; the batch's rows are routed by the questions of their own contexts."""
         if not generation_kwargs.get("do_sample"):
             generation_kwargs.pop("temperature", None)  # lm-eval's 0.0 means greedy
         generated: torch.Tensor = self._sparse.generate(
             context,
+            prompts=[self._routed_by(text) for text in self._batch],
             max_length=max_length,
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
             pad_token_id=self.tokenizer.pad_token_id,
             **generation_kwargs,
         )
         return generated
+
+
+def _documents(requests: Sequence[Any]) -> Mapping[str, Any]:
+    """Return the documents of requests by their contexts."""
+    return {request.args[0]: request.doc for request in requests}
 
 
 if __name__ == "__main__":  # lm-eval's own command, which knows the model now

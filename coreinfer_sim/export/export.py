@@ -24,6 +24,7 @@ from coreinfer_sim.export.weights import (
     needed_bytes,
 )
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.chat_templates import template_of
 from coreinfer_sim.models.loading import LanguageModel
 
 FORMATS = ("hf", "gguf")
@@ -95,7 +96,8 @@ def export(
     if missing:
         _write(language_model, index, [(sources[i], paths[i]) for i in missing], cut, kind, weights, progress)
     if router:
-        paths.append(write_router(out, index, dict(zip(sets, paths, strict=True)), keep_ratio, compensated))
+        template = template_of(language_model.tokenizer)
+        paths.append(write_router(out, index, dict(zip(sets, paths, strict=True)), keep_ratio, compensated, template))
     return paths
 
 

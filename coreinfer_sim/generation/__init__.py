@@ -1,3 +1,14 @@
 """Turns a prompt into a text: dense prefill, decode by an engine, and what it cost."""
 
-__all__ = ["budget", "exported", "in_process", "memory_plan", "opening", "reading", "sparse_model", "streaming", "text"]
+__all__ = [
+    "budget",
+    "exported",
+    "in_process",
+    "memory_plan",
+    "opening",
+    "reading",
+    "routing",
+    "sparse_model",
+    "streaming",
+    "text",
+]

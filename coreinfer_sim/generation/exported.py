@@ -13,8 +13,10 @@ from coreinfer_sim.base.settings import Fallback, Mode
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.llamacpp.engine import LlamaCppEngine, StreamSettings
 from coreinfer_sim.engines.llamacpp.router import GLOBAL
+from coreinfer_sim.generation.routing import routing_text
 from coreinfer_sim.generation.text import Generation, Generator, Request
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.chat_templates import chat_format
 from coreinfer_sim.models.prompts import within
 
 _SAMPLING = {
@@ -65,7 +67,10 @@ class ExportedGenerator(Generator):
             memory_limit=decode.memory_limit,
             context=decode.context,
         )
-        there = self._engine.router.modes
+        router = self._engine.router
+        if router.chat_template is not None:
+            self.chat_format = chat_format(router.chat_template, router.special_tokens)
+        there = router.modes
         self.modes = tuple(dict.fromkeys([selection.mode.value, *there]))
         if selection.mode.value not in ("similarity", "global", "dense"):
             self._engine.close()
@@ -85,8 +90,9 @@ class ExportedGenerator(Generator):
         model = self._engine.model(selection)
         opened = time.perf_counter()
         # 2) a prompt that fits
+        rendered = self.chat_format is not None and bool(self.chat_format.user_texts(str(request.prompt)))
         text = model.render(request.prompt, request.chat, request.chat_template_kwargs)
-        ids = model.tokenize(text, parse_special=request.chat)
+        ids = model.tokenize(text, parse_special=request.chat or rendered)
         n_new = request.sampling.max_new_tokens
         n_new = within(self._engine.context, len(ids), n_new) if request.shorten else n_new
         settings = StreamSettings(n_new, llamacpp_sampling(request.sampling), output.cancelled)
@@ -125,7 +131,8 @@ class ExportedGenerator(Generator):
 
     def score(self, prompt: str, completion: str, *, mode: str | None = None) -> list[float]:
         """Return the log-probability of each completion token; see `Generator.score`."""
-        model = self._engine.model(self._route(prompt, self.checked_mode(mode)))
+        routed = routing_text(self.index, prompt, self.chat_format)
+        model = self._engine.model(self._route(routed, self.checked_mode(mode)))
         before, after = model.tokenize(prompt), model.tokenize(completion, add_special=False)
         return model.score([*before, *after], len(before))
 

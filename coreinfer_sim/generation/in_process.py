@@ -20,6 +20,7 @@ from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.engines.face import Engine, Group
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.reading import read_prompt
+from coreinfer_sim.generation.routing import chat_format_of, routing_text
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.generation.streaming import Detokenizer, TextOutput
 from coreinfer_sim.generation.text import Generation, Generator, Request
@@ -60,6 +61,7 @@ class TextGenerator(Generator):
         if index is not None:
             check_model(index, language_model.layers)
         self.language_model, self.index, self.name = language_model, index, language_model.name
+        self.chat_format = chat_format_of(language_model.tokenizer)
         self.selection, self.decode = selection or SelectionConfig(), decode or DecodeConfig()
         self.engines, self.refused = choose_engines(language_model.model, language_model.layers, self.decode)
         self._sparse: dict[str, SparseModel] = {}
@@ -164,11 +166,12 @@ class TextGenerator(Generator):
     ) -> torch.Tensor:
         """Return the logits that predict each token of ``new``, [1, n], behind a prompt: [n, vocabulary]."""
         # 1) the prompt, as prefill reads it, and the held neurons
-        known = predictor.select([prompt], None, 1) if self.decode.prefill is Prefill.SPARSE else None
+        routed = [routing_text(self.index, prompt, self.chat_format)]
+        known = predictor.select(routed, None, 1) if self.decode.prefill is Prefill.SPARSE else None
         groups: list[Group] = [] if known is None else [([0], each) for each in engine.prepare(known)]
         with engine.mounted(groups) if groups else nullcontext():
             read = read_prompt(self.language_model, engine, ids, predictor.alpha)
-        selections = known or predictor.select([prompt], read.statistics, 1)
+        selections = known or predictor.select(routed, read.statistics, 1)
         assert selections is not None
         # 2) the completion; its first token is the prompt's to predict
         if new.shape[1] == 1:

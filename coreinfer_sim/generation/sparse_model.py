@@ -18,6 +18,7 @@ from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.phases import CallFacts, PhasedCall
 from coreinfer_sim.generation.refusals import CallSettings, check_ids
+from coreinfer_sim.generation.routing import routing_text_of_ids
 from coreinfer_sim.models.mlps import find_mlps
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
@@ -101,7 +102,8 @@ class SparseModel:
 
         Args:
             inputs: token ids, [n_rows, n_positions], padded on the left; also as ``input_ids``.
-            prompts: the text by which each row is routed; None decodes the ids.
+            prompts: the text by which each row is routed; None decodes the ids, of which a conversation in the tokenizer's
+                chat template is routed as its messages are.
             **kwargs: whatever ``model.generate`` takes; rows of unlike clusters may share a batch.
 
         Raises:
@@ -180,7 +182,8 @@ class SparseModel:
             raise GenerationError(
                 "this mode routes by the prompt's text; give the wrapper a tokenizer, or prompts=[…]."
             )
+        index = getattr(self.predictor, "index", None)
         return [
-            self.tokenizer.decode(ids[kept.bool()], skip_special_tokens=True)
+            routing_text_of_ids(index, ids[kept.bool()], self.tokenizer)
             for ids, kept in zip(input_ids, mask, strict=True)
         ]

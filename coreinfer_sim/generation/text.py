@@ -16,6 +16,7 @@ from coreinfer_sim.generation.routing import routing_text
 from coreinfer_sim.generation.streaming import Cancelled, TextOutput, Write
 from coreinfer_sim.index.clusters import Match
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.models.chat_templates import ChatFormat
 from coreinfer_sim.models.prompts import Message
 
 
@@ -117,6 +118,8 @@ class Generator(ABC):
     """Ways of choosing neurons that a call may name, the default first."""
     name: str
     """Of the model."""
+    chat_format: ChatFormat | None = None
+    """How the model's chat template marks turns; None: it has none, or it cannot be told."""
 
     def __enter__(self) -> Generator:
         """Return the generator itself."""
@@ -164,7 +167,7 @@ class Generator(ABC):
         sampling = with_settings(settings, (sampling or SamplingConfig(),))[0]
         output = TextOutput(sampling.stop, write, cancelled)
         output.check()
-        routed = routed_by or routing_text(self.index, prompt)
+        routed = routed_by or routing_text(self.index, prompt, self.chat_format)
         output.check()
         chat = chat or not isinstance(prompt, str)
         kwargs = chat_template_kwargs or {}

@@ -1,3 +1,14 @@
 """Loads a language model, and knows where its MLPs are, where their weights lie, and what passes through them."""
 
-__all__ = ["budgeted", "fingerprint", "loading", "mlps", "offload", "prompts", "store", "streaming", "taps"]
+__all__ = [
+    "budgeted",
+    "chat_templates",
+    "fingerprint",
+    "loading",
+    "mlps",
+    "offload",
+    "prompts",
+    "store",
+    "streaming",
+    "taps",
+]

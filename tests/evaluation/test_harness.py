@@ -20,6 +20,7 @@ from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.evaluation.harness import CoreInferLM
 from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import load_model
 from coreinfer_sim.models.mlps import find_mlps
 
@@ -159,6 +160,26 @@ def test_every_mode_scores(harness, index, mode):
     found, wanted = lm.loglikelihood(asked), dense.loglikelihood(asked)
     assert (found == wanted) == (mode == "dense")
     assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", (DOCUMENT,)))[0] < 0
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+@pytest.mark.parametrize("with_document", [True, False], ids=["document", "blank line"])
+def test_the_last_question_routes_whatever_examples_stand_before_it(harness, index, kind, with_document, monkeypatch):
+    lm = harness(index=str(index), mode="similarity", batch_size=2)
+    looked_up: list[str] = []
+    lookup = SemanticIndex.lookup
+    monkeypatch.setattr(
+        SemanticIndex, "lookup", lambda index, texts: (looked_up.extend(texts), lookup(index, texts))[1]
+    )
+    shots = "".join(f"{question}{choice}\n\n" for question, choice in zip(QUESTIONS[2:], CHOICES[1:], strict=True))
+    more = (CHOICES[0],) if kind == "loglikelihood" else ({"max_gen_toks": 3},)
+    asked = [
+        Instance(kind, {"question": question} if with_document else {}, (context, *more), number)
+        for number, question in enumerate(QUESTIONS[:2])
+        for context in (question, shots + question)
+    ]
+    getattr(lm, kind)(asked)
+    assert set(looked_up) == set(QUESTIONS[:2])
 
 
 def test_what_cannot_be_scored_is_refused(harness):

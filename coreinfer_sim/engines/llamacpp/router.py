@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ class Router:
     folder: Path
     files: Mapping[int | str, str]
     """Names of files in the folder by the number of their cluster, GLOBAL or DENSE; those that were exported."""
+    chat_template: str | None = None
+    """Of the model; None: it has none, or an earlier release wrote the export."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """That the template may name."""
 
     @property
     def modes(self) -> list[str]:
@@ -48,7 +52,12 @@ class Router:
 
 
 def write_router(
-    folder: Path, index: SemanticIndex, paths: Mapping[int | str, Path], keep_ratio: float, compensated: bool
+    folder: Path,
+    index: SemanticIndex,
+    paths: Mapping[int | str, Path],
+    keep_ratio: float,
+    compensated: bool,
+    template: tuple[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Write what a front end needs to route: embed, take the centroid with the largest inner product, open its file.
 
@@ -58,6 +67,7 @@ def write_router(
         paths: of the exported models, by the number of their cluster, GLOBAL or DENSE.
         keep_ratio: of the models.
         compensated: whether they are.
+        template: the model's chat template, and the special tokens that it may name.
 
     Returns:
         The written file.
@@ -74,6 +84,8 @@ def write_router(
             "normalized": True,
             "metric": "inner product",
         },
+        "chat_template": None if template is None else template[0],
+        "special_tokens": {} if template is None else dict(template[1]),
         "unfamiliar_below_quantile": UNFAMILIAR,
         "fallback": names.get(GLOBAL),
         "dense": names.get(DENSE),
@@ -110,6 +122,7 @@ def read_router(folder: Path, index: SemanticIndex) -> Router:
             DENSE: content["dense"],
         }
         written = dict(content["bytes"])
+        template, special_tokens = content.get("chat_template"), dict(content.get("special_tokens", {}))
     except OSError as error:
         raise ConfigError(
             f"{folder} has no {ROUTER_FILE}, expected an export; export all clusters as GGUF with their router."
@@ -125,4 +138,4 @@ def read_router(folder: Path, index: SemanticIndex) -> Router:
         file = folder / name
         if name in written and file.is_file() and file.stat().st_size != written[name]:
             raise ConfigError(f"{file} has {file.stat().st_size} bytes, export wrote {written[name]}; export it anew.")
-    return Router(folder, files)
+    return Router(folder, files, template, special_tokens)
