@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 from served import NAME, Served, backend_of, chat
 from tiny_index import PROMPTS
 
+from coreinfer_sim.base.errors import GenerationCancelledError
 from coreinfer_sim.serving.app import make_app
 
 
@@ -47,26 +49,65 @@ def test_full_queues_and_slow_answers_are_refused(language_model, wide_index):
         assert error.value.status_code == 504
 
 
-def test_an_answer_that_nobody_waits_for_is_broken_off(language_model, wide_index):
+@pytest.fixture
+def stuck(language_model, wide_index):
+    """A backend that gives no text, and whether somebody still wants each of its requests."""
     backend = backend_of(language_model, wide_index)
-    complete = backend.complete
+    backend.wanted = []
 
-    def slowly(request, write, cancelled):
-        def wait(text):
-            time.sleep(0.1)
-            write(text)
+    def complete(_request, _write, cancelled):
+        number = len(backend.wanted)
+        backend.wanted.append(True)
+        while not cancelled():
+            time.sleep(0.01)
+        backend.wanted[number] = False
+        raise GenerationCancelledError
 
-        return complete(request, wait, cancelled)
+    backend.complete = complete
+    return backend
 
-    backend.complete = slowly
-    with Served(make_app(backend, NAME, max_new_tokens=900)) as server:
-        body = {"prompt": PROMPTS[0], "max_tokens": 900, "temperature": 0}
+
+def within(seconds, holds):
+    give_up = time.monotonic() + seconds
+    while not holds() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return holds()
+
+
+def outcomes(server):
+    found = re.findall(r'requests_total{outcome="([a-z ]+)"} ([0-9]+)', httpx.get(f"{server.url}/metrics").text)
+    return {outcome: int(number) for outcome, number in found}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("where", ["chat/completions", "completions"])
+def test_a_client_that_hangs_up_frees_the_worker(stuck, stream, where):
+    """In the queue and before any text came, too."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "max_tokens": 5, "stream": stream}
+
+    def hang_up(after):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.3)
-        give_up = time.monotonic() + 10
-        while 'outcome="' not in (told := httpx.get(f"{server.url}/metrics").text) and time.monotonic() < give_up:
-            time.sleep(0.05)
-    assert 'outcome="hung up"' in told and 'outcome="answered"' not in told
+            httpx.post(f"{server.url}/v1/{where}", json=body, timeout=after)
+
+    with Served(make_app(stuck, NAME)) as server, ThreadPoolExecutor() as pool:
+        running = pool.submit(hang_up, 1.0)
+        assert within(1, lambda: stuck.wanted == [True])
+        hang_up(0.3)  # in the queue
+        assert within(1, lambda: httpx.get(f"{server.url}/health").json()["open_requests"] == 1)
+        running.result()
+        assert within(1, lambda: stuck.wanted == [False])
+        assert within(1, lambda: outcomes(server) == {"hung up": 2})
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_deadline_frees_the_worker(stuck, stream):
+    with Served(make_app(stuck, NAME, timeout=0.3)) as server:
+        for number in range(2):
+            with pytest.raises(openai.InternalServerError) as error:
+                chat(server.client(), stream=stream)
+            assert error.value.status_code == 504
+            assert within(1, lambda number=number: stuck.wanted == [False] * (number + 1))
+        assert outcomes(server) == {"timed out": 2}
 
 
 def test_a_stream_is_told_that_the_server_shuts_down(language_model, wide_index, caplog):
