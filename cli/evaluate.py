@@ -148,7 +148,7 @@ def evaluate(
     # 2) who is compared
     chosen = _contenders(opened, contenders, keep_ratios, scores, weights, fallbacks, decode)
     with status("Loading the model"):
-        language_model = open_model(opened, name, loading, decode)
+        language_model = open_model(opened, name, loading, decode, ConsoleProgress())
     chosen = _able(language_model, chosen, decode, named=bool(contenders or weights))
     # 3) scores, and what they add up to
     most = max_new_tokens if generate else None

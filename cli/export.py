@@ -91,7 +91,7 @@ def export(
         if isinstance(which, int):
             loaded.check_cluster(which)
     with status("Loading the model"):
-        language_model = open_model(loaded, model, loading)
+        language_model = open_model(loaded, model, loading, progress=ConsoleProgress(quiet))
     paths = write(
         language_model,
         loaded,

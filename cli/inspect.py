@@ -12,7 +12,7 @@ from coreinfer_sim.base.decode_settings import ModelConfig
 from coreinfer_sim.base.progress import counted
 
 from . import options
-from .console import print_json, quiet_libraries, status
+from .console import ConsoleProgress, print_json, quiet_libraries, status
 from .settings import Settings, set_option
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def verify(index: str, model: str | None, settings: Settings, as_json: bool) -> 
         from coreinfer_sim.models.loading import tokenizer_hash
 
         with status("Loading the model"):
-            language_model = open_model(loaded, model, settings.make(ModelConfig))
+            language_model = open_model(loaded, model, settings.make(ModelConfig), progress=ConsoleProgress())
         check_model(loaded, language_model.layers, tokenizer_hash(language_model.tokenizer))
         checks += ["sampled model weights", "tokenizer"]
     if as_json:

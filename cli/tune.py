@@ -94,7 +94,7 @@ def tune(
     rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
     check_rows(row.set_name for row in rows)
     with status("Loading the model"):
-        language_model = open_model(loaded, model, loading, decode)
+        language_model = open_model(loaded, model, loading, decode, ConsoleProgress())
     # 2) all on the first rows, the hopeful ones on the others
     score = partial(
         score_with_log, language_model, index=loaded, decode=decode, seed=seed, max_tokens=max_tokens, log=log

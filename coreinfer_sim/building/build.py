@@ -81,6 +81,8 @@ def build_index(
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
     # 2) the models
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
+    for note in language_model.notes:
+        progress.say(note)
     if not isinstance(model, str) and workers != 1:
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
     kind = str(language_model.model.device)

@@ -52,11 +52,13 @@ def export_checkpoint(language_model: LanguageModel, weights: CompactWeights, so
         ExportError: the family has no configuration for what the compact MLPs need.
     """
     config = _target_of(language_model).config(language_model.model.config, weights.widths[0], weights.has_bias)
+    config.use_cache = True  # whatever training has left there
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=language_model.model.dtype)
     model.load_state_dict(_fitting(model, weights), strict=True, assign=True)
     model.tie_weights()
     model.generation_config = copy.deepcopy(language_model.model.generation_config)
+    model.generation_config.use_cache = True
     model.save_pretrained(out)
     language_model.tokenizer.save_pretrained(out)
     (out / SOURCE_FILE).write_text(json.dumps(asdict(source), indent=2) + "\n", encoding="utf-8")

@@ -76,8 +76,9 @@ def load(
     elif decode.memory_budget is not None:
         name = model_name(opened, model)
         loaded = load_within_budget(name, opened, selection, decode, loading, longest or Longest(), progress)
+        _say_notes(loaded, progress)
     else:
-        loaded = open_model(opened, model, loading, decode)
+        loaded = open_model(opened, model, loading, decode, progress)
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
     return TextGenerator(loaded, opened, selection, decode)
@@ -104,8 +105,19 @@ def open_model(
     model: str | None,
     loading: ModelConfig | None = None,
     decode: DecodeConfig | None = None,
+    progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load the model that decodes: weights stay as stored where the engine multiplies them in any type."""
+    """Load the model that decodes: weights stay as stored where the engine multiplies them in any type.
+
+    What was passed over or mended in it is said to ``progress``.
+    """
     loading = loading or ModelConfig()
     as_stored = (decode or DecodeConfig()).engine != "compiled"
-    return load_model(model_name(index, model), loading.dtype, loading.device, as_stored=as_stored)
+    loaded = load_model(model_name(index, model), loading.dtype, loading.device, as_stored=as_stored)
+    _say_notes(loaded, progress)
+    return loaded
+
+
+def _say_notes(loaded: LanguageModel, progress: Progress | None) -> None:
+    for note in loaded.notes:
+        (progress or Progress()).say(note)

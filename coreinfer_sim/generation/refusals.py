@@ -28,14 +28,16 @@ class CallSettings:
     def __init__(self, model: Any, given: Mapping[str, Any]) -> None:
         """Look among the arguments ``given`` to ``generate`` first."""
         self._given = given
-        self._configs = given.get("generation_config"), model.generation_config
+        self._config, self._own = given.get("generation_config"), model.generation_config
 
     def get(self, name: str) -> Any:
         """Return the value of a setting."""
-        if name in self._given:
-            return self._given[name]
-        values = (getattr(config, name, None) for config in self._configs)
-        return next((value for value in values if value is not None), None)
+        asked = self.asked(name)
+        return asked if asked is not None or name in self._given else getattr(self._own, name, None)
+
+    def asked(self, name: str) -> Any:
+        """Return the value that the call itself gives to a setting, whatever the model's own is."""
+        return self._given[name] if name in self._given else getattr(self._config, name, None)
 
     def mask_of(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Tell padding in the ids as transformers does: by the padding token, unless it also ends texts."""
@@ -50,7 +52,7 @@ class CallSettings:
         for name, reason in _ARGUMENTS.items():
             if self._given.get(name) is not None:
                 raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
-        if self.get("use_cache") is False:
+        if self.asked("use_cache") is False:
             raise GenerationError(
                 "use_cache is False, but sparse decode needs the cache to tell prefill from decode; leave it on."
             )
@@ -60,8 +62,17 @@ class CallSettings:
                 raise GenerationError(f"{name} does not go with sparse decode, as {reason}; leave it out.")
 
 
-def check_ids(input_ids: Any, mask: torch.Tensor | None) -> None:
-    """Raise GenerationError unless ids [n_rows, n_positions] and their mask are padded on the left."""
+def check_ids(input_ids: Any, mask: torch.Tensor | None, n_rows: int | None = None) -> None:
+    """Check the token ids of a call.
+
+    Args:
+        input_ids: [n_rows, n_positions].
+        mask: 0 where a position is padding, like the ids.
+        n_rows: of the embedding table.
+
+    Raises:
+        GenerationError: they are none, are padded on the right, or stand for no row of the table.
+    """
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise GenerationError("generate was given no token ids, expected input_ids of [n_rows, n_positions].")
     if mask is None:
@@ -72,3 +83,14 @@ def check_ids(input_ids: Any, mask: torch.Tensor | None) -> None:
         )
     if not bool(mask[:, -1].all()):
         raise GenerationError("a row ends in padding, expected padding on the left; set padding_side='left'.")
+    strange = input_ids[mask.bool() & outside(input_ids, n_rows)] if n_rows is not None else input_ids[:0]
+    if len(strange) > 0:
+        raise GenerationError(
+            f"the ids hold {int(strange[0])}, expected 0 to {n_rows - 1 if n_rows else 0}, the rows of the embedding table; "
+            "take the model's own tokenizer, and mask what is padding."
+        )
+
+
+def outside(ids: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Return which ids stand for no row of a table."""
+    return (ids < 0) | (ids >= n_rows)

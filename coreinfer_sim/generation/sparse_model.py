@@ -17,7 +17,7 @@ from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.phases import CallFacts, PhasedCall
-from coreinfer_sim.generation.refusals import CallSettings, check_ids
+from coreinfer_sim.generation.refusals import CallSettings, check_ids, outside
 from coreinfer_sim.generation.routing import routing_text_of_ids
 from coreinfer_sim.models.mlps import find_mlps
 
@@ -115,7 +115,7 @@ class SparseModel:
         settings.refuse()
         mask = kwargs.get("attention_mask")
         mask = settings.mask_of(input_ids) if mask is None else mask
-        check_ids(input_ids, mask)
+        check_ids(input_ids, mask, self._n_rows)
         with self.held():
             return self._generate(input_ids, mask, prompts, settings, kwargs)
 
@@ -146,8 +146,17 @@ class SparseModel:
             raise GenerationError(
                 f"{len(prompts)} prompts were given for {len(input_ids)} rows of ids, expected one a row."
             )
-        # 2) what the engine adds to the call
-        kwargs = {**self._engine_options(input_ids, settings, kwargs), **kwargs, "attention_mask": mask}
+        # 2) what the engine adds to the call, and what the model's own settings shall not decide
+        kwargs = {
+            **self._engine_options(input_ids, settings, kwargs),
+            **kwargs,
+            "attention_mask": mask,
+            "use_cache": True,
+        }
+        padding = self._padding(settings)
+        if settings.get("pad_token_id") not in (None, padding):
+            kwargs["pad_token_id"] = padding
+        input_ids = input_ids.masked_fill(outside(input_ids, self._n_rows), padding)
         # 3) prefill and decode
         ends = settings.get("eos_token_id")
         end_ids = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
@@ -176,6 +185,17 @@ class SparseModel:
                     f"{name} was given, but the {self.engines[0].name} engine brings its own cache; leave it out."
                 )
         return {name: value for name, value in added.items() if settings.get(name) is None}
+
+    @property
+    def _n_rows(self) -> int:
+        """Rows of the embedding table."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def _padding(self, settings: CallSettings) -> int:
+        """Return an id that can pad: the call's padding or end, where it has a row in the table."""
+        pad, ends = settings.get("pad_token_id"), settings.get("eos_token_id")
+        ids = [pad, *(ends if isinstance(ends, list) else [ends])]
+        return next((each for each in ids if each is not None and 0 <= each < self._n_rows), 0)
 
     def _texts(self, input_ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         if self.tokenizer is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -44,8 +46,10 @@ class SentenceEncoder:
             ) from error
         self.model = model
         self._lock = threading.Lock()  # its tokenizer serves one thread at a time
-        self.dimension: int = self.model.get_embedding_dimension()
-        self.window: int = self.model.max_seq_length
+        window = self.model.max_seq_length
+        self.window: int | None = None if window is None or math.isinf(window) else int(window)
+        """Tokens that it reads of a text; None: all of them, as encoders do that have no positions."""
+        self.dimension = int(self.model.get_embedding_dimension() or self.model.encode([_PROBE]).shape[1])
 
     def probe(self) -> list[float]:
         """Return the first values of a fixed sentence's embedding, by which an index knows its encoder."""
@@ -87,10 +91,10 @@ class SentenceEncoder:
 
     def _windows(self, text: str) -> list[tuple[str, int]]:
         """Cut a text into pieces that fit the window, with the number of tokens of each."""
-        room = self.window - 2  # the encoder adds a first and a last token
-        offsets = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
+        if self.window is None:
+            return [(text, 1)]
+        room = max(1, self.window - 2)  # the encoder adds a first and a last token
+        offsets = _token_places(self.model.tokenizer, text)
         if len(offsets) <= room:
             return [(text, max(1, len(offsets)))]
         windows = []
@@ -98,6 +102,19 @@ class SentenceEncoder:
             part = offsets[begin : begin + room]
             windows.append((text[part[0][0] : part[-1][1]], len(part)))
         return windows
+
+
+def _token_places(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Return where each token begins and ends in a text; those of a word where its tokens' own places are not known."""
+    from tokenizers import Tokenizer
+
+    if isinstance(tokenizer, Tokenizer):
+        return list(tokenizer.encode(text, add_special_tokens=False).offsets)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoded["offset_mapping"])
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    return [(begin, end) for begin, end in words for _ in tokenizer.tokenize(text[begin:end])]
 
 
 def _resolve(name: str) -> str:

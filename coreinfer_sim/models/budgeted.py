@@ -7,6 +7,7 @@ On a GPU, whose memory the budget then counts, dense MLP weights stay in host me
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.errors import ConfigError, ModelError, UnsupportedModelError
@@ -23,10 +24,13 @@ from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.models.loading import DTYPES, LanguageModel, load_model, usable, usable_device
+from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters, weight_shape
 from coreinfer_sim.models.offload import HostLinear, Staging, in_host_memory
+from coreinfer_sim.models.source import load_errors, read_config, source_of
 from coreinfer_sim.models.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.models.streaming import Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
+from coreinfer_sim.models.whole import Found, check_whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def load_within(
         raise ConfigError(f"the device is {device}, expected cpu; load_on_device serves others.")
     # 1) The model without weights
     checkpoint = Checkpoint(_folder(name))
-    model, tokenizer = _empty_model(name, checkpoint)
+    model, tokenizer, notes = _empty_model(name, checkpoint)
     if dtype not in ("auto", "stored") and DTYPES.get(dtype) is not model.dtype:
         raise ConfigError(
             f"the dtype is {dtype}, but under a memory budget weights stay as {name} stores them, in "
@@ -80,6 +84,7 @@ def load_within(
         )
     layers = find_mlps(model)
     names = _Names(model, checkpoint)
+    notes += check_whole(name, model, layers, names.found())
     streamed_table = names.streams_table()
     # 2) The plan
     limit = planner(
@@ -90,7 +95,7 @@ def load_within(
     _stream(model, layers, names, progress or Progress())
     _load_rest(model, names, streamed_table)
     give_back_memory()
-    return LanguageModel(model.eval(), tokenizer, name, find_mlps(model), position_limit=limit)
+    return LanguageModel(model.eval(), tokenizer, name, find_mlps(model), position_limit=limit, notes=notes)
 
 
 def load_on_device(
@@ -164,36 +169,33 @@ def model_shape(model: Any, layers: list[MLPLayer], without_table: bool = False)
 
 
 def _folder(name: str) -> Path:
-    path = Path(name)
-    if not (path / "config.json").is_file():
+    source_of(name)
+    if not Path(name).is_dir():
         raise ModelError(
             f"{name} is no local checkpoint folder, which is what a memory budget reads; save the model with "
             "save_pretrained, or download it with 'hf download'."
         )
-    return path
+    return Path(name)
 
 
-def _empty_model(name: str, checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """Return the model without weights, in the type that most of the checkpoint is stored in, and the tokenizer."""
+def _empty_model(name: str, checkpoint: Checkpoint) -> tuple[Any, Any, list[str]]:
+    """Return the model without weights, in the type of most of the checkpoint, the tokenizer, and what was mended."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    dtype = max(sizes, key=lambda each: sizes[each])
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(f"{name} is quantised, expected plain weights under a memory budget.")
+    config = read_config(name, name, {})
+    notes = mend_config(config)
+    dtype = max(sizes, key=lambda each: sizes[each], default=torch.float32)
+    with load_errors(name):
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if not _Names(model, checkpoint).tied_as_stored():  # transformers leaves those untied, too
+                config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
         if (checkpoint.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the model {name!r} cannot be loaded ({reason}); expected a checkpoint folder.") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return model, tokenizer
+    return model, tokenizer, [*notes, *mend(model, tokenizer)]
 
 
 class _Names:
@@ -202,38 +204,48 @@ class _Names:
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self.model, self.checkpoint = model, checkpoint
         self.modules = {id(module): name for name, module in model.named_modules()}
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        """The tensor that a tied one shares."""
 
     def find(self, name: str) -> str | None:
         """Return the tensor of a parameter; a checkpoint of the bare decoder leaves the first part out."""
+        sharing = (each for each, source in self.tied.items() if source == name)  # stored in its place
+        return next((found for found in map(self._stored, (name, *sharing)) if found is not None), None)
+
+    def _stored(self, name: str) -> str | None:
         prefix = f"{self.model.base_model_prefix}."
         names = (name, name.removeprefix(prefix), name.replace("lm_head.", "embed_out."))  # the last is GPT-NeoX's
         return next((n for n in names if n in self.checkpoint.tensors), None)
 
-    def of(self, module: Any, parameter: str, expected: tuple[int, ...]) -> str:
-        """Return the tensor of a module's parameter.
+    def tied_as_stored(self) -> bool:
+        """Return whether no tensor is stored that differs from the one that it shares."""
+        pairs = [(self._stored(each), self._stored(source)) for each, source in self.tied.items()]
+        return all(not one or not other or self.checkpoint.same(one, other) for one, other in pairs)
 
-        Raises:
-            ModelError: there is none of this shape.
-        """
-        name = f"{self.modules[id(module)]}.{parameter}"
-        return self.checked(name, expected)
+    def found(self) -> Found:
+        """Compare the model's tensors with those of the checkpoint, as transformers does when it loads them."""
+        expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        places = {name: self.find(self.tied.get(name, name)) for name in expected}
+        passed = [f"({each})" for each in self.model._keys_to_ignore_on_load_unexpected or ()]
+        taken = {each for each in places.values() if each} | {each for each in map(self._stored, expected) if each}
+        others = self.checkpoint.names - taken
+        shapes = {name: self.checkpoint.tensors[place].shape for name, place in places.items() if place}
+        return Found(
+            missing={name for name, place in places.items() if place is None},
+            unexpected={each for each in others if not (passed and re.search("|".join(passed), each))},
+            mismatched=[(name, shape, expected[name]) for name, shape in shapes.items() if shape != expected[name]],
+        )
 
-    def checked(self, name: str, expected: tuple[int, ...]) -> str:
-        """Return the tensor of a parameter, which must have a shape."""
-        found = self.find(name)
-        shape = None if found is None else self.checkpoint.tensors[found].shape
-        if found is None or shape != expected:
-            raise ModelError(
-                f"{self.checkpoint.folder} holds {'no' if found is None else f'a {shape}'} tensor {name}, expected "
-                f"{expected}; fetch the checkpoint again."
-            )
+    def of(self, module: Any, parameter: str) -> str:
+        """Return the tensor of a module's parameter."""
+        found = self.find(f"{self.modules[id(module)]}.{parameter}")
+        assert found is not None  # as the model is whole
         return found
 
     def streams_table(self) -> bool:
         """Return whether the embedding table can stay on disk: a plain one that the output head does not share."""
         table = self.model.get_input_embeddings()
-        tied = bool(self.model.all_tied_weights_keys)
-        return type(table) is nn.Embedding and not tied and self.find(f"{self.modules[id(table)]}.weight") is not None
+        return type(table) is nn.Embedding and not self.tied
 
 
 def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progress) -> None:
@@ -262,7 +274,7 @@ def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progres
             dense = getattr(layer.owner, name)
             bias = None
             if dense.bias is not None:
-                bias = checkpoint.read(names.of(dense, "bias", tuple(dense.bias.shape)), model.dtype)
+                bias = checkpoint.read(names.of(dense, "bias"), model.dtype)
             place = None if name == layer.family.output else layer.family.inputs.index(name)
             streamed[name] = StreamedLinear(mlp, place, weight_shape(dense), bias)
         mlp.bind([streamed[name] for name in layer.family.inputs])
@@ -276,7 +288,7 @@ def _sources(layer: MLPLayer, names: _Names) -> list[PartSource]:
     for name in layer.projections:
         module = getattr(layer.owner, name)
         transposed = isinstance(module, Conv1D)
-        tensor = names.of(module, "weight", tuple(module.weight.shape))
+        tensor = names.of(module, "weight")
         is_output = name == layer.family.output
         sources.append(PartSource(tensor, in_columns=transposed is not is_output))
         if layer.family.fused and not is_output:
@@ -286,17 +298,17 @@ def _sources(layer: MLPLayer, names: _Names) -> list[PartSource]:
 
 def _load_rest(model: Any, names: _Names, streamed_table: bool) -> None:
     """Read all weights outside the MLPs, tensor by tensor, into memory of their own."""
-    checkpoint, tied = names.checkpoint, set(model.all_tied_weights_keys)
+    checkpoint, tied = names.checkpoint, names.tied
     if streamed_table:
         table = model.get_input_embeddings()
-        found = names.of(table, "weight", tuple(table.weight.shape))
-        model.set_input_embeddings(StreamedEmbedding(checkpoint, found, tuple(table.weight.shape), model.dtype))
+        place = names.of(table, "weight")
+        model.set_input_embeddings(StreamedEmbedding(checkpoint, place, tuple(table.weight.shape), model.dtype))
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, StreamedLinear) or name in tied:
             continue
-        value = checkpoint.read(names.checked(name, tuple(parameter.shape)), parameter.dtype)
+        value = checkpoint.read(names.of(module, leaf), parameter.dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     for name, buffer in model.named_buffers():
         kept = names.find(name)

@@ -20,6 +20,7 @@ SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 8 << 20
 _PAGE = 4096
+_ROWS = 1024
 _LARGEST_HEADER = 100_000_000
 
 
@@ -35,7 +36,7 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """The floating-point tensors of a checkpoint folder, by name."""
+    """The tensors of a checkpoint folder, by name."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers of ``folder``'s safetensors files, sharded or not.
@@ -46,8 +47,13 @@ class Checkpoint:
         self.folder = folder
         self.files = _files(folder)
         self.tensors: dict[str, StoredTensor] = {}
+        """Those in floating point."""
+        self.names: set[str] = set()
+        """Of all tensors."""
         for path in self.files:
-            self.tensors.update(_header(path))
+            names, tensors = _header(path)
+            self.names.update(names)
+            self.tensors.update(tensors)
 
     def fingerprint(self) -> str:
         """Return a hexadecimal name for these files: of where they are, and their names, sizes and times of change."""
@@ -67,6 +73,24 @@ class Checkpoint:
         row_bytes = bytes_of(out) // max(1, len(out)) if out.dim() else 0
         with stored.path.open("rb") as file:
             read_into(file.fileno(), out, stored.offset + begin * row_bytes, stored.path)
+
+    def same(self, one: str, other: str) -> bool:
+        """Return whether two tensors hold the same values, of which only some rows are read at a time."""
+        first, second = self.tensors[one], self.tensors[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        for begin in range(0, first.shape[0], _ROWS):
+            rows = [torch.empty(min(_ROWS, first.shape[0] - begin), *first.shape[1:], dtype=first.dtype) for _ in "ab"]
+            for name, part in zip((one, other), rows, strict=True):
+                self.read_rows(name, begin, part)
+            if not torch.equal(*rows):
+                return False
+        return True
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Return whether a folder says that its weights are in safetensors files."""
+    return (folder / SINGLE).is_file() or (folder / SHARDED).is_file()
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
@@ -113,23 +137,29 @@ def drop_cached(handle: int, offset: int, n_bytes: int) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / SHARDED).is_file():
-        try:
-            names = set(json.loads((folder / SHARDED).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{folder / SHARDED} cannot be read ({error}); fetch the checkpoint again.") from error
-    else:
-        names = {SINGLE}
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
+    """Return the files that transformers would read: one, or else those that the index file lists."""
+    if not has_safetensors(folder):
         raise ModelError(
-            f"{folder} has no {missing[0]}, expected a local checkpoint folder in safetensors format, which is what a "
-            "memory budget reads; save the model with save_pretrained."
+            f"{folder} has no {SINGLE}, expected a local checkpoint folder in safetensors format, which is what a memory "
+            "budget reads; save the model with save_pretrained."
         )
-    return [folder / name for name in sorted(names)]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    try:
+        names = sorted(set(json.loads((folder / SHARDED).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder / SHARDED} cannot be read ({error}); fetch the checkpoint again.") from error
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ModelError(
+            f"{folder} lacks {len(absent)} of the {len(names)} files that its {SHARDED} lists "
+            f"({', '.join(absent[:3])}{', …' if absent[3:] else ''}); fetch the checkpoint again."
+        )
+    return [folder / name for name in names]
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
+def _header(path: Path) -> tuple[set[str], dict[str, StoredTensor]]:
+    """Return the names of all tensors of a safetensors file, and where those in floating point lie."""
     size = path.stat().st_size
     with path.open("rb") as file:
         n_bytes = int.from_bytes(file.read(8), "little")
@@ -139,11 +169,11 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         found = {}
         for name, entry in entries.items():
+            begin, end = (8 + n_bytes + place for place in entry["data_offsets"])
+            if end > size:
+                raise ModelError(f"{path} has {size:,} bytes, expected at least {end:,}; fetch it again.")
             if entry["dtype"] in _DTYPES:
-                begin, end = (8 + n_bytes + place for place in entry["data_offsets"])
                 found[name] = StoredTensor(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
-                if end > size:
-                    raise ModelError(f"{path} has {size:,} bytes, expected at least {end:,}; fetch it again.")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} has no readable safetensors header ({error}); fetch it again.") from error
-    return found
+    return set(entries), found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
+from coreinfer_sim.models.source import ADAPTER_FILE, check_no_adapter, load_errors, read_config, source_of
+from coreinfer_sim.models.whole import Found, check_whole, unread_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +34,8 @@ class LanguageModel:
     layers: list[MLPLayer]
     position_limit: int | None = None
     """Positions that a memory budget has room for."""
+    notes: Sequence[str] = ()
+    """What was passed over or mended when it was loaded, one line each."""
 
     @property
     def context_length(self) -> int | None:
@@ -70,35 +76,49 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
             GPT-2's transposed matrices are not among them.
 
     Raises:
-        ModelError: nothing there, or nothing that transformers can load; no such device.
-        UnsupportedModelError: the family has no adapter.
+        ModelError: nothing there, nothing that transformers can load, or no whole model; no such device.
+        UnsupportedModelError: the family has no adapter, or the weights are quantised.
     """
-    source, options = _source(name)
     if dtype not in ("auto", "stored") and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
     device = usable_device(device)
     transformers_logging.disable_progress_bar()
-    try:
-        of_gguf = torch.bfloat16 if dtype == "stored" or as_stored else usable(torch.bfloat16, device)
-        wanted = DTYPES.get(dtype, of_gguf if "gguf_file" in options else "auto")
+    # 1) configuration and tokenizer
+    source, options = source_of(name)
+    config = read_config(name, source, options)
+    notes = mend_config(config)
+    of_gguf = torch.bfloat16 if dtype == "stored" or as_stored else usable(torch.bfloat16, device)
+    wanted = DTYPES.get(dtype, of_gguf if options else "auto")
+    # 2) the weights
+    with load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options, **_dense_gguf(options))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=wanted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+            **_dense_gguf(options),
+        )
+        model, read = loaded
+        if getattr(model, "_hf_peft_config_loaded", False):
+            check_no_adapter(name)
         if dtype == "auto" and not (as_stored and not any(isinstance(module, Conv1D) for module in model.modules())):
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
-        head = model.get_output_embeddings()
-        if head is not None:
-            head.register_forward_pre_hook(_packed)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises the errors of a dozen libraries
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"the model {name!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return LanguageModel(model, tokenizer, name, find_mlps(model))
+        unread = unread_tensors(Path(options["gguf_file"]), model) if options else set()
+    layers = find_mlps(model)
+    found = Found(read["missing_keys"], read["unexpected_keys"] | unread, read["mismatched_keys"])
+    notes += check_whole(name, model, layers, found)
+    # 3) what decode needs of them
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_packed)
+    notes += mend(model, tokenizer)
+    if Path(name, ADAPTER_FILE).is_file():
+        notes.append(f"Note: {name} holds an adapter beside the whole model; it is passed over.")
+    return LanguageModel(model, tokenizer, name, layers, notes=notes)
 
 
 def _packed(_head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -131,14 +151,9 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ModelError: nothing there, or nothing that transformers can load.
     """
-    source, options = _source(name)
-    try:
+    source, options = source_of(name)
+    with load_errors(name, "tokenizer of"):
         return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # transformers raises the errors of a dozen libraries
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"the tokenizer of {name!r} cannot be loaded ({reason}); expected a hub id, a checkpoint folder or a GGUF file."
-        ) from error
 
 
 def usable(dtype: torch.dtype, device: str) -> torch.dtype:
@@ -156,17 +171,3 @@ def _dense_gguf(options: dict[str, str]) -> dict[str, Any]:
     """Ask for dense weights where transformers would otherwise keep a GGUF file's blocks packed."""
     config = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": config(dequantize=True)} if config and "gguf_file" in options else {}
-
-
-def _source(name: str) -> tuple[str, dict[str, str]]:
-    """Return what ``from_pretrained`` takes for a name, and its further options."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"there is no file {name}, expected a GGUF model; check the path.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"the folder {name} has no config.json, expected a transformers checkpoint; check the path.")
-    if path.is_file() or (not path.exists() and (path.is_absolute() or name.startswith((".", "~")))):
-        raise ModelError(f"{name} is no checkpoint folder and no .gguf file; check the path.")
-    return name, {}

@@ -233,7 +233,9 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        ModelError, match=r"lacks 1 of the 30 tensors of its model \(model.layers.1.mlp.up_proj.weight\)"
+    ):
         streamed(folder)
 
 

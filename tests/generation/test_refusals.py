@@ -18,7 +18,7 @@ from calls import (
     stability,
     token_ids,
 )
-from tiny_models import tiny_mixtral, tiny_model
+from tiny_models import VOCABULARY, tiny_mixtral, tiny_model
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from coreinfer_sim.base.errors import GenerationError, IndexMismatchError, UnsupportedModelError
@@ -72,13 +72,14 @@ def test_refused_options(models, options, message):
     assert sparse.generate(token_ids(2, 4), max_new_tokens=2).shape == (2, 6)
 
 
-def test_a_model_that_is_set_to_no_cache_is_refused():
+@pytest.mark.parametrize("config", [None, GenerationConfig(max_new_tokens=2)], ids=["no config", "a config"])
+def test_what_training_has_left_in_use_cache_is_passed_over(config):
     model = tiny_model("llama")
-    model.generation_config.use_cache = False
+    model.generation_config.use_cache = model.config.use_cache = False
     sparse = SparseModel(model, random_predictor(model))
+    assert sparse.generate(token_ids(1, 4), generation_config=config, max_new_tokens=2).shape == (1, 6)
     with pytest.raises(GenerationError, match="use_cache is False"):
-        sparse.generate(token_ids(1, 4), max_new_tokens=2)
-    assert sparse.generate(token_ids(1, 4), max_new_tokens=2, use_cache=True).shape == (1, 6)
+        sparse.generate(token_ids(1, 4), max_new_tokens=2, use_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +112,7 @@ def test_without_a_mask_padding_is_found_as_transformers_finds_it(models, end):
     assert torch.equal(found, model.generate(ids, **options))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("use_cache", False), ("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 1)]
-)
+@pytest.mark.parametrize(("name", "value"), [("prompt_lookup_num_tokens", 3), ("assistant_early_exit", 1)])
 def test_settings_of_the_model_hold_where_a_given_config_names_none(name, value):
     model = tiny_model("llama")
     setattr(model.generation_config, name, value)
@@ -129,6 +128,32 @@ def test_padding_is_found_where_a_given_config_names_none(models):
     config = GenerationConfig(max_new_tokens=N_NEW, do_sample=False)
     found = SparseModel(model, everything(model)).generate(ids, generation_config=config)
     assert torch.equal(found, model.generate(ids, generation_config=config))
+
+
+@pytest.mark.parametrize("strange", [-1, VOCABULARY, 10**6])
+def test_ids_that_stand_for_no_row_are_refused_unless_they_pad(models, strange):
+    model = models["llama"]
+    ids, mask = left_padded(token_ids(1, 3), token_ids(1, 7))
+    options = {"max_new_tokens": N_NEW, "do_sample": False}
+    expected = SparseModel(model, everything(model)).generate(ids, attention_mask=mask, **options)
+    ids = ids.masked_fill(mask == 0, strange)
+    found = SparseModel(model, everything(model)).generate(ids, attention_mask=mask, **options)
+    assert torch.equal(found[:, -N_NEW:], expected[:, -N_NEW:])
+    found = SparseModel(model, everything(model)).generate(ids, pad_token_id=strange, **options)  # tells its mask
+    assert torch.equal(found[:, -N_NEW:], expected[:, -N_NEW:])
+    with pytest.raises(GenerationError, match=f"the ids hold {strange}, expected 0 to {VOCABULARY - 1}"):
+        SparseModel(model, everything(model)).generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+@pytest.mark.parametrize("pad", [-1, VOCABULARY, 10**6])
+def test_a_row_that_ended_is_padded_whatever_the_models_own_padding_is(pad):
+    """An id without a row in the table cannot be fed to the model."""
+    model = tiny_model("llama")
+    model.generation_config.pad_token_id = pad
+    ids = torch.cat([token_ids(1, 5, seed=1), token_ids(1, 5, seed=2)])
+    first = SparseModel(model, everything(model)).generate(ids, max_new_tokens=1)[0, -1].item()
+    found = SparseModel(model, everything(model)).generate(ids, max_new_tokens=N_NEW, eos_token_id=first)
+    assert found.shape == (2, 5 + N_NEW) and found[0, 5:].tolist() == [first] * N_NEW
 
 
 def test_embeddings_in_place_of_ids(models):
