@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from coreinfer_sim.base.errors import IndexMismatchError, ModelError
 
@@ -33,12 +34,10 @@ class SentenceEncoder:
         Raises:
             ModelError: nothing there that sentence-transformers can load.
         """
-        from sentence_transformers import SentenceTransformer
-
         self.name = name
         try:
-            model: Any = SentenceTransformer(_resolve(name), device=device)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model = _model(_resolve(name), device)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
                 f"the sentence encoder {name!r} cannot be loaded ({reason}); expected a hub id or a folder – "
@@ -68,7 +67,7 @@ class SentenceEncoder:
         """Embed texts.
 
         Returns:
-            float32 of unit norm, [n_texts, dimension].
+            float32 of unit norm, [n_texts, dimension]; zeros where an encoder without special tokens finds none in a text.
         """
         pieces: list[str] = []
         owners: list[int] = []
@@ -115,6 +114,20 @@ def _token_places(tokenizer: Any, text: str) -> list[tuple[int, int]]:
         return list(encoded["offset_mapping"])
     words = [match.span() for match in re.finditer(r"\S+", text)]
     return [(begin, end) for begin, end in words for _ in tokenizer.tokenize(text[begin:end])]
+
+
+def _model(name: str, device: str) -> Any:
+    """Load an encoder; a model2vec one that does not say how sentence-transformers shall read it is static embeddings."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from transformers import PreTrainedConfig
+
+    try:
+        return SentenceTransformer(name, device=device)
+    except ValueError:
+        if PreTrainedConfig.get_config_dict(name)[0].get("model_type") != "model2vec":
+            raise
+        return SentenceTransformer(modules=[StaticEmbedding.load(name)], device=device)
 
 
 def _resolve(name: str) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from builds import LANGUAGE_MODEL_STAGE, TOPICS, command, contents, write_rows
+from encoders import OTHERS
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import load_model
 
 
@@ -100,3 +102,16 @@ def test_the_number_of_threads_is_put_back(build, tmp_path):
     before = torch.get_num_threads()
     build(tmp_path / "index", threads=2)
     assert torch.get_num_threads() == before == 1
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_encoders_that_are_no_transformers(make, build, tmp_path):
+    """The index finds the encoder again by its folder."""
+    folder = make(tmp_path / "encoder")
+    rows = [{"prompt": f"how do {noun} form , case {n} ?"} for n in range(4) for noun in ("stars", "bread", "soup")]
+    build(tmp_path / "index", source=write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "\u200b"}]), encoder=folder)
+    index = SemanticIndex.load(tmp_path / "index")
+    assert len(index) == 3 and index.manifest.encoder.dimension == 8
+    found = [index.lookup(f"how do {noun} form , case 1 ?")[0] for noun in ("stars", "bread", "soup")]
+    assert len({match.cluster for match in found}) > 1
+    assert all(match.similarity > 0.8 and match.confident for match in found)

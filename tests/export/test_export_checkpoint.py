@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from exportable import IDS, SOURCE, exportable, fitted, logits_of, stock_logits
-from tiny_models import N_LAYERS
+from tiny_models import N_LAYERS, tiny_model
 
 from coreinfer_sim.base.errors import ExportError
 from coreinfer_sim.choosing.selection import NeuronSelection
@@ -67,3 +67,18 @@ def test_compensated_sets_load_in_stock_transformers_or_are_refused(model, tmp_p
     expected = logits_of(language_model, selection, IDS)
     assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
     assert type(stock).__name__ == ("LlamaForCausalLM" if layer.family.name == "Qwen2" else type(model).__name__)
+
+
+@pytest.mark.parametrize("key", ["llama", "qwen2", "opt", "gpt2"])
+def test_use_cache_of_training_is_not_handed_on(key, tmp_path):
+    model = tiny_model(key)
+    model.config.use_cache = model.generation_config.use_cache = False
+    language_model = exportable(model)
+    layer = language_model.layers[0]
+    selection = NeuronSelection("t", dict.fromkeys(range(N_LAYERS), torch.arange(0, layer.d_ff, 2)))
+    export_checkpoint(
+        language_model, compact_weights(language_model, selection, one_width=True), SOURCE, tmp_path / "out"
+    )
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()).get("use_cache") is not False
+    assert model.config.use_cache is model.generation_config.use_cache is False  # the model itself is left alone

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
+from encoders import OTHERS, static, vectors_of_words
 
 from coreinfer_sim.base.errors import IndexMismatchError, ModelError
 from coreinfer_sim.index.encoder import SentenceEncoder
@@ -96,3 +100,33 @@ def test_another_encoder_is_an_error_that_names_both(encoder):
 def test_an_encoder_that_is_not_there_is_an_error(name):
     with pytest.raises(ModelError, match=f"the sentence encoder '{name}' cannot be loaded"):
         SentenceEncoder(name)
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_encoders_without_a_window_or_a_callable_tokenizer(make, tmp_path):
+    encoder = SentenceEncoder(make(tmp_path / "encoder"))
+    assert encoder.dimension == 8
+    texts = ["stars", "how do stars form", "bread soup", "stars " * 40 + "bread " * 20]
+    vectors = encoder.encode(texts)
+    assert vectors.shape == (4, 8) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    star, bread = vectors_of_words().numpy()[[1, 3]].astype(np.float64)
+    np.testing.assert_allclose(vectors[0], unit(star), atol=1e-5)
+    encoder.check_probe(encoder.probe(), "my-index")
+    if encoder.window is None:  # the whole text is averaged
+        np.testing.assert_allclose(vectors[3], unit(2 * star + bread), atol=1e-5)
+    assert vectors[3] @ unit(bread) > vectors[0] @ unit(bread)  # the end counts
+
+
+def test_a_text_without_tokens_is_nothing_to_a_static_encoder(tmp_path):
+    vectors = SentenceEncoder(static(tmp_path / "encoder")).encode(["", "stars", "  "])
+    assert not vectors[[0, 2]].any()
+    np.testing.assert_allclose(np.linalg.norm(vectors[1]), 1, atol=1e-5)
+
+
+def test_a_static_encoder_that_is_cut_off(tmp_path):
+    folder = static(tmp_path / "encoder")
+    (weights,) = Path(folder).rglob("model.safetensors")
+    os.truncate(weights, 40)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        SentenceEncoder(folder)
