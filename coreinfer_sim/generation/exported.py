@@ -28,6 +28,8 @@ _SAMPLING = {
     "repetition_penalty": "repeat_penalty",
 }
 """Our settings, and what llama.cpp's server calls them."""
+_MOST_TOP_K = 2**31 - 1
+"""That llama.cpp takes; more than any vocabulary has."""
 _SEEDS = 2**32 - 1
 """Of llama.cpp; the next one stands for a seed by chance."""
 _FIXED = ("keep_ratio", "score", "sparse_layers", "compensated", "alpha")
@@ -95,7 +97,7 @@ class ExportedGenerator(Generator):
         ids = model.tokenize(text, parse_special=request.chat or rendered)
         n_new = request.sampling.max_new_tokens
         n_new = within(self._engine.context, len(ids), n_new) if request.shorten else n_new
-        settings = StreamSettings(n_new, llamacpp_sampling(request.sampling), output.cancelled)
+        settings = StreamSettings(n_new, llamacpp_sampling(request.sampling, self._engine.context), output.cancelled)
         # 3) the text; leaving the loop ends the decoding
         output.check()
         decode_began = time.perf_counter()
@@ -159,7 +161,7 @@ class ExportedGenerator(Generator):
         return fallback
 
 
-def llamacpp_sampling(sampling: SamplingConfig) -> dict[str, Any]:
+def llamacpp_sampling(sampling: SamplingConfig, context: int) -> dict[str, Any]:
     """Return the settings as llama.cpp's server names them, but for stop texts, which `TextOutput` looks for.
 
     Raises:
@@ -174,7 +176,9 @@ def llamacpp_sampling(sampling: SamplingConfig) -> dict[str, Any]:
     if sampling.samples:
         found = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **found}
     if sampling.repetition_penalty is not None:
-        found["repeat_last_n"] = -1  # the whole context, as transformers does
+        found["repeat_last_n"] = context  # all of it, as transformers does
+    if sampling.top_k is not None:
+        found["top_k"] = min(sampling.top_k, _MOST_TOP_K)
     if sampling.seed is not None:
         found["seed"] = sampling.seed % _SEEDS
     if sampling.ignore_eos:

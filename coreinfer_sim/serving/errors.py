@@ -11,6 +11,7 @@ from coreinfer_sim.base.errors import (
     ContextLengthError,
     CoreInferSimError,
     PromptError,
+    RequestRefusedError,
     SamplingError,
     UnknownModeError,
 )
@@ -98,7 +99,7 @@ def error_response(error: Exception) -> JSONResponse:
         return error_json(400, str(error), param="coreinfer.mode")
     if isinstance(error, ContextLengthError):
         return error_json(400, str(error), "context_length_exceeded")
-    if isinstance(error, (PromptError, SamplingError, ConfigError)):
+    if isinstance(error, (PromptError, SamplingError, RequestRefusedError, ConfigError)):
         return error_json(400, str(error))
     _log.error("a request failed", exc_info=error)
     return error_json(500, "the server failed; its log says why.")

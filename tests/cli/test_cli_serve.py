@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
 import httpx
 import openai
+import pytest
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 from served import NAME, chat
@@ -40,6 +42,36 @@ def test_the_command_serves_exported_clusters(wide_index, exported):
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
     assert "Traceback" not in rest, rest
+
+
+def test_the_command_says_that_a_base_model_continues_texts(wide_index, wide_checkpoint, tmp_path):
+    base = shutil.copytree(wide_checkpoint, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    command = [sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", "serve"]
+    given = ["--index", wide_index.name, "--model", str(base), "--port", "0", "--keep-ratio", "0.4", "--name", NAME]
+    given += ["--cors-origin", "https://example.org", "--cors-origin", "http://localhost:3000"]
+    with subprocess.Popen([*command, *given], stderr=subprocess.PIPE, text=True) as process:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "Serving" in line:
+                break
+        url = re.search(r"http://[\d.:]+", said[-1])[0]
+        assert f"Note: {NAME} has no chat template, so it continues texts: /v1/completions alone answers.\n" in said
+        asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+        assert httpx.options(f"{url}/v1/completions", headers=asked, timeout=30).status_code == 200
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+        assert answer.status_code == 400 and "/v1/completions" in answer.json()["error"]["message"]
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    "origin", ["example.org", "https://example.org/", "https://example.org/app", "HTTPS://A.B", ""]
+)
+def test_an_origin_that_no_browser_sends_is_refused(wide_index, origin):
+    result = CliRunner().invoke(main, ["serve", "--index", wide_index.name, "--cors-origin", origin])
+    assert result.exit_code == 1 and "expected what a browser sends" in result.output
 
 
 def test_the_command_asks_for_a_key_where_others_can_reach_it(wide_index):

@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_index import PROMPTS, WIDE_RATIO
 
-from coreinfer_sim.base.errors import ConfigError, ContextLengthError, PromptError
+from coreinfer_sim.base.errors import ChatTemplateError, ConfigError, ContextLengthError, PromptError
 from coreinfer_sim.generation.opening import load
 
 pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")
@@ -74,3 +74,57 @@ def test_bad_prompts_are_refused(wide_index, exported):
             generator.generate(PROMPTS[0] * 9, max_new_tokens=32)
         with pytest.raises(ConfigError, match="hybrid"):
             generator.generate(PROMPTS[0], mode="hybrid")
+
+
+@pytest.mark.parametrize("write", [None, lambda _piece: None], ids=["whole", "streamed"])
+def test_the_end_token_is_no_text(wide_index, exported, write):
+    with opened(wide_index, exported) as generator:
+        runs = [
+            generator.generate(PROMPTS[0], max_new_tokens=60, temperature=5.0, seed=seed, write=write)
+            for seed in range(12)
+        ]
+    ended = [run for run in runs if run.ended]
+    assert ended and all(run.n_new_tokens < 60 for run in ended)
+    assert not any("</s>" in run.text for run in runs)
+
+
+@pytest.mark.parametrize("n_stops", [1, 6, 100])
+def test_a_text_ends_before_its_first_stop(wide_index, exported, n_stops):
+    with opened(wide_index, exported) as generator:
+        free = generator.generate(PROMPTS[1], max_new_tokens=16)
+        for stop in (free.text[:1], free.text[3:5], free.text[-1:]):  # of the dense model's token, and at the limit
+            stops = [*(f"never {number}" for number in range(n_stops - 1)), stop]
+            written = []
+            whole = generator.generate(PROMPTS[1], max_new_tokens=16, stop=stops)
+            streamed = generator.generate(PROMPTS[1], max_new_tokens=16, stop=stops, write=written.append)
+            assert whole.text == streamed.text == "".join(written) == free.text[: free.text.find(stop)]
+            assert whole.ended and whole.n_new_tokens == streamed.n_new_tokens <= 16
+        assert not generator.generate(PROMPTS[1], max_new_tokens=16, stop=["never"]).ended
+
+
+def test_sampling_settings_reach_llama_cpp(wide_index, exported):
+    with opened(wide_index, exported) as generator:
+        greedy = generator.generate(PROMPTS[0], max_new_tokens=16)
+        for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+            assert (
+                generator.generate(PROMPTS[0], max_new_tokens=16, **{"temperature": 1.0, **narrow}).text == greedy.text
+            )
+        once, again, other = (
+            generator.generate(PROMPTS[0], max_new_tokens=16, temperature=1.5, seed=seed).text for seed in (7, 7, 2**40)
+        )
+        assert once == again != other
+        assert generator.generate(PROMPTS[0], max_new_tokens=4, temperature=1.0, top_k=10**30, seed=1).n_new_tokens == 4
+        penalised = generator.generate(PROMPTS[0], max_new_tokens=40, repetition_penalty=5.0)
+        assert penalised.text != generator.generate(PROMPTS[0], max_new_tokens=40).text
+
+
+def test_a_template_that_the_files_lack_is_not_made_up(wide_index, exported, tmp_path):
+    assert opened(wide_index, exported).has_chat_template
+    for path in exported.iterdir():
+        content = path.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_untitled")
+        (tmp_path / path.name).write_bytes(content)
+    with opened(wide_index, tmp_path) as generator:
+        assert not generator.has_chat_template
+        with pytest.raises(ChatTemplateError, match="has no chat template"):
+            generator.generate(PROMPTS[0], chat=True)
+        assert generator.generate(PROMPTS[0], max_new_tokens=2).n_new_tokens == 2

@@ -44,3 +44,27 @@ def test_llama_cpp_serves_the_same_answers(client, wide_index, exported):
             assert theirs.model_extra["coreinfer"]["cluster"] == ours.model_extra["coreinfer"]["cluster"]
         with pytest.raises(openai.BadRequestError, match="expected one of similarity, global, dense"):
             chat(server.client(), extra_body={"coreinfer": {"mode": "hybrid"}})
+
+
+def test_llama_cpp_reads_requests_as_the_other_engines_do(client, wide_index, exported):
+    generator = load(wide_index, fallback="none", engine="llamacpp", exported=str(exported), context=256)
+    with Served(make_app(Backend(generator), NAME, max_new_tokens=12)) as server:
+        other = server.client()
+        assert other.models.list().data[0].model_extra["coreinfer"]["chat"] is True
+        whole = chat(other, max_tokens=32_000, user="me")
+        assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length"
+        assert whole.model_extra["coreinfer"]["ignored"] == ["user"]
+        text = whole.choices[0].message.content
+        stops = [*(f"never {number}" for number in range(9)), text[-1]]
+        cut = chat(other, max_tokens=12, stop=stops)
+        assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (text[: text.find(text[-1])], "stop")
+        parts = list(chat(other, max_tokens=12, stop=stops, stream=True, stream_options={"include_usage": True}))
+        assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == cut.choices[0].message.content
+        assert parts[-1].usage == cut.usage
+        turns = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": None}]
+        assert chat(other, [*turns, turns[0]], extra_body={"chat_template_kwargs": {"enable_thinking": False}}).usage
+        with pytest.raises(openai.BadRequestError, match="context of 256") as error:
+            chat(other, "word " * 300)
+        assert error.value.code == "context_length_exceeded"
+        sampled = [chat(other, temperature=1, top_p=0.9, seed=3, extra_body={"min_p": 0.01}).choices for _ in range(2)]
+        assert sampled[0] == sampled[1]
