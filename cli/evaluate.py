@@ -248,7 +248,7 @@ def score_with_log(
     setup = {
         "model": weights_checksum(language_model.layers),
         "dtype": language_model.dtype_name,
-        "index": replace(index.manifest, profile=None).checksum() if index is not None else None,  # no score's business
+        "index": index.manifest.identity() if index is not None else None,  # no score's business
         "max_tokens": most,
         "seed": seed,
         "engine": decode.engine,

@@ -105,14 +105,14 @@ def _ranges(numbers: list[int]) -> str:
 @options.as_json
 def verify(index: str, model: str | None, settings: Settings, as_json: bool) -> None:
     """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
-    from coreinfer_sim.index.checks import check_files
+    from coreinfer_sim.index.checks import verified_files
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.index.manifest import INDEX_FILES
 
     quiet_libraries()
     loaded = SemanticIndex.load(index)
     with status("Checking the files"):  # loading leaves those of compensated sets until they are needed
-        check_files(Path(index), loaded.manifest, loaded.manifest.files.keys() - set(INDEX_FILES))
+        verified_files(Path(index), loaded.manifest, loaded.manifest.files.keys() - set(INDEX_FILES))
     checks = ["format version", "file sizes", "checksums"]
     with status("Checking the encoder"):
         _ = loaded.encoder

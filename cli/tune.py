@@ -90,6 +90,7 @@ def tune(
         check_folder(log)
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
     loaded = SemanticIndex.load(index)
+    loaded.check_writable()
     contenders = candidates(loaded, keep_ratios)
     rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
     check_rows(row.set_name for row in rows)

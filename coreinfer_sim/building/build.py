@@ -18,7 +18,7 @@ from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
-from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output
+from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.building.stages import add_up, cluster, draw, embed, record
@@ -54,7 +54,7 @@ def build_index(
     Args:
         model: hub id, checkpoint folder, GGUF file, or a loaded model (then ``workers`` must be 1).
         corpus: where the prompts are.
-        out: the index folder to make.
+        out: the index folder to make; may be there if it is empty, and may be a link.
         config: what decides what is in the index.
         encoder: sentence encoder, by name or loaded.
         dtype: of the language model; see `load_model`.
@@ -71,7 +71,7 @@ def build_index(
     """
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
     config, progress = config or BuildConfig(), progress or Progress()
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link stays, and what it names is made
     # 1) what can be refused before anything is loaded
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
@@ -88,7 +88,7 @@ def build_index(
     kind = str(language_model.model.device)
     sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
     # 3) the stages, from where an earlier run was broken off
-    folder = out.with_name(out.name + ".build")
+    folder = work_folder(out)
     source = CorpusSource(
         language_model.name,
         language_model.dtype_name,

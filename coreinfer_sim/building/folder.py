@@ -13,11 +13,11 @@ from typing import Any
 import filelock
 
 from coreinfer_sim.base.errors import BuildError, ClusteringError, ConfigError, CorpusError
-from coreinfer_sim.base.files import remove, write_json
+from coreinfer_sim.base.files import REPLACED, is_vacant, remove, restore, write_json
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.resuming import differing
 from coreinfer_sim.fitting.pipeline import forget_sets
-from coreinfer_sim.index.manifest import MANIFEST_FILE
+from coreinfer_sim.index.manifest import COMPENSATION_FOLDER, INDEX_FILES, MANIFEST_FILE
 
 SHARDS_FOLDER = "shards"
 SETTINGS_FILE = "plan.json"
@@ -27,14 +27,31 @@ FORCED_FILE = "forced"
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise BuildError if something stands where the index shall go that may not be replaced."""
-    if out.exists():
-        if not (out / MANIFEST_FILE).is_file():
-            raise BuildError(
-                f"{out} exists already and is no index, which force would replace, expected a new folder; name another one."
-            )
-        if not force:
-            raise BuildError(f"{out} exists already, expected a new folder; name another one or replace it with force.")
+    """Raise BuildError if something stands where the index shall go that may not be replaced.
+
+    Args:
+        out: the index folder, no link.
+        force: replace an index.
+    """
+    restore(out)
+    if is_vacant(out):
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    rest_of_index = names <= {*INDEX_FILES, COMPENSATION_FOLDER, REPLACED}
+    if not rest_of_index and not (out / MANIFEST_FILE).is_file():
+        raise BuildError(
+            f"{out} exists already and is no index, which force would replace, expected a new or an empty folder; name "
+            "another one."
+        )
+    if not force and not (rest_of_index and (work_folder(out) / SETTINGS_FILE).exists()):
+        raise BuildError(
+            f"{out} exists already, expected a new or an empty folder; name another one or replace it with force."
+        )
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder in which an index is built."""
+    return out.with_name(f"{out.name}.build")
 
 
 @contextmanager

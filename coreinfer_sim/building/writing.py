@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from coreinfer_sim.base.files import replacing
 from coreinfer_sim.base.rows import CorpusReport
 from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
@@ -20,6 +19,7 @@ from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
+    MANIFEST_FILE,
     CompensationInfo,
     CorpusInfo,
     EncoderInfo,
@@ -27,7 +27,7 @@ from coreinfer_sim.index.manifest import (
     ModelInfo,
     SettingsInfo,
 )
-from coreinfer_sim.index.storage import remove_index, save_index
+from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
 
@@ -54,10 +54,8 @@ class BuiltParts:
 def write_index(out: Path, parts: BuiltParts) -> None:
     """Write an index beside its place, check that it loads, and move it there, in place of an older one."""
     sums = parts.sums
-    temporary = out.with_name(f".{out.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(out, MANIFEST_FILE) as temporary:
+        temporary.mkdir(parents=True)
         statistics = {
             "counts": sums.counts.astype(np.min_scalar_type(int(sums.counts.max(initial=0)))),
             "energy": (sums.energy * ENERGY_UNIT).astype(np.float32),
@@ -68,11 +66,6 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         manifest = _manifest(parts, [] if parts.sets is None else parts.sets.described())
         save_index(temporary, parts.corpus.clustering.centroids, _clusters(parts.corpus), statistics, manifest)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
-        if out.exists():
-            remove_index(out)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:

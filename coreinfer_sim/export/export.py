@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from coreinfer_sim.base.errors import ExportError
+from coreinfer_sim.base.files import is_vacant, replacing, restore
 from coreinfer_sim.base.progress import Progress, counted, readable_size
 from coreinfer_sim.base.settings import check_ratio
 from coreinfer_sim.choosing.compatibility import check_model
@@ -75,10 +75,12 @@ def export(
     keep_ratio, compensated = wanted_sets(index, keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
     written_as = weights if kind == "gguf" else language_model.dtype_name
-    name, sha256 = index.manifest.model.name, replace(index.manifest, profile=None).checksum()
+    name, sha256 = index.manifest.model.name, index.manifest.identity()
     sources = [Source(name, index.name, sha256, each, keep_ratio, compensated, written_as) for each in sets]
     paths = [out / (source.title + (".gguf" if kind == "gguf" else "")) for source in sources]
-    missing = [place for place, path in enumerate(paths) if force or not path.exists()]
+    for path in paths:
+        restore(Path(os.path.realpath(path)))
+    missing = [place for place, path in enumerate(paths) if force or is_vacant(path)]
     for place in sorted({*range(len(paths))} - {*missing}):
         if not _holds(paths[place], sources[place], kind):
             raise ExportError(
@@ -134,7 +136,7 @@ def _write(
     try:
         for number, (source, path) in enumerate(wanted):
             cut_down = first if number == 0 else cut(source)
-            with _replacing(path) as part:
+            with replacing(path) as part:
                 if kind == "gguf":
                     gguf.export_gguf(language_model, cut_down, source, part, weights)
                 else:
@@ -152,26 +154,6 @@ def _holds(path: Path, source: Source, kind: str) -> bool:
         else (checkpoint.source_of(path), asdict(source))
     )
     return {**found, "index": None} == {**wanted, "index": None}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a place beside ``path`` to write to, and put what was written in place in one step."""
-    part = path.with_name(f".{path.name}.part")
-    _remove(part)
-    try:
-        yield part
-        _remove(path)
-        os.replace(part, path)
-    finally:
-        _remove(part)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _span(widths: Sequence[int]) -> str:

@@ -112,7 +112,9 @@ def export_gguf(
     whole = out.with_name(out.name + ".bf16")
     try:
         _write(language_model, weights, source, whole, "bf16")
-        done = subprocess.run([QUANTISER, str(whole), str(out), kind.upper()], capture_output=True, text=True)
+        done = subprocess.run(
+            [QUANTISER, str(whole.absolute()), str(out.absolute()), kind.upper()], capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise ExportError(f"{QUANTISER} failed: {' '.join(done.stderr.split())[-300:]}")
     finally:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import IndexFormatError
-from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -25,6 +24,7 @@ from coreinfer_sim.index.manifest import (
     SettingsInfo,
     manifest_checksum,
 )
+from coreinfer_sim.index.verified import VerifiedFile
 
 SKETCH_SIZE = 32
 PROBE_LENGTH = 8
@@ -176,18 +176,11 @@ def check_file_sizes(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Raise IndexFormatError unless all files have the manifest's sizes, and ``names`` (None: all) its checksums."""
+def verified_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, VerifiedFile]:
+    """Return files of the manifest's checksums by name, once all files have its sizes.
+
+    Raises:
+        IndexFormatError: one has not.
+    """
     check_file_sizes(folder, manifest)
-    for name in manifest.files if names is None else names:
-        check_file(folder, manifest, name)
-
-
-def check_file(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raise IndexFormatError unless a file has the checksum of the manifest."""
-    expected, found = manifest.files[name].sha256, sha256_of(folder / name)
-    if found != expected:
-        raise IndexFormatError(
-            f"{folder / name} has the checksum {found[:12]}…, expected {expected[:12]}…; the file is damaged – "
-            f"copy it again or {REBUILD}."
-        )
+    return {name: VerifiedFile(folder / name, manifest.files[name], stays_open=True) for name in names}

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from coreinfer_sim.base.errors import IndexFormatError
 from coreinfer_sim.base.files import write_atomic
+from coreinfer_sim.index.manifest import FileInfo
+from coreinfer_sim.index.verified import StoredTensor, VerifiedFile
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -51,20 +60,22 @@ def save_compensated(
 
 
 class StoredCompensation(Mapping[int, LayerCompensation]):
-    """Compensation by layer, mapped from its file when it is used: a set on disk takes no memory."""
+    """Compensation by layer, read from its file when it is used: a set on disk takes no memory."""
 
-    def __init__(self, path: Path, numbers: Sequence[int]) -> None:
+    def __init__(self, file: VerifiedFile, tensors: Mapping[str, StoredTensor], numbers: Sequence[int]) -> None:
         """Stand for the layers ``numbers`` of a file that has been checked."""
-        self._path, self._numbers = path, tuple(numbers)
+        self._file, self._tensors, self._numbers = file, tensors, tuple(numbers)
 
     def __getitem__(self, number: int) -> LayerCompensation:
-        """Return one layer's; its values are read from the disk when they are used."""
+        """Read one layer's.
+
+        Raises:
+            IndexFormatError: the file is not what it was.
+        """
         if number not in self._numbers:
             raise KeyError(number)
-        try:
-            return _compensation(self._path, load_file(self._path), number)
-        except (SafetensorError, OSError, KeyError) as error:
-            raise _unreadable(self._path, error) from error
+        bias, delta = _parts(self._tensors, number)
+        return LayerCompensation(_read(self._file, bias), None if delta is None else _read(self._file, delta))
 
     def __contains__(self, number: object) -> bool:
         """Return whether a layer is among them, without reading the file."""
@@ -80,46 +91,59 @@ class StoredCompensation(Mapping[int, LayerCompensation]):
 
     def only(self, numbers: Mapping[int, int]) -> StoredCompensation:
         """Return that of fewer layers."""
-        return StoredCompensation(self._path, [number for number in self._numbers if number in numbers])
+        return StoredCompensation(self._file, self._tensors, [each for each in self._numbers if each in numbers])
 
 
-def _compensation(path: Path, tensors: Mapping[str, torch.Tensor], number: int) -> LayerCompensation:
+def _parts(tensors: Mapping[str, StoredTensor], number: int) -> tuple[StoredTensor, StoredTensor | None]:
+    """Return where bias and delta of a layer are; of earlier releases' sets a factor of no rows changes nothing."""
+    delta = None if f"{number}.right" in tensors else tensors.get(f"{number}.left")
+    return tensors[f"{number}.bias"], delta
+
+
+def _read(file: VerifiedFile, tensor: StoredTensor) -> torch.Tensor:
+    """Read a tensor into memory of its own."""
+    if tensor.begin == tensor.end:
+        return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype])
+    return torch.frombuffer(file.read(tensor.begin, tensor.end), dtype=_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def load_compensated(
+    path: Path, d_model: int, n_layers: int, expected: FileInfo | None = None
+) -> tuple[dict[int, torch.Tensor], StoredCompensation]:
+    """Read the ids and find the compensation by layer; see `NeuronSelection.check` for what is checked of the ids.
+
+    Args:
+        path: of the set.
+        d_model: of the model.
+        n_layers: of the model.
+        expected: of the index's manifest; None compares the file with nothing.
+
+    Raises:
+        IndexFormatError: the file cannot be read, is another one, or its shapes do not fit together.
+    """
+    file = VerifiedFile(path, expected)
+    tensors = file.tensors()
+    ids = {}
+    for number in (each for each in range(n_layers) if f"{each}.ids" in tensors):
+        _check_form(file.path, tensors, number)
+        kept = ids[number] = _read(file, tensors[f"{number}.ids"]).long()
+        bias, delta = _parts(tensors, number)
+        if bias.shape != (d_model,) or (delta is not None and delta.shape != (d_model, len(kept))):
+            raise IndexFormatError(
+                f"{path}: the compensation of layer {number} has shapes that do not fit {len(kept)} neurons and "
+                f"d_model {d_model}; copy it again or build the index anew."
+            )
+    return ids, StoredCompensation(file, tensors, list(ids))
+
+
+def _check_form(path: Path, tensors: Mapping[str, StoredTensor], number: int) -> None:
+    """Raise IndexFormatError for compensation that is missing, or was stored in a form of earlier releases."""
     right = tensors.get(f"{number}.right")
-    if f"{number}.bypass_in" in tensors or (right is not None and len(right)):
+    if f"{number}.bypass_in" in tensors or (right is not None and right.shape[0]):
         form = "with a bypass" if f"{number}.bypass_in" in tensors else "in two factors"
         raise IndexFormatError(
             f"{path} holds compensation that was stored {form}, which this release does not read; build the index anew."
         )
-    if right is not None:  # a factor of no rows: nothing changes
-        return LayerCompensation(tensors[f"{number}.bias"])
-    return LayerCompensation(tensors[f"{number}.bias"], tensors.get(f"{number}.left"))
-
-
-def _unreadable(path: Path, error: Exception) -> IndexFormatError:
-    return IndexFormatError(f"{path} cannot be read ({error}); copy it again or build the index anew.")
-
-
-def load_compensated(path: Path, d_model: int, n_layers: int) -> tuple[dict[int, torch.Tensor], StoredCompensation]:
-    """Read the ids and find the compensation by layer; see `NeuronSelection.check` for what is checked of the ids.
-
-    Raises:
-        IndexFormatError: the file cannot be read, or its shapes do not fit together.
-    """
-    try:
-        tensors = load_file(path)
-        ids = {n: tensors[f"{n}.ids"].long() for n in range(n_layers) if f"{n}.ids" in tensors}
-        found = {number: _compensation(path, tensors, number) for number in ids}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    for number, repair in found.items():
-        if not _fits(repair, d_model, len(ids[number])):
-            raise IndexFormatError(
-                f"{path}: the compensation of layer {number} has shapes that do not fit {len(ids[number])} neurons and "
-                f"d_model {d_model}; copy it again or build the index anew."
-            )
-    return ids, StoredCompensation(path, list(ids))
-
-
-def _fits(repair: LayerCompensation, d_model: int, n_kept: int) -> bool:
-    delta = repair.delta
-    return repair.bias.shape == (d_model,) and (delta is None or delta.shape == (d_model, n_kept))
+    parts = [tensors[name] for name in (f"{number}.{part}" for part in ("ids", "bias", "left")) if name in tensors]
+    if f"{number}.bias" not in tensors or any(part.dtype not in _DTYPES for part in parts):
+        raise IndexFormatError(f"{path} lacks the bias of layer {number}; copy it again or build the index anew.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,16 +12,28 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from coreinfer_sim.base.errors import ConfigError, IndexMismatchError
+from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError
+from coreinfer_sim.base.files import check_folder
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, parse_layers
-from coreinfer_sim.index.checks import check_file, check_files, read_manifest
+from coreinfer_sim.index.checks import read_manifest, verified_files
 from coreinfer_sim.index.clustering import faiss_index, nearest
 from coreinfer_sim.index.clusters import Cluster, Match
 from coreinfer_sim.index.encoder import SentenceEncoder
-from coreinfer_sim.index.manifest import INDEX_FILES, REBUILD, Manifest, ProfileInfo, compensation_file
+from coreinfer_sim.index.manifest import (
+    CENTROIDS_FILE,
+    CLUSTERS_FILE,
+    INDEX_FILES,
+    MANIFEST_FILE,
+    NEURONS_FILE,
+    REBUILD,
+    Manifest,
+    ProfileInfo,
+    compensation_file,
+)
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
+from coreinfer_sim.index.verified import StoredArray
 
 if TYPE_CHECKING:  # an index is looked up and described without torch
     import torch
@@ -38,7 +51,7 @@ class SemanticIndex:
         manifest: Manifest,
         centroids: np.ndarray,
         clusters: Sequence[Cluster],
-        statistics: Mapping[str, np.ndarray],
+        statistics: Mapping[str, np.ndarray | StoredArray],
         name: str = "the index",
         encoder: SentenceEncoder | None = None,
         folder: Path | None = None,
@@ -76,17 +89,17 @@ class SemanticIndex:
         Raises:
             IndexFormatError: no index, damaged, or of another format version.
         """
-        folder = Path(path)
+        folder = Path(os.path.realpath(path))  # the same one, whatever the working directory and links become
         manifest = read_manifest(folder)
-        check_files(folder, manifest, INDEX_FILES)  # those of compensated sets follow when they are read
+        files = verified_files(folder, manifest, INDEX_FILES)  # those of compensated sets follow when they are read
         settings, model = manifest.settings, manifest.model
-        centroids = read_centroids(folder, settings.n_clusters, manifest.encoder.dimension)
+        centroids = read_centroids(files[CENTROIDS_FILE], settings.n_clusters, manifest.encoder.dimension)
         shape = (settings.n_clusters, len(settings.layers), model.d_ff)
         return cls(
             manifest,
             centroids,
-            read_clusters(folder, settings.n_clusters),
-            read_statistics(folder, shape),
+            read_clusters(files[CLUSTERS_FILE], settings.n_clusters),
+            read_statistics(files[NEURONS_FILE], shape),
             name=str(path),
             encoder=encoder,
             folder=folder,
@@ -212,11 +225,28 @@ class SemanticIndex:
         values = self._statistics[name]
         if cluster is not None:
             return np.asarray(values[cluster])
-        return np.asarray(values.sum(axis=0, dtype=np.int64 if values.dtype.kind in "iu" else np.float64))
+        total = np.zeros(values.shape[1:], np.int64 if values.dtype.kind in "iu" else np.float64)
+        for number in range(len(values)):
+            total += values[number]
+        return total
+
+    def check_writable(self) -> None:
+        """Raise ConfigError unless `write_profile` may write into the index folder."""
+        assert self._folder is not None
+        check_folder(self._folder / MANIFEST_FILE)
 
     def write_profile(self, profile: ProfileInfo) -> None:
-        """Put a profile into the index folder's manifest, in one step."""
+        """Put a profile into the index folder's manifest, in one step.
+
+        Raises:
+            IndexFormatError: the folder holds another index by now.
+        """
         assert self._folder is not None
+        found = read_manifest(self._folder)
+        if found.identity() != self.manifest.identity():
+            raise IndexFormatError(
+                f"{self.name} holds another index than the one that was loaded; run the same command again for that."
+            )
         self.manifest = replace(self.manifest, profile=profile)
         write_manifest(self._folder, self.manifest)
 
@@ -246,5 +276,4 @@ class SemanticIndex:
         assert self._folder is not None
         model = self.manifest.model
         name = compensation_file(keep_ratio, cluster)
-        check_file(self._folder, self.manifest, name)
-        return load_compensated(self._folder / name, model.d_model, model.n_layers)
+        return load_compensated(self._folder / name, model.d_model, model.n_layers, self.manifest.files[name])

@@ -175,6 +175,10 @@ class Manifest:
         """Return the manifest as plain JSON types, with its own checksum."""
         return {**dataclasses.asdict(self), "sha256": self.checksum()}
 
+    def identity(self) -> str:
+        """Return a checksum by which the index is known wherever it lies and whatever it decodes by default."""
+        return dataclasses.replace(self, profile=None).checksum()
+
     def checksum(self) -> str:
         """Return the sha256 over all fields."""
         return manifest_checksum(dataclasses.asdict(self))

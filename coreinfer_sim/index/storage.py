@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import faiss
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from coreinfer_sim.base.errors import IndexFormatError
@@ -26,6 +25,7 @@ from coreinfer_sim.index.manifest import (
     FileInfo,
     Manifest,
 )
+from coreinfer_sim.index.verified import StoredArray, VerifiedFile
 
 STATISTICS = ("counts", "energy", "activation")
 _TYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
@@ -33,43 +33,42 @@ _TYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I
 _FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
 
 
-def read_centroids(folder: Path, n_clusters: int, dimension: int) -> np.ndarray:
+def read_centroids(file: VerifiedFile, n_clusters: int, dimension: int) -> np.ndarray:
     """Read the centroids, [n_clusters, dimension]; size and kind are checked first, so that a strange file is never parsed.
 
     Raises:
         IndexFormatError: the file is damaged, or holds other centroids.
     """
-    path = folder / CENTROIDS_FILE
-    expected = _FLAT_HEADER + 4 * n_clusters * dimension
-    with path.open("rb") as file:
-        kind = file.read(4)
-    if path.stat().st_size != expected or kind != b"IxFI":
+    content, expected = file.read(0, file.size), _FLAT_HEADER + 4 * n_clusters * dimension
+    kind = bytes(content[:4])
+    if file.size != expected or kind != b"IxFI":
         raise IndexFormatError(
-            f"{path} has {path.stat().st_size} bytes of kind {kind!r}, expected a flat inner-product index of "
+            f"{file.path} has {file.size} bytes of kind {kind!r}, expected a flat inner-product index of "
             f"{expected} bytes for {n_clusters} clusters; {REBUILD}."
         )
     try:
-        index = faiss.read_index(str(path))
+        index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
     except RuntimeError as error:
-        raise IndexFormatError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {REBUILD}.") from error
+        raise IndexFormatError(
+            f"{file.path} cannot be read ({' '.join(str(error).split())[:200]}); {REBUILD}."
+        ) from error
     if (index.ntotal, index.d) != (n_clusters, dimension):
         raise IndexFormatError(
-            f"{path} holds {index.ntotal} centroids of {index.d} dimensions, expected {n_clusters} of {dimension}; "
+            f"{file.path} holds {index.ntotal} centroids of {index.d} dimensions, expected {n_clusters} of {dimension}; "
             f"{REBUILD}."
         )
     return np.asarray(index.reconstruct_n(0, n_clusters))
 
 
-def read_clusters(folder: Path, n_clusters: int) -> list[Cluster]:
+def read_clusters(file: VerifiedFile, n_clusters: int) -> list[Cluster]:
     """Read the clusters' descriptions.
 
     Raises:
         IndexFormatError: the file is damaged, or describes other clusters.
     """
-    path = folder / CLUSTERS_FILE
-    try:
-        with path.open(encoding="utf-8") as file:  # splitlines() would also cut at characters inside a text
-            clusters = [Cluster(**json.loads(line)) for line in file]
+    path, content = file.path, bytes(file.read(0, file.size))
+    try:  # splitlines() would also cut at characters inside a text
+        clusters = [Cluster(**json.loads(line)) for line in io.StringIO(content.decode("utf-8"), newline=None)]
     except (ValueError, TypeError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     for cluster in clusters:
@@ -80,47 +79,21 @@ def read_clusters(folder: Path, n_clusters: int) -> list[Cluster]:
     return clusters
 
 
-def read_statistics(folder: Path, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Map the statistics, each [n_clusters, n_recorded_layers, d_ff]: those of clusters that are never used are not read.
+def read_statistics(file: VerifiedFile, shape: tuple[int, int, int]) -> dict[str, StoredArray]:
+    """Find the statistics, each [n_clusters, n_recorded_layers, d_ff]: those of a cluster are read when it is used.
 
     Raises:
         IndexFormatError: the file is damaged, or holds other shapes.
     """
-    path = folder / NEURONS_FILE
-    try:
-        statistics = _map_arrays(path, STATISTICS)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
-    for name, values in statistics.items():
-        if values.shape != shape:
-            raise IndexFormatError(f"{path}: {name} has the shape {values.shape}, expected {shape}; {REBUILD}.")
+    tensors, statistics = file.tensors(), {}
+    for name in STATISTICS:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype not in _TYPES:
+            raise IndexFormatError(f"{file.path} lacks {name}, expected {', '.join(STATISTICS)} as numbers; {REBUILD}.")
+        if tensor.shape != shape:
+            raise IndexFormatError(f"{file.path}: {name} has the shape {tensor.shape}, expected {shape}; {REBUILD}.")
+        statistics[name] = StoredArray(file, tensor, _TYPES[tensor.dtype])
     return statistics
-
-
-def _map_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Map arrays of a safetensors file into memory, copied where they are written to.
-
-    Raises:
-        SafetensorError: the file is damaged.
-        KeyError: it lacks one, or holds values that numpy does not know.
-    """
-    with safe_open(path, framework="numpy"):  # checks the header
-        pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {
-        name: np.asarray(
-            np.memmap(
-                path,
-                dtype=_TYPES[header[name]["dtype"]],
-                mode="c",
-                offset=8 + length + header[name]["data_offsets"][0],
-                shape=tuple(header[name]["shape"]),
-            )
-        )
-        for name in names
-    }
 
 
 def save_index(
@@ -160,9 +133,3 @@ def save_index(
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put a manifest in place in one step."""
     write_json(folder / MANIFEST_FILE, manifest.as_dict())
-
-
-def remove_index(folder: Path) -> None:
-    """Delete an index, the manifest first, so that what is left of a broken deletion does not load."""
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder)

@@ -19,7 +19,7 @@ from coreinfer_sim.index.index import SemanticIndex
 
 def test_an_index_that_exists_is_not_replaced(build, built, tmp_path):
     out = shutil.copytree(built, tmp_path / "index")
-    with pytest.raises(BuildError, match=r"index exists already, expected a new folder; .*with force"):
+    with pytest.raises(BuildError, match=r"index exists already, expected a new or an empty folder; .*with force"):
         build(out, BuildConfig(clusters=2))
     assert contents(out) == contents(built)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -97,3 +97,45 @@ def test_a_build_holds_its_folder_while_it_runs(build, tmp_path):
     tried: list[str] = []
     build(tmp_path / "index", progress=Second())
     assert {"Reading the corpus", "Embedding", LANGUAGE_MODEL_STAGE} <= set(tried)
+
+
+def test_an_empty_folder_is_taken_as_it_is(build, built, tmp_path):
+    out = tmp_path / "index"
+    out.mkdir()
+    number = out.stat().st_ino
+    build(out)
+    assert contents(out) == contents(built) and out.stat().st_ino == number
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["an index", "nothing"])
+def test_an_index_is_made_where_a_link_points(build, built, tmp_path, there):
+    (tmp_path / "far").mkdir()
+    out, link = tmp_path / "far" / "index", tmp_path / "link"
+    link.symlink_to(out, target_is_directory=True)
+    if there:
+        build(link, BuildConfig(clusters=2))
+        with pytest.raises(BuildError, match="exists already"):
+            build(link)
+        with pytest.raises(KeyboardInterrupt):
+            build(link, force=True, progress=StopAt(LANGUAGE_MODEL_STAGE, end=True))
+        assert len(SemanticIndex.load(link)) == 2
+    build(link, force=there)
+    assert link.is_symlink() and contents(out) == contents(built)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != out) == ["far", "index", "link"]
+
+
+def test_an_index_that_lost_its_manifest_is_replaced_by_force(build, built, tmp_path):
+    out = shutil.copytree(built, tmp_path / "index")
+    (out / "manifest.json").unlink()
+    with pytest.raises(BuildError, match="exists already"):
+        build(out)
+    build(out, force=True)
+    assert contents(out) == contents(built)
+
+
+@pytest.mark.parametrize("name", ["a b", "ü%20#[1]", "-x", "a\nb", "'\"$"])
+def test_an_index_may_have_any_name(build, tmp_path, name):
+    (tmp_path / name).mkdir()
+    out = tmp_path / name / name
+    assert len(build(out)) == len(build(out, force=True)) == len(SemanticIndex.load(out)) == 3

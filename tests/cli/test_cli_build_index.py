@@ -123,7 +123,7 @@ def test_more_clusters_than_prompts(build, tmp_path):
 
 def test_an_output_folder_that_exists(build, index, tmp_path):
     before = {path.name: path.read_bytes() for path in index.iterdir()}
-    refused(build(out=index), "exists already", "expected a new folder", "force")
+    refused(build(out=index), "exists already", "expected a new or an empty folder", "force")
     assert {path.name: path.read_bytes() for path in index.iterdir()} == before
     (tmp_path / "file").write_text("dear")
     refused(build(out=tmp_path / "file", source="/nowhere"), "exists already and is no index")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import pickle
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from coreinfer_sim.index.manifest import (
     MANIFEST_FILE,
     NEURONS_FILE,
 )
-from coreinfer_sim.index.storage import remove_index
 
 PACKAGE = Path(coreinfer_sim.__file__).parent
 
@@ -132,14 +130,6 @@ def test_a_cluster_that_cannot_be_read_raises_although_the_checksum_is_right(ind
     lines = (index_folder / CLUSTERS_FILE).read_bytes().split(b"\n")[:2]
     replace_file(index_folder, CLUSTERS_FILE, b"\n".join([*lines, line.encode(), b""]))
     with pytest.raises(IndexFormatError, match=CLUSTERS_FILE):
-        SemanticIndex.load(index_folder)
-
-
-def test_an_index_that_is_being_removed_does_not_load(index_folder, monkeypatch):
-    monkeypatch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        remove_index(index_folder)
-    with pytest.raises(IndexFormatError, match=f"has no {MANIFEST_FILE}"):
         SemanticIndex.load(index_folder)
 
 
