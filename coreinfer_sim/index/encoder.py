@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from coreinfer_sim.base.errors import IndexMismatchError, ModelError
 
@@ -37,7 +36,9 @@ class SentenceEncoder:
         self.name = name
         try:
             model = _model(_resolve(name), device)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # sentence-transformers raises the errors of a dozen libraries
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
                 f"the sentence encoder {name!r} cannot be loaded ({reason}); expected a hub id or a folder – "

@@ -23,6 +23,8 @@ _UNMERGEABLE = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Beside configurations that say nothing of it, and which method's they are."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST_POINTER = 1024
 _KINDS = "a hub id, a checkpoint folder or a GGUF file"
 
 
@@ -130,9 +132,20 @@ def _check_folder(folder: Path) -> None:
         if files:
             raise ModelError(f"{folder} is a folder of GGUF files ({', '.join(files[:3])}); name one of the files.")
         raise ModelError(f"the folder {folder} has no config.json, expected a transformers checkpoint; check the path.")
+    for path in sorted(folder.iterdir()):
+        _check_no_pointer(path)
     _json(folder / "config.json")
     if has_safetensors(folder):
         Checkpoint(folder)
+
+
+def _check_no_pointer(path: Path) -> None:
+    """Refuse a file in whose place a clone without Git LFS has left a note."""
+    if path.is_file() and path.stat().st_size <= _LARGEST_POINTER and path.read_bytes().startswith(_POINTER):
+        raise ModelError(
+            f"{path} is a pointer of Git LFS, expected the file itself; fetch it with 'git lfs pull', or the model with 'hf "
+            "download'."
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -179,6 +192,7 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
 
 def _check_gguf(path: Path) -> None:
     """Refuse a GGUF file that is damaged, no model, or one of several parts."""
+    _check_no_pointer(path)
     fields, _ = gguf_header(path)
     kind, named = fields.get("general.type", "model"), _PART.search(path.name)
     if kind != "model":

@@ -54,8 +54,10 @@ def check_whole(name: str, model: Any, layers: Sequence[MLPLayer], found: Found)
         UnsupportedModelError: the weights are quantised.
     """
     unexpected = sorted(found.unexpected, key=_natural)
-    if any(map(_QUANTISED.search, unexpected)):
-        raise quantised(name, f"as tensors such as {next(filter(_QUANTISED.search, unexpected))} say")
+    own = [each for each in unexpected if _is_of_decoder(each, model, layers)]
+    telling = next(filter(_QUANTISED.search, own), None)
+    if telling is not None:
+        raise quantised(name, f"as tensors such as {telling} say")
     if any(map(_UNMERGED.search, unexpected)):
         raise ModelError(
             f"{name} holds an adapter that is not merged into the weights ({_listed(unexpected)}); load it with peft, merge "
@@ -69,7 +71,6 @@ def check_whole(name: str, model: Any, layers: Sequence[MLPLayer], found: Found)
             f"{name} holds {counted(len(found.mismatched), 'tensor')} of another shape than its configuration says: {shown} "
             f"of {list(stored)}, expected {list(expected)}; fetch configuration and weights of one model."
         )
-    own = [each for each in unexpected if _is_of_decoder(each, model, layers)]
     if own:
         raise ModelError(
             f"{name} holds {counted(len(own), 'tensor')} that its configuration has no place for ({_listed(own)}), so that "

@@ -121,6 +121,16 @@ def test_safetensors_that_are_cut_off(n_bytes, tmp_path):
     refused_by_both(folder, ModelError, str(path), "fetch it again")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file(name, tmp_path):
+    folder = saved(tmp_path / "model")
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234567\n")
+    refused_by_both(folder, ModelError, f"{name} is a pointer of Git LFS", "git lfs pull")
+    shutil.copy(folder / name, tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="is a pointer of Git LFS"):
+        load_model(str(tmp_path / "model.gguf"))
+
+
 def test_an_index_of_shards_that_is_no_json(tmp_path):
     folder = saved(tmp_path / "model")
     (folder / "model.safetensors").unlink()
