@@ -130,3 +130,11 @@ def test_a_static_encoder_that_is_cut_off(tmp_path):
     os.truncate(weights, 40)
     with pytest.raises(ModelError, match="cannot be loaded"):
         SentenceEncoder(folder)
+
+
+def test_windows_by_a_tokenizer_of_the_tokenizers_package(tmp_path):
+    encoder = SentenceEncoder(static(tmp_path / "encoder"))
+    text = "stars " * 4 + "bread " * 3
+    star, bread = (unit(vector) for vector in vectors_of_words().numpy()[[1, 3]].astype(np.float64))
+    encoder.window = 6  # of which two are kept for special tokens
+    np.testing.assert_allclose(encoder.encode([text])[0], unit(4 * star + 3 * bread), atol=1e-5)
