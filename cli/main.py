@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from coreinfer_sim.base.errors import CoreInferSimError, UnknownEngineError, as_out_of_memory
+from coreinfer_sim.base.errors import CoreInferSimError, MissingModelError, UnknownEngineError, as_out_of_memory
 
 from .bench import bench
 from .build_index import build_index
@@ -32,6 +32,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except UnknownEngineError as error:
             _fail(ctx, str(error), 2)
+        except MissingModelError as error:
+            _fail(ctx, f"{error} (--model NAME)", 1)
         except CoreInferSimError as error:
             _fail(ctx, str(error), 1)
         except KeyboardInterrupt:

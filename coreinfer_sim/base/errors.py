@@ -33,6 +33,14 @@ class ModelError(CoreInferSimError):
     """A language model or a sentence encoder cannot be loaded or does not fit its use."""
 
 
+class MissingModelError(ModelError):
+    """The model that an index names is not to be had from where it was; another place can be given."""
+
+
+class MissingEncoderError(ModelError):
+    """The sentence encoder that an index names is not where it was."""
+
+
 class UnsupportedModelError(ModelError):
     """The model's family has no adapter."""
 

@@ -27,6 +27,7 @@ from coreinfer_sim.index.manifest import (
     ModelInfo,
     SettingsInfo,
 )
+from coreinfer_sim.index.places import places_of
 from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
@@ -63,7 +64,7 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         }
         if parts.sets is not None:
             parts.sets.put_into(temporary)
-        manifest = _manifest(parts, [] if parts.sets is None else parts.sets.described())
+        manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
         save_index(temporary, parts.corpus.clustering.centroids, _clusters(parts.corpus), statistics, manifest)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
@@ -90,7 +91,7 @@ def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
     return clusters
 
 
-def _manifest(parts: BuiltParts, compensation: list[CompensationInfo]) -> Manifest:
+def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]) -> Manifest:
     """Say what the index was built from, and how."""
     corpus, encoder, report = parts.corpus, parts.encoder, parts.report
     language_model, config, layers = corpus.language_model, corpus.config, corpus.layers
@@ -108,8 +109,11 @@ def _manifest(parts: BuiltParts, compensation: list[CompensationInfo]) -> Manife
             weight_sketch=weight_sketch(language_model.layers),
             tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
             activation_site=f"input of {layers[0].family.output}",
+            **places_of(language_model.name, out),
         ),
-        encoder=EncoderInfo(encoder.name, encoder.dimension, True, "cosine", encoder.probe()),
+        encoder=EncoderInfo(
+            encoder.name, encoder.dimension, True, "cosine", encoder.probe(), **places_of(encoder.name, out)
+        ),
         corpus=CorpusInfo(Path(parts.source).name, report.sha256, report.n_kept, report.n_tokens),
         settings=SettingsInfo(
             n_clusters=corpus.n_clusters,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig, with_settings
-from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError, MissingModelError, ModelError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Fallback
 from coreinfer_sim.choosing.compatibility import check_model
@@ -92,12 +92,17 @@ def open_index(index: str | Path | SemanticIndex | None, encoder: str | None = N
 
 
 def model_name(index: SemanticIndex | None, model: str | None) -> str:
-    """Return the model that was named, or else the index's."""
+    """Return the model that was named, or else where the index's lies.
+
+    Raises:
+        ConfigError: neither was given.
+        MissingModelError: the index's is not to be found.
+    """
     if model is not None:
         return model
     if index is None:
         raise ConfigError("neither a model nor an index was given, expected a model, or an index to take it from.")
-    return index.manifest.model.name
+    return index.model_place
 
 
 def open_model(
@@ -113,7 +118,13 @@ def open_model(
     """
     loading = loading or ModelConfig()
     as_stored = (decode or DecodeConfig()).engine != "compiled"
-    loaded = load_model(model_name(index, model), loading.dtype, loading.device, as_stored=as_stored)
+    name = model_name(index, model)
+    try:
+        loaded = load_model(name, loading.dtype, loading.device, as_stored=as_stored)
+    except ModelError as error:
+        if index is None or model is not None or type(error) is not ModelError:
+            raise
+        raise MissingModelError(f"{index.name} names the model {name}, but {error}") from error
     _say_notes(loaded, progress)
     return loaded
 

@@ -1,3 +1,15 @@
 """Groups texts by meaning, finds the group of a new one, and keeps all that in a checked folder."""
 
-__all__ = ["checks", "clustering", "clusters", "compensated", "encoder", "index", "manifest", "ranking", "storage"]
+__all__ = [
+    "checks",
+    "clustering",
+    "clusters",
+    "compensated",
+    "encoder",
+    "index",
+    "manifest",
+    "places",
+    "ranking",
+    "storage",
+    "verified",
+]

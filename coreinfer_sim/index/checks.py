@@ -145,10 +145,11 @@ def _are_numbers(values: Any, n: int) -> bool:
 
 
 def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
-    """Make a section from JSON, with every field there, none unknown, and scalars of the right type."""
+    """Make a section from JSON, with every field there that has no default, none unknown, and scalars of the right type."""
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    if set(raw) != set(fields):
-        raise TypeError(f"{where}: {sorted(set(raw) ^ set(fields))}")
+    optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+    if (set(raw) ^ set(fields)) - (optional - set(raw)):
+        raise TypeError(f"{where}: {sorted((set(raw) ^ set(fields)) - optional)}")
     scalars: dict[str, Any] = {
         "int": int,
         "str": str,
@@ -158,6 +159,8 @@ def _typed(kind: type, raw: dict[str, Any], where: str) -> Any:
         "int | None": (int, type(None)),
     }
     for name, annotation in fields.items():
+        if name not in raw:
+            continue
         expected = scalars.get(str(annotation), list)
         if not isinstance(raw[name], expected) or (expected is not bool and isinstance(raw[name], bool)):
             raise TypeError(f"{where}.{name} is {raw[name]!r}")

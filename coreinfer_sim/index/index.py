@@ -31,6 +31,7 @@ from coreinfer_sim.index.manifest import (
     ProfileInfo,
     compensation_file,
 )
+from coreinfer_sim.index.places import find
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
 from coreinfer_sim.index.verified import StoredArray
@@ -105,6 +106,15 @@ class SemanticIndex:
             folder=folder,
         )
 
+    @property
+    def model_place(self) -> str:
+        """Where the model lies that the index was built from; its name on the hub, if it came from there.
+
+        Raises:
+            MissingModelError: it is not to be found.
+        """
+        return find(self.manifest.model, self._folder, self.name)
+
     def __len__(self) -> int:
         """Return the number of clusters."""
         return len(self.clusters)
@@ -112,7 +122,7 @@ class SemanticIndex:
     @cached_property
     def encoder(self) -> SentenceEncoder:
         """The sentence encoder, checked to be the one that the index was built with."""
-        encoder = self._encoder or SentenceEncoder(self.manifest.encoder.name)
+        encoder = self._encoder or SentenceEncoder(find(self.manifest.encoder, self._folder, self.name))
         if encoder.dimension != self.manifest.encoder.dimension:
             raise IndexMismatchError(
                 f"the encoder {encoder.name} gives {encoder.dimension} dimensions, {self.name} was built with "

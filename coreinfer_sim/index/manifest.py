@@ -40,6 +40,10 @@ class ModelInfo:
     """A few down-projection weights of each layer, [n_layers][32]."""
     tokenizer_sha256: str
     activation_site: str
+    path: str | None = None
+    """Where the build found it; None: on the hub, or an earlier release built the index."""
+    relative_path: str | None = None
+    """The same, from the index folder on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class EncoderInfo:
     metric: str
     probe: list[float]
     """First values of a fixed sentence's embedding."""
+    path: str | None = None
+    """As for `ModelInfo`."""
+    relative_path: str | None = None
+    """As for `ModelInfo`."""
 
 
 @dataclass(frozen=True)
@@ -173,15 +181,30 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""
-        return {**dataclasses.asdict(self), "sha256": self.checksum()}
+        return {**self._fields(), "sha256": self.checksum()}
 
     def identity(self) -> str:
         """Return a checksum by which the index is known wherever it lies and whatever it decodes by default."""
-        return dataclasses.replace(self, profile=None).checksum()
+        places: dict[str, Any] = {"path": None, "relative_path": None}
+        return dataclasses.replace(
+            self,
+            profile=None,
+            model=dataclasses.replace(self.model, **places),
+            encoder=dataclasses.replace(self.encoder, **places),
+        ).checksum()
 
     def checksum(self) -> str:
         """Return the sha256 over all fields."""
-        return manifest_checksum(dataclasses.asdict(self))
+        return manifest_checksum(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        """Return all fields; places that are not known are left out, as earlier releases did."""
+        fields = dataclasses.asdict(self)
+        for section in (fields["model"], fields["encoder"]):
+            for name in ("path", "relative_path"):
+                if section[name] is None:
+                    del section[name]
+        return fields
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:

@@ -1,0 +1,72 @@
+"""Where the model and the encoder lie that an index names: it may be used from anywhere, and be moved together with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from coreinfer_sim.base.errors import MissingEncoderError, MissingModelError
+from coreinfer_sim.index.manifest import EncoderInfo, ModelInfo
+
+_CONFIGS = ("config.json", "modules.json")
+
+
+def places_of(name: str, folder: Path) -> dict[str, str]:
+    """Return where a model lies as fields of `ModelInfo` and `EncoderInfo`; nothing for one of the hub.
+
+    Args:
+        name: of the model, as a build was given it.
+        folder: of the index.
+    """
+    if not _is_there(Path(name)):
+        return {}
+    found = {"path": os.path.abspath(name)}
+    with suppress(ValueError):  # on another drive
+        found["relative_path"] = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
+    return found
+
+
+def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
+    """Return the place of the model that an index names, or the name as it is where that is of the hub.
+
+    It is looked for as it is named, then relative to the index, beside and above it, then where the build found it.
+
+    Args:
+        info: what the manifest says.
+        folder: of the index; None: it was never on disk.
+        index: its name, for messages.
+
+    Raises:
+        MissingModelError: it is named by a path, and is nowhere there; of an encoder MissingEncoderError.
+    """
+    name = Path(info.name)
+    local = info.path is not None or name.suffix == ".gguf" or name.is_absolute() or info.name.startswith((".", "~"))
+    for place in (info.name, *([] if folder is None else _near(info, folder, local)), info.path):
+        if place is not None and _is_there(Path(place)):
+            return str(place)
+    if not local:
+        return info.name
+    what, kind = (
+        ("sentence encoder", MissingEncoderError) if isinstance(info, EncoderInfo) else ("model", MissingModelError)
+    )
+    raise kind(
+        f"{index} names the {what} {info.name}, which is neither in this folder nor beside or above the index"
+        + ("" if info.path in (None, info.name) else f" nor at {info.path}")
+        + f", expected it at one of these; put it there, or give the {what}'s present place."
+    )
+
+
+def _near(info: ModelInfo | EncoderInfo, folder: Path, local: bool) -> Iterator[Path]:
+    """Yield places relative to an index folder."""
+    if info.relative_path is not None:
+        yield Path(os.path.normpath(folder / info.relative_path))
+    if not Path(info.name).is_absolute():
+        yield from (Path(os.path.normpath(each / info.name)) for each in (folder, *folder.parents))
+    if local and Path(info.name).name:
+        yield from (each / Path(info.name).name for each in (folder, folder.parent))
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() or any((path / name).is_file() for name in _CONFIGS)
