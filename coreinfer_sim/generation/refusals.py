@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from coreinfer_sim.base.errors import GenerationError
+from coreinfer_sim.base.errors import GenerationError, PromptError
+from coreinfer_sim.models.mending import outside
 
 _ARGUMENTS = {
     "assistant_model": "assisted decoding reads drafts of several tokens in one step",
@@ -71,7 +72,8 @@ def check_ids(input_ids: Any, mask: torch.Tensor | None, n_rows: int | None = No
         n_rows: of the embedding table.
 
     Raises:
-        GenerationError: they are none, are padded on the right, or stand for no row of the table.
+        GenerationError: they are none, or are padded on the right.
+        PromptError: one stands for no row of the table.
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise GenerationError("generate was given no token ids, expected input_ids of [n_rows, n_positions].")
@@ -85,12 +87,7 @@ def check_ids(input_ids: Any, mask: torch.Tensor | None, n_rows: int | None = No
         raise GenerationError("a row ends in padding, expected padding on the left; set padding_side='left'.")
     strange = input_ids[mask.bool() & outside(input_ids, n_rows)] if n_rows is not None else input_ids[:0]
     if len(strange) > 0:
-        raise GenerationError(
+        raise PromptError(
             f"the ids hold {int(strange[0])}, expected 0 to {n_rows - 1 if n_rows else 0}, the rows of the embedding table; "
             "take the model's own tokenizer, and mask what is padding."
         )
-
-
-def outside(ids: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """Return which ids stand for no row of a table."""
-    return (ids < 0) | (ids >= n_rows)

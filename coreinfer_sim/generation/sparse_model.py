@@ -17,8 +17,9 @@ from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.phases import CallFacts, PhasedCall
-from coreinfer_sim.generation.refusals import CallSettings, check_ids, outside
+from coreinfer_sim.generation.refusals import CallSettings, check_ids
 from coreinfer_sim.generation.routing import routing_text_of_ids
+from coreinfer_sim.models.mending import outside
 from coreinfer_sim.models.mlps import find_mlps
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()

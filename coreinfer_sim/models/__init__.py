@@ -5,6 +5,7 @@ __all__ = [
     "chat_templates",
     "fingerprint",
     "loading",
+    "mending",
     "mlps",
     "offload",
     "prompts",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+import torch
+
+from coreinfer_sim.base.errors import ModelError
 
 
 def mend_config(config: Any) -> list[str]:
@@ -44,7 +49,28 @@ def mend(model: Any, tokenizer: Any) -> list[str]:
         what = f"the padding token of the generation settings has the id {settings.pad_token_id}"
         notes.append(_outside(what, n_rows, f"{tokenizer.pad_token} pads instead"))
         settings.pad_token_id = tokenizer.pad_token_id
+    if max(tokenizer.get_vocab().values(), default=0) >= n_rows:
+        model.get_input_embeddings().register_forward_pre_hook(partial(_checked, n_rows=n_rows))
     return notes
+
+
+def outside(ids: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Return which ids stand for no row of a table."""
+    return (ids < 0) | (ids >= n_rows)
+
+
+def check_rows(ids: torch.Tensor, n_rows: int) -> None:
+    """Raise ModelError if one of some ids stands for no row of the embedding table."""
+    strange = ids[outside(ids, n_rows)]
+    if len(strange) > 0:
+        raise ModelError(
+            f"the text holds a token of the id {int(strange[0])}, but the embedding table has {n_rows:,} rows; leave the "
+            "token out of the text, or take the tokenizer that the model was trained with."
+        )
+
+
+def _checked(_table: Any, given: tuple[torch.Tensor, ...], n_rows: int) -> None:
+    check_rows(given[0], n_rows)
 
 
 def _padding(tokenizer: Any, n_rows: int) -> str:

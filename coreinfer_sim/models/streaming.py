@@ -15,6 +15,7 @@ from torch import nn
 
 from coreinfer_sim.base.errors import GenerationError
 from coreinfer_sim.models.checkpoint import Checkpoint
+from coreinfer_sim.models.mending import check_rows
 from coreinfer_sim.models.store import LayerStore
 
 SCRATCH = 13 << 20
@@ -174,6 +175,7 @@ class StreamedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows of ``ids`` [...], [..., d_model]."""
+        check_rows(ids, self.num_embeddings)  # beyond them lies another tensor
         unique, places = ids.reshape(-1).unique(return_inverse=True)
         stored = self._checkpoint.tensors[self._name].dtype
         rows = torch.empty(len(unique), self.embedding_dim, dtype=stored)

@@ -9,6 +9,8 @@ from checkpoints import loads, saved, with_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from coreinfer_sim.base.errors import ModelError, PromptError
+from coreinfer_sim.generation.in_process import TextGenerator
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.loading import load_model
 
@@ -91,3 +93,18 @@ def test_a_tokenizer_without_any_special_token_can_pad_and_decodes_all_it_reads(
     whole = list(range(32, 128))
     decode = loaded.tokenizer.decode
     assert decode(whole, skip_special_tokens=True) == decode(whole)
+
+
+def test_a_token_without_a_row_in_the_table_is_refused_where_a_text_holds_it(tmp_path):
+    folder = with_pad(saved(tmp_path / "model"), "[PAD]")
+    for found in loads(folder):
+        ids = found.tokenizer("[PAD] stars", return_tensors="pt")["input_ids"]
+        for call in (found.model, found.model.base_model):
+            with pytest.raises(ModelError, match="a token of the id 400, but the embedding table has 400 rows"):
+                call(ids)
+        generator = TextGenerator(found, predictor=everything(found.model))
+        with pytest.raises(PromptError, match="the ids hold 400, expected 0 to 399"):
+            generator.generate("[PAD] stars", max_new_tokens=2)
+        with pytest.raises(ModelError, match="a token of the id 400"):
+            generator.score("[PAD]", " stars")
+        assert generator.generate("stars", max_new_tokens=2).n_new_tokens == 2
