@@ -160,7 +160,7 @@ class SamplingConfig:
             raise ConfigError(
                 f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens, {self.max_new_tokens}."
             )
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if "" in self.stop:
             raise ConfigError("a stop text is empty, which every text contains; leave it out.")
 

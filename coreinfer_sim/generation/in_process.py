@@ -235,6 +235,9 @@ class GenerationWatch(StoppingCriteria):
         """
         self._tokenizer, self._output, self._n_prompt, self._ends = tokenizer, output, n_prompt, ends
         self._detokenizer = Detokenizer(tokenizer, ends)
+        added = tokenizer.added_tokens_decoder if output.stops else {}
+        self._stop_ids = {number for number, token in added.items() if token.content in output.stops}
+        """Tokens that are stop texts as a whole, as special ones may be, which are no text."""
         self._hooks: list[Any] = []
         self._streams = True
         self.first_token: float | None = None
@@ -248,10 +251,18 @@ class GenerationWatch(StoppingCriteria):
             self._streams = len(input_ids) == 1
         self._output.check()
         if self._streams:
-            stopped = [self._output.add(self._detokenizer.add(int(input_ids[0, -1])))]
+            stopped = [self._take(int(input_ids[0, -1]))]
         else:  # beams change places, so that no row's text is known before the end
             stopped = [self._has_stop(row[self._n_prompt :].tolist()) for row in input_ids]
         return torch.tensor(stopped, device=input_ids.device)
+
+    def _take(self, token: int) -> bool:
+        if token in self._stop_ids:
+            self._output.add(self._detokenizer.end())
+            self._output.stop()
+        else:
+            self._output.add(self._detokenizer.add(token))
+        return self._output.stopped
 
     @contextmanager
     def in_prefill(self, model: torch.nn.Module) -> Iterator[None]:

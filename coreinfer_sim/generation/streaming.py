@@ -57,6 +57,11 @@ class TextOutput:
             self._held = held[n_safe:]
         return self.stopped
 
+    def stop(self) -> None:
+        """End the text here."""
+        self.end()
+        self.stopped = True
+
     def end(self) -> str:
         """Hand on what was held back, and return the whole text."""
         if not self.stopped:

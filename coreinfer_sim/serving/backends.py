@@ -37,7 +37,8 @@ class TextRequest:
     top_k: int = 0
     """0 and -1: no limit."""
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
+    """None: the checkpoint's own."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class Backend:
             top_p=max(request.top_p, _LEAST_TOP_P),
             top_k=max(0, request.top_k),
             min_p=request.min_p or None,
-            repetition_penalty=None if request.repetition_penalty == 1 else request.repetition_penalty,
+            repetition_penalty=request.repetition_penalty,
             seed=None if request.seed is None else request.seed % (MAX_SEED + 1),
             stop=request.stop,
         )

@@ -22,6 +22,18 @@ def test_the_command_runs_on_llama_cpp(wide_index, exported):
     assert sparse["n_new_tokens"] == 6 and sparse["file"] == found["file"]
 
 
+@pytest.mark.parametrize("more", [[], ["--stop", "o"], ["--chat", "--stop", "e", "--stop", "never"]], ids=str)
+def test_json_has_the_text_that_streams(wide_index, exported, more):
+    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", "--exported", exported)
+    given += ("--max-new-tokens", 24, "--temperature", 3.0, *setting("decode.context", 128), *more, PROMPTS[1])
+    for seed in range(4):
+        found = parsed(*given, *setting("sample.seed", seed))["text"]
+        assert f"> {PROMPTS[1]}\n{found}\n" in succeeded(*given, *setting("sample.seed", seed)).stdout
+        assert "</s>" not in found and not any(
+            stop in found for stop in [more[i + 1] for i, name in enumerate(more) if name == "--stop"]
+        )
+
+
 def test_what_llama_cpp_has_not_is_refused(wide_index, exported):
     given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", PROMPTS[0])
     refused(call(*given), "needs the models exported from the index")

@@ -315,6 +315,19 @@ def test_the_text_ends_before_its_first_stop(language_model, generator, options)
     assert language_model.tokenizer.decode(result.token_ids).startswith(result.text + stop)
 
 
+def test_a_special_token_may_be_a_stop(language_model, generator):
+    """It is no text, but clients name the ends of turns so."""
+    tokenizer, free = language_model.tokenizer, generator.generate(PROMPT, max_new_tokens=12)
+    special = tokenizer.decode(free.token_ids[4])
+    marked = copy.deepcopy(tokenizer)
+    marked.add_special_tokens({"additional_special_tokens": [special]})
+    assert marked.convert_tokens_to_ids(special) == free.token_ids[4]
+    found = TextGenerator(replace(language_model, tokenizer=marked), predictor=generator.sparse_model().predictor)
+    result = found.generate(PROMPT, max_new_tokens=12, stop=special)
+    assert result.ended and result.n_new_tokens == 1 + free.token_ids.index(free.token_ids[4])
+    assert special not in result.text
+
+
 def test_beams_end_before_a_stop(generator):
     free = generator.generate(PROMPT, max_new_tokens=30, num_beams=2)
     letters = sorted(set(free.text))
