@@ -24,7 +24,7 @@ _INDEX = click.argument("index", type=click.Path())
 def index_summary(index: SemanticIndex) -> dict[str, Any]:
     """Return what is in an index as plain JSON types, without the weight sketch."""
     m = index.manifest
-    summary = {"index": index.name, **asdict(m), "sha256": m.checksum()}
+    summary = {"index": index.name, **asdict(m), **m.as_dict(), "sha256": m.checksum()}
     del summary["model"]["weight_sketch"], summary["encoder"]["probe"]
     for entry in summary["compensation"]:
         entry["served_by_corpus"] = m.served_by_corpus(entry["keep_ratio"])

@@ -156,7 +156,7 @@ def mark_evaluated(case: Trial) -> Found:
     for name in ("11_eval_bom.jsonl", "11_eval_control.jsonl"):
         more = ["--index", case.index, "--model", case.model, "--contender", "dense", "--json"]
         done = case.run("evaluate", case.cases / name, *more)
-        found.append(json.loads(done.stdout) if done.returncode == 0 else done.stderr)
+        found.append(json.loads(done.stdout)[0]["sets"].popitem()[1] if done.returncode == 0 else done.stderr)
     return found[0] == found[1] and not isinstance(found[0], str), str(found[0])
 
 

@@ -59,10 +59,10 @@ def running_command() -> str:
             continue
         value = running.params[name]
         values = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
-        if isinstance(parameter, click.Argument):
-            arguments += values
-            continue
         is_place = isinstance(parameter.type, click.Path) or name in ("model", "name")
+        if isinstance(parameter, click.Argument):
+            arguments += [name.upper()] if is_place else values
+            continue
         for each in values:
             words += [parameter.opts[0], parameter.opts[0].removeprefix("--").upper() if is_place else each]
     return shlex.join([*words, *(["--"] if arguments else []), *arguments])
