@@ -126,6 +126,8 @@ def replacing(path: Path, last: str = "") -> Iterator[Path]:
 
 def restore(place: Path) -> None:
     """Put a folder back that was taken away to be replaced, if a kill came between."""
+    if not place.name:  # the root of a file system
+        return
     aside = _aside(place)
     if not is_vacant(place):
         remove(aside)

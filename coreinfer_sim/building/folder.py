@@ -51,7 +51,7 @@ def check_output(out: Path, force: bool) -> None:
 
 def work_folder(out: Path) -> Path:
     """Return the folder in which an index is built."""
-    return out.with_name(f"{out.name}.build")
+    return out.parent / f"{out.name}.build"
 
 
 @contextmanager

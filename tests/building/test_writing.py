@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_the_manifest_says_what_the_index_was_built_from(built, corpus, tiny_che
         "d_ff": 48,
         "tokenizer_sha256": tokenizer_hash(tokenize),
         "activation_site": "input of down_proj",
+        "path": tiny_checkpoint,
+        "relative_path": os.path.relpath(os.path.realpath(tiny_checkpoint), os.path.realpath(built)),
     }
     assert raw["encoder"] == {
         "name": "sentence-transformers/all-MiniLM-L6-v2",

@@ -182,10 +182,11 @@ def test_settings_of_a_build_that_cannot_be_met(build, tmp_path, options):
 
 def test_folders_without_a_name(build, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").write_text("dear")
     monkeypatch.chdir(tmp_path / "here")
     for out in (".", "..", "/", "../here"):
         refused(build(out=out), "exists")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "here", tmp_path / "here" / "file"]
 
 
 def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoint, tmp_path):
