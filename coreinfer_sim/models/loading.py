@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 from coreinfer_sim.models.source import ADAPTER_FILE, check_no_adapter, load_errors, read_config, source_of
@@ -64,6 +65,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
 
+@read_once()
 def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: bool = False) -> LanguageModel:
     """Load a model for inference.
 
@@ -145,6 +147,7 @@ def usable_device(name: str) -> str:
     return name
 
 
+@read_once()
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model alone; ``name`` is as in `load_model`.
 

@@ -236,3 +236,22 @@ def test_a_gguf_file_is_read_where_it_was_named(exported, tmp_path, monkeypatch)
     (tmp_path / "dense.gguf").write_bytes(b"no model")
     monkeypatch.chdir(tmp_path)
     assert len(load_model(str(exported / "dense.gguf")).layers) == 3
+
+
+def test_a_gguf_file_is_parsed_once(exported, monkeypatch):
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path, *rest):
+            parsed.append(path)
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    before = gguf.get_tensor_name_map
+    loaded = load_model(str(exported / "dense.gguf"))
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counted and gguf.get_tensor_name_map is before
+    monkeypatch.undo()
+    again = load_model(str(exported / "dense.gguf"))
+    for one, other in zip(loaded.model.parameters(), again.model.parameters(), strict=True):
+        assert one.equal(other)
