@@ -11,7 +11,7 @@ DEMO_INDEX := indexes/demo
 help:
 	@echo "make demo       install, fetch a small model, build an index, decode from it"
 	@echo "make test       install and run the tests"
-	@echo "make test-slow  also the tests that run a real language model"
+	@echo "make test-slow  also the tests that run a real language model or thousands of examples"
 	@echo "make test-oldest  a quick look with the oldest Python that is promised"
 	@echo "make lint       formatting, lint and types"
 	@echo "make check      lint and test: what a change must pass"
