@@ -37,7 +37,13 @@ class _Group(click.Group):
         except CoreInferSimError as error:
             _fail(ctx, str(error), 1)
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted; what was finished is kept – run the same command again to go on.", INTERRUPTED)
+            goes_on = ctx.invoked_subcommand in ("build-index", "export")
+            _fail(
+                ctx,
+                "interrupted"
+                + ("; what was finished is kept – run the same command again to go on." if goes_on else "."),
+                INTERRUPTED,
+            )
         except BrokenPipeError:  # the reader of our output has gone; keep Python from complaining at exit
             sys.stdout = None
             ctx.exit(1)

@@ -103,9 +103,11 @@ def _parsed(text: str, groups: tuple[str, ...]) -> tuple[str, str, Any]:
         raise click.BadParameter(f"{text!r} has no value, expected GROUP.NAME=VALUE such as sample.top_k=40.")
     known = names(groups)
     if full not in known:
+        if full in names(tuple(GROUPS)):
+            raise click.BadParameter(f"{full} is of another command; this one knows the groups {', '.join(groups)}.")
         leaf = full.rpartition(".")[2]
         near = difflib.get_close_matches(full, known, 3, 0.5) or [n for n in known if n.rpartition(".")[2] == leaf]
-        listed = f"nearest: {', '.join(near)}" if near else f"known are {', '.join(known)}"
+        listed = f"nearest: {', '.join(near)}" if near else f"known groups are {', '.join(groups)}"
         raise click.BadParameter(f"there is no setting {full!r}; {listed}.")
     group, _, name = full.partition(".")
     hint = typing.get_type_hints(GROUPS[group])[name]

@@ -93,7 +93,7 @@ def tune(
     loaded.check_writable()
     contenders = candidates(loaded, keep_ratios)
     rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
-    check_rows(row.set_name for row in rows)
+    check_rows((row.set_name for row in rows), part)
     with status("Loading the model"):
         language_model = open_model(loaded, model, loading, decode, ConsoleProgress())
     # 2) all on the first rows, the hopeful ones on the others
@@ -110,7 +110,7 @@ def tune(
             )
         results += score(left, further)
     scored = {(result.set_name, result.row_id) for result in results}
-    check_rows(set_name for set_name, _ in scored)  # some were too short
+    check_rows((set_name for set_name, _ in scored), part)  # some were too short
     # 3) the profile
     summary = summarise(results, seed)
     profile = choose_profile(contenders, summary, max_increase, dense_bytes(language_model.layers))

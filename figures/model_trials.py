@@ -235,12 +235,12 @@ def overwritten(case: Trial) -> Found:
 def llamacpp_json(case: Trial) -> Found:
     """The text of --json is the text that streams: without the end token, cut before a stop text."""
     exported = case.scratch / "gguf"
-    done = case.run("export", "--index", case.index, "--model", case.model, "--format", "gguf", "--cluster", "all",
-                    "--manifest", "--out", exported)  # fmt: skip
+    of_index = [case.index, "--model", case.model, "--format", "gguf", "--manifest"]
+    done = case.run("export", *of_index, "--cluster", "global", "--cluster", "dense", "--out", exported)
     if done.returncode:
         return False, done.stderr.splitlines()[-1]
     asked = ["generate", "--chat", "--index", case.index, "--engine", "llamacpp", "--exported", exported]
-    asked += ["--max-new-tokens", 60]
+    asked += ["--mode", "global", "--max-new-tokens", 60]
     found = []
     for more in ([], ["--stop", "."]):
         whole = json.loads(case.run(*asked, *more, "Say hello.", "--json").stdout)["text"]

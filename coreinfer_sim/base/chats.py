@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from typing import Any, NamedTuple
 
 _ROLES = {
@@ -24,8 +26,12 @@ Conversation = tuple[Turn, ...]
 
 
 def is_conversation(value: Any) -> bool:
-    """Tell whether a value is a list of messages: ``role`` and ``content``, or ShareGPT's ``from`` and ``value``."""
-    return isinstance(value, list) and bool(value) and all(_keys(message) is not None for message in value)
+    """Tell whether a value is a list of messages: ``role`` and ``content``, or ShareGPT's ``from`` and ``value``.
+
+    A list may also be written as text, in JSON or as Python prints it, as tables of texts hold them.
+    """
+    messages = _listed(value)
+    return bool(messages) and all(_keys(message) is not None for message in messages)
 
 
 def conversation_of(value: Any) -> tuple[Conversation, int]:
@@ -35,11 +41,11 @@ def conversation_of(value: Any) -> tuple[Conversation, int]:
         value: for which `is_conversation` holds.
     """
     turns, n_other = [], 0
-    for message in value:
+    for message in _listed(value):
         role, content = (message.get(key) for key in _keys(message) or _KEYS[0])
         text, n = _text(content)
         n_other += n
-        turns.append(Turn(_ROLES.get(str(role), str(role)), text))
+        turns.append(Turn(_ROLES.get(str(role).lower(), str(role).lower()), text))
     return tuple(turns), n_other
 
 
@@ -52,6 +58,17 @@ def last_question(turns: Conversation) -> int | None:
 def plain(turns: Conversation) -> str:
     """Return the texts of a conversation one below the other, as a model without a chat template reads it."""
     return "\n".join(turn.content.strip() for turn in turns if turn.content.strip())
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                value = read(value.strip())
+                break
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value if isinstance(value, list) else []
 
 
 def _keys(message: Any) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from coreinfer_sim.base.text_files import mended
 _CHATS = ("messages", "conversations", "conversation")
 _TEXTS = ("prompt", "text")
 _ID = re.compile(r"(?i)(.*[_\- ])?(id|ids|uuid|guid|index|idx|key|hash)|__index_level_\d+__|unnamed: \d+|")
+_WORD = re.compile(r"[^\s?!]*")
 _NUMBER = re.compile(r"[+-]?(\d[\d.,]*)?([eE][+-]?\d+)?%?")
 
 
@@ -63,13 +64,14 @@ class Columns:
         wanted = [name for name in (config.prompt_column, config.completion_column) if name is not None] + fields
         missing = [name for name in dict.fromkeys(wanted) if name not in names]
         if missing:
+            near = [f"{name!r}" for name in names if name.lower() in {each.lower() for each in missing}]
             raise CorpusError(
                 f"the corpus {config.source} has the columns {sorted(names)}, expected {', '.join(missing)}; name an existing "
-                "column in prompt_column or template."
+                f"column in prompt_column or template{f', such as {near[0]}' if near else ''}."
             )
         has_id = "id" in names
         if config.template is not None and config.prompt_column is None:
-            prompt = next((name for name in _TEXTS if name in names and _holds_text(sample, name)), None)
+            prompt = next((name for name in _usual(names, _TEXTS) if _holds_text(sample, name)), None)
             return cls(source, prompt, None, config.template, has_id)
         if config.prompt_column is not None:
             return cls(source, config.prompt_column, config.completion_column, config.template, has_id)
@@ -86,12 +88,14 @@ class Columns:
         """Say in one line what was recognised."""
         parts = [self.source.name]
         if self.source.separator is not None:
-            names = {sign: name for name, sign in SEPARATORS.items()}
+            names = {sign: name for name, sign in SEPARATORS.items() if name.isalpha()}
             parts[0] += f", parted by {names.get(self.source.separator, repr(self.source.separator))}"
         values = self.source.sample() if sample is None else sample
         if self.template is not None:
-            parts.append(f"prompts are {'what the template makes' if self.prompt is None else f'in {self.prompt!r}'}")
-            parts.append("the template is read")
+            embedded = (
+                "what the template makes is embedded and read" if self.prompt is None else f"prompts in {self.prompt!r}"
+            )
+            parts += [embedded] if self.prompt is None else [embedded, "what the template makes is read"]
         elif self.prompt is not None and any(map(self.has_conversations, values)):
             follows = "" if self.completion is None else f", continued in {self.completion!r}"
             parts.append(
@@ -182,25 +186,38 @@ def _recognised(config: CorpusConfig, sample: Sequence[Values], names: Sequence[
     """Return the column of prompts or conversations, and that of completions, if there is one."""
     first = {name: next((values[name] for values in sample if values.get(name)), None) for name in names}
     chats = [name for name in names if is_conversation(first[name])]
-    usual = next((name for name in _CHATS if name in chats), None)
+    usual = next((name for name in _usual(names, _CHATS) if name in chats), None)
     if usual is not None:
         return usual, None
-    if all(name in chats or isinstance(first.get(name), str) for name in ("prompt", "completion")):
-        return "prompt", "completion"
-    if "prompt" in chats:
-        return "prompt", None
-    texts = [name for name in _TEXTS if name in names and _holds_text(sample, name)]
+    pair = _usual(names, ("prompt", "completion"))
+    if len(pair) == 2 and all(name in chats or isinstance(first[name], str) for name in pair):
+        return pair[0], pair[1]
+    texts = [
+        name for name in _usual(names, _TEXTS) if name in chats or first[name] is None or isinstance(first[name], str)
+    ]
     if texts:
         return texts[0], None
     if len(chats) == 1:
         return chats[0], None
     others = [name for name in names if _holds_text(sample, name) and not _holds_ids(sample, name)]
+    odd = next(iter(_usual(names, (*_CHATS, *_TEXTS))), None)
+    if odd is not None:
+        kind = "lists" if isinstance(first[odd], list) else "objects" if isinstance(first[odd], dict) else "text"
+        raise CorpusError(
+            f"the corpus {config.source} has {kind} in the column {odd!r}, expected text, or a list of messages with role and "
+            "content in each row; mend it, or name another column in prompt_column or template."
+        )
     if len(others) != 1 or chats:
         raise CorpusError(
             f"the corpus {config.source} has the columns {sorted(names)}, and none is called prompt, text or messages and holds "
             "text; name one in prompt_column or template."
         )
     return others[0], None
+
+
+def _usual(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return the columns that have one of some names, in the order of those; capitals do not matter."""
+    return [name for each in wanted for name in names if name.lower() == each]
 
 
 def _holds_text(sample: Sequence[Values], name: str) -> bool:
@@ -215,4 +232,4 @@ def _holds_ids(sample: Sequence[Values], name: str) -> bool:
     if _ID.fullmatch(name.strip()):
         return True
     found = [str(values[name]).strip() for values in sample if values.get(name)]
-    return all(_NUMBER.fullmatch(text) or (text.isascii() and len(text.split()) <= 1) for text in found)
+    return all(_NUMBER.fullmatch(text) or (text.isascii() and _WORD.fullmatch(text)) for text in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -182,8 +183,10 @@ def with_settings(settings: Mapping[str, Any], configs: tuple[Any, ...]) -> tupl
     known = [{field.name for field in fields(config)} for config in configs]
     unknown = sorted(set(settings).difference(*known))
     if unknown:
-        listed = ", ".join(sorted(set().union(*known)))
-        raise ConfigError(f"there is no setting {', '.join(unknown)}, expected some of {listed}.")
+        names = sorted(set().union(*known))
+        near = difflib.get_close_matches(unknown[0], names, 3, 0.5)
+        listed = f"nearest: {', '.join(near)}" if near else f"expected some of {', '.join(names)}"
+        raise ConfigError(f"there is no setting {', '.join(unknown)} here; {listed}.")
     return tuple(
         replace(config, **{name: value for name, value in settings.items() if name in own})
         for config, own in zip(configs, known, strict=True)

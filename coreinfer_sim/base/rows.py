@@ -217,7 +217,7 @@ def read_prompts(config: CorpusConfig, report: CorpusReport) -> Iterator[Row]:
         CorpusError: as for `read_corpus`.
         ConfigError: a setting that only a build looks at was given.
     """
-    _check_no_build(config)
+    check_no_build(config)
     for number, _, row_id, found in _rows(config, report):
         report.n_rows = number + 1
         if found.prompt:
@@ -236,7 +236,7 @@ def read_completions(config: CorpusConfig, report: CorpusReport) -> Iterator[Row
         CorpusError: as for `read_corpus`, or there are no completions.
         ConfigError: a setting that only a build looks at was given.
     """
-    _check_no_build(config)
+    check_no_build(config)
     source = open_source(config)
     columns = Columns.of(config, source)
     if not columns.has_completions():
@@ -265,7 +265,8 @@ def read_completions(config: CorpusConfig, report: CorpusReport) -> Iterator[Row
         )
 
 
-def _check_no_build(config: CorpusConfig) -> None:
+def check_no_build(config: CorpusConfig) -> None:
+    """Raise ConfigError for settings that only a build looks at."""
     defaults = {field.name: field.default for field in fields(CorpusConfig)}
     for name in _OF_BUILDS:
         if getattr(config, name) != defaults[name]:

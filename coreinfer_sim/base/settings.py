@@ -66,7 +66,7 @@ class Fallback(str, Enum):
     NONE = "none"
 
 
-SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|"}
 """Of values in a text file, by name."""
 UNFAMILIAR = 0.05
 """A prompt is unfamiliar if fewer than this share of its cluster's own prompts lie as far from the centroid."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import re
@@ -16,7 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from coreinfer_sim.base.errors import CorpusError
-from coreinfer_sim.base.settings import SEPARATORS, CorpusConfig
+from coreinfer_sim.base.separated import separated_rows, separator_of
+from coreinfer_sim.base.settings import CorpusConfig
 from coreinfer_sim.base.tables import rows_of_table
 from coreinfer_sim.base.text_files import open_text
 
@@ -25,9 +24,8 @@ Values = dict[str, Any]
 RawRows = Iterator[tuple[int, Values]]
 """Rows with their places, from 1: lines of a text file, rows of any other."""
 N_SAMPLED = 100
-_SNIFFED = 1 << 18
-_MOST_IN_FIELD = 1 << 28
 _READ_AT_ONCE = 1 << 20
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 """Numbers stay the characters that they are written in."""
 _NO_SPACE = re.compile(r"\S|\Z")
@@ -73,20 +71,61 @@ def open_source(config: CorpusConfig) -> Source:
         CorpusError: there is none, or of a kind that is not read.
     """
     path = Path(config.source)
-    if path.is_file():
-        kind = _kind(path)
-        if kind in (".csv", ".tsv"):
-            separator = _separator(path, config.separator, "\t" if kind == ".tsv" else ",")
-            return Source(str(path), "line", lambda columns: _separated(path, separator, columns), separator)
-        readers: dict[str, Callable[[Path], RawRows]] = {".txt": _lines, ".json": _json, ".jsonl": _json_lines}
-        if kind == ".parquet":
-            return Source(str(path), "row", lambda columns: _parquet(path, columns))
-        read = readers[".jsonl" if kind == ".ndjson" else kind]
-        return Source(str(path), "line", lambda _columns: read(path))
     if not path.exists() and (path.is_absolute() or is_file_name(config.source)):
         raise CorpusError(f"there is no file {path}, expected a corpus; check the path.")
     with _as_corpus_errors(config.source):
+        if path.is_file():
+            return _file(path, config)
+        files = _files(path, config) if path.is_dir() and not _is_saved(path) else []
+        if files:
+            sources = [_file(file, config) for file in files]
+            return Source(config.source, "row", lambda columns: _one_after_the_other(sources, columns))
         return Source(config.source, "row", _data_set(path, config))
+
+
+def _file(path: Path, config: CorpusConfig) -> Source:
+    kind = _kind(path)
+    if kind in (".csv", ".tsv"):
+        separator = separator_of(path, config.separator, "\t" if kind == ".tsv" else ",")
+        return Source(str(path), "line", lambda columns: separated_rows(path, separator, columns), separator)
+    if kind == ".parquet":
+        return Source(str(path), "row", lambda columns: _parquet(path, columns))
+    readers: dict[str, Callable[[Path], RawRows]] = {".txt": _lines, ".json": _json, ".jsonl": _json_lines}
+    read = readers[".jsonl" if kind == ".ndjson" else kind]
+    return Source(str(path), "line", lambda _columns: read(path))
+
+
+def _files(folder: Path, config: CorpusConfig) -> list[Path]:
+    """Return the files of a folder that are read as one corpus: all of one kind, those of the split where names tell splits.
+
+    Raises:
+        CorpusError: they are of several kinds, or none is of the split.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and is_file_name(path.name))
+    kinds = sorted({_suffix(path) for path in files})
+    if len(kinds) > 1:
+        raise CorpusError(
+            f"the folder {folder} holds files of several kinds ({', '.join(kinds)}), expected one; name a file."
+        )
+    words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
+    if len(set().union(*words.values()) & _SPLITS) < 2:
+        return files
+    chosen = [path for path in files if config.split.lower() in words[path]]
+    if not chosen:
+        raise CorpusError(
+            f"the folder {folder} has files of several splits and none of {config.split}; name one in split, or a file."
+        )
+    return chosen
+
+
+def _one_after_the_other(sources: Sequence[Source], columns: Sequence[str] | None) -> RawRows:
+    rows = (values for source in sources for _, values in source.rows(columns))
+    yield from enumerate(rows, 1)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Tell whether ``save_to_disk`` of datasets wrote a folder."""
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
@@ -211,8 +250,9 @@ def _object(path: Path, number: int, value: Any) -> Values:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
+        kind = {list: "a list", type(None): "null"}.get(type(value), "no object")
         raise CorpusError(
-            f"{path}, line {number:,}, is {type(value).__name__}, expected an object with a row's columns."
+            f"{path}, line {number:,}, is {kind}, expected an object with a row's columns; mend or remove it."
         )
     words = {True: "true", False: "false"}
     return {name: words[each] if isinstance(each, bool) else each for name, each in value.items()}
@@ -223,74 +263,6 @@ def _no_json(path: Path, number: int, error: object) -> CorpusError:
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg}, column {error.colno}"
     return CorpusError(f"{path}, line {number:,}, is no JSON ({reason}); expected one object a row; mend or remove it.")
-
-
-# Separated values
-
-
-def _separator(path: Path, named: str | None, usual: str) -> str:
-    """Return the separator that was named, or else the one with which the most rows have as many fields as the header."""
-    if named is not None:
-        return SEPARATORS.get(named, named)
-    with open_text(path) as file:
-        sample = file.read(_SNIFFED)
-        whole = not file.read(1)
-    first = io.StringIO(sample, newline="").readline()
-    if _names_separator(first):
-        return first.strip()[-1]
-    best, found = (0.0, 1), usual
-    for separator in (usual, *(each for each in SEPARATORS.values() if each != usual)):
-        try:
-            rows = [row for row in csv.reader(io.StringIO(sample, newline=""), delimiter=separator) if row]
-        except csv.Error:
-            continue
-        rows = rows if whole or len(rows) < 2 else rows[:-1]
-        n_columns = len(rows[0]) if rows else 0
-        score = (sum(len(row) == n_columns for row in rows) / max(1, len(rows)), n_columns)
-        if n_columns > 1 and score > best:
-            best, found = score, separator
-    return found
-
-
-def _separated(path: Path, separator: str, columns: Sequence[str] | None) -> RawRows:
-    csv.field_size_limit(_MOST_IN_FIELD)
-    with open_text(path) as file:
-        n_before = 1 if _names_separator(file.readline()) else 0
-        if not n_before:
-            file.seek(0)
-        reader, header = csv.reader(file, delimiter=separator, strict=True), None
-        skipped = n_before
-        try:
-            for row in reader:
-                begin, n_before = n_before + 1, reader.line_num + skipped
-                if not row:
-                    continue
-                if header is None:
-                    header = [name.strip() for name in row]
-                    _check_header(path, header, columns)
-                    continue
-                if len(row) != len(header):
-                    raise CorpusError(
-                        f"{path}, line {begin:,}, has {len(row)} fields, expected {len(header)} as in its header, parted by "
-                        f"{separator!r}; put quotes around a field that holds the separator, or name another separator."
-                    )
-                yield begin, {name: value or None for name, value in zip(header, row, strict=True)}
-        except csv.Error as error:
-            reason = "a quoted field does not end" if "end of data" in str(error) else error
-            raise CorpusError(
-                f"{path}, line {n_before + 1:,}, cannot be read ({reason}); mend the quotes of this row."
-            ) from error
-
-
-def _names_separator(line: str) -> bool:
-    """Tell whether a file's first line is Excel's way to name the separator."""
-    return line.lower().startswith("sep=") and len(line.strip()) == 5
-
-
-def _check_header(path: Path, header: list[str], columns: Sequence[str] | None) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1} & set(columns or ()))
-    if twice:
-        raise CorpusError(f"{path} has several columns called {twice[0]!r}, expected one; rename them.")
 
 
 # Tables
@@ -311,7 +283,7 @@ def _data_set(path: Path, config: CorpusConfig) -> Callable[[Sequence[str] | Non
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is in the exception
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+    if path.is_dir() and _is_saved(path):
         opened: Any = datasets.load_from_disk(str(path))
         if isinstance(opened, dict):
             if config.split not in opened:

@@ -43,6 +43,12 @@ def check_output(out: Path, force: bool) -> None:
             f"{out} exists already and is no index, which force would replace, expected a new or an empty folder; name "
             "another one."
         )
+    foreign = sorted(names - {*INDEX_FILES, COMPENSATION_FOLDER, REPLACED, MANIFEST_FILE})
+    if force and foreign:
+        raise BuildError(
+            f"{out} holds {foreign[0]}, which is not the index's and would be lost, expected an index alone; move it, or name "
+            "another folder."
+        )
     if not force and not (rest_of_index and (work_folder(out) / SETTINGS_FILE).exists()):
         raise BuildError(
             f"{out} exists already, expected a new or an empty folder; name another one or replace it with force."

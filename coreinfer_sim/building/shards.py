@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 
+from coreinfer_sim.base.errors import BuildError
 from coreinfer_sim.base.files import write_atomic
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.choosing.statistics import activation_statistics
@@ -139,6 +140,11 @@ def run_shard(corpus: ClusteredCorpus, shard: np.ndarray) -> PartialSums:
 
     def add(number: int, z: torch.Tensor) -> None:
         statistics = activation_statistics(z, starts, config.alpha)
+        if not np.isfinite(statistics.energy).all():
+            raise BuildError(
+                f"layer {number} of {corpus.language_model.name} gives what is no number, expected finite activations; its "
+                "weights are damaged or too narrow – fetch the model again, or load it in float32."
+            )
         parts = (
             ("counts", statistics.core_mask(config.beta).astype(np.int64)),
             ("energy", np.rint(statistics.energy / np.float32(ENERGY_UNIT)).astype(np.int64)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from coreinfer_sim.base.decode_settings import SelectionConfig
+from coreinfer_sim.base.decode_settings import SelectionConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode, check_ratio, parse_layers
 from coreinfer_sim.choosing.compatibility import check_model
@@ -37,7 +37,7 @@ def make_predictor(
     """
     if index is not None:
         check_model(index, layers)
-    return predictor_of(SelectionConfig(mode=Mode(mode), **settings), layers, index)
+    return predictor_of(with_settings({"mode": mode, **settings}, (SelectionConfig(),))[0], layers, index)
 
 
 def predictor_of(config: SelectionConfig, layers: Sequence[MLPLayer], index: SemanticIndex | None = None) -> Predictor:
@@ -58,7 +58,9 @@ def predictor_of(config: SelectionConfig, layers: Sequence[MLPLayer], index: Sem
         return FixedPredictor(NeuronSelection(mode.value))
     if keep_ratio is None:
         if index is None:
-            raise ConfigError(f"mode {mode.value} was given no keep ratio and no index to take it from; give one.")
+            if mode in (Mode.SIMILARITY, Mode.HYBRID, Mode.GLOBAL):
+                raise ConfigError(f"mode {mode.value} needs an index; build one with 'coreinfer-sim build-index'.")
+            raise ConfigError(f"mode {mode.value} has no index to take the keep ratio from; give a keep ratio.")
         keep_ratio, compensated = default_sets(index, mode, config.score, compensated)
     check_ratio("keep ratio", keep_ratio)
     if mode is Mode.RANDOM:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.progress import Progress, counted
-from coreinfer_sim.base.rows import CorpusReport, Row, read_completions
+from coreinfer_sim.base.rows import CorpusReport, Row, check_no_build, describe_corpus, read_completions
 from coreinfer_sim.base.settings import CorpusConfig
 from coreinfer_sim.base.sources import set_name
 
@@ -40,14 +40,20 @@ def read_rows(
     """
     config = replace(corpus or CorpusConfig(""), source=str(source))
     path, report = config.source, CorpusReport()
+    check_no_build(config)
+    if progress is not None:
+        progress.say(f"Reading {describe_corpus(config)}.")
     rows: list[Row] = []
     for row in read_completions(config, report):
         if hash_percent(row.id) in part:
             rows.append(row)
         if len(rows) == limit:
             break
-    if progress is not None and (report.n_mended or report.n_other_parts):
-        progress.say(f"{path}: {'; '.join(report.remarks())}.")
+    remarks = report.remarks()
+    if report.n_empty:
+        remarks.insert(0, f"{counted(report.n_empty, 'row')} without prompt or completion left out")
+    if progress is not None and remarks:
+        progress.say(f"{path}: {'; '.join(remarks)}.")
     n_rows, n_empty = report.n_rows, report.n_empty
     if not rows:
         if not n_rows:

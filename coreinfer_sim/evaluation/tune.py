@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.rows import Row
 from coreinfer_sim.base.settings import Fallback
 from coreinfer_sim.evaluation.contenders import Contender
@@ -26,14 +27,21 @@ FEWEST_OF_SET = 2
 """One row of a set tells nothing of how its rows differ."""
 
 
-def check_rows(set_names: Iterable[str]) -> None:
-    """Raise ConfigError if there are too few rows to promise anything on; of each row the set's name is given."""
+def check_rows(set_names: Iterable[str], part: range) -> None:
+    """Raise ConfigError if there are too few rows to promise anything on.
+
+    Args:
+        set_names: of each row, the name of its set.
+        part: of the 100 parts into which ids hash, those that the rows were taken from.
+    """
     n_rows = Counter(set_names)
-    remedy = "give more sets, longer completions, a higher limit or a wider part."
+    taken = f"{part.start}:{part.stop} of 0:100"
+    remedy = f"give more sets, longer completions, a higher limit, or a wider part than {taken}."
     if n_rows.total() < FEWEST_ROWS:
+        verb = "is" if n_rows.total() == 1 else "are"
         raise ConfigError(
-            f"there are {n_rows.total()} rows to tune on, expected {FEWEST_ROWS} or more with two completion tokens, as a "
-            f"promise needs an interval; {remedy}"
+            f"there {verb} {counted(n_rows.total(), 'row')} to tune on, expected {FEWEST_ROWS} or more with two completion "
+            f"tokens, as a promise needs an interval; {remedy}"
         )
     few = sorted(name for name, n in n_rows.items() if n < FEWEST_OF_SET)
     if few:

@@ -106,5 +106,5 @@ def _sets(selection: SelectionConfig, modes: Sequence[Mode], index: SemanticInde
     if sparse is None:
         return 1.0, False
     if index is None:
-        raise ConfigError(f"mode {sparse.value} was given no keep ratio and no index to take it from; give one.")
+        raise ConfigError(f"mode {sparse.value} has no index to take the keep ratio from; give a keep ratio.")
     return default_sets(index, sparse, selection.score, selection.compensated)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from coreinfer_sim.base.decode_settings import SamplingConfig, with_settings
-from coreinfer_sim.base.errors import ConfigError, GenerationCancelledError, UnknownModeError
+from coreinfer_sim.base.errors import ConfigError, GenerationCancelledError, PromptError, UnknownModeError
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.generation.routing import routing_text
 from coreinfer_sim.generation.streaming import Cancelled, TextOutput, Write
@@ -164,6 +164,12 @@ class Generator(ABC):
             GenerationCancelledError: ``cancelled`` said so.
         """
         mode = self.checked_mode(mode)
+        if not (
+            isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(each, dict) for each in prompt))
+        ):
+            raise PromptError(
+                f"the prompt is {type(prompt).__name__}, expected one text, or the messages of a conversation."
+            )
         sampling = with_settings(settings, (sampling or SamplingConfig(),))[0]
         output = TextOutput(sampling.stop, write, cancelled)
         output.check()

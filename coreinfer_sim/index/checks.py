@@ -38,9 +38,13 @@ def read_manifest(folder: Path) -> Manifest:
         IndexFormatError: no index, another format version, or fields that are missing, unknown or of a wrong type.
     """
     path = folder / MANIFEST_FILE
+    if folder.is_file():
+        raise IndexFormatError(f"{folder} is a file, expected the folder of an index; name that.")
     if not folder.is_dir():
         begun = folder.with_name(f"{folder.name}.build")
-        remedy = f"finish the build in {begun} by the same command" if begun.is_dir() else REBUILD
+        remedy = (
+            f"finish the build in {begun} by the same command" if begun.is_dir() else f"check the path, or {REBUILD}"
+        )
         raise IndexFormatError(f"there is no folder {folder}, expected an index; {remedy}.")
     if not path.is_file():
         raise IndexFormatError(

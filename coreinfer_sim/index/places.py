@@ -31,7 +31,7 @@ def places_of(name: str, folder: Path) -> dict[str, str]:
 def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
     """Return the place of the model that an index names, or the name as it is where that is of the hub.
 
-    It is looked for as it is named, then relative to the index, beside and above it, then where the build found it.
+    It is looked for where it lay beside the index, then as it is named, then around the index, then where the build found it.
 
     Args:
         info: what the manifest says.
@@ -43,7 +43,10 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
     """
     name = Path(info.name)
     local = info.path is not None or name.suffix == ".gguf" or name.is_absolute() or info.name.startswith((".", "~"))
-    for place in (info.name, *([] if folder is None else _near(info, folder, local)), info.path):
+    beside = [] if folder is None or info.relative_path is None else [os.path.normpath(folder / info.relative_path)]
+    if any(_is_same(place, info.name) for place in beside):
+        beside = []  # the name as it was given reads better
+    for place in (*beside, info.name, *([] if folder is None else _near(info, folder, local)), info.path):
         if place is not None and _is_there(Path(place)):
             return str(place)
     if not local:
@@ -60,12 +63,14 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
 
 def _near(info: ModelInfo | EncoderInfo, folder: Path, local: bool) -> Iterator[Path]:
     """Yield places relative to an index folder."""
-    if info.relative_path is not None:
-        yield Path(os.path.normpath(folder / info.relative_path))
     if not Path(info.name).is_absolute():
         yield from (Path(os.path.normpath(each / info.name)) for each in (folder, *folder.parents))
     if local and Path(info.name).name:
         yield from (each / Path(info.name).name for each in (folder, folder.parent))
+
+
+def _is_same(place: str, name: str) -> bool:
+    return os.path.exists(place) and os.path.exists(name) and os.path.samefile(place, name)
 
 
 def _is_there(path: Path) -> bool:

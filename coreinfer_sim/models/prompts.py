@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from coreinfer_sim.base.chats import Conversation, plain
 from coreinfer_sim.base.errors import ChatTemplateError, PromptError
@@ -103,6 +103,10 @@ def _in_template(tokenizer: Any, name: str, messages: Sequence[Any], **variables
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
         text.encode()  # half of a surrogate pair among the variables is no text
         return text
+    except TemplateSyntaxError as error:
+        raise ChatTemplateError(
+            f"{name}'s chat template cannot be read ({error}); mend it in its folder, or give prompts as plain text."
+        ) from error
     except Exception as error:  # whatever the template's code raises, of roles, of their order, or of a value's type
         own = isinstance(error, TemplateError)  # the others are Python's words on the template's code
         reason = " ".join(str(error).split())[:300] if own else "its code fails on it"

@@ -19,7 +19,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "presence_penalty": ((0,), "0", _NO_PENALTY),
     "frequency_penalty": ((0,), "0", _NO_PENALTY),
     "logit_bias": (({}, []), "none", "this server leaves the tokens' chances as they are"),
-    "logprobs": ((False, 0), "false", _NO_LOGPROBS),
+    "logprobs": ((False,), "false", _NO_LOGPROBS),
     "top_logprobs": ((0,), "0", _NO_LOGPROBS),
     "tools": (([],), "none", _NO_TOOLS),
     "tool_choice": (("none", "auto"), "none or auto", _NO_TOOLS),
@@ -96,7 +96,7 @@ class _Common(BaseModel):
         for name, value in data.items() if isinstance(data, dict) else ():
             if name in _REFUSED and name not in cls.model_fields and value is not None:
                 neutral, expected, reason = _REFUSED[name]
-                if not any(value == each and isinstance(value, bool) <= isinstance(each, bool) for each in neutral):
+                if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
                     raise refusal(f"{name} is {shown(value)}, expected {expected}: {reason}", name)
         return data
 

@@ -46,6 +46,9 @@ def parts(turns):
 
 
 FORMS = [
+    {"Messages": [{"role": role.capitalize(), "content": content} for role, content in TURNS]},
+    {"messages": json.dumps(openai(TURNS)), "id": "1"},
+    {"conversations": str(sharegpt(TURNS))},
     {"messages": openai(TURNS)},
     {"id": "x7", "conversations": sharegpt(TURNS)},
     {"uuid": "x7", "conversations": openai(TURNS), "score": 3},
@@ -142,6 +145,23 @@ def test_writing_without_spaces_is_a_prompt(jsonl):
     assert read(jsonl({"id": "1", "question": "恒星是怎样形成的？"}))[0][0].prompt == "恒星是怎样形成的？"
 
 
+@pytest.mark.parametrize("name", ["Prompt", "TEXT"])
+def test_capitals_of_the_usual_names_do_not_matter(jsonl, name):
+    assert read(jsonl({"id": 1, "n": 3, name: "Why?"}))[0][0].prompt == "Why?"
+    with pytest.raises(CorpusError, match=f"expected {name.swapcase()}; .* such as '{name}'"):
+        read(jsonl({name: "Why?"}), prompt_column=name.swapcase())
+
+
+def test_one_word_that_asks_is_a_prompt(jsonl):
+    assert read(jsonl({"id": "a1", "uuid": "u1", "question": "Why?"}))[0][0].prompt == "Why?"
+
+
+@pytest.mark.parametrize("value", [["one", "two"], [{"content": "one"}], {"a": 1}])
+def test_messages_that_are_none_are_named(jsonl, value):
+    with pytest.raises(CorpusError, match="in the column 'messages', expected text, or a list of messages with role"):
+        read(jsonl({"messages": value}))
+
+
 @pytest.mark.parametrize("value", [["a", "b"], {"a": "b"}, [["a"]], [{"role": "user"}]])
 def test_lists_and_objects_are_never_printed(jsonl, value):
     rows = {"prompt": "How?", "tags": "x"}, {"prompt": value, "tags": value}
@@ -176,7 +196,7 @@ def test_prompts_for_generation_keep_what_was_said_before(jsonl):
     ("rows", "settings", "said"),
     [
         ([{"prompt": "How?"}], {}, "prompts in 'prompt'"),
-        ([{"q": "How is it?", "a": "So."}], {"template": "{q} {a}"}, "prompts are what the template makes"),
+        ([{"q": "How is it?", "a": "So."}], {"template": "{q} {a}"}, "what the template makes is embedded and read"),
         (
             [{"prompt": "How?", "completion": "So."}],
             {},

@@ -132,7 +132,7 @@ def test_a_separator_can_be_named(written, named):
     ("content", "message"),
     [
         ("prompt,answer\nWhy, oh why?,So.\n", "line 2, has 3 fields, expected 2"),
-        ("prompt,answer\na,b\n\nc\n", "line 4, has 1 fields, expected 2"),
+        ("prompt,answer\na,b\n\nc\n", "line 4, has 1 field, expected 2"),
         ('prompt,answer\n"a\nb",c\nd,e,f\n', "line 4, has 3 fields"),
         ('prompt,answer\na,"b\nc,d\n', "line 2, cannot be read .a quoted field does not end"),
         ('prompt,answer\na,"b" c\n', "line 2, cannot be read"),
@@ -202,9 +202,14 @@ def test_a_damaged_row_is_not_the_end_of_a_file(written, damage):
         ("a.txt", b"\n \n", "is empty"),
         ("a.csv", b"", "is empty"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 5000, mtime=0)[:60], "cut short or damaged"),
+        (
+            "a.csv.gz",
+            gzip.compress("".join(f"{n},{n * n}\n" for n in range(9000)).encode(), mtime=0)[:-200],
+            "cut short",
+        ),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2, is no JSON"),
         ("a.jsonl", b"[" * 100_000, "is no JSON"),
-        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2, is list, expected an object"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2, is a list, expected an object"),
         ("a.json", b'[{"a": 1},\n {"a": }]', "line 2, is no JSON"),
         ("a.json", b'[{"a": 1},\n {"a": 2}', "the array does not end"),
         ("a.parquet", b"PAR1 no", "cannot be read"),
@@ -250,3 +255,28 @@ def test_a_foreign_column_may_be_anything(written):
 )
 def test_a_set_is_called_after_its_file(source, name):
     assert set_name(source) == name
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_files_of_a_folder_are_one_corpus(tmp_path):
+    rows = {f"part-{n}.csv": f"q;a\n00{n};x, y\n" for n in range(3)}
+    folder = write_folder(tmp_path, {**rows, "README.md": "Not read."})
+    assert rows_of(folder) == [(n + 1, {"q": f"00{n}", "a": "x, y"}) for n in range(3)]
+    (folder / "part-1.csv").write_text("q;a\n1;2;3\n")
+    with pytest.raises(CorpusError, match=r"part-1.csv, line 2, has 3 fields"):
+        rows_of(folder)
+
+
+def test_splits_and_kinds_of_a_folder_are_not_mixed(tmp_path):
+    write_folder(tmp_path, {"train-0.jsonl": '{"text": "a"}\n', "test-0.jsonl": '{"text": "b"}\n'})
+    assert values_of(tmp_path) == [{"text": "a"}] and values_of(tmp_path, split="test") == [{"text": "b"}]
+    with pytest.raises(CorpusError, match="none of dev"):
+        values_of(tmp_path, split="dev")
+    write_folder(tmp_path, {"more.csv": "text\nc\n"})
+    with pytest.raises(CorpusError, match=r"several kinds \(.csv, .jsonl\)"):
+        values_of(tmp_path)

@@ -26,8 +26,8 @@ def test_random_selection_is_reproducible(models):
 @pytest.mark.parametrize(
     ("mode", "options", "message"),
     [
-        ("random", {}, "no keep ratio"),
-        ("stability", {}, "no keep ratio"),
+        ("random", {}, "give a keep ratio"),
+        ("stability", {}, "give a keep ratio"),
         ("random", {"keep_ratio": 0.0}, "keep ratio is 0.0"),
         ("stability", {"keep_ratio": 1.5}, "keep ratio is 1.5"),
         ("random", {"keep_ratio": 0.5, "sparse_layers": "3:"}, "names none of the model's 3 layers"),

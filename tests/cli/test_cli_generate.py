@@ -102,7 +102,7 @@ def test_modes_without_an_index(tiny_checkpoint):
             "needs an index",
             "build-index",
         )
-    refused(call("generate", "stars", "--model", tiny_checkpoint, "--mode", "random"), "no keep ratio")
+    refused(call("generate", "stars", "--model", tiny_checkpoint, "--mode", "random"), "give a keep ratio")
 
 
 def test_compare_decodes_densely_too(index, dense_text):

@@ -90,7 +90,7 @@ def test_a_folder_in_place_of_a_file_raises(index_folder):
 def test_what_is_no_folder_raises(index_folder, tmp_path):
     with pytest.raises(IndexFormatError, match="there is no folder"):
         SemanticIndex.load(tmp_path / "nowhere")
-    with pytest.raises(IndexFormatError, match="there is no folder"):
+    with pytest.raises(IndexFormatError, match="is a file, expected the folder"):
         SemanticIndex.load(index_folder / MANIFEST_FILE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class LeanModel:
             self._dense[number] = gate, up, down
         return self._dense[number]
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         """Bytes that a token reads outside the MLPs: attention, norms and the output head."""
         products = [product for block in self.blocks for product in (block.q, block.k, block.v, block.o)]

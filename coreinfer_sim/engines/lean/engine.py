@@ -160,8 +160,7 @@ class LeanEngine(Engine):
             gate, up, down = (product.arrays for product in self._weights.dense_mlp(number))
             dense_mlp(hidden, *norm, gate, up, down, kind)
             return
-        parts = bits(compact.weight), compact.scale, compact.bias, compact.out_bias
-        run_neuron_mlp(hidden, *norm, *parts, kind, torch.get_num_threads())
+        run_neuron_mlp(hidden, *norm, *compact.arrays, kind, torch.get_num_threads())
 
     def _modules(self, layers: Mapping[int, NeuronMLP]) -> dict[int, Projections]:
         """Return compact MLPs as linear modules over the same memory."""
