@@ -46,6 +46,8 @@ class Columns:
     """Follows the prompt; a text, or a list of messages."""
     template: str | None = None
     has_id: bool = False
+    are_chats: bool = False
+    """Whether the first rows hold lists of messages."""
 
     @classmethod
     def of(cls, config: CorpusConfig, source: Source) -> Columns:
@@ -74,9 +76,12 @@ class Columns:
             prompt = next((name for name in _usual(names, _TEXTS) if _holds_text(sample, name)), None)
             return cls(source, prompt, None, config.template, has_id)
         if config.prompt_column is not None:
-            return cls(source, config.prompt_column, config.completion_column, config.template, has_id)
-        prompt, completion = _recognised(config, sample, names)
-        return cls(source, prompt, config.completion_column or completion, None, has_id)
+            prompt, completion = config.prompt_column, config.completion_column
+        else:
+            prompt, completion = _recognised(config, sample, names)
+            completion = config.completion_column or completion
+        are_chats = any(is_conversation(values.get(prompt)) for values in sample)
+        return cls(source, prompt, completion, config.template, has_id, are_chats)
 
     @property
     def names(self) -> list[str]:
@@ -84,19 +89,18 @@ class Columns:
         wanted = [self.prompt, self.completion, *template_fields(self.template), "id" if self.has_id else None]
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
-    def described(self, sample: Sequence[Values] | None = None) -> str:
+    def described(self) -> str:
         """Say in one line what was recognised."""
         parts = [self.source.name]
         if self.source.separator is not None:
             names = {sign: name for name, sign in SEPARATORS.items() if name.isalpha()}
             parts[0] += f", parted by {names.get(self.source.separator, repr(self.source.separator))}"
-        values = self.source.sample() if sample is None else sample
         if self.template is not None:
             embedded = (
                 "what the template makes is embedded and read" if self.prompt is None else f"prompts in {self.prompt!r}"
             )
             parts += [embedded] if self.prompt is None else [embedded, "what the template makes is read"]
-        elif self.prompt is not None and any(map(self.has_conversations, values)):
+        elif self.are_chats:
             follows = "" if self.completion is None else f", continued in {self.completion!r}"
             parts.append(
                 f"conversations in {self.prompt!r}{follows}: the user's last message is the prompt, the whole is read"
@@ -136,9 +140,7 @@ class Columns:
 
     def has_completions(self) -> bool:
         """Tell whether rows hold completions: in a column of their own, or as answers of conversations."""
-        return self.template is None and (
-            self.completion is not None or any(map(self.has_conversations, self.source.sample()))
-        )
+        return self.template is None and (self.completion is not None or self.are_chats)
 
     def has_conversations(self, values: Values) -> bool:
         """Tell whether a row is a list of messages."""

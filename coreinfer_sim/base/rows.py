@@ -15,7 +15,7 @@ from coreinfer_sim.base.columns import Columns, RowText
 from coreinfer_sim.base.errors import ChatTemplateError, ConfigError, CorpusError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.settings import CorpusConfig
-from coreinfer_sim.base.sources import open_source, set_name
+from coreinfer_sim.base.sources import Source, open_source, set_name
 
 _BLOCK = 1000
 _OF_BUILDS = ("template", "limit", "max_tokens", "deduplicate")
@@ -162,15 +162,13 @@ def describe_corpus(config: CorpusConfig) -> str:
     Raises:
         CorpusError: it cannot be opened, or its first rows lack a column.
     """
-    source = open_source(config)
-    return Columns.of(config, source).described()
+    return _opened(config)[1].described()
 
 
 def _texts(config: CorpusConfig, render: Render, report: CorpusReport) -> Iterator[tuple[str, str, str]]:
     """Draw (id, prompt, text) of the rows that are neither empty nor duplicates."""
     seen: set[bytes] = set()
-    for number, where, row_id, found in _rows(config, report):
-        report.n_rows = number + 1
+    for where, row_id, found in _rows(*_opened(config), report):
         try:
             text = render(found.turns) if found.turns and found.prompt else found.text or found.prompt
         except ChatTemplateError as error:
@@ -188,15 +186,19 @@ def _texts(config: CorpusConfig, render: Render, report: CorpusReport) -> Iterat
         yield row_id, found.prompt, text
 
 
-def _rows(config: CorpusConfig, report: CorpusReport) -> Iterator[tuple[int, str, str, RowText]]:
-    """Draw number, place in words, id and texts of every row."""
+def _opened(config: CorpusConfig) -> tuple[Source, Columns]:
     source = open_source(config)
-    columns = Columns.of(config, source)
+    return source, Columns.of(config, source)
+
+
+def _rows(source: Source, columns: Columns, report: CorpusReport) -> Iterator[tuple[str, str, RowText]]:
+    """Draw place in words, id and texts of every row, and count it."""
     for number, (place, values) in enumerate(source.rows(columns.names)):
-        found = columns.texts(values, place)
-        report.note(found, f"{source.unit} {place:,}")
+        found, where = columns.texts(values, place), f"{source.unit} {place:,}"
+        report.n_rows = number + 1
+        report.note(found, where)
         row_id = values.get("id")
-        yield number, f"{source.unit} {place:,}", str(number if row_id is None else row_id), found
+        yield where, str(number if row_id is None else row_id), found
 
 
 def _block_size(config: CorpusConfig, report: CorpusReport) -> int:
@@ -218,8 +220,7 @@ def read_prompts(config: CorpusConfig, report: CorpusReport) -> Iterator[Row]:
         ConfigError: a setting that only a build looks at was given.
     """
     check_no_build(config)
-    for number, _, row_id, found in _rows(config, report):
-        report.n_rows = number + 1
+    for _, row_id, found in _rows(*_opened(config), report):
         if found.prompt:
             question = last_question(found.turns)
             yield Row(row_id, found.prompt, history=() if question is None else found.turns[: question + 1])
@@ -237,19 +238,14 @@ def read_completions(config: CorpusConfig, report: CorpusReport) -> Iterator[Row
         ConfigError: a setting that only a build looks at was given.
     """
     check_no_build(config)
-    source = open_source(config)
-    columns = Columns.of(config, source)
+    source, columns = _opened(config)
     if not columns.has_completions():
         raise CorpusError(
             f"{config.source} has prompts in {columns.prompt!r} and no completions, expected prompt and completion, or "
             "conversations; name a column in completion_column."
         )
     name = set_name(config.source)
-    for number, (place, values) in enumerate(source.rows(columns.names)):
-        report.n_rows = number + 1
-        found = columns.texts(values, place)
-        report.note(found, f"{source.unit} {place:,}")
-        row_id = values.get("id")
+    for _, row_id, found in _rows(source, columns, report):
         turns = found.turns
         answer = max(
             (n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.content.strip()), default=0
@@ -259,10 +255,8 @@ def read_completions(config: CorpusConfig, report: CorpusReport) -> Iterator[Row
             report.n_empty += 1
             continue
         prompt, completion = turns[question].content, turns[answer].content
-        history = turns[:answer] if columns.has_conversations(values) else ()
-        yield Row(
-            str(number if row_id is None else row_id), prompt, completion=completion, set_name=name, history=history
-        )
+        history = turns[:answer] if columns.are_chats else ()
+        yield Row(row_id, prompt, completion=completion, set_name=name, history=history)
 
 
 def check_no_build(config: CorpusConfig) -> None:
