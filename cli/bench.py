@@ -76,7 +76,7 @@ def bench(
     SPEC is one of
       dense[:DTYPE]          transformers' own generate
       ours-dense[:DTYPE]     our runtime without sparsity
-      MODE[:KEEP_RATIO][:DTYPE][:int8][:OPTION=VALUE…]
+      MODE[:KEEP_RATIO][:DTYPE][:int8|int4][:OPTION=VALUE…]
                              our runtime; MODE is sparse (similarity), hybrid, stability, global or random
       llamacpp[:TYPE]        llama.cpp on the same weights: bf16, f16, f32, q8_0, q4_0
       offload[:SHARE][:DTYPE]

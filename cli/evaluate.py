@@ -69,7 +69,7 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
 @click.option(
     "--weights",
     multiple=True,
-    type=click.Choice(["16bit", "int8", "q8_0", "q4_0"]),
+    type=click.Choice(["16bit", "stored", "int8", "int4", "q8_0", "q4_0"]),
     help="Precision of all weights; may be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
 )
 @options.part("0:100")

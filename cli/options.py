@@ -37,8 +37,8 @@ engine = click.option(
 )
 weights = click.option(
     "--weights",
-    type=click.Choice(["stored", "int8"]),
-    help="Type in which decode reads weights; int8 needs the lean engine.  [default: stored]",
+    type=click.Choice(["stored", "bf16", "int8", "int4"]),
+    help="Type of the weights that decode reads; all but stored need the lean engine.  [default: stored, the checkpoint's own]",
 )
 exported = click.option(
     "--exported",

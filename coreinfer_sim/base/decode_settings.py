@@ -78,7 +78,7 @@ class DecodeConfig:
     engine: str = "auto"
     """Name of a registered engine, or auto: the first that can run the model."""
     weights: Weights = Weights.STORED
-    """Type in which decode reads weights; int8 needs the lean engine."""
+    """Type of the weights that decode reads; all but stored need the lean engine."""
     prefill: Prefill = Prefill.DENSE
     """Which MLPs read the prompt."""
     cache_bytes: int = 2 * GIB

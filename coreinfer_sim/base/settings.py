@@ -51,10 +51,16 @@ class Mode(str, Enum):
 
 
 class Weights(str, Enum):
-    """How decode holds the weights that it reads."""
+    """Type of the weights that decode reads."""
 
     STORED = "stored"
+    """The checkpoint's own; of a GGUF file the codes and scales that it holds."""
+    BF16 = "bf16"
+    """bfloat16."""
     INT8 = "int8"
+    """8 bits with a scale every 32 weights, as GGUF's Q8_0."""
+    INT4 = "int4"
+    """4 bits with a scale every 32 weights, as GGUF's Q4_0; 6 bits in the output head."""
 
 
 class Fallback(str, Enum):

@@ -21,7 +21,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 """Further settings of our own runtime, as `load` names them, by what reads their text."""
 DEFAULT_KEEP_RATIO = 0.4
 _POSSIBLE = (
-    "dense[:DTYPE], ours-dense[:DTYPE], MODE[:KEEP_RATIO][:DTYPE][:int8][:OPTION=VALUE…], offload[:SHARE][:DTYPE] or "
+    "dense[:DTYPE], ours-dense[:DTYPE], MODE[:KEEP_RATIO][:DTYPE][:int8|int4][:OPTION=VALUE…], offload[:SHARE][:DTYPE] or "
     f"llamacpp[:TYPE]; MODE is {', '.join(_MODES)}, DTYPE float32, bfloat16 or float16, TYPE {', '.join(GGUF_TYPES)}, "
     f"OPTION {', '.join(_OPTIONS)}"
 )
@@ -87,8 +87,8 @@ def _read_part(text: str, part: str, has_ratio: bool, has_options: bool) -> tupl
     if part in DTYPES:
         return "dtype", DTYPES[part]
     name, equals, value = part.partition("=")
-    if has_options and part == "int8":
-        return "weights", "int8"
+    if has_options and part in ("int8", "int4"):
+        return "weights", part
     if has_options and equals and name in _OPTIONS:
         try:
             return name, _OPTIONS[name](value)

@@ -134,6 +134,13 @@ class Engine(ABC):
         """Compile what decode needs for a model, which may have no weights yet, ahead of the first text."""
         return None
 
+    def take_over(self) -> None:
+        """Let go of weights of the model that the engine holds in another layout: no weight stays in memory twice.
+
+        From then on the model's own forward code multiplies by the engine's. To be called where nobody else uses the model.
+        """
+        return None
+
     @abstractmethod
     def cut(self, selection: NeuronSelection) -> Mapping[int, Any]:
         """Lay out the held neurons of a selection that fits the model, by layer."""

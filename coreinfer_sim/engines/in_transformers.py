@@ -14,7 +14,7 @@ from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, compact_model
 from coreinfer_sim.engines.face import Engine, Group, StepInputs
-from coreinfer_sim.engines.lean.products import warm_up_linear
+from coreinfer_sim.engines.lean.matrix import warm_up_products
 from coreinfer_sim.engines.linear import products_of, use_products
 from coreinfer_sim.engines.modules import grouped_model, install
 from coreinfer_sim.engines.prepared import Prepared
@@ -37,14 +37,14 @@ class TransformersEngine(Engine):
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
-        """Refuse int8 weights."""
+        """Refuse weights of another type than the checkpoint's."""
         return None if config.weights is Weights.STORED else "it multiplies weights as they are stored"
 
     @classmethod
     def warm_up(cls, model: Any) -> None:
         """Compile the loops of linear layers with 16-bit weights."""
         if model.dtype in (torch.bfloat16, torch.float16):
-            warm_up_linear(model.dtype)
+            warm_up_products(model.dtype)
 
     def running(self) -> AbstractContextManager[None]:
         """On a CPU linear layers multiply by the rule of `linear`; on a GPU torch does by itself."""

@@ -13,16 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from coreinfer_sim.engines.lean.intrinsics import bits
-from coreinfer_sim.engines.lean.products import linear
+from coreinfer_sim.engines.lean.matrix import Matrix
 from coreinfer_sim.models.loading import usable
 
 FEW = 8
@@ -39,31 +37,72 @@ class Product:
         """Multiply by the weights of ``layer``."""
         self.weight, self.bias = layer.weight, layer.bias
         dtype = self.weight.dtype
-        # a transposed view would make the loops compile anew
-        self.loops = dtype in _LOOPS and self.weight.is_contiguous()
         self.widens = usable(dtype, "cpu") is not dtype
 
     @functools.cached_property
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """Weight, scale and bias as `products.linear` expects them."""
-        n_out = len(self.weight)
-        bias = np.zeros(n_out, np.float32) if self.bias is None else self.bias.detach().float().numpy()
-        return bits(self.weight), np.ones(n_out, np.float32), bias
+    def matrix(self) -> Matrix | None:
+        """The weights as decode's loops read them; None where torch reads them."""
+        loops = self.weight.dtype in _LOOPS and self.weight.is_contiguous()  # a transposed view would be copied
+        return Matrix.of(self.weight, self.bias) if loops else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., n_in] to [..., n_out]."""
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        if self.loops and len(rows) < FEW:
-            out = torch.empty(len(rows), len(self.weight))
-            linear(*self.arrays, rows.detach().float().contiguous().numpy(), out.numpy())
-            made = out.to(x.dtype)
+        if len(rows) < FEW and self.matrix is not None:
+            made = self.matrix.of_few(rows.detach().float().contiguous().numpy()).to(x.dtype)
         elif self.widens:
             made = widened_product(rows.float(), self.weight, self.bias).to(x.dtype)
         else:
             made = F.linear(rows, self.weight, self.bias)
         return made.reshape(*x.shape[:-1], len(self.weight))
+
+
+class MatrixProduct:
+    """The forward code of a linear layer whose weights are a `Matrix`."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        """Multiply by a matrix."""
+        self.matrix = matrix
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., n_in] to [..., n_out]."""
+        rows = x.reshape(-1, x.shape[-1]).detach().float().contiguous()
+        made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else self.matrix.times(rows)
+        return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
+
+
+def matrix_module(matrix: Matrix, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear layer that multiplies by a matrix; its own weight takes no memory."""
+    layer = nn.Linear(matrix.n_in, matrix.n_out, bias=False, device="meta", dtype=dtype).requires_grad_(False).eval()
+    layer.forward = MatrixProduct(matrix)  # type: ignore[assignment, method-assign]
+    return layer
+
+
+def hand_over(layer: nn.Linear, matrix: Matrix) -> None:
+    """Let a linear layer multiply by a matrix for good, and let go of its own weight."""
+    layer.forward = MatrixProduct(matrix)  # type: ignore[assignment, method-assign]
+    dtype = layer.weight.dtype
+    layer.widened = lambda: matrix.widened().T.contiguous().to(dtype)  # type: ignore[assignment]
+    layer.weight = _nothing_like(layer.weight)
+
+
+def hand_over_table(table: nn.Embedding, matrix: Matrix) -> None:
+    """Let a table of embeddings take its rows from a matrix for good, and let go of its own."""
+    dtype = table.weight.dtype
+
+    def rows(ids: torch.Tensor) -> torch.Tensor:
+        kept, places = ids.unique(return_inverse=True)
+        return matrix.outputs(kept).widened().T.contiguous().to(dtype)[places]
+
+    table.forward = rows  # type: ignore[assignment, method-assign]
+    table.weight = _nothing_like(table.weight)
+
+
+def _nothing_like(weight: torch.Tensor) -> nn.Parameter:
+    """Return a parameter of a shape, type and device that takes no memory; who reads it all the same gets no numbers."""
+    return nn.Parameter(torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape), requires_grad=False)
 
 
 def widened_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

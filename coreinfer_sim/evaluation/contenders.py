@@ -17,8 +17,9 @@ READS_PROMPT = ("hybrid", "stability", "griffin", "oracle")
 FITTED = ("random-cluster", "global", "similarity")
 COMPENSATED = "compensated"
 """Stands where a score does for sets that were fitted with their compensation."""
-WEIGHTS = ("16bit", "int8", "q8_0", "q4_0")
-"""Precision of the weights: int8 as the lean engine holds it, one scale a row; q8_0 and q4_0 are llama.cpp's formats."""
+WEIGHTS = ("16bit", "stored", "int8", "int4", "q8_0", "q4_0")
+"""Precision of the weights: 16bit as a checkpoint holds it, or as a GGUF file is widened to; stored is a GGUF file's own codes;
+int8 and int4 as the lean engine rounds; q8_0 and q4_0 are llama.cpp's formats."""
 _WAY = re.compile(
     rf"(?P<name>[a-z-]+)(?:/(?P<score>{'|'.join([*Score, COMPENSATED])}))?"
     rf"(?: else (?P<fallback>{'|'.join(Fallback)}))?"

@@ -98,6 +98,8 @@ def engine_for(language_model: LanguageModel, weights: str, config: DecodeConfig
     if weights in FORMATS:
         model = rounded_model(language_model, weights)
         return model, FormatEngine(language_model.layers, model, weights, replace(config, engine="transformers"))
-    kind = Weights.INT8 if weights == "int8" else Weights.STORED
+    own_codes = getattr(language_model.model, "own_codes", {})
+    wide = Weights.BF16 if own_codes else Weights.STORED
+    kind = wide if weights == "16bit" else Weights(weights)
     engines, _ = choose_engines(language_model.model, language_model.layers, replace(config, weights=kind))
     return language_model, engines[0]

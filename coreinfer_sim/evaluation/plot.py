@@ -9,7 +9,14 @@ from typing import Any
 from coreinfer_sim.base.plots import drawing
 from coreinfer_sim.evaluation.contenders import Contender
 
-_STYLES = {"16bit": ("o", "-"), "int8": ("D", "-."), "q8_0": ("s", "--"), "q4_0": ("^", ":")}
+_STYLES = {
+    "16bit": ("o", "-"),
+    "stored": ("P", "-"),
+    "int8": ("D", "-."),
+    "int4": ("v", "-."),
+    "q8_0": ("s", "--"),
+    "q4_0": ("^", ":"),
+}
 """Marker and line by the weights' precision; the colour tells how the neurons were chosen."""
 
 

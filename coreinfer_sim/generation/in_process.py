@@ -179,6 +179,10 @@ class TextGenerator(Generator):
         (held,) = engine.prepare(selections)
         return torch.cat([read.logits, engine.forced(new[:, :-1], read.cache, held)])
 
+    def take_over(self) -> None:
+        """Let go of what the engine holds in another layout; to be called where nobody else uses the model."""
+        self.engines[0].take_over()
+
     def close(self) -> None:
         """Let go of the prepared weights."""
         for engine in self.engines:

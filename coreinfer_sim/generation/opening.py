@@ -81,7 +81,10 @@ def load(
         loaded = open_model(opened, model, loading, decode, progress)
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
-    return TextGenerator(loaded, opened, selection, decode)
+    generator = TextGenerator(loaded, opened, selection, decode)
+    if not isinstance(model, LanguageModel):  # nobody else knows it
+        generator.take_over()
+    return generator
 
 
 def open_index(index: str | Path | SemanticIndex | None, encoder: str | None = None) -> SemanticIndex | None:

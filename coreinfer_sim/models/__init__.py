@@ -4,6 +4,7 @@ __all__ = [
     "budgeted",
     "chat_templates",
     "fingerprint",
+    "gguf_codes",
     "loading",
     "mending",
     "mlps",

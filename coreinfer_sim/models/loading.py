@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.models.gguf_codes import own_codes
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
@@ -109,6 +110,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
         if dtype == "auto" and not (as_stored and not any(isinstance(module, Conv1D) for module in model.modules())):
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
+        if options:
+            model.own_codes = own_codes(Path(options["gguf_file"]), config)
         unread = unread_tensors(Path(options["gguf_file"]), model) if options else set()
     layers = find_mlps(model)
     found = Found(read["missing_keys"], read["unexpected_keys"] | unread, read["mismatched_keys"])

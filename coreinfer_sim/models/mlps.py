@@ -129,8 +129,9 @@ def weight_shape(projection: Any) -> tuple[int, int]:
 
 
 def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return weight [out, in] and bias [out] of a Linear or Conv1D."""
-    weight = projection.weight.detach()
+    """Return weight [out, in] and bias [out] of a Linear or Conv1D; where an engine holds the weight, a widened copy."""
+    widened = getattr(projection, "widened", None)
+    weight = projection.weight.detach() if widened is None else widened()
     bias = projection.bias.detach() if projection.bias is not None else None
     return (weight.T if isinstance(projection, Conv1D) else weight), bias
 

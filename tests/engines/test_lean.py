@@ -32,8 +32,9 @@ from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import compact_projections
 from coreinfer_sim.engines.face import StepInputs
 from coreinfer_sim.engines.lean import kv_cache
+from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp
 from coreinfer_sim.engines.lean.engine import LeanEngine
-from coreinfer_sim.engines.lean.weights import neuron_mlp
+from coreinfer_sim.engines.lean.matrix import Matrix
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import find_mlps
@@ -93,13 +94,14 @@ def test_compensation(model):
 def test_neurons_are_those_of_the_compact_modules(model):
     layer, chosen = find_mlps(model)[1], compensated(model)
     ids, repair = chosen.ids[1], chosen.compensation[1]
-    own, modules = neuron_mlp(layer, ids, repair), compact_projections(layer, ids, repair)
-    for part, name in enumerate(layer.projections):
-        weight = modules[name].weight
-        assert torch.allclose(own.weight[:, part], weight.T if part == 2 else weight, atol=1e-6)
-    gate = modules[layer.projections[0]].bias
-    assert np.allclose(own.bias[:, 0], 0 if gate is None else gate, atol=1e-6)
-    assert np.allclose(own.out_bias, modules["down_proj"].bias, atol=1e-6)
+    parts = [getattr(layer.owner, name) for name in layer.projections]
+    dense = GatedMLP(*(Matrix.of(part.weight, part.bias) for part in parts))
+    own, modules = held_mlp(dense, ids, repair), compact_projections(layer, ids, repair)
+    for matrix, name in zip(own.parts, layer.projections, strict=True):
+        module = modules[name]
+        assert torch.allclose(matrix.weight, module.weight, atol=1e-6)
+        bias = torch.zeros(matrix.n_out) if matrix.bias is None else matrix.bias[: matrix.n_out]
+        assert torch.allclose(bias, torch.zeros(()) if module.bias is None else module.bias, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_rows", [2, 3, 5, 9])
@@ -158,21 +160,24 @@ def test_sixteen_bits(model):
         assert (one - two).abs().max() <= (0.05 if dtype == torch.bfloat16 else 0.01) * two.abs().max()
 
 
-def test_int8_is_near(model):
-    """One scale a row: products are off by less than a hundredth or so, tokens mostly the same."""
+@pytest.mark.parametrize(("weights", "most"), [("bf16", 0.05), ("int8", 0.2), ("int4", 1)])
+def test_few_bits_are_near(model, weights, most):
+    """Blocks of 32 weights share a scale; the down projection of held neurons keeps 6 bits at least."""
     chosen = selection(model, 0.6)
-    sparse = SparseModel(model, FixedPredictor(chosen), weights="int8")
+    sparse = SparseModel(model, FixedPredictor(chosen), weights=weights)
     found = generate(sparse, token_ids(1, 9), 2)
     expected = generate(SparseModel(model, FixedPredictor(chosen)), token_ids(1, 9), 2)
     gap = (found.logits[1] - expected.logits[1]).abs().max()
-    assert 0 < gap <= 0.1 * expected.logits[1].abs().max()
-    d, kept = find_mlps(model)[0].d_model, sum(len(ids) for ids in chosen.ids.values())
-    biases = (2 * kept + d * len(chosen.ids)) * 4 if find_mlps(model)[0].output.bias is not None else 0
-    assert sparse.latest.read.mlp_per_step == kept * 3 * (d + 4) + biases
+    assert 0 < gap <= most * expected.logits[1].abs().max()
+    engine = LeanEngine(model, find_mlps(model), DecodeConfig(weights=weights))
+    mlps = engine.cut(chosen).values()
+    kinds = {"bf16": ["bfloat16"] * 3, "int8": ["Q8_0"] * 3, "int4": ["Q4_0", "Q4_0", "Q6_0"]}[weights]
+    assert all([part.kind for part in mlp.parts] == kinds for mlp in mlps)
+    assert sparse.latest.read.mlp_per_step == sum(part.n_bytes for mlp in mlps for part in mlp.parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", ["stored", "int8"])
+@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
 def test_forced_text_equals_single_steps_in_every_type(models, dtype, weights):
     """One layer stays dense; keys and values are rounded as the cache holds them."""
     model = tiny_model("qwen3").to(dtype)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from coreinfer_sim.engines.lean.intrinsics import add_scaled, dot, exp, inline, narrowed, normalise, parallel
-from coreinfer_sim.engines.lean.products import linear
+from coreinfer_sim.engines.lean.intrinsics import add_scaled, dot, exp, inline, narrowed, normalise, parallel, serial
+from coreinfer_sim.engines.lean.products import multiply, rounded, width
+
+_CHUNK = 128  # positions that one task attends to
 
 
 @inline
@@ -21,31 +23,87 @@ def _rotate(x, cos, sin):
 
 @inline
 def _attend(query, keys, values, start, end, scaling, scores, out):
-    """Softmax attention of one query head over positions start … end of one key head."""
+    """Sum values weighted by e^(score - highest) over positions start … end; return the highest score and the weights' sum."""
     highest = np.float32(-3.0e38)
     for t in range(start, end):
-        scores[t] = dot(keys[t], query) * scaling
-        highest = max(highest, scores[t])
+        scores[t - start] = dot(keys[t], query) * scaling
+        highest = max(highest, scores[t - start])
     total = np.float32(0.0)
-    for t in range(start, end):
+    for t in range(end - start):
         scores[t] = exp(scores[t] - highest)
         total += scores[t]
     for j in range(out.shape[0]):
         out[j] = np.float32(0.0)
     for t in range(start, end):
-        add_scaled(scores[t] / total, values[t], out)
+        add_scaled(scores[t - start], values[t], out)
+    return highest, total
 
 
 @parallel
+def over_cache(queries, keys, values, rows, starts, end, scaling, out):
+    """Softmax attention of every query head over a cache.
+
+    A task takes the query heads that share a key head, so that keys and values are read once for all of them, and some
+    positions; parts are joined by their highest scores (https://arxiv.org/abs/2205.14135).
+
+    Args:
+        queries: float32 [n_rows, n_heads, head_dim], rotated.
+        keys: cache, [n_batch, n_key_heads, capacity, head_dim].
+        values: as keys.
+        rows: each row's place in the cache's batch, [n_rows].
+        starts: first position of each row that is no padding, [n_rows].
+        end: one past the last position.
+        scaling: of the scores.
+        out: float32 [n_rows, n_heads, head_dim].
+    """
+    n_rows, n_heads, head_dim = queries.shape
+    n_keys = keys.shape[1]
+    n_shared, n_chunks = n_heads // n_keys, (end + _CHUNK - 1) // _CHUNK
+    parts = np.empty((n_rows, n_heads, n_chunks, head_dim), np.float32)
+    weights = np.zeros((n_rows, n_heads, n_chunks, 2), np.float32)  # highest score, and sum
+    for task in prange(n_rows * n_keys * n_chunks):
+        chunk, r, key = task % n_chunks, task // n_chunks // n_keys, task // n_chunks % n_keys
+        first, last = max(starts[r], chunk * _CHUNK), min(end, (chunk + 1) * _CHUNK)
+        scores = np.empty(_CHUNK, np.float32)
+        for head in range(key * n_shared, (key + 1) * n_shared):
+            if first < last:
+                highest, total = _attend(
+                    *(queries[r, head], keys[rows[r], key], values[rows[r], key]),
+                    *(first, last, scaling, scores, parts[r, head, chunk]),
+                )
+                weights[r, head, chunk, 0], weights[r, head, chunk, 1] = highest, total
+    for r in range(n_rows):
+        for head in range(n_heads):
+            _join(parts[r, head], weights[r, head], out[r, head])
+
+
+@inline
+def _join(parts, weights, out):
+    """Join what chunks of positions gave one head, [n_chunks, head_dim]."""
+    highest = np.float32(-3.0e38)
+    for chunk in range(parts.shape[0]):
+        if weights[chunk, 1] > np.float32(0.0):
+            highest = max(highest, weights[chunk, 0])
+    total = np.float32(0.0)
+    for j in range(out.shape[0]):
+        out[j] = np.float32(0.0)
+    for chunk in range(parts.shape[0]):
+        if weights[chunk, 1] > np.float32(0.0):
+            factor = exp(weights[chunk, 0] - highest)
+            total += factor * weights[chunk, 1]
+            for j in range(out.shape[0]):
+                out[j] += factor * parts[chunk, j]
+    for j in range(out.shape[0]):
+        out[j] /= total
+
+
+@serial
 def attention(
     hidden,
     norm,
     head_norms,
     eps,
-    q,
-    k,
-    v,
-    o,
+    stack,
     cos,
     sin,
     keys,
@@ -54,6 +112,7 @@ def attention(
     starts,
     place,
     scaling,
+    n_threads,
 ):
     """Add one layer's attention to ``hidden`` [n_rows, d_model] and put the new position into its cache.
 
@@ -62,10 +121,7 @@ def attention(
         norm: weight of the norm before, [d_model].
         head_norms: weights of the queries' and keys' own norms, [2, head_dim], or [0, head_dim] if there are none.
         eps: of the norms.
-        q: weight, scale and bias; so are k, v and o.
-        k: as q.
-        v: as q.
-        o: as q.
+        stack: words of q, k, v and o; see `products`.
         cos: of each row's position, [n_rows, head_dim].
         sin: as cos.
         keys: cache, [n_batch, n_key_heads, capacity, head_dim].
@@ -74,41 +130,43 @@ def attention(
         starts: first position of each row that is no padding, [n_rows].
         place: where the new position goes; all before it are attended to.
         scaling: of the scores.
+        n_threads: that products use.
     """
     n_rows, d_model = hidden.shape
     n_keys, head_dim = keys.shape[1], keys.shape[3]
-    n_heads = q[0].shape[0] // head_dim
+    n_heads = stack[0, 5] // head_dim
+    # 1) queries, keys and values
     x = np.empty((n_rows, d_model), np.float32)
     for r in range(n_rows):
         normalise(hidden[r], norm, eps, x[r])
-    queries = np.empty((n_rows, q[0].shape[0]), np.float32)
-    new_keys = np.empty((n_rows, k[0].shape[0]), np.float32)
-    new_values = np.empty((n_rows, v[0].shape[0]), np.float32)
-    linear(q[0], q[1], q[2], x, queries)
-    linear(k[0], k[1], k[2], x, new_keys)
-    linear(v[0], v[1], v[2], x, new_values)
+    codes, factors, sums = rounded(stack[0], x)
+    first_key = width(stack[0])
+    first_value = first_key + width(stack[1])
+    made = np.empty((n_rows, first_value + width(stack[2])), np.float32)
+    multiply(n_threads, stack[:3], x, codes, factors, sums, made)
+    # 2) the new position
+    queries = np.empty((n_rows, n_heads, head_dim), np.float32)
     for r in range(n_rows):
+        for head in range(n_heads):
+            queries[r, head] = made[r, head * head_dim : (head + 1) * head_dim]
+            if head_norms.shape[0] == 2:
+                normalise(queries[r, head], head_norms[0], eps, queries[r, head])
+            _rotate(queries[r, head], cos[r], sin[r])
         for head in range(n_keys):
-            new = new_keys[r, head * head_dim : (head + 1) * head_dim]
+            new = made[r, first_key + head * head_dim : first_key + (head + 1) * head_dim]
             if head_norms.shape[0] == 2:
                 normalise(new, head_norms[1], eps, new)
             _rotate(new, cos[r], sin[r])
             for j in range(head_dim):
                 keys[rows[r], head, place, j] = narrowed(keys[rows[r], head, place, j], new[j])
-                value = new_values[r, head * head_dim + j]
+                value = made[r, first_value + head * head_dim + j]
                 values[rows[r], head, place, j] = narrowed(values[rows[r], head, place, j], value)
-    mixed = np.empty((n_rows, q[0].shape[0]), np.float32)
-    for task in prange(n_rows * n_heads):
-        r, head = task // n_heads, task % n_heads
-        query = queries[r, head * head_dim : (head + 1) * head_dim]
-        if head_norms.shape[0] == 2:
-            normalise(query, head_norms[0], eps, query)
-        _rotate(query, cos[r], sin[r])
-        of = head // (n_heads // n_keys)
-        scores = np.empty(place + 1, np.float32)
-        out = mixed[r, head * head_dim : (head + 1) * head_dim]
-        _attend(query, keys[rows[r], of], values[rows[r], of], starts[r], place + 1, scaling, scores, out)
-    linear(o[0], o[1], o[2], mixed, x)
+    # 3) all positions
+    mixed = np.empty((n_rows, n_heads * head_dim), np.float32)
+    over_cache(*(queries, keys, values, rows, starts, place + 1, scaling, mixed.reshape((n_rows, n_heads, head_dim))))
+    codes, factors, sums = rounded(stack[3], mixed)
+    added = np.empty((n_rows, width(stack[3])), np.float32)
+    multiply(n_threads, stack[3:], mixed, codes, factors, sums, added)
     for r in range(n_rows):
         for j in range(d_model):
-            hidden[r, j] += x[r, j]
+            hidden[r, j] += added[r, j]

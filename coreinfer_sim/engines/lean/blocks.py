@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from coreinfer_sim.base.settings import Weights
+from coreinfer_sim.engines.lean.compact import GatedMLP
 from coreinfer_sim.engines.lean.intrinsics import RELU, SILU
-from coreinfer_sim.engines.lean.weights import Array, Product, vector
+from coreinfer_sim.engines.lean.matrix import Array, Matrix, from_codes, vector
 from coreinfer_sim.models.mlps import MLPLayer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -19,6 +20,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "relu": RELU}
+_ROUNDED = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_0"}
+_HEAD = {Weights.INT8: "Q8_0", Weights.INT4: "Q6_0"}  # an output head loses most by few bits
 _SPARE = 256  # positions by which the table of angles grows
 
 
@@ -47,67 +50,85 @@ def unsupported(model: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
-    """One decoder layer without its MLP's weights."""
-
-    norm: Array
-    head_norms: Array
-    """Of queries and keys, [2, head_dim], or [0, head_dim] if there are none."""
-    q: Product
-    k: Product
-    v: Product
-    o: Product
-    mlp_norm: Array
-    eps: np.float32
-    mlp_eps: np.float32
-
-    @classmethod
-    def of(cls, block: Any, int8: bool) -> Block:
-        """Take a decoder layer of transformers."""
-        attention = block.self_attn
-        norms = [getattr(attention, name).weight for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-        q, k, v, o = (Product.of(getattr(attention, f"{name}_proj"), int8) for name in "qkvo")
-        return cls(
-            vector(block.input_layernorm.weight),
-            np.stack([vector(norm) for norm in norms]) if norms else np.zeros((0, attention.head_dim), np.float32),
-            *(q, k, v, o),
-            vector(block.post_attention_layernorm.weight),
-            np.float32(block.input_layernorm.variance_epsilon),
-            np.float32(block.post_attention_layernorm.variance_epsilon),
-        )
-
-
 class LeanModel:
-    """All weights of a model outside its compact MLPs; its parameters are read where they lie."""
+    """All weights of a model as the compiled loops read them, but for those of held neurons.
 
-    def __init__(self, model: Any, layers: Sequence[MLPLayer], int8: bool) -> None:
-        """Take a model that `unsupported` has nothing against; ``int8`` holds rounded copies of all products instead."""
+    Matrices are read where the checkpoint has them, taken from the codes of a GGUF file, or rounded.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[MLPLayer], weights: Weights) -> None:
+        """Take a model that `unsupported` has nothing against."""
         base = model.model
-        self.embeddings = base.embed_tokens
-        self.blocks = [Block.of(block, int8) for block in base.layers]
-        self.norm, self.norm_eps = vector(base.norm.weight), np.float32(base.norm.variance_epsilon)
-        self.head = Product.of(model.lm_head, int8)
-        self.scaling = np.float32(base.layers[0].self_attn.scaling)
+        self._model, self._layers, self._weights = model, layers, weights
+        # 1) attention, embeddings and the output head
+        attentions = [block.self_attn for block in base.layers]
+        self.attention = [
+            tuple(self._matrix(f"model.layers.{n}.self_attn.{name}_proj") for name in "qkvo")
+            for n in range(len(attentions))
+        ]
+        self.head = self._matrix("lm_head")
+        # 2) norms and what else is small
+        norms = [(block.input_layernorm, block.post_attention_layernorm) for block in base.layers]
+        norms.append((base.norm, base.norm))
+        self.norms = np.stack([np.stack([vector(norm.weight) for norm in pair]) for pair in norms])
+        self.eps = np.array([[norm.variance_epsilon for norm in pair] for pair in norms], np.float32)
+        self.head_norms = np.stack([_head_norms(attention) for attention in attentions])
+        self.head_dim = int(attentions[0].head_dim)
+        self.n_key_heads = self.attention[0][1].n_out // self.head_dim
+        self.scaling = np.float32(attentions[0].scaling)
         self.kind = _ACTIVATIONS[model.config.hidden_act]
-        self._rotary, self._layers, self._int8 = base.rotary_emb, layers, int8
-        self._dense: dict[int, tuple[Product, Product, Product]] = {}
-        self._angles = torch.zeros(2, 0, 0)
+        # 3) words, which the loops read
+        self.products = np.stack([np.stack([part.words for part in parts]) for parts in self.attention])
+        self._dense: dict[int, GatedMLP] = {}
+        self._rotary, self._angles = base.rotary_emb, torch.zeros(2, 0, 0)
 
-    def dense_mlp(self, number: int) -> tuple[Product, Product, Product]:
-        """Return gate, up and down of a layer that stays dense, made when they are first used."""
+    def _matrix(self, name: str) -> Matrix:
+        """Return the matrix of a linear layer in the type that was asked for."""
+        linear = self._model.get_submodule(name)
+        own = getattr(self._model, "own_codes", {}).get(name)
+        if self._weights is Weights.STORED and own is not None:
+            return from_codes(own, linear.bias)
+        weight = linear.weight
+        if self._weights is Weights.BF16:
+            weight = weight.to(torch.bfloat16)
+        rounded = _HEAD if name == "lm_head" else _ROUNDED
+        return Matrix.of(weight, linear.bias, rounded.get(self._weights))
+
+    @cached_property
+    def table(self) -> Matrix | None:
+        """Embeddings as a packed matrix; None: they stay as they are."""
+        own = getattr(self._model, "own_codes", {}).get("model.embed_tokens")
+        if self._model.config.tie_word_embeddings:
+            return self.head if self.head.packed else None
+        return from_codes(own, None) if own is not None and self._weights is Weights.STORED else None
+
+    def matrices(self) -> Iterator[tuple[str, Matrix]]:
+        """Yield all matrices with the names of their modules; of layers on the disk, those in memory."""
+        for number, parts in enumerate(self.attention):
+            for name, part in zip("qkvo", parts, strict=True):
+                yield f"model.layers.{number}.self_attn.{name}_proj", part
+            if not self._layers[number].away:
+                for name, part in zip(self._layers[number].projections, self.dense_mlp(number).parts, strict=True):
+                    yield f"model.layers.{number}.mlp.{name}", part
+        yield "lm_head", self.head
+
+    def dense_mlp(self, number: int) -> GatedMLP:
+        """Return the MLP of a layer that stays dense, made when it is first used."""
         if number not in self._dense:
-            layer = self._layers[number]
-            gate, up, down = (Product.of(getattr(layer.owner, name), self._int8) for name in layer.projections)
-            self._dense[number] = gate, up, down
+            projections = self._layers[number].projections
+            self._dense[number] = GatedMLP(*(self._matrix(f"model.layers.{number}.mlp.{name}") for name in projections))
         return self._dense[number]
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens, float32 [n, d_model]."""
+        embeddings: torch.Tensor = self._model.model.embed_tokens(ids).detach().float()
+        return embeddings
 
     @cached_property
     def n_bytes(self) -> int:
         """Bytes that a token reads outside the MLPs: attention, norms and the output head."""
-        products = [product for block in self.blocks for product in (block.q, block.k, block.v, block.o)]
-        norms = [norm for block in self.blocks for norm in (block.norm, block.head_norms, block.mlp_norm)]
-        return sum(p.n_bytes for p in (*products, self.head)) + sum(norm.nbytes for norm in (*norms, self.norm))
+        parts = [part for parts in self.attention for part in parts]
+        return sum(part.n_bytes for part in (*parts, self.head)) + self.norms.nbytes + self.head_norms.nbytes
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosine and sine of the rotary angles, [2, n_rows, head_dim]."""
@@ -116,3 +137,9 @@ class LeanModel:
             every = torch.arange(max(2 * n, _SPARE))[None]
             self._angles = torch.stack(self._rotary(torch.zeros(1), every))[:, 0].contiguous()
         return self._angles[:, positions]
+
+
+def _head_norms(attention: Any) -> Array:
+    """Return the weights of the queries' and keys' own norms, [2, head_dim], or [0, head_dim] if there are none."""
+    norms = [getattr(attention, name).weight for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    return np.stack([vector(norm) for norm in norms]) if norms else np.zeros((0, attention.head_dim), np.float32)

@@ -1,7 +1,7 @@
 """The lean engine: a decode step for Llama-like models on a CPU, without transformers' Python around the weights.
 
 transformers spends about a millisecond a layer and token on its own code, and its products read some weight shapes at a
-third of the memory's speed. Here a layer is two calls of a compiled loop, whose weights are the checkpoint's memory, and the
+third of the memory's speed. Here a step is one compiled call. Weights are the checkpoint's memory, or packed into few bits; the
 cache is transformers' own, grown in place. All else – prefill, sampling, stopping – stays with transformers' ``generate``.
 """
 
@@ -15,24 +15,22 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill
-from coreinfer_sim.base.settings import Weights
+from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.cutting import Projections, held_ids, linear_module
+from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import Engine, Group, StepInputs
-from coreinfer_sim.engines.lean.attention import attention
-from coreinfer_sim.engines.lean.blocks import FAMILIES, Block, LeanModel, unsupported
+from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, unsupported
+from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_logits
+from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
-from coreinfer_sim.engines.lean.mlp import dense_mlp
-from coreinfer_sim.engines.lean.mlp import neuron_mlp as run_neuron_mlp
-from coreinfer_sim.engines.lean.products import output
+from coreinfer_sim.engines.lean.step import decode_step
 from coreinfer_sim.engines.lean.warm_up import warm_up
-from coreinfer_sim.engines.lean.weights import Array, NeuronMLP, neuron_mlp
-from coreinfer_sim.engines.linear import products_of
+from coreinfer_sim.engines.linear import hand_over, hand_over_table, matrix_module, products_of
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
+from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer
 
 
@@ -43,20 +41,17 @@ class LeanEngine(Engine):
     skips_finished: ClassVar[bool] = True
 
     def __init__(self, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> None:
-        """See `Engine`. With int8 weights, rounded copies are held beside the model."""
+        """See `Engine`. Packed weights are held beside the model's own."""
         super().__init__(model, layers, config)
-        self._int8 = config.weights is Weights.INT8
-        warm_up(model.dtype, self._int8)  # now, rather than within the first text
-        self._weights = LeanModel(model, layers, self._int8)
+        warm_up(model.dtype)  # now, rather than within the first text
+        self._weights = LeanModel(model, layers, config.weights)
+        self._words: dict[int, tuple[Prepared, np.ndarray[Any, Any]]] = {}
         self._cache = GrowingCache()
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
-        """Refuse models that are not Llama-like, and sparse prefill with int8 weights."""
-        reason = unsupported(model)
-        if reason is None and config.weights is Weights.INT8 and config.prefill is Prefill.SPARSE:
-            return "sparse prefill multiplies weights as they are stored"
-        return reason
+        """Refuse models that are not Llama-like."""
+        return unsupported(model)
 
     @classmethod
     def warm_up(cls, model: Any) -> None:
@@ -76,23 +71,37 @@ class LeanEngine(Engine):
         """Let the linear layers of prefill multiply by the rule of `linear`."""
         return products_of(self.model)
 
-    def cut(self, selection: NeuronSelection) -> Mapping[int, NeuronMLP]:
-        """Lay out held neurons one after the other; of layers on disk that the selection does not name, all neurons."""
+    def take_over(self) -> None:
+        """Let prefill multiply by the same weights as decode, widened some at a time."""
+        table = self._weights.table
+        for name, matrix in self._weights.matrices():
+            layer = self.model.get_submodule(name)
+            if layer.weight.data_ptr() != matrix.weight.data_ptr():
+                hand_over(layer, matrix)
+        if table is not None:
+            hand_over_table(self.model.get_input_embeddings(), table)
+
+    def cut(self, selection: NeuronSelection) -> Mapping[int, GatedMLP]:
+        """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
         repairs = selection.compensation or {}
         return {
-            number: neuron_mlp(self.layers[number], ids, repairs.get(number), self._int8)
+            number: self._held(number, ids, repairs.get(number))
             for number, ids in held_ids(self.layers, selection).items()
         }
 
-    def size(self, layers: Mapping[int, NeuronMLP]) -> int:
+    def _held(self, number: int, ids: torch.Tensor, repair: LayerCompensation | None) -> GatedMLP:
+        layer = self.layers[number]
+        if layer.store is not None:
+            return read_mlp(layer, ids, repair)
+        return held_mlp(self._weights.dense_mlp(number), ids, repair)
+
+    def size(self, layers: Mapping[int, GatedMLP]) -> int:
         """Return the bytes of the compact MLPs."""
         return sum(mlp.n_bytes for mlp in layers.values())
 
     def dense_bytes(self, layer: MLPLayer) -> int:
-        """Return the bytes of a layer that stays dense, rounded where weights are int8."""
-        if not self._int8:
-            return layer.n_bytes
-        return sum(product.n_bytes for product in self._weights.dense_mlp(layer.number))
+        """Return the bytes of a layer that stays dense."""
+        return self._weights.dense_mlp(layer.number).n_bytes
 
     def other_bytes(self) -> int:
         """Return the bytes of attention, norms and the output head."""
@@ -105,8 +114,7 @@ class LeanEngine(Engine):
 
     def step(self, inputs: StepInputs, groups: Sequence[Group]) -> CausalLMOutputWithPast:
         """Decode one token in every row that has not finished; the others' logits are zero."""
-        set_threads()
-        weights = self._weights
+        n_threads, weights = set_threads(), self._weights
         # 1) the rows that go on, and the places of each group's among them
         n = inputs.n_copies
         of_group = [[row * n + i for row in rows for i in range(n)] for rows, _ in groups]
@@ -118,29 +126,46 @@ class LeanEngine(Engine):
             for own, (_, prepared) in zip(of_group, groups, strict=True)
             if own
         ]
-        # 2) layer by layer
+        # 2) all layers
         n_past = self._cache.adopt(inputs.cache, 1)
         picked = torch.from_numpy(rows)
-        hidden = weights.embeddings(inputs.ids[picked, 0]).detach().float().numpy().copy()
+        hidden = weights.embedded(inputs.ids[picked, 0]).numpy().copy()
         cos, sin = (part.numpy() for part in weights.angles(inputs.positions[picked]))
-        for number, block in enumerate(weights.blocks):
-            products = (product.arrays for product in (block.q, block.k, block.v, block.o))
-            keys, values = (bits(part) for part in self._cache.buffers[number])
-            attention(
-                *(hidden, block.norm, block.head_norms, block.eps, *products, cos, sin),
-                *(keys, values, rows, inputs.starts[rows], n_past, weights.scaling),
-            )
-            for places, prepared in parts:
-                self._mlp(number, block, hidden, places, prepared.layers.get(number))
+        of_parts = np.stack([self._mlp_words(prepared) for _, prepared in parts])
+        n_rows = len(inputs.ids)
+        made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
+        decode_step(
+            *(hidden, weights.norms, weights.head_norms, weights.eps, weights.products, of_parts),
+            *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
+            *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.addresses, self._cache.shape),
+            *(
+                rows,
+                inputs.starts[rows],
+                n_past,
+                weights.scaling,
+                weights.kind,
+                weights.head.words[None],
+                made,
+                n_threads,
+            ),
+        )
         self._cache.hand_back(inputs.cache, n_past + 1)
         # 3) logits
-        logits = torch.zeros(len(inputs.ids), len(weights.head.weight))
-        whole = logits if len(rows) == len(logits) else torch.empty(len(rows), logits.shape[1])
-        output(hidden, weights.norm, weights.norm_eps, *weights.head.arrays, whole.numpy())
-        if whole is not logits:
-            logits[picked] = whole
+        logits = torch.from_numpy(made)[:, : weights.head.n_out]
+        if len(rows) < n_rows:
+            whole = torch.zeros(n_rows, weights.head.n_out)
+            whole[picked] = logits
+            logits = whole
         self.count(groups)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=inputs.cache)
+
+    def _mlp_words(self, prepared: Prepared) -> np.ndarray[Any, Any]:
+        """Return the words of all layers' MLPs, int64 [n_layers, 3, N_WORDS]."""
+        if id(prepared) not in self._words:
+            layers = range(len(self.layers))
+            mlps = [prepared.layers[n] if n in prepared.layers else self._weights.dense_mlp(n) for n in layers]
+            self._words[id(prepared)] = prepared, np.stack([mlp.words for mlp in mlps])
+        return self._words[id(prepared)][1]
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights by torch's float32 products, which differ in the order of sums alone."""
@@ -152,24 +177,15 @@ class LeanEngine(Engine):
     def release(self) -> None:
         """Let go of the latest call's cache."""
         self._cache.release()
+        self._words = {}
         super().release()
 
-    def _mlp(self, number: int, block: Block, hidden: Array, places: Array, compact: NeuronMLP | None) -> None:
-        norm, kind = (places, block.mlp_norm, block.mlp_eps), self._weights.kind
-        if compact is None:
-            gate, up, down = (product.arrays for product in self._weights.dense_mlp(number))
-            dense_mlp(hidden, *norm, gate, up, down, kind)
-            return
-        run_neuron_mlp(hidden, *norm, *compact.arrays, kind, torch.get_num_threads())
-
-    def _modules(self, layers: Mapping[int, NeuronMLP]) -> dict[int, Projections]:
+    def _modules(self, layers: Mapping[int, GatedMLP]) -> dict[int, Projections]:
         """Return compact MLPs as linear modules over the same memory."""
-        made: dict[int, Projections] = {}
-        for number, mlp in layers.items():
-            weights = mlp.weight[:, 0], mlp.weight[:, 1], mlp.weight[:, 2].T
-            biases = mlp.bias[:, 0], mlp.bias[:, 1], mlp.out_bias
-            made[number] = {
-                name: linear_module(weight, torch.from_numpy(bias).to(weight) if bias.any() else None)
-                for name, weight, bias in zip(self.layers[number].projections, weights, biases, strict=True)
+        return {
+            number: {
+                name: matrix_module(part, self.model.dtype)
+                for name, part in zip(self.layers[number].projections, mlp.parts, strict=True)
             }
-        return made
+            for number, mlp in layers.items()
+        }

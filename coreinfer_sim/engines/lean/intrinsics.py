@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -77,6 +77,27 @@ def power_of_two(_context, exponent):
     return types.float32(types.int32), code
 
 
+@intrinsic
+def float_at(_context, where):
+    """Return the float32 at an address."""
+    from llvmlite import ir
+
+    def code(_context, builder, _signature, args):
+        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+
+    return types.float32(types.int64), code
+
+
+@intrinsic
+def _pointer(_context, where, like):
+    """Return an address as a pointer to what an array holds."""
+
+    def code(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), code
+
+
 def _kept_on_disk(**options: Any) -> Any:
     """Compile a function; where there is no place for it on the disk, in every process anew."""
 
@@ -92,6 +113,18 @@ def _kept_on_disk(**options: Any) -> Any:
 inline: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", inline="never")
 serial: Any = _kept_on_disk()  # but for the loops that it calls
 parallel: Any = _kept_on_disk(parallel=True)
+
+
+@inline
+def array_at(where, like, shape):
+    """Return the array of a shape, of the type of ``like``, that lies at an address."""
+    return carray(_pointer(where, like), shape)
+
+
+@inline
+def address(array):
+    """Return where an array begins; numba makes a float of signed and unsigned integers."""
+    return np.int64(array.ctypes.data)
 
 
 @inline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer
 
@@ -26,6 +27,13 @@ class GrowingCache:
         """Hold nothing yet."""
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values by layer, [n_rows, n_heads, capacity, head_dim]."""
+        self.addresses = np.zeros((0, 2), np.int64)
+        """Of those."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each buffer."""
+        return tuple(self.buffers[0][0].shape)
 
     def adopt(self, cache: Any, n_new: int) -> int:
         """Hold every layer's cache in a buffer with room for ``n_new`` positions; return how many it holds."""
@@ -43,6 +51,7 @@ class GrowingCache:
                 buffers = roomy(layer.keys, n_past, n_new), roomy(layer.values, n_past, n_new)
                 self.buffers.append(buffers)
                 layer.keys, layer.values = (buffer[:, :, :n_past] for buffer in buffers)
+            self.addresses = np.array([[part.data_ptr() for part in buffers] for buffers in self.buffers], np.int64)
         return n_past
 
     def hand_back(self, cache: Any, n_positions: int) -> None:

@@ -1,0 +1,87 @@
+"""Gated MLPs as the compiled loops read them: dense, or cut down to held neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from coreinfer_sim.engines.cutting import merge_delta
+from coreinfer_sim.engines.lean.formats import FORMATS
+from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
+from coreinfer_sim.engines.lean.matrix import Array, Matrix, float_type
+from coreinfer_sim.engines.lean.packing import gather_inputs
+from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.models.mlps import MLPLayer
+
+
+@dataclass(frozen=True, eq=False)
+class GatedMLP:
+    """Gate and up [n_ff, d_model], and down [d_model, n_ff]."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+    @property
+    def parts(self) -> tuple[Matrix, Matrix, Matrix]:
+        """The three matrices in the order in which they are read."""
+        return self.gate, self.up, self.down
+
+    @cached_property
+    def words(self) -> Array:
+        """What `mlp.gated_mlp` reads, int64 [3, N_WORDS]."""
+        return np.stack([part.words for part in self.parts])
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Bytes in memory, all of which a token reads."""
+        return sum(part.n_bytes for part in self.parts)
+
+
+def held_mlp(dense: GatedMLP, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> GatedMLP:
+    """Cut a dense MLP down to the neurons ``ids`` [n_kept] and merge the compensation.
+
+    Rows of gate and up stay as they are. The blocks of a packed down projection run across neurons, so that those of the held
+    ones are rounded anew: to 8 bits, or to 6 where they have fewer, at which little is lost.
+    """
+    down = dense.down
+    if down.packed:
+        columns = down.widened()[ids].T.contiguous()
+    else:
+        columns = torch.empty(down.n_out, len(ids), dtype=float_type(down.kind))
+        set_threads()
+        gather_inputs(bits(down.weight), ids.numpy(), bits(columns))
+    return GatedMLP(dense.gate.outputs(ids), dense.up.outputs(ids), _down(down, columns, compensation))
+
+
+def read_mlp(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> GatedMLP:
+    """Read the neurons ``ids`` of a layer whose weights are on the disk."""
+    assert layer.store is not None
+    neurons = layer.store.read_neurons(ids)
+    gate, up, down = (getattr(layer.owner, name).bias for name in layer.projections)
+    inputs = [
+        Matrix.of(neurons[:, place].contiguous(), None if bias is None else bias.detach()[ids])
+        for place, bias in enumerate((gate, up))
+    ]
+    empty = Matrix.of(neurons[:0, 2].T.contiguous(), down)
+    return GatedMLP(*inputs, _down(empty, neurons[:, 2].T.contiguous(), compensation))
+
+
+def _down(whole: Matrix, columns: torch.Tensor, compensation: LayerCompensation | None) -> Matrix:
+    """Return the down projection of held neurons from its columns [d_model, n_kept], of which nobody else has a view."""
+    bias = None if whole.bias is None else whole.bias[: whole.n_out]
+    if compensation is not None:
+        added = compensation.bias.float()
+        bias = added if bias is None else bias + added
+        merge_delta(columns, compensation)
+    return Matrix.of(columns, bias, _anew(whole.kind))
+
+
+def _anew(kind: str) -> str | None:
+    """Return what columns of a matrix are rounded to; None: they stay floats."""
+    if kind not in FORMATS:
+        return None
+    return "Q8_0" if FORMATS[kind].bits == 8 else "Q6_0"

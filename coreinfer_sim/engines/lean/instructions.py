@@ -1,0 +1,224 @@
+"""Vector instructions as LLVM's intermediate language: what the tiles are made of, and integer products by processor.
+
+A product of unsigned codes with signed inputs has four forms, chosen by the processor's instructions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from llvmlite import ir
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+Builder = Any
+Value = Any
+
+
+class Products(Enum):
+    """How a processor multiplies integers."""
+
+    VNNI_512 = "avx512_vnni"
+    """``vpdpbusd`` of 64 bytes."""
+    VNNI_256 = "avx_vnni"
+    """``vpdpbusd`` of 32 bytes."""
+    AVX2 = "avx2"
+    """``vpmaddubsw``, pairs summed in 16 bits as long as they fit."""
+    DOT = "dotprod"
+    """ARM's ``sdot`` of 16 bytes."""
+    PLAIN = "plain"
+    """Whatever the compiler makes of widened products."""
+
+
+def products_of_features(features: str) -> Products:
+    """Return how a processor multiplies, from features as LLVM lists them: ``+avx2,-avx512f,…``."""
+    has = {name[1:] for name in features.split(",") if name.startswith("+")}
+    if {"avx512f", "avx512bw", "avx512vnni"} <= has:
+        return Products.VNNI_512
+    if "avxvnni" in has:
+        return Products.VNNI_256
+    if {"avx2", "fma", "f16c"} <= has:
+        return Products.AVX2
+    return Products.DOT if "dotprod" in has else Products.PLAIN
+
+
+def vector(kind: Any, n: int) -> Any:
+    """Return the type of ``n`` values of a kind."""
+    return ir.VectorType(kind, n)
+
+
+def constant(kind: Any, n: int, value: float) -> Value:
+    """Return a vector that holds one value ``n`` times."""
+    return ir.Constant(vector(kind, n), [value] * n)
+
+
+def whole(value: int) -> Value:
+    """Return a 64-bit integer."""
+    return ir.Constant(I64, value)
+
+
+def undefined(kind: Any) -> Value:
+    """Return a value of a type that nobody reads."""
+    return ir.Constant(kind, ir.Undefined)
+
+
+def repeated(builder: Builder, value: Value, n: int) -> Value:
+    """Return a vector that holds a value ``n`` times."""
+    empty = undefined(vector(value.type, n))
+    first = builder.insert_element(empty, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, empty, constant(I32, n, 0))
+
+
+def picked(builder: Builder, values: Value, places: Sequence[int]) -> Value:
+    """Return the elements of a vector at some places."""
+    return builder.shuffle_vector(values, undefined(values.type), ir.Constant(vector(I32, len(places)), list(places)))
+
+
+def joined(builder: Builder, parts: Sequence[Value]) -> Value:
+    """Return two or four vectors as one."""
+    while len(parts) > 1:
+        n = 2 * parts[0].type.count
+        places = ir.Constant(vector(I32, n), list(range(n)))
+        parts = [builder.shuffle_vector(*parts[i : i + 2], places) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def load(builder: Builder, pointer: Value, offset: Value, kind: Any, n: int) -> Value:
+    """Load ``n`` values from so many bytes behind a pointer to bytes."""
+    where = builder.bitcast(builder.gep(pointer, [offset]), vector(kind, n).as_pointer())
+    return builder.load(where, align=1)
+
+
+def intrinsic(builder: Builder, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    """Return one of LLVM's own functions, declared in the builder's module."""
+    module = builder.module
+    known = module.globals.get(name)
+    return known if known is not None else ir.Function(module, ir.FunctionType(result, arguments), name)
+
+
+def fused(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """Return a · b + c of float vectors, rounded once where the processor can."""
+    name = f"llvm.fmuladd.v{a.type.count}f32"
+    return builder.call(intrinsic(builder, name, a.type, [a.type] * 3), [a, b, c])
+
+
+def prefetch(builder: Builder, pointer: Value, offset: Value) -> None:
+    """Ask for the cache line at an offset, to be read once."""
+    function = intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    read, near, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    builder.call(function, [builder.gep(pointer, [offset]), read, near, data])
+
+
+def summed_products(
+    builder: Builder,
+    how: Products,
+    codes: Sequence[Value],
+    inputs: Sequence[Value],
+    total: Value,
+    offset: int,
+    bits: int,
+) -> Value:
+    """Return Σ (code - offset) · input of sixteen rows, int32 [16].
+
+    Args:
+        builder: where the code goes.
+        how: by which instructions.
+        codes: vectors of 64 bytes, four inputs of sixteen rows each; unsigned.
+        inputs: the four signed bytes that belong to each, as an int32.
+        total: int32 sum of all inputs.
+        offset: see `formats.Format`; as is ``bits``.
+        bits: of a code.
+    """
+    if how is Products.AVX2:
+        return _by_pairs(builder, codes, inputs, total, offset, bits)
+    if how is Products.DOT:
+        return _by_signed(builder, codes, inputs, total, offset, bits)
+    start = _start(builder, total, offset)
+    if how is Products.PLAIN:
+        return _by_widening(builder, codes, inputs, start)
+    n = 16 if how is Products.VNNI_512 else 8
+    name, kind = f"llvm.x86.avx512.vpdpbusd.{n * 32}", vector(I32, n)
+    function = intrinsic(builder, name, kind, [kind, vector(I8, 4 * n), vector(I8, 4 * n)])
+    n_parts = 16 // n
+    # two sums at least, as a product takes five cycles and one begins with each
+    sums = [[repeated(builder, start, n)] * n_parts, [constant(I32, n, 0)] * n_parts]
+    for number, (code, four) in enumerate(zip(codes, inputs, strict=True)):
+        parts = sums[number % 2]
+        x = builder.bitcast(repeated(builder, four, n), vector(I8, 4 * n))
+        for p in range(n_parts):
+            parts[p] = builder.call(function, [parts[p], _part(builder, code, p, n_parts), x])
+    return joined(builder, [builder.add(a, b) for a, b in zip(*sums, strict=True)])
+
+
+def _start(builder: Builder, total: Value, offset: int) -> Value:
+    return builder.mul(total, ir.Constant(I32, -offset)) if offset else ir.Constant(I32, 0)
+
+
+def _part(builder: Builder, values: Value, number: int, n_parts: int) -> Value:
+    if n_parts == 1:
+        return values
+    n = values.type.count // n_parts
+    return picked(builder, values, range(number * n, (number + 1) * n))
+
+
+def _by_pairs(
+    builder: Builder, codes: Sequence[Value], inputs: Sequence[Value], total: Value, offset: int, bits: int
+) -> Value:
+    """AVX2: bytes are multiplied and pairs of them summed in 16 bits, which hold so many pairs of codes of so many bits.
+
+    Pairs of 8-bit codes do not fit; there the sign of a code goes to the input.
+    """
+    bytes_, words, numbers = vector(I8, 32), vector(I16, 16), vector(I32, 8)
+    pairs = intrinsic(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [bytes_, bytes_])
+    wide = intrinsic(builder, "llvm.x86.avx2.pmadd.wd", numbers, [words, words])
+    signed = intrinsic(builder, "llvm.x86.avx2.psign.b", bytes_, [bytes_, bytes_])
+    magnitude = intrinsic(builder, "llvm.abs.v32i8", bytes_, [bytes_, I1])
+    most = {4: 8, 5: 4, 6: 2, 8: 1}[bits]
+    start = ir.Constant(I32, 0) if bits == 8 else _start(builder, total, offset)
+    sums, pending = [repeated(builder, start, 8)] * 2, [None, None]
+    for number, (code, four) in enumerate(zip(codes, inputs, strict=True)):
+        x = builder.bitcast(repeated(builder, four, 8), bytes_)
+        for p in range(2):
+            part, of = _part(builder, code, p, 2), x
+            if bits == 8:
+                part = builder.xor(part, constant(I8, 32, -128))
+                of = builder.call(signed, [x, part])
+                part = builder.call(magnitude, [part, ir.Constant(I1, 0)])
+            product = builder.call(pairs, [part, of])
+            waiting = product if pending[p] is None else builder.add(pending[p], product)
+            pending[p] = waiting
+            if (number + 1) % most == 0 or number + 1 == len(codes):
+                sums[p] = builder.add(sums[p], builder.call(wide, [waiting, constant(I16, 16, 1)]))
+                pending[p] = None
+    return joined(builder, sums)
+
+
+def _by_signed(
+    builder: Builder, codes: Sequence[Value], inputs: Sequence[Value], total: Value, offset: int, bits: int
+) -> Value:
+    """ARM: both sides are signed; codes of 8 bits lose their offset, smaller ones are signed as they are."""
+    kind, bytes_ = vector(I32, 4), vector(I8, 16)
+    function = intrinsic(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", kind, [kind, bytes_, bytes_])
+    start = ir.Constant(I32, 0) if bits == 8 else _start(builder, total, offset)
+    sums = [repeated(builder, start, 4)] * 4
+    for code, four in zip(codes, inputs, strict=True):
+        x = builder.bitcast(repeated(builder, four, 4), bytes_)
+        for p in range(4):
+            part = _part(builder, code, p, 4)
+            if bits == 8:
+                part = builder.xor(part, constant(I8, 16, -128))
+            sums[p] = builder.call(function, [sums[p], part, x])
+    return joined(builder, sums)
+
+
+def _by_widening(builder: Builder, codes: Sequence[Value], inputs: Sequence[Value], start: Value) -> Value:
+    total = repeated(builder, start, 16)
+    numbers = vector(I32, 64)
+    for code, four in zip(codes, inputs, strict=True):
+        x = builder.sext(builder.bitcast(repeated(builder, four, 16), vector(I8, 64)), numbers)
+        product = builder.mul(builder.zext(code, numbers), x)
+        for place in range(4):
+            total = builder.add(total, picked(builder, product, range(place, 64, 4)))
+    return total

@@ -1,0 +1,149 @@
+"""Compiled code for tiles, called by its address: one function for each type of weights and number of input rows."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+from coreinfer_sim.engines.lean import formats, instructions, tiles
+from coreinfer_sim.engines.lean.formats import FORMATS
+from coreinfer_sim.engines.lean.instructions import F32, I8, I32, I64, products_of_features
+from coreinfer_sim.engines.lean.tiles import FLOATS, Inputs, emit_product, emit_rows, emit_unpacked
+
+MANY = 4
+"""Rows of inputs that one reading of a tile serves."""
+_PRODUCT = types.void(*[types.int64] * 10)
+_UNPACKED = types.void(*[types.int64] * 5)
+_NAMES = (*FORMATS, *FLOATS)
+
+
+def host_products() -> Any:
+    """Return how the code that is compiled here multiplies integers."""
+    return products_of_features(get_host_cpu_features())
+
+
+@intrinsic(prefer_literal=True)
+def _product(_context, _made_from, number, n_x, weights, scales, x, codes, factors, sums, n_in, n_rows, out, stride):
+    name, n = _NAMES[number.literal_value], n_x.literal_value
+
+    def code(context, builder, _signature, args):
+        w, s, x, q, f, t, n_in, n_rows, out, stride = args[3:]
+        weights, scales = (builder.inttoptr(each, I8.as_pointer()) for each in (w, s))
+        result = builder.inttoptr(out, F32.as_pointer())
+        if name in FLOATS:
+            of_x = builder.inttoptr(x, I8.as_pointer())
+            emit_rows(builder, name, n, weights, of_x, n_in, n_rows, result, stride)
+        else:
+            kinds = (F32, I32, F32, I32)
+            inputs = Inputs(*(builder.inttoptr(p, k.as_pointer()) for p, k in zip((x, q, f, t), kinds, strict=True)))
+            format_ = FORMATS[name]
+            emit_product(builder, format_, host_products(), n, weights, scales, inputs, n_in, result, stride)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, number, n_x, *[types.int64] * 10), code
+
+
+@intrinsic(prefer_literal=True)
+def _unpacked(_context, _made_from, number, weights, scales, n_in, out, stride):
+    format_ = FORMATS[_NAMES[number.literal_value]]
+
+    def code(context, builder, _signature, args):
+        w, s, n_in, out, stride = args[2:]
+        weights, scales = (builder.inttoptr(each, I8.as_pointer()) for each in (w, s))
+        emit_unpacked(builder, format_, weights, scales, n_in, builder.inttoptr(out, F32.as_pointer()), stride)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, number, *[types.int64] * 5), code
+
+
+def _calling(n: int) -> Any:
+    """Return an intrinsic that calls a compiled function with ``n`` integers by its address."""
+
+    @intrinsic
+    def call(_context, address, arguments):
+        def code(context, builder, _signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [I64] * n)
+            function = builder.inttoptr(args[0], kind.as_pointer())
+            builder.call(function, [builder.extract_value(args[1], place) for place in range(n)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.UniTuple(types.int64, n)), code
+
+    return call
+
+
+call_product = _calling(10)
+"""Call what `product_address` has named with a tuple of its ten arguments."""
+call_unpacked = _calling(5)
+"""Call what `unpacked_address` has named with a tuple of its five arguments."""
+
+
+def _kept(signature: Any, function: Any) -> int:
+    """Compile a function that C can call, kept on the disk where there is a place for it; return its address."""
+    try:
+        made = numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    except RuntimeError:
+        made = numba.cfunc(signature, error_model="numpy")(function)
+    _ALIVE.append(made)
+    where = made.address
+    assert where is not None
+    return int(where)
+
+
+_ALIVE: list[Any] = []
+
+
+@functools.cache
+def _made_from() -> int:
+    """Return a number of the sources of the code: numba looks at those of this file alone when it reuses what it has kept."""
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (formats, instructions, tiles))
+    return int(hashlib.sha256(text).hexdigest()[:12], 16)
+
+
+@functools.cache
+def product_address(name: str, n_x: int) -> int:
+    """Return the address of a tile's product for ``n_x`` rows of inputs.
+
+    Its arguments, all integers: addresses of weights and scales; of x, its codes, factors and sums (`products.quantise`);
+    n_in, a multiple of the type's span; rows of the tile; address of the first output; floats from one row of outputs to
+    the next.
+    """
+    number, made_from = _NAMES.index(name), _made_from()
+
+    def product(w, s, x, q, f, t, n_in, n_rows, out, stride):
+        _product(made_from, number, n_x, w, s, x, q, f, t, n_in, n_rows, out, stride)
+
+    return _kept(_PRODUCT, product)
+
+
+@functools.cache
+def unpacked_address(name: str) -> int:
+    """Return the address of what widens a tile: addresses of weights and scales, n_in, address of the result, its stride."""
+    number, made_from = _NAMES.index(name), _made_from()
+
+    def unpacked(w, s, n_in, out, stride):
+        _unpacked(made_from, number, w, s, n_in, out, stride)
+
+    return _kept(_UNPACKED, unpacked)
+
+
+_FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def float_name(dtype: torch.dtype) -> str:
+    """Return what a floating type is called here."""
+    return str(dtype).removeprefix("torch.")
+
+
+def float_type(name: str) -> torch.dtype:
+    """Return the floating type of a name."""
+    return _FLOAT_TYPES[name]

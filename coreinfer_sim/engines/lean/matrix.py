@@ -1,0 +1,162 @@
+"""A linear map as the compiled loops read it: where the checkpoint has it, or packed into few bits."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from coreinfer_sim.engines.lean.formats import FORMATS, TILE
+from coreinfer_sim.engines.lean.intrinsics import set_threads
+from coreinfer_sim.engines.lean.kernels import MANY, float_name, float_type, product_address, unpacked_address
+from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
+from coreinfer_sim.engines.lean.products import N_WORDS, product, round_rows, unpack
+from coreinfer_sim.models.gguf_codes import QuantisedTensor
+
+__all__ = ["Array", "Matrix", "filled_bias", "float_type", "from_codes", "rounded_inputs", "vector", "warm_up_products"]
+Array = np.ndarray[Any, Any]
+_BLOCK = 1 << 21  # weights that are widened at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Weights [n_out, n_in] of a floating type, or of one of the `formats`, with a bias."""
+
+    kind: str
+    """Name of a format, or of a floating type."""
+    n_out: int
+    n_in: int
+    weight: torch.Tensor
+    """Floats [n_out, n_in], contiguous; or codes [n_tiles, n_blocks, code_bytes]."""
+    scales: torch.Tensor | None
+    """Of packed weights, [n_tiles, n_spans, scale_bytes]."""
+    bias: torch.Tensor | None
+    """Float32, filled up to a multiple of 16."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None, rounded: str | None = None) -> Matrix:
+        """Take a matrix where it lies, or its copy rounded to Q8_0, Q6_0 or Q4_0."""
+        n_out, n_in = weight.shape
+        if rounded is None:
+            return cls(float_name(weight.dtype), n_out, n_in, weight.detach().contiguous(), None, filled_bias(bias))
+        return cls(rounded, n_out, n_in, *packed_floats(weight, rounded), filled_bias(bias))
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether the weights are codes with scales; their inputs are rounded to 8 bits."""
+        return self.scales is not None
+
+    @cached_property
+    def n_filled(self) -> int:
+        """Inputs, filled up to the format's span."""
+        return self.weight.shape[1] * 32 if self.packed else self.n_in
+
+    @cached_property
+    def words(self) -> Array:
+        """What `products.multiply` reads, int64 [N_WORDS]."""
+        scales = self.scales
+        row = self.weight.shape[1] * (self.weight.shape[2] if self.packed else self.weight.element_size() * TILE)
+        words = [
+            product_address(self.kind, 1),
+            product_address(self.kind, MANY),
+            self.weight.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            0 if self.bias is None else self.bias.data_ptr(),
+            self.n_out,
+            self.n_filled,
+            row,
+            0 if scales is None else scales.shape[1] * scales.shape[2],
+            int(self.packed),
+            unpacked_address(self.kind) if self.packed else 0,
+        ]
+        assert len(words) == N_WORDS
+        return np.array(words, np.int64)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Bytes that one product reads: weights, scales and bias."""
+        return sum(part.nbytes for part in (self.weight, self.scales, self.bias) if part is not None)
+
+    def widened(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Return the weights of the outputs first … last, float32 [n_in, n]; ``first`` is a multiple of 16."""
+        last = self.n_out if last is None else min(last, self.n_out)
+        if not self.packed:
+            return self.weight[first:last].float().T
+        n = -(-(last - first) // TILE)
+        out = torch.empty(self.n_filled, n * TILE)
+        set_threads()
+        unpack(self.words, first // TILE, n, out.numpy())
+        return out[: self.n_in, : last - first]
+
+    def of_few(self, x: Array) -> torch.Tensor:
+        """Multiply few float32 rows [n_rows, n_in] by the loops of decode, which read each weight once for four rows."""
+        out = np.empty((len(x), -(-self.n_out // TILE) * TILE), np.float32)
+        product(set_threads(), self.words[None], x, out)
+        return torch.from_numpy(out)[:, : self.n_out]
+
+    def times(self, x: torch.Tensor, as_decoded: bool = False) -> torch.Tensor:
+        """Multiply many float32 rows [n_rows, n_in] in torch, some weights at a time.
+
+        Args:
+            x: inputs.
+            as_decoded: round them as a decode step would.
+        """
+        if as_decoded and self.packed:
+            x = rounded_inputs(x)
+        out = torch.empty(len(x), self.n_out)
+        step = max(TILE, _BLOCK // self.n_in // TILE * TILE)
+        for begin in range(0, self.n_out, step):
+            torch.mm(x, self.widened(begin, begin + step), out=out[:, begin : begin + step])
+        if self.bias is not None:
+            out += self.bias[: self.n_out]
+        return out
+
+    def outputs(self, ids: torch.Tensor) -> Matrix:
+        """Return the map to some outputs [n] alone, its codes as they are."""
+        bias = None if self.bias is None else self.bias[ids]
+        if self.scales is None:
+            return Matrix(self.kind, len(ids), self.n_in, self.weight[ids], None, filled_bias(bias))
+        weight, scales = gathered(FORMATS[self.kind], self.weight, self.scales, ids)
+        return Matrix(self.kind, len(ids), self.n_in, weight, scales, filled_bias(bias))
+
+
+def from_codes(tensor: QuantisedTensor, bias: torch.Tensor | None) -> Matrix:
+    """Lay out the codes and scales of a GGUF file's matrix, as they are."""
+    format_ = FORMATS[tensor.kind]
+    codes, scales = room(format_, tensor.n_out, tensor.n_in)
+    set_threads()
+    for begin, part, scales_of in tensor.rows():
+        lay(format_, part, scales_of, begin, codes, scales)
+    return Matrix(tensor.kind, tensor.n_out, tensor.n_in, codes, scales, filled_bias(bias))
+
+
+def filled_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a bias as float32, filled up to a multiple of 16; None if it is zero."""
+    if bias is None or not bool(bias.any()):
+        return None
+    filled = torch.zeros(-(-len(bias) // TILE) * TILE)
+    filled[: len(bias)] = bias.detach().float()
+    return filled
+
+
+def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 rows as a decode step rounds them for packed weights."""
+    out = torch.empty_like(x)
+    set_threads()
+    round_rows(x.contiguous().numpy(), out.numpy())
+    return out
+
+
+def vector(parameter: torch.Tensor) -> Array:
+    """Return a parameter as a float32 array."""
+    return parameter.detach().float().contiguous().numpy()
+
+
+@functools.cache
+def warm_up_products(dtype: torch.dtype) -> None:
+    """Compile products with weights of a floating type alone, or load them where that was done before."""
+    Matrix.of(torch.zeros(8, 8, dtype=dtype)).of_few(np.ones((1, 8), np.float32))

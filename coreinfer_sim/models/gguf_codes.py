@@ -1,0 +1,174 @@
+"""Codes and scales of quantised tensors in GGUF files, as they stand there.
+
+The blocks are those of ggml (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h): 32 weights with a scale of
+their own, or 256 with scales of scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Parts = dict[str, Array]
+_ROWS = 4096  # that are taken apart at a time; a multiple of 16
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedTensor:
+    """A matrix [n_out, n_in] of a GGUF file whose codes can be taken as they are."""
+
+    kind: str
+    """ggml's name of its type, such as ``Q4_K``."""
+    n_out: int
+    n_in: int
+    raw: Array
+    """uint8 [n_out, bytes of a row], in the file's memory map."""
+    order: Array | None = None
+    """Which of the file's rows each output is; None: they are in order."""
+
+    def rows(self) -> Iterator[tuple[int, Array, Parts]]:
+        """Yield codes and scales of some rows at a time.
+
+        Yields:
+            Number of the first row; codes uint8 [n_rows, n_in]; ``scale`` and ``minimum`` of each block and float16 ``d`` and
+            ``d_min`` of 256 weights, [n_rows, …], as far as the type has them.
+        """
+        block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]][1]
+        for begin in range(0, self.n_out, _ROWS):
+            part = slice(begin, begin + _ROWS)
+            raw = self.raw[part] if self.order is None else self.raw[self.order[part]]
+            codes, parts = _TAKEN_APART[self.kind](raw.reshape(len(raw), -1, block_bytes))
+            yield begin, codes.reshape(len(raw), self.n_in), {name: values for name, values in parts.items()}
+
+
+def _halves(blocks: Array, first: int) -> Array:
+    """Return the float16 at a place of each block, [n_rows, n_blocks]."""
+    return np.ascontiguousarray(blocks[..., first : first + 2]).view(np.float16)[..., 0]
+
+
+def _nibbles(bytes_: Array) -> Array:
+    """Return the low halves of bytes, and then the high ones."""
+    return np.concatenate([bytes_ & 15, bytes_ >> 4], -1)
+
+
+def _fifth(blocks: Array, first: int) -> Array:
+    """Return one bit for each of 32 weights."""
+    return np.unpackbits(blocks[..., first : first + 4], axis=-1, bitorder="little")
+
+
+def _q4(with_minimum: bool) -> Callable[[Array], tuple[Array, Parts]]:
+    def taken(blocks: Array) -> tuple[Array, Parts]:
+        parts = {"scale": _halves(blocks, 0)} | ({"minimum": _halves(blocks, 2)} if with_minimum else {})
+        return _nibbles(blocks[..., 4 if with_minimum else 2 :]), parts
+
+    return taken
+
+
+def _q5(with_minimum: bool) -> Callable[[Array], tuple[Array, Parts]]:
+    def taken(blocks: Array) -> tuple[Array, Parts]:
+        parts = {"scale": _halves(blocks, 0)} | ({"minimum": _halves(blocks, 2)} if with_minimum else {})
+        first = 4 if with_minimum else 2
+        return _nibbles(blocks[..., first + 4 :]) | (_fifth(blocks, first) << 4), parts
+
+    return taken
+
+
+def _q8_0(blocks: Array) -> tuple[Array, Parts]:
+    return blocks[..., 2:] ^ 128, {"scale": _halves(blocks, 0)}
+
+
+def _super_parts(blocks: Array) -> Parts:
+    """Return the 6-bit scales and minima of Q4_K and Q5_K, which lie in twelve bytes."""
+    low, middle, high = (blocks[..., first : first + 4] for first in (4, 8, 12))
+    scale = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], -1)
+    minimum = np.concatenate([middle & 63, (high >> 4) | ((middle >> 2) & 48)], -1)
+    return {"d": _halves(blocks, 0), "d_min": _halves(blocks, 2), "scale": scale, "minimum": minimum}
+
+
+def _q4_k(blocks: Array) -> tuple[Array, Parts]:
+    return _nibbles(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32)), _super_parts(blocks)
+
+
+def _q5_k(blocks: Array) -> tuple[Array, Parts]:
+    codes = _nibbles(blocks[..., 48:].reshape(*blocks.shape[:2], 4, 32)).reshape(*blocks.shape[:2], 8, 32)
+    fifth = (blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    return codes | (fifth << 4), _super_parts(blocks)
+
+
+def _q6_k(blocks: Array) -> tuple[Array, Parts]:
+    shape = blocks.shape[:2]
+    low = _nibbles(blocks[..., :128].reshape(*shape, 2, 64)).reshape(*shape, 2, 4, 32)
+    high = (blocks[..., 128:192].reshape(*shape, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    return low | (high << 4), {"d": _halves(blocks, 208), "scale": blocks[..., 192:208].view(np.int8)}
+
+
+_TAKEN_APART: dict[str, Callable[[Array], tuple[Array, Parts]]] = {
+    "Q4_0": _q4(False),
+    "Q4_1": _q4(True),
+    "Q5_0": _q5(False),
+    "Q5_1": _q5(True),
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}
+
+
+_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_IN_ORDER = ("qwen2", "qwen3")
+_ROTATED_BY_PAIRS = ("llama", "mistral")
+"""Families whose files hold the features of a query's or key's head as pairs, where transformers holds them as halves."""
+
+
+def own_codes(path: Path, config: Any) -> dict[str, QuantisedTensor]:
+    """Return the matrices of a Llama-like model's file whose codes can be taken as they are, by the modules' names."""
+    if config.model_type not in (*_IN_ORDER, *_ROTATED_BY_PAIRS):
+        return {}
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        kind, parts = tensor.tensor_type.name, str(tensor.name).split(".")
+        name = _module(parts)
+        if name is not None and kind in _TAKEN_APART and len(tensor.shape) == 2:
+            n_in, n_out = (int(n) for n in tensor.shape)
+            n_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(parts[-2])
+            order = None
+            if n_heads is not None and config.model_type in _ROTATED_BY_PAIRS:
+                order = _halves_of_pairs(n_out, int(n_heads))
+            found[name] = QuantisedTensor(kind, n_out, n_in, tensor.data, order)
+    if config.tie_word_embeddings and _EMBEDDINGS in found:
+        found.setdefault("lm_head", found[_EMBEDDINGS])
+    return found
+
+
+_EMBEDDINGS = "model.embed_tokens"
+
+
+def _module(parts: list[str]) -> str | None:
+    """Return which module a tensor's name belongs to."""
+    if parts == ["token_embd", "weight"]:
+        return _EMBEDDINGS
+    if parts == ["output", "weight"]:
+        return "lm_head"
+    if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in _NAMES:
+        return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}"
+    return None
+
+
+def _halves_of_pairs(n_out: int, n_heads: int) -> Array:
+    """Return which row of a file each output is."""
+    order: Array = np.arange(n_out).reshape(n_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return order
