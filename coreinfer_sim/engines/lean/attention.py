@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import prange
 
-from coreinfer_sim.engines.lean.intrinsics import add_scaled, dot, exp, inline, narrowed, normalise, parallel, serial
+from coreinfer_sim.engines.lean.intrinsics import (
+    address,
+    exp,
+    inline,
+    narrowed,
+    normalise,
+    parallel,
+    prefetched,
+    serial,
+)
+from coreinfer_sim.engines.lean.kernels import (
+    call_five,
+    call_product,
+    call_widened,
+    float_name,
+    mixed_address,
+    product_address,
+    widened_address,
+)
 from coreinfer_sim.engines.lean.products import multiply, rounded, width
 
-_CHUNK = 128  # positions that one task attends to
+_CHUNK = 64  # positions that one task attends to; widened, they fit into the first-level cache
+
+
+def cache_loops(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return the addresses of the loops over a cache: products of widened rows, their weighted sums, and what widens them."""
+    return product_address("float32", 1), mixed_address("float32"), widened_address(float_name(dtype))
 
 
 @inline
@@ -22,31 +46,39 @@ def _rotate(x, cos, sin):
 
 
 @inline
-def _attend(query, keys, values, start, end, scaling, scores, out):
-    """Sum values weighted by e^(score - highest) over positions start … end; return the highest score and the weights' sum."""
+def _ask(rows, part, n_parts):
+    """Ask for one of so many parts of rows ahead of their turn: memory would wait for arithmetic."""
+    n_lines = rows.shape[0] * rows.shape[1] * rows.itemsize // 64
+    begin = address(rows)
+    for line in range(part * n_lines // n_parts, (part + 1) * n_lines // n_parts):
+        prefetched(begin + 64 * line)
+
+
+@inline
+def _weights(query, keys, n, scaling, product, scores):
+    """Set ``scores`` to e^(score - highest) of ``n`` keys; return the highest score and the sum."""
+    given = (address(query), 0, 0, 0, query.shape[0], n, address(scores), n)
+    call_product(product, (address(keys), 0, *given))
     highest = np.float32(-3.0e38)
-    for t in range(start, end):
-        scores[t - start] = dot(keys[t], query) * scaling
-        highest = max(highest, scores[t - start])
+    for t in range(n):
+        scores[t] *= scaling
+        highest = max(highest, scores[t])
     total = np.float32(0.0)
-    for t in range(end - start):
+    for t in range(n):
         scores[t] = exp(scores[t] - highest)
         total += scores[t]
-    for j in range(out.shape[0]):
-        out[j] = np.float32(0.0)
-    for t in range(start, end):
-        add_scaled(scores[t - start], values[t], out)
     return highest, total
 
 
 @parallel
-def over_cache(queries, keys, values, rows, starts, end, scaling, out):
+def over_cache(loops, queries, keys, values, rows, starts, end, scaling, out):
     """Softmax attention of every query head over a cache.
 
     A task takes the query heads that share a key head, so that keys and values are read once for all of them, and some
     positions; parts are joined by their highest scores (https://arxiv.org/abs/2205.14135).
 
     Args:
+        loops: see `cache_loops`.
         queries: float32 [n_rows, n_heads, head_dim], rotated.
         keys: cache, [n_batch, n_key_heads, capacity, head_dim].
         values: as keys.
@@ -64,14 +96,22 @@ def over_cache(queries, keys, values, rows, starts, end, scaling, out):
     for task in prange(n_rows * n_keys * n_chunks):
         chunk, r, key = task % n_chunks, task // n_chunks // n_keys, task // n_chunks % n_keys
         first, last = max(starts[r], chunk * _CHUNK), min(end, (chunk + 1) * _CHUNK)
-        scores = np.empty(_CHUNK, np.float32)
-        for head in range(key * n_shared, (key + 1) * n_shared):
-            if first < last:
-                highest, total = _attend(
-                    *(queries[r, head], keys[rows[r], key], values[rows[r], key]),
-                    *(first, last, scaling, scores, parts[r, head, chunk]),
-                )
+        if first < last:
+            scores = np.empty((n_shared, _CHUNK), np.float32)
+            wide = np.empty((_CHUNK, head_dim), np.float32)  # of all query heads: keys first, values then
+            n, own = (last - first) * head_dim, rows[r]
+            call_widened(loops[2], (address(keys[own, key, first]), n, address(wide)))
+            for i in range(n_shared):
+                _ask(values[own, key, first:last], i, n_shared)
+                head = key * n_shared + i
+                highest, total = _weights(queries[r, head], wide, last - first, scaling, loops[0], scores[i])
                 weights[r, head, chunk, 0], weights[r, head, chunk, 1] = highest, total
+            call_widened(loops[2], (address(values[own, key, first]), n, address(wide)))
+            following = min(last + _CHUNK, keys.shape[2])
+            for i in range(n_shared):
+                _ask(keys[own, key, last:following], i, n_shared)
+                into = address(parts[r, key * n_shared + i, chunk])
+                call_five(loops[1], (address(wide), address(scores[i]), head_dim, last - first, into))
     for r in range(n_rows):
         for head in range(n_heads):
             _join(parts[r, head], weights[r, head], out[r, head])
@@ -99,6 +139,7 @@ def _join(parts, weights, out):
 
 @serial
 def attention(
+    loops,
     hidden,
     norm,
     head_norms,
@@ -117,6 +158,7 @@ def attention(
     """Add one layer's attention to ``hidden`` [n_rows, d_model] and put the new position into its cache.
 
     Args:
+        loops: see `cache_loops`.
         hidden: residual stream.
         norm: weight of the norm before, [d_model].
         head_norms: weights of the queries' and keys' own norms, [2, head_dim], or [0, head_dim] if there are none.
@@ -163,7 +205,9 @@ def attention(
                 values[rows[r], head, place, j] = narrowed(values[rows[r], head, place, j], value)
     # 3) all positions
     mixed = np.empty((n_rows, n_heads * head_dim), np.float32)
-    over_cache(*(queries, keys, values, rows, starts, place + 1, scaling, mixed.reshape((n_rows, n_heads, head_dim))))
+    over_cache(
+        *(loops, queries, keys, values, rows, starts, place + 1, scaling, mixed.reshape((n_rows, n_heads, head_dim)))
+    )
     codes, factors, sums = rounded(stack[3], mixed)
     added = np.empty((n_rows, width(stack[3])), np.float32)
     multiply(n_threads, stack[3:], mixed, codes, factors, sums, added)

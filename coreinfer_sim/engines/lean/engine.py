@@ -19,6 +19,7 @@ from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.lean.attention import cache_loops
 from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, unsupported
 from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_logits
@@ -135,7 +136,15 @@ class LeanEngine(Engine):
         n_rows = len(inputs.ids)
         made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
         decode_step(
-            *(hidden, weights.norms, weights.head_norms, weights.eps, weights.products, of_parts),
+            *(
+                cache_loops(self.model.dtype),
+                hidden,
+                weights.norms,
+                weights.head_norms,
+                weights.eps,
+                weights.products,
+                of_parts,
+            ),
             *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
             *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.addresses, self._cache.shape),
             *(

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -102,6 +103,23 @@ def fused(builder: Builder, a: Value, b: Value, c: Value) -> Value:
     """Return a · b + c of float vectors, rounded once where the processor can."""
     name = f"llvm.fmuladd.v{a.type.count}f32"
     return builder.call(intrinsic(builder, name, a.type, [a.type] * 3), [a, b, c])
+
+
+def zeroed(builder: Builder, n: int) -> Value:
+    """Return a variable of ``n`` float32 that is zero at first."""
+    made = cgutils.alloca_once(builder, vector(F32, n))
+    builder.store(constant(F32, n, 0.0), made)
+    return made
+
+
+def add_product(builder: Builder, variable: Value, a: Value, b: Value) -> None:
+    """Add a · b to a variable."""
+    builder.store(fused(builder, a, b, builder.load(variable)), variable)
+
+
+def store(builder: Builder, values: Value, out: Value, place: Value) -> None:
+    """Store float32 from a place of an array on."""
+    builder.store(values, builder.bitcast(builder.gep(out, [place]), values.type.as_pointer()), align=4)
 
 
 def prefetch(builder: Builder, pointer: Value, offset: Value) -> None:

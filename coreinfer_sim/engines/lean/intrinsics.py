@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types  # type: ignore[attr-defined]
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -86,6 +87,23 @@ def float_at(_context, where):
         return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()))
 
     return types.float32(types.int64), code
+
+
+@intrinsic
+def prefetched(_context, where):
+    """Ask for the cache line of an address."""
+    from llvmlite import ir
+
+    def code(context, builder, _signature, args):
+        byte, word = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(
+            function, [builder.inttoptr(args[0], byte.as_pointer()), *(ir.Constant(word, n) for n in (0, 2, 1))]
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
 
 
 @intrinsic

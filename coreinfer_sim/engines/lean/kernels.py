@@ -1,4 +1,7 @@
-"""Compiled code for tiles, called by its address: one function for each type of weights and number of input rows."""
+"""Compiled code for tiles, called by its address: one function for each type of weights and number of input rows.
+
+Each is compiled when it is first needed, and kept on the disk by numba.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from numba import types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from coreinfer_sim.engines.lean import formats, instructions, tiles
+from coreinfer_sim.engines.lean import formats, instructions, rows, tiles
 from coreinfer_sim.engines.lean.formats import FORMATS
 from coreinfer_sim.engines.lean.instructions import F32, I8, I32, I64, products_of_features
-from coreinfer_sim.engines.lean.tiles import FLOATS, Inputs, emit_product, emit_rows, emit_unpacked
+from coreinfer_sim.engines.lean.rows import FLOATS, emit_mixed, emit_rows, emit_widened
+from coreinfer_sim.engines.lean.tiles import Inputs, emit_product, emit_unpacked
 
 MANY = 4
 """Rows of inputs that one reading of a tile serves."""
 _PRODUCT = types.void(*[types.int64] * 10)
-_UNPACKED = types.void(*[types.int64] * 5)
+_FIVE = types.void(*[types.int64] * 5)
 _NAMES = (*FORMATS, *FLOATS)
 
 
@@ -65,6 +69,32 @@ def _unpacked(_context, _made_from, number, weights, scales, n_in, out, stride):
     return types.void(_made_from, number, *[types.int64] * 5), code
 
 
+@intrinsic(prefer_literal=True)
+def _mixed(_context, _made_from, number, rows, factors, n_in, n_rows, out):
+    name = _NAMES[number.literal_value]
+
+    def code(context, builder, _signature, args):
+        rows, factors, n_in, n_rows, out = args[2:]
+        result, by = (builder.inttoptr(each, F32.as_pointer()) for each in (out, factors))
+        emit_mixed(builder, name, builder.inttoptr(rows, I8.as_pointer()), by, n_in, n_rows, result)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, number, *[types.int64] * 5), code
+
+
+@intrinsic(prefer_literal=True)
+def _widened(_context, _made_from, number, values, n, out):
+    name = _NAMES[number.literal_value]
+
+    def code(context, builder, _signature, args):
+        values, n, out = args[2:]
+        from_, to = builder.inttoptr(values, I8.as_pointer()), builder.inttoptr(out, F32.as_pointer())
+        emit_widened(builder, name, from_, n, to)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, number, *[types.int64] * 3), code
+
+
 def _calling(n: int) -> Any:
     """Return an intrinsic that calls a compiled function with ``n`` integers by its address."""
 
@@ -83,8 +113,10 @@ def _calling(n: int) -> Any:
 
 call_product = _calling(10)
 """Call what `product_address` has named with a tuple of its ten arguments."""
-call_unpacked = _calling(5)
-"""Call what `unpacked_address` has named with a tuple of its five arguments."""
+call_widened = _calling(3)
+"""Call what `widened_address` has named with a tuple of its three arguments."""
+call_five = _calling(5)
+"""Call what `unpacked_address` or `mixed_address` has named with a tuple of its five arguments."""
 
 
 def _kept(signature: Any, function: Any) -> int:
@@ -105,7 +137,7 @@ _ALIVE: list[Any] = []
 @functools.cache
 def _made_from() -> int:
     """Return a number of the sources of the code: numba looks at those of this file alone when it reuses what it has kept."""
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (formats, instructions, tiles))
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (formats, instructions, rows, tiles))
     return int(hashlib.sha256(text).hexdigest()[:12], 16)
 
 
@@ -133,7 +165,29 @@ def unpacked_address(name: str) -> int:
     def unpacked(w, s, n_in, out, stride):
         _unpacked(made_from, number, w, s, n_in, out, stride)
 
-    return _kept(_UNPACKED, unpacked)
+    return _kept(_FIVE, unpacked)
+
+
+@functools.cache
+def mixed_address(name: str) -> int:
+    """Return the address of a weighted sum of rows of a floating type: addresses of rows and factors, n_in, n_rows, result."""
+    number, made_from = _NAMES.index(name), _made_from()
+
+    def mixed(rows, factors, n_in, n_rows, out):
+        _mixed(made_from, number, rows, factors, n_in, n_rows, out)
+
+    return _kept(_FIVE, mixed)
+
+
+@functools.cache
+def widened_address(name: str) -> int:
+    """Return the address of what widens values of a floating type: addresses of the values, their number, the result."""
+    number, made_from = _NAMES.index(name), _made_from()
+
+    def widened(values, n, out):
+        _widened(made_from, number, values, n, out)
+
+    return _kept(types.void(*[types.int64] * 3), widened)
 
 
 _FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

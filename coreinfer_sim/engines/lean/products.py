@@ -6,7 +6,7 @@ import numpy as np
 from numba import prange
 
 from coreinfer_sim.engines.lean.intrinsics import address, float_at, inline, parallel, serial
-from coreinfer_sim.engines.lean.kernels import call_product, call_unpacked
+from coreinfer_sim.engines.lean.kernels import call_five, call_product
 
 ONE, MANY, WEIGHTS, SCALES, BIAS, N_OUT, N_IN, CODE_STEP, SCALE_STEP, PACKED, UNPACKED = range(11)
 """Places in the words of a matrix: addresses of the product with one row and with four, of weights, scales and bias (0: none);
@@ -120,7 +120,7 @@ def unpack(words, first, n_tiles, out):
         tile = first + i
         weights = words[WEIGHTS] + tile * words[CODE_STEP]
         scales = words[SCALES] + tile * words[SCALE_STEP]
-        call_unpacked(words[UNPACKED], (weights, scales, words[N_IN], address(out) + 64 * i, out.shape[1]))
+        call_five(words[UNPACKED], (weights, scales, words[N_IN], address(out) + 64 * i, out.shape[1]))
 
 
 @serial

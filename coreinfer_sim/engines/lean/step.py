@@ -12,6 +12,7 @@ from coreinfer_sim.engines.lean.products import product
 
 @serial
 def decode_step(
+    loops,
     hidden,
     norms,
     head_norms,
@@ -37,6 +38,7 @@ def decode_step(
     """Set ``logits`` from the embeddings of the newest tokens, and put their position into the cache.
 
     Args:
+        loops: see `attention.cache_loops`.
         hidden: float32 [n_rows, d_model]; it is overwritten.
         norms: weights of the norms before attention and MLP of each layer, and twice that before the head,
             [n_layers + 1, 2, d_model].
@@ -65,7 +67,7 @@ def decode_step(
         keys = array_at(caches[layer, 0], like, cache_shape)
         values = array_at(caches[layer, 1], like, cache_shape)
         attention(
-            *(hidden, norms[layer, 0], head_norms[layer], eps[layer, 0], products[layer], cos, sin),
+            *(loops, hidden, norms[layer, 0], head_norms[layer], eps[layer, 0], products[layer], cos, sin),
             *(keys, values, rows, starts, place, scaling, n_threads),
         )
         first = 0

@@ -1,7 +1,4 @@
-"""Code for one tile of a matrix: its products with one row of inputs or four, and its weights as float32.
-
-Each is compiled when a matrix of its type is first laid out, kept on the disk by numba, and called by its address.
-"""
+"""Code for one tile of a packed matrix: its products with one row of inputs or several, and its weights as float32."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
 from numba.core import cgutils
 
 from coreinfer_sim.engines.lean.formats import BLOCK, SUPER, TILE, Format, Scales
@@ -22,24 +18,20 @@ from coreinfer_sim.engines.lean.instructions import (
     Builder,
     Products,
     Value,
+    add_product,
     constant,
-    fused,
-    intrinsic,
     load,
     prefetch,
     repeated,
+    store,
     summed_products,
     vector,
     whole,
+    zeroed,
 )
 
 _AHEAD = 4096  # bytes by which codes are asked for before they are needed
 _ROW = vector(F32, TILE)
-_WIDE = 16  # inputs of a row of floats that are multiplied at a time
-_FEW = 4  # rows of floats that are read side by side, or sums of one row
-_LONG = 4096  # inputs that the first-level cache does not hold beside weights
-FLOATS = ("bfloat16", "float16", "float32")
-"""Types of matrices that lie row by row, as in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +60,10 @@ def emit_product(
     stride: Value,
 ) -> None:
     """Set sixteen numbers of each of ``n_x`` rows of ``out``, ``stride`` floats apart, to a tile's products."""
-    sums = [_variable(builder) for _ in range(n_x)]
+    sums = [zeroed(builder, TILE) for _ in range(n_x)]
     # of the types with scales of scales: sums within such a span, by scales and by minima
-    inner = [_variable(builder) for _ in range(n_x)] if format_.span == SUPER else sums
-    minima = [_variable(builder) for _ in range(n_x)] if format_.scales is Scales.SUPER_MIN else inner
+    inner = [zeroed(builder, TILE) for _ in range(n_x)] if format_.span == SUPER else sums
+    minima = [zeroed(builder, TILE) for _ in range(n_x)] if format_.scales is Scales.SUPER_MIN else inner
     n_blocks = builder.udiv(n_in, whole(BLOCK))
 
     def block(number: Value, record: Value, small: Value) -> None:
@@ -91,10 +83,10 @@ def emit_product(
             for part, (factor, total) in enumerate(zip(factors, totals, strict=True)):
                 chosen = slice(part * n, (part + 1) * n)
                 dots = summed_products(builder, how, codes[chosen], fours[chosen], total, format_.offset, format_.bits)
-                _add(builder, inner[r], builder.sitofp(dots, _ROW), builder.fmul(factor, of_input))
+                add_product(builder, inner[r], builder.sitofp(dots, _ROW), builder.fmul(factor, of_input))
             if minimum is not None:
                 total = repeated(builder, builder.sitofp(totals[0], F32), TILE)
-                _add(builder, minima[r], minimum, builder.fmul(total, of_input))
+                add_product(builder, minima[r], minimum, builder.fmul(total, of_input))
 
     def over(number: Value) -> None:
         record = builder.mul(number, whole(format_.scale_bytes))
@@ -105,10 +97,10 @@ def emit_product(
             place = builder.add(builder.mul(number, whole(SUPER // BLOCK)), loop.index)
             block(place, record, _small(builder, format_, record, loop.index))
         for r in range(n_x):
-            _add(builder, sums[r], load_halves(builder, scales, record), builder.load(inner[r]))
+            add_product(builder, sums[r], load_halves(builder, scales, record), builder.load(inner[r]))
             if format_.scales is Scales.SUPER_MIN:
                 factor = load_halves(builder, scales, builder.add(record, whole(32)))
-                _add(builder, sums[r], builder.fneg(factor), builder.load(minima[r]))
+                add_product(builder, sums[r], builder.fneg(factor), builder.load(minima[r]))
 
     with cgutils.for_range(builder, builder.udiv(n_in, whole(format_.span))) as loop:
         if format_.span == SUPER:
@@ -117,7 +109,7 @@ def emit_product(
             record = builder.mul(loop.index, whole(format_.scale_bytes))
             block(loop.index, record, record)
     for r in range(n_x):
-        _store(builder, builder.load(sums[r]), out, builder.mul(stride, whole(r)))
+        store(builder, builder.load(sums[r]), out, builder.mul(stride, whole(r)))
 
 
 def emit_unpacked(
@@ -149,70 +141,7 @@ def emit_unpacked(
                 if minimum is not None:
                     weight = builder.fadd(weight, minimum)
                 row = builder.add(builder.mul(loop.index, whole(BLOCK)), whole(4 * j + i))
-                _store(builder, weight, out, builder.mul(row, stride))
-
-
-def emit_rows(
-    builder: Builder,
-    kind: str,
-    n_x: int,
-    weights: Value,
-    x: Value,
-    n_in: Value,
-    n_rows: Value,
-    out: Value,
-    stride: Value,
-) -> None:
-    """Do as `emit_product` for up to sixteen rows that lie one after the other, in one of the `FLOATS`.
-
-    Memory is read fastest row by row; inputs that do not fit into the first-level cache are read once for four rows.
-    """
-    size = 4 if kind == "float32" else 2
-    row_bytes = builder.mul(n_in, whole(size))
-
-    def some(r: Value, first: Value, n: int, n_sums: int) -> None:
-        """Multiply the rows first … first + n with the inputs r; each has so many sums of sixteen numbers."""
-        sums = [[_variable(builder) for _ in range(n_sums)] for _ in range(n)]
-        starts = [builder.mul(builder.add(first, whole(i)), row_bytes) for i in range(n)]
-        start = builder.mul(r, builder.mul(n_in, whole(4)))
-
-        def from_to(begin: Value, n_steps: Value, n_at_once: int) -> Value:
-            with cgutils.for_range(builder, n_steps) as loop:
-                place = builder.add(begin, builder.mul(loop.index, whole(n_at_once * _WIDE)))
-                for k in range(n_at_once):
-                    at = builder.add(place, whole(k * _WIDE))
-                    given = load(builder, x, builder.add(start, builder.mul(at, whole(4))), F32, _WIDE)
-                    for i in range(n):
-                        where = builder.add(starts[i], builder.mul(at, whole(size)))
-                        _add(builder, sums[i][k], _widened(builder, kind, weights, where, _WIDE), given)
-            return builder.add(begin, builder.mul(n_steps, whole(n_at_once * _WIDE)))
-
-        done = from_to(whole(0), builder.udiv(n_in, whole(n_sums * _WIDE)), n_sums)
-        if n_sums > 1:
-            done = from_to(done, builder.udiv(builder.sub(n_in, done), whole(_WIDE)), 1)
-        for i in range(n):
-            total = builder.load(sums[i][0])
-            for other in sums[i][1:]:
-                total = builder.fadd(total, builder.load(other))
-            single = cgutils.alloca_once(builder, F32)
-            builder.store(_sum(builder, total), single)
-            with cgutils.for_range(builder, builder.sub(n_in, done)) as loop:
-                at = builder.add(done, loop.index)
-                row = _widened(builder, kind, weights, builder.add(starts[i], builder.mul(at, whole(size))), 1)
-                product = builder.fmul(row, load(builder, x, builder.add(start, builder.mul(at, whole(4))), F32, 1))
-                one = builder.extract_element(product, ir.Constant(I32, 0))
-                builder.store(builder.fadd(builder.load(single), one), single)
-            where = builder.add(builder.add(first, whole(i)), builder.mul(stride, r))
-            builder.store(builder.load(single), builder.gep(out, [where]))
-
-    with cgutils.for_range(builder, whole(n_x)) as inputs:
-        is_long = builder.icmp_unsigned(">=", n_in, whole(_LONG))
-        n_fours = builder.select(is_long, builder.udiv(n_rows, whole(_FEW)), whole(0))
-        with cgutils.for_range(builder, n_fours) as loop:
-            some(inputs.index, builder.mul(loop.index, whole(_FEW)), _FEW, 1)
-        done = builder.mul(n_fours, whole(_FEW))
-        with cgutils.for_range(builder, builder.sub(n_rows, done)) as loop:
-            some(inputs.index, builder.add(loop.index, done), 1, _FEW)
+                store(builder, weight, out, builder.mul(row, stride))
 
 
 def load_halves(builder: Builder, scales: Value, offset: Value) -> Value:
@@ -220,37 +149,8 @@ def load_halves(builder: Builder, scales: Value, offset: Value) -> Value:
     return builder.fpext(load(builder, scales, offset, F16, TILE), _ROW)
 
 
-def _variable(builder: Builder) -> Value:
-    """Return sixteen sums that begin at zero."""
-    made = cgutils.alloca_once(builder, _ROW)
-    builder.store(constant(F32, TILE, 0.0), made)
-    return made
-
-
-def _add(builder: Builder, variable: Value, a: Value, b: Value) -> None:
-    builder.store(fused(builder, a, b, builder.load(variable)), variable)
-
-
-def _store(builder: Builder, row: Value, out: Value, place: Value) -> None:
-    builder.store(row, builder.bitcast(builder.gep(out, [place]), _ROW.as_pointer()), align=4)
-
-
 def _item(builder: Builder, array: Value, block: Value, n: int, place: int) -> Value:
     return builder.load(builder.gep(array, [builder.add(builder.mul(block, whole(n)), whole(place))]))
-
-
-def _sum(builder: Builder, values: Value) -> Value:
-    function = intrinsic(builder, f"llvm.vector.reduce.fadd.v{TILE}f32", F32, [F32, _ROW])
-    return builder.call(function, [ir.Constant(F32, 0.0), values], fastmath=("reassoc",))
-
-
-def _widened(builder: Builder, kind: str, weights: Value, offset: Value, n: int) -> Value:
-    if kind == "float32":
-        return load(builder, weights, offset, F32, n)
-    if kind == "float16":
-        return builder.fpext(load(builder, weights, offset, F16, n), vector(F32, n))
-    words = builder.zext(load(builder, weights, offset, I16, n), vector(I32, n))
-    return builder.bitcast(builder.shl(words, constant(I32, n, 16)), vector(F32, n))
 
 
 def _codes(builder: Builder, format_: Format, weights: Value, place: Value) -> list[Value]:

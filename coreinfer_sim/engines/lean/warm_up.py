@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import torch
 
+from coreinfer_sim.engines.lean.attention import cache_loops
 from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Matrix
 from coreinfer_sim.engines.lean.step import decode_step
@@ -23,7 +24,13 @@ def warm_up(dtype: torch.dtype) -> None:
     one, rows = np.ones((1, 8), np.float32), np.zeros(1, np.int64)
     keys, values = (torch.zeros(1, 1, 1, 8, dtype=dtype) for _ in range(2))
     decode_step(
-        *(one.copy(), np.ones((2, 2, 8), np.float32), np.zeros((1, 0, 8), np.float32), np.ones((2, 2), np.float32)),
+        *(
+            cache_loops(dtype),
+            one.copy(),
+            np.ones((2, 2, 8), np.float32),
+            np.zeros((1, 0, 8), np.float32),
+            np.ones((2, 2), np.float32),
+        ),
         *(np.stack([words] * 4)[None], np.stack([words] * 3)[None, None], np.ones(1, np.int64), rows, one, one),
         *(bits(keys), np.array([[keys.data_ptr(), values.data_ptr()]], np.int64), tuple(keys.shape), rows, rows, 0),
         *(np.float32(1), SILU, words[None], np.zeros((1, 16), np.float32), set_threads()),
