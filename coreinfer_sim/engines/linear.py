@@ -6,6 +6,8 @@ without instructions for a type multiply many rows slowly in it. So, whatever th
 - fewer than `FEW` rows with 16-bit weights: our compiled loops, which read each weight once;
 - more rows in a type that the processor has no instructions for: torch in float32, some weights at a time;
 - everything else: torch.
+
+Packed weights are multiplied by integer products for any number of rows.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from coreinfer_sim.models.loading import usable
 
 FEW = 8
 """Rows below which a product is bound by reading its weights."""
+_ROWS = 64  # of packed products, whose inputs then stay in the caches
 _BLOCK = 1 << 21  # weights that are widened at a time
 _LINEAR = (nn.Linear, FalconLinear)
 _LOOPS = (torch.bfloat16, torch.float16)
@@ -69,7 +72,10 @@ class MatrixProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., n_in] to [..., n_out]."""
         rows = x.reshape(-1, x.shape[-1]).detach().float().contiguous()
-        made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else self.matrix.times(rows)
+        if self.matrix.packed or len(rows) < FEW:
+            made = torch.cat([self.matrix.of_few(part.numpy()) for part in rows.split(_ROWS)])
+        else:
+            made = self.matrix.times(rows)
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
 
 

@@ -73,7 +73,7 @@ class LeanEngine(Engine):
         return products_of(self.model)
 
     def take_over(self) -> None:
-        """Let prefill multiply by the same weights as decode, widened some at a time."""
+        """Let prefill multiply by the same weights as decode."""
         table = self._weights.table
         for name, matrix in self._weights.matrices():
             layer = self.model.get_submodule(name)

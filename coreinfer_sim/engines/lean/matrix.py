@@ -93,7 +93,7 @@ class Matrix:
         return out[: self.n_in, : last - first]
 
     def of_few(self, x: Array) -> torch.Tensor:
-        """Multiply few float32 rows [n_rows, n_in] by the loops of decode, which read each weight once for four rows."""
+        """Multiply float32 rows [n_rows, n_in] by the loops of decode, which read each weight once for four rows."""
         out = np.empty((len(x), -(-self.n_out // TILE) * TILE), np.float32)
         product(set_threads(), self.words[None], x, out)
         return torch.from_numpy(out)[:, : self.n_out]
