@@ -75,7 +75,7 @@ def build_index(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Build an index over CORPUS: a hub id, a .jsonl, .json, .csv, .parquet or .txt file, or a save_to_disk folder.
+    """Build an index over CORPUS: a hub id, a .jsonl, .json, .csv, .parquet or .txt file, or a folder of them.
 
     A build that was broken off is continued by the same command.
 

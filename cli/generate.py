@@ -6,15 +6,16 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError, PromptError
 from coreinfer_sim.base.progress import counted
-from coreinfer_sim.base.rows import CorpusReport, Row, read_prompts
+from coreinfer_sim.base.rows import CorpusReport, Row, check_no_build, describe_corpus, read_lines, read_prompts
 from coreinfer_sim.base.settings import CorpusConfig
 
 from . import options
@@ -148,7 +149,7 @@ def generate(
                 click.echo(f"Error: line {number + 1}: {error}", err=True)
                 n_failed += 1
     if report.remarks():
-        click.echo(f"Note: {file}: {'; '.join(report.remarks())}.", err=True)
+        click.echo(f"Note: {file or 'stdin'}: {'; '.join(report.remarks())}.", err=True)
     if as_json:
         flat = results if compare else [runs[0] for runs in results]
         print_json(flat[0] if prompt is not None else flat)
@@ -172,10 +173,12 @@ def _prompts(prompt: str | None, file: str | None, settings: Settings, report: C
     if prompt is not None:
         yield Row("0", options.readable(prompt))
     elif file is not None:
-        yield from read_prompts(settings.make(CorpusConfig, source=file), report)
+        config = settings.make(CorpusConfig, source=file)
+        check_no_build(config)
+        click.echo(f"Reading {describe_corpus(config)}.", err=True)
+        yield from read_prompts(config, report)
     elif not sys.stdin.isatty():
-        lines = (line.decode("utf-8", "surrogateescape").strip() for line in sys.stdin.buffer)
-        yield from (Row(str(number), line) for number, line in enumerate(lines) if line)
+        yield from read_lines(cast(BufferedIOBase, sys.stdin.buffer), "stdin", report)
 
 
 def _asked(row: Row, chat: bool, system: str | None) -> Any:

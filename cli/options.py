@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from coreinfer_sim.base.errors import ConfigError, PromptError
+from coreinfer_sim.base.corpus_files import check_there
+from coreinfer_sim.base.errors import ConfigError, CorpusError, PromptError
 from coreinfer_sim.base.settings import parse_size
-from coreinfer_sim.base.sources import is_file_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,8 +83,10 @@ def part(default: str) -> Callable[[F], F]:
 def existing(_ctx: click.Context, _param: click.Parameter, value: Any) -> Any:
     """Refuse names of files that are not there; others may be on the hub."""
     for name in (value,) if isinstance(value, str) else value or ():
-        if not Path(name).exists() and (Path(name).is_absolute() or is_file_name(name)):
-            raise click.BadParameter(f"there is no file {name!r}; check the path.")
+        try:
+            check_there(name)
+        except CorpusError as error:
+            raise click.BadParameter(str(error)) from error
     return value
 
 

@@ -2,6 +2,7 @@
 
 __all__ = [
     "chats",
+    "corpus_files",
     "decode_settings",
     "errors",
     "extra",
@@ -14,5 +15,4 @@ __all__ = [
     "resuming",
     "rows",
     "settings",
-    "sources",
 ]

@@ -34,6 +34,15 @@ def is_conversation(value: Any) -> bool:
     return bool(messages) and all(_keys(message) is not None for message in messages)
 
 
+def fault_of(value: Any) -> str:
+    """Say in brackets which message of a list makes it no conversation; nothing where the list holds no message."""
+    for number, message in enumerate(_listed(value), 1):
+        if isinstance(message, dict) and _keys(message) is None:
+            has_role = any(isinstance(message.get(role), str) for role, _ in _KEYS)
+            return f" (message {number} has no {'content' if has_role else 'role'})"
+    return ""
+
+
 def conversation_of(value: Any) -> tuple[Conversation, int]:
     """Return the messages of a list, and how many of their parts are no text, such as images, which are left out.
 
@@ -89,7 +98,7 @@ def _text(content: Any) -> tuple[str, int]:
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
-        return str(content), 0
+        return str(content).lower() if isinstance(content, bool) else str(content), 0
     texts = [
         part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content
     ]

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coreinfer_sim.base.chats import Conversation, Turn, conversation_of, is_conversation, last_question
+from coreinfer_sim.base.chats import Conversation, Turn, conversation_of, fault_of, is_conversation, last_question
 from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.settings import SEPARATORS, CorpusConfig, template_parts
 from coreinfer_sim.base.sources import Source, Values
 from coreinfer_sim.base.text_files import mended
@@ -48,6 +49,8 @@ class Columns:
     has_id: bool = False
     are_chats: bool = False
     """Whether the first rows hold lists of messages."""
+    n_tabs: int = 0
+    """In each of the first lines of a text file, if there are as many in all of them."""
 
     @classmethod
     def of(cls, config: CorpusConfig, source: Source) -> Columns:
@@ -61,19 +64,28 @@ class Columns:
             raise CorpusError(
                 f"the corpus {config.source} holds no row, expected at least one with text; check the file."
             )
+        found = cls._recognise(config, source, sample)
+        for part in source.parts:
+            found._check_part(part)
+        return found
+
+    @classmethod
+    def _recognise(cls, config: CorpusConfig, source: Source, sample: Sequence[Values]) -> Columns:
         names = list(dict.fromkeys(name for values in sample for name in values))
         fields = template_fields(config.template)
         wanted = [name for name in (config.prompt_column, config.completion_column) if name is not None] + fields
         missing = [name for name in dict.fromkeys(wanted) if name not in names]
         if missing:
             near = [f"{name!r}" for name in names if name.lower() in {each.lower() for each in missing}]
+            _check_not_nested(config, sample)
             raise CorpusError(
                 f"the corpus {config.source} has the columns {sorted(names)}, expected {', '.join(missing)}; name an existing "
                 f"column in prompt_column or template{f', such as {near[0]}' if near else ''}."
             )
         has_id = "id" in names
         if config.template is not None and config.prompt_column is None:
-            prompt = next((name for name in _usual(names, _TEXTS) if _holds_text(sample, name)), None)
+            usual = [name for name in _usual(names, _TEXTS) if not _holds_numbers(sample, name)]
+            prompt = next((name for name in usual if _holds_text(sample, name)), None)
             return cls(source, prompt, None, config.template, has_id)
         if config.prompt_column is not None:
             prompt, completion = config.prompt_column, config.completion_column
@@ -81,7 +93,17 @@ class Columns:
             prompt, completion = _recognised(config, sample, names)
             completion = config.completion_column or completion
         are_chats = any(is_conversation(values.get(prompt)) for values in sample)
-        return cls(source, prompt, completion, config.template, has_id, are_chats)
+        return cls(source, prompt, completion, config.template, has_id, are_chats, _tabs_of_lines(source, sample))
+
+    def _check_part(self, part: Source) -> None:
+        """Raise CorpusError if a file of a folder lacks a column that the others have."""
+        names = {name for values in part.sample() for name in values}
+        missing = [name for name in self.names if name != "id" and name not in names]
+        if names and missing:
+            raise CorpusError(
+                f"{part.name} has the columns {sorted(names)}, expected {missing[0]} as in another file of its folder; rename "
+                "them alike, or name the files one by one."
+            )
 
     @property
     def names(self) -> list[str]:
@@ -95,6 +117,8 @@ class Columns:
         if self.source.separator is not None:
             names = {sign: name for name, sign in SEPARATORS.items() if name.isalpha()}
             parts[0] += f", parted by {names.get(self.source.separator, repr(self.source.separator))}"
+        if self.source.chosen:
+            parts[0] += f", {self.source.chosen}"
         if self.template is not None:
             embedded = (
                 "what the template makes is embedded and read" if self.prompt is None else f"prompts in {self.prompt!r}"
@@ -111,6 +135,10 @@ class Columns:
             )
         else:
             parts.append(f"prompts in {self.prompt!r}")
+        if self.n_tabs:
+            parts.append(
+                f"a line is a prompt, and each has {counted(self.n_tabs, 'tab')}: name it .tsv if it is a table"
+            )
         return "; ".join(parts)
 
     def texts(self, values: Values, place: int) -> RowText:
@@ -167,8 +195,8 @@ class Columns:
         if not isinstance(value, str):
             kind = "a list" if isinstance(value, list) else "an object"
             raise CorpusError(
-                f"{self.source.where(place)}: {name} is {kind}, expected text; name a column that holds text, or a list of "
-                "messages as prompt_column without a template."
+                f"{self.source.where(place)}: {name} is {kind}, expected text{fault_of(value)}; name a column that holds text, "
+                "or a list of messages with role and content as prompt_column without a template."
             )
         return self._mended(value, found).strip()
 
@@ -186,6 +214,7 @@ def template_fields(template: str | None) -> list[str]:
 
 def _recognised(config: CorpusConfig, sample: Sequence[Values], names: Sequence[str]) -> tuple[str, str | None]:
     """Return the column of prompts or conversations, and that of completions, if there is one."""
+    names = [name for name in names if name.lower() not in _TEXTS or not _holds_numbers(sample, name)]
     first = {name: next((values[name] for values in sample if values.get(name)), None) for name in names}
     chats = [name for name in names if is_conversation(first[name])]
     usual = next((name for name in _usual(names, _CHATS) if name in chats), None)
@@ -207,11 +236,13 @@ def _recognised(config: CorpusConfig, sample: Sequence[Values], names: Sequence[
         kind = "lists" if isinstance(first[odd], list) else "objects" if isinstance(first[odd], dict) else "text"
         raise CorpusError(
             f"the corpus {config.source} has {kind} in the column {odd!r}, expected text, or a list of messages with role and "
-            "content in each row; mend it, or name another column in prompt_column or template."
+            f"content in each row{fault_of(first[odd])}; mend it, or name another column in prompt_column or template."
         )
     if len(others) != 1 or chats:
+        _check_not_nested(config, sample)
+        known = sorted({name for values in sample for name in values})
         raise CorpusError(
-            f"the corpus {config.source} has the columns {sorted(names)}, and none is called prompt, text or messages and holds "
+            f"the corpus {config.source} has the columns {known}, and none is called prompt, text or messages and holds "
             "text; name one in prompt_column or template."
         )
     return others[0], None
@@ -233,5 +264,34 @@ def _holds_ids(sample: Sequence[Values], name: str) -> bool:
     """
     if _ID.fullmatch(name.strip()):
         return True
-    found = [str(values[name]).strip() for values in sample if values.get(name)]
+    found = _values(sample, name)
     return all(_NUMBER.fullmatch(text) or (text.isascii() and _WORD.fullmatch(text)) for text in found)
+
+
+def _holds_numbers(sample: Sequence[Values], name: str) -> bool:
+    """Tell whether a column holds numbers and nothing else."""
+    found = _values(sample, name)
+    return bool(found) and all(_NUMBER.fullmatch(text) for text in found)
+
+
+def _values(sample: Sequence[Values], name: str) -> list[str]:
+    return [text for values in sample if values.get(name) and (text := str(values[name]).strip())]
+
+
+def _tabs_of_lines(source: Source, sample: Sequence[Values]) -> int:
+    """Return how many tabs stand in each of the first lines of a text file; 0 where the lines differ."""
+    file = source.parts[0] if source.parts else source
+    if len(sample) < 2 or not re.search(r"(?i)\.txt(\.gz)?$", file.name):
+        return 0
+    counts = {str(values.get("text")).count("\t") for values in sample}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def _check_not_nested(config: CorpusConfig, sample: Sequence[Values]) -> None:
+    """Raise CorpusError if a corpus is one object that holds its rows in a list."""
+    for name, value in sample[0].items() if len(sample) == 1 else ():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            raise CorpusError(
+                f"the corpus {config.source} is one object with its rows in {name!r}, expected the rows at the top; write that "
+                "list into a file of its own."
+            )

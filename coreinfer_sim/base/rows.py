@@ -6,16 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.chats import Conversation, last_question, plain
 from coreinfer_sim.base.columns import Columns, RowText
+from coreinfer_sim.base.corpus_files import set_name
 from coreinfer_sim.base.errors import ChatTemplateError, ConfigError, CorpusError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.settings import CorpusConfig
-from coreinfer_sim.base.sources import Source, open_source, set_name
+from coreinfer_sim.base.sources import Source, open_source
+from coreinfer_sim.base.text_files import lines_of, mended
 
 _BLOCK = 1000
 _OF_BUILDS = ("template", "limit", "max_tokens", "deduplicate")
@@ -87,8 +90,8 @@ class CorpusReport:
         self.n_other_parts += bool(found.n_other_parts)
 
     def remarks(self) -> list[str]:
-        """Say what was mended and what could not be read."""
-        parts = []
+        """Say what was left out, mended, and what could not be read."""
+        parts = [f"{counted(self.n_empty, 'empty row')} dropped"] if self.n_empty else []
         if self.n_mended:
             parts.append(
                 f"{counted(self.n_mended, 'row')} with U+FFFD for what is no Unicode text ({self.first_mended})"
@@ -104,8 +107,6 @@ class CorpusReport:
         parts = [
             f"{counted(self.n_kept, 'prompt')} with {counted(self.n_tokens, 'token')} kept of {counted(self.n_rows, 'row')}"
         ]
-        if self.n_empty:
-            parts.append(f"{counted(self.n_empty, 'empty row')} dropped")
         if self.n_duplicate:
             parts.append(f"{counted(self.n_duplicate, 'duplicate')} dropped")
         parts += self.remarks()
@@ -226,6 +227,19 @@ def read_prompts(config: CorpusConfig, report: CorpusReport) -> Iterator[Row]:
             yield Row(row_id, found.prompt, history=() if question is None else found.turns[: question + 1])
         else:
             report.n_empty += 1
+
+
+def read_lines(raw: BufferedIOBase, name: str, report: CorpusReport) -> Iterator[Row]:
+    """Draw the lines of a stream as prompts, as they come; blank ones are no rows.
+
+    Raises:
+        CorpusError: it is no text, or in another encoding than UTF-8, or UTF-16 with its mark.
+    """
+    for number, line in enumerate(lines_of(raw, name), 1):
+        text = mended(line).strip()
+        report.note(RowText(text, n_mended=mended(line) != line), f"line {number:,}")
+        if text:
+            yield Row(str(number), text)
 
 
 def read_completions(config: CorpusConfig, report: CorpusReport) -> Iterator[Row]:

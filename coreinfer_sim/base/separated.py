@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,11 +56,10 @@ def separated_rows(
     """
     csv.field_size_limit(_MOST_IN_FIELD)
     with open_text(path) as file:
-        n_before = 1 if _names_separator(file.readline()) else 0
-        if not n_before:
-            file.seek(0)
-        reader, header = csv.reader(file, delimiter=separator, strict=True), None
-        skipped = n_before
+        first = file.readline()
+        skipped = n_before = 1 if _names_separator(first) else 0
+        lines = file if skipped else itertools.chain([first], file)
+        reader, header = csv.reader(lines, delimiter=separator, strict=True), None
         try:
             for row in reader:
                 begin, n_before = n_before + 1, reader.line_num + skipped
@@ -67,12 +67,13 @@ def separated_rows(
                     continue
                 if header is None:
                     header = [name.strip() for name in row]
-                    _check_header(path, header, columns)
+                    check_once(path, header, columns)
                     continue
                 if len(row) != len(header):
                     raise CorpusError(
                         f"{path}, line {begin:,}, has {counted(len(row), 'field')}, expected {len(header)} as in its header, "
-                        f"parted by {separator!r}; put quotes around a field that holds the separator, or name another separator."
+                        f"parted by {separator!r}; put quotes around a field that holds the separator, or name another one in "
+                        "corpus.separator."
                     )
                 yield begin, {name: value or None for name, value in zip(header, row, strict=True)}
         except csv.Error as error:
@@ -87,7 +88,8 @@ def _names_separator(line: str) -> bool:
     return line.lower().startswith("sep=") and len(line.strip()) == 5
 
 
-def _check_header(path: Path, header: list[str], columns: Sequence[str] | None) -> None:
+def check_once(path: Path, header: Sequence[str], columns: Sequence[str] | None) -> None:
+    """Raise CorpusError if a column that is asked for is in a file's header more than once."""
     twice = sorted({name for name in header if header.count(name) > 1} & set(columns or ()))
     if twice:
         raise CorpusError(f"{path} has several columns called {twice[0]!r}, expected one; rename them.")

@@ -126,11 +126,12 @@ class CorpusConfig:
     """Where the prompts come from and how a row becomes text."""
 
     source: str
-    """Hub id, or the path of a JSONL, JSON, CSV, TSV, text (each also .gz) or Parquet file, or of a ``save_to_disk`` folder."""
+    """Hub id, or the path of a JSONL, JSON, CSV, TSV, text (each also .gz) or Parquet file, of a folder of files
+    of one of these kinds, or of a ``save_to_disk`` folder."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
-    """Split of a hub data set or of a ``save_to_disk`` folder with several."""
+    """Split of a hub data set, or of a folder with several."""
     prompt_column: str | None = None
     """Column that is embedded: what a user would type, or a list of messages, of which the user's last one is embedded. None:
     "messages" or "conversations", "prompt" with "completion", "prompt", "text", or the only text column; where there is none

@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from coreinfer_sim.base.errors import CorpusError
-from coreinfer_sim.base.separated import separated_rows, separator_of
+from coreinfer_sim.base.corpus_files import KINDS, check_there, files_of, kind_of
+from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, CorpusError
+from coreinfer_sim.base.separated import check_once, separated_rows, separator_of
 from coreinfer_sim.base.settings import CorpusConfig
 from coreinfer_sim.base.tables import rows_of_table
 from coreinfer_sim.base.text_files import open_text
@@ -25,7 +26,8 @@ RawRows = Iterator[tuple[int, Values]]
 """Rows with their places, from 1: lines of a text file, rows of any other."""
 N_SAMPLED = 100
 _READ_AT_ONCE = 1 << 20
-_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
+_OF_SOME = {"name": "configurations", "split": "splits", "separator": "separated values"}
+"""What the settings choose among that do nothing for some kinds of corpora."""
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 """Numbers stay the characters that they are written in."""
 _NO_SPACE = re.compile(r"\S|\Z")
@@ -42,6 +44,10 @@ class Source:
     """Draws the rows, with some columns alone, or all."""
     separator: str | None = None
     """Of a file with separated values."""
+    parts: Sequence[Source] = ()
+    """The files of a folder."""
+    chosen: str = ""
+    """Which files of a folder these are."""
 
     def rows(self, columns: Sequence[str] | None = None) -> RawRows:
         """Stream the rows.
@@ -69,53 +75,45 @@ def open_source(config: CorpusConfig) -> Source:
 
     Raises:
         CorpusError: there is none, or of a kind that is not read.
+        ConfigError: a setting was given that does nothing for this kind.
     """
     path = Path(config.source)
-    if not path.exists() and (path.is_absolute() or is_file_name(config.source)):
-        raise CorpusError(f"there is no file {path}, expected a corpus; check the path.")
+    check_there(config.source)
     with _as_corpus_errors(config.source):
-        if path.is_file():
+        if path.is_dir() and not _is_saved(path):
+            _check_without(config, "name")
+            files, chosen = files_of(path, config.split, is_asked=config.split != CorpusConfig.split)
+            parts = [_file(file, config) for file in files]
+            return Source(
+                config.source, "row", lambda columns: _one_after_the_other(parts, columns), None, parts, chosen
+            )
+        if path.exists() and not path.is_dir():
+            _check_without(config, "name", "split")
             return _file(path, config)
-        files = _files(path, config) if path.is_dir() and not _is_saved(path) else []
-        if files:
-            sources = [_file(file, config) for file in files]
-            return Source(config.source, "row", lambda columns: _one_after_the_other(sources, columns))
+        _check_without(config, "separator", *(["name"] if path.is_dir() else []))
         return Source(config.source, "row", _data_set(path, config))
 
 
+def _check_without(config: CorpusConfig, *names: str) -> None:
+    """Raise ConfigError if a setting was given that does nothing for this kind of corpus."""
+    for name in names:
+        if getattr(config, name) != getattr(CorpusConfig, name):
+            raise ConfigError(
+                f"corpus.{name} does nothing for {config.source}, which has no {_OF_SOME[name]}; leave it out."
+            )
+
+
 def _file(path: Path, config: CorpusConfig) -> Source:
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in (".csv", ".tsv"):
         separator = separator_of(path, config.separator, "\t" if kind == ".tsv" else ",")
         return Source(str(path), "line", lambda columns: separated_rows(path, separator, columns), separator)
+    _check_without(config, "separator")
     if kind == ".parquet":
         return Source(str(path), "row", lambda columns: _parquet(path, columns))
     readers: dict[str, Callable[[Path], RawRows]] = {".txt": _lines, ".json": _json, ".jsonl": _json_lines}
     read = readers[".jsonl" if kind == ".ndjson" else kind]
     return Source(str(path), "line", lambda _columns: read(path))
-
-
-def _files(folder: Path, config: CorpusConfig) -> list[Path]:
-    """Return the files of a folder that are read as one corpus: all of one kind, those of the split where names tell splits.
-
-    Raises:
-        CorpusError: they are of several kinds, or none is of the split.
-    """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_file_name(path.name))
-    kinds = sorted({_suffix(path) for path in files})
-    if len(kinds) > 1:
-        raise CorpusError(
-            f"the folder {folder} holds files of several kinds ({', '.join(kinds)}), expected one; name a file."
-        )
-    words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
-    if len(set().union(*words.values()) & _SPLITS) < 2:
-        return files
-    chosen = [path for path in files if config.split.lower() in words[path]]
-    if not chosen:
-        raise CorpusError(
-            f"the folder {folder} has files of several splits and none of {config.split}; name one in split, or a file."
-        )
-    return chosen
 
 
 def _one_after_the_other(sources: Sequence[Source], columns: Sequence[str] | None) -> RawRows:
@@ -128,42 +126,12 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
-
-
-def is_file_name(name: str) -> bool:
-    """Tell whether a name ends as the files do that are read."""
-    return _suffix(Path(name)) in KINDS
-
-
-def set_name(source: str) -> str:
-    """Return what rows of a source are called together: the file's name without its endings, or the name on the hub."""
-    name = Path(source).name
-    return re.sub(rf"(?i)({'|'.join(map(re.escape, KINDS))})?(\.gz)?$", "", name) or name
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _kind(path: Path) -> str:
-    suffix = _suffix(path)
-    if suffix not in KINDS:
-        raise CorpusError(
-            f"the corpus {path} ends in {path.suffix!r}, expected one of {', '.join(KINDS)}, all but the last also with .gz; "
-            "convert or rename it."
-        )
-    if path.stat().st_size == 0:
-        raise CorpusError(f"the corpus {path} is empty, expected at least one row; check the file.")
-    return suffix
-
-
 @contextmanager
 def _as_corpus_errors(name: str) -> Iterator[None]:
     """Turn what a dozen libraries raise within the block into an error of ours."""
     try:
         yield
-    except CorpusError:
+    except CoreInferSimError:
         raise
     except (EOFError, zlib.error) as error:
         raise CorpusError(
@@ -191,12 +159,14 @@ def _lines(path: Path) -> RawRows:
 
 def _json_lines(path: Path) -> RawRows:
     with open_text(path) as file:
+        is_first = True
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith("["):  # one array, whatever it is called
+            if is_first and (line.lstrip().startswith("[") or line.strip() == "{"):  # JSON over several lines
                 yield from _json(path)
                 return
+            is_first = False
             try:
                 yield number, _object(path, number, _DECODER.decode(line))
             except (ValueError, RecursionError) as error:
@@ -272,7 +242,9 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> RawRows:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        known = [name for name in columns or () if name in file.schema_arrow.names]
+        names = file.schema_arrow.names
+        check_once(path, names, columns)
+        known = [name for name in columns or () if name in names]
         tables = file.iter_batches(batch_size=1000, columns=known) if columns else file.iter_batches(batch_size=1000)
         yield from rows_of_table(tables)
 
@@ -291,6 +263,8 @@ def _data_set(path: Path, config: CorpusConfig) -> Callable[[Sequence[str] | Non
                     f"the corpus {path} has the splits {sorted(opened)}, expected {config.split}; name one in split."
                 )
             opened = opened[config.split]
+        else:
+            _check_without(config, "split")
     else:
         opened = datasets.load_dataset(config.source, config.name, split=config.split, streaming=True)
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from coreinfer_sim.base.corpus_files import set_name
 from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.progress import Progress, counted
 from coreinfer_sim.base.rows import CorpusReport, Row, check_no_build, describe_corpus, read_completions
 from coreinfer_sim.base.settings import CorpusConfig
-from coreinfer_sim.base.sources import set_name
 
 
 def hash_percent(row_id: str) -> int:
@@ -50,8 +50,6 @@ def read_rows(
         if len(rows) == limit:
             break
     remarks = report.remarks()
-    if report.n_empty:
-        remarks.insert(0, f"{counted(report.n_empty, 'row')} without prompt or completion left out")
     if progress is not None and remarks:
         progress.say(f"{path}: {'; '.join(remarks)}.")
     n_rows, n_empty = report.n_rows, report.n_empty

@@ -141,6 +141,34 @@ def test_numbers_and_single_words_are_no_prompts(jsonl, values):
     assert [s.prompt for s in read(jsonl(*rows))[0]] == [row["question"] for row in rows]
 
 
+@pytest.mark.parametrize("name", ["prompt", "text", "Prompt"])
+@pytest.mark.parametrize("values", [["1", "2"], [3, None], ["4.5", ""]])
+def test_numbers_are_no_prompts_whatever_their_column_is_called(jsonl, name, values):
+    rows = [{name: value, "question": f"How {n}?"} for n, value in enumerate(values)]
+    assert [s.prompt for s in read(jsonl(*rows))[0]] == ["How 0?", "How 1?"]
+    assert [s.prompt for s in read(jsonl(*rows), template="{question}")[0]] == ["How 0?", "How 1?"]
+    assert read(jsonl(*rows), prompt_column=name)[0][0].prompt == str(values[0])
+    with pytest.raises(CorpusError, match="none is called prompt, text or messages"):
+        read(jsonl(*({name: value} for value in values)))
+
+
+def test_a_table_in_a_text_file_is_said_to_be_one(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("How?\tSo.\nWho?\tThey.\n")
+    assert "each has 1 tab: name it .tsv if it is a table" in describe_corpus(CorpusConfig(str(path)))
+    for other in ("How?\tSo.\nWho?\n", "How?\tSo.\n", "How?\nWho?\n"):
+        path.write_text(other)
+        assert "tab" not in describe_corpus(CorpusConfig(str(path))).removeprefix(str(path))
+
+
+def test_rows_inside_an_object_are_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": "1", "data": [{"question": "How?"}, {"question": "Who?"}]}))
+    for settings in ({}, {"prompt_column": "question"}):
+        with pytest.raises(CorpusError, match="is one object with its rows in 'data', expected the rows at the top"):
+            read(path, **settings)
+
+
 def test_writing_without_spaces_is_a_prompt(jsonl):
     assert read(jsonl({"id": "1", "question": "恒星是怎样形成的？"}))[0][0].prompt == "恒星是怎样形成的？"
 
@@ -160,6 +188,22 @@ def test_one_word_that_asks_is_a_prompt(jsonl):
 def test_messages_that_are_none_are_named(jsonl, value):
     with pytest.raises(CorpusError, match="in the column 'messages', expected text, or a list of messages with role"):
         read(jsonl({"messages": value}))
+
+
+@pytest.mark.parametrize(
+    ("message", "lacks"), [({"content": "So."}, "role"), ({"role": "user"}, "content"), ({"from": "gpt"}, "content")]
+)
+def test_a_message_that_lacks_something_is_named(jsonl, message, lacks):
+    turns = [{"role": "user", "content": "How?"}, message]
+    for rows in ([{"messages": turns}], [{"messages": turns[:1]}, {"messages": turns}]):
+        with pytest.raises(CorpusError, match=rf"\(message 2 has no {lacks}\)"):
+            read(jsonl(*rows))
+
+
+@pytest.mark.parametrize(("content", "text"), [(True, "true"), (False, "false"), (7, "7"), ("True", "True")])
+def test_a_scalar_content_is_its_characters(jsonl, content, text):
+    turns = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": content}]
+    assert read(jsonl({"messages": turns}))[0][0].text == f"Is it so?\n{text}"
 
 
 @pytest.mark.parametrize("value", [["a", "b"], {"a": "b"}, [["a"]], [{"role": "user"}]])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
 import decimal
 import gzip
 import json
+import lzma
+import os
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.corpus_files import set_name
+from coreinfer_sim.base.errors import ConfigError, CorpusError
 from coreinfer_sim.base.settings import CorpusConfig
-from coreinfer_sim.base.sources import open_source, set_name
+from coreinfer_sim.base.sources import open_source
 
 
 def rows_of(path, columns=None, **settings):
@@ -76,6 +80,11 @@ def test_a_json_string_stays_a_string(written):
         (pa.array([7, None]), ["7", None]),
         (pa.array([0.1, 7.0], pa.float32()), ["0.1", "7.0"]),
         (pa.array([0.5, 1e300]), ["0.5", "1e+300"]),
+        (pa.array([1234567.0, 0.00001], pa.float32()), ["1234567.0", "0.00001"]),
+        (pa.array([0.0, float("nan"), None]), ["0.0", None, None]),
+        (pa.array([datetime.timedelta(days=1, minutes=90)], pa.duration("ns")), ["1 day, 1:30:00"]),
+        (pa.array([datetime.timedelta(seconds=90)], pa.duration("s")), ["0:01:30"]),
+        (pa.array([decimal.Decimal("0.00000001")], pa.decimal128(20, 8)), ["0.00000001"]),
         (pa.array([True, False]), ["true", "false"]),
         (pa.array([datetime.date(2024, 1, 5)]), ["2024-01-05"]),
         (pa.array([datetime.datetime(2024, 1, 5, 12, 30)]), ["2024-01-05 12:30:00"]),
@@ -90,6 +99,14 @@ def test_a_json_string_stays_a_string(written):
 def test_a_parquet_value_is_its_plain_text(tmp_path, array, texts):
     pyarrow.parquet.write_table(pa.table({"a": array}), tmp_path / "a.parquet")
     assert [values["a"] for values in values_of(tmp_path / "a.parquet")] == texts
+
+
+def test_a_column_twice_in_parquet_matters_only_where_it_is_read(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"]), pa.array(["z"])], names=["a", "a", "b"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    assert values_of(tmp_path / "a.parquet", ["b"]) == [{"b": "z"}]
+    with pytest.raises(CorpusError, match="several columns called 'a', expected one; rename them"):
+        values_of(tmp_path / "a.parquet", ["a"])
 
 
 def test_parquet_text_that_is_no_utf8_is_read(tmp_path):
@@ -171,14 +188,6 @@ def test_encodings(written, name, encoding, mark, pack):
     assert [values["text"] for values in values_of(path)] == ["Gebäude 建物"]
 
 
-@pytest.mark.parametrize("text", ["Das Café ist schön", "don\u2019t", "\u201eGänsefüßchen\u201c", "naïve façade"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
-def test_windows_1252_is_refused_by_name(written, name, text):
-    body = {"a.jsonl": f'{{"text": "{text}"}}\n', "a.csv": f"text,b\n{text},c\n", "a.txt": f"{text}\n"}[name]
-    with pytest.raises(CorpusError, match=r"is not UTF-8: line \d holds the byte 0x.*Windows-1252; convert it"):
-        rows_of(written(name, body.encode("cp1252")))
-
-
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf16_without_its_mark_is_refused_by_name(written, encoding):
     with pytest.raises(CorpusError, match="UTF-16 without a byte order mark"):
@@ -199,6 +208,16 @@ def test_a_damaged_row_is_not_the_end_of_a_file(written, damage):
     [
         ("a.csv", b"PK\x03\x04rest", "a zip or Excel file"),
         ("a.jsonl", b"PAR1rest", "a Parquet file"),
+        ("a.jsonl", bz2.compress(b"{}"), "packed by bzip2, expected text; unpack it"),
+        ("a.jsonl", lzma.compress(b"{}"), "packed by xz, expected text; unpack it"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfdrest", "packed by zstd, expected text; unpack it"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "packed by gzip, expected text; unpack it"),
+        ("a.jsonl", b"ARROW1\0\0", "an Arrow or Feather file"),
+        ("a.jsonl", b"\xff\xff\xff\xff\x10", "an Arrow stream"),
+        *(
+            (f"a.{name}", b"x", "is packed, .* unpack it first")
+            for name in ("csv.bz2", "jsonl.zst", "zip", "parquet.gz")
+        ),
         ("a.txt", b"\n \n", "is empty"),
         ("a.csv", b"", "is empty"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 5000, mtime=0)[:60], "cut short or damaged"),
@@ -225,6 +244,7 @@ def test_json_values_one_after_the_other_and_arrays_of_texts(written):
     objects = '{"a": "1"}\n\n{\n "a": "2"\n}\n'
     assert rows_of(written("a.json", objects)) == [(1, {"a": "1"}), (3, {"a": "2"})]
     assert values_of(written("b.json", '["x", "y"]')) == [{"text": "x"}, {"text": "y"}]
+    assert rows_of(written("d.jsonl", objects[12:])) == [(1, {"a": "2"})]
     assert values_of(written("c.jsonl", '[\n{"a": "1"},\n{"a": "2"}]')) == [{"a": "1"}, {"a": "2"}]
 
 
@@ -257,26 +277,37 @@ def test_a_set_is_called_after_its_file(source, name):
     assert set_name(source) == name
 
 
-def write_folder(folder, files):
-    for name, content in files.items():
-        (folder / name).write_text(content)
-    return folder
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("-", "there is no file or folder '-'"),
+        ("./nothere", "there is no file or folder"),
+        ("nothere/", "there is no file or folder"),
+        ("a/b/c", "there is no file or folder"),
+        ("nothere.csv.bz2", "there is no file or folder"),
+        ("https://example.org/rows.jsonl", "is an address, expected a file or folder; download it first"),
+        ("nothere/*.jsonl", "name one file, or a folder of them"),
+    ],
+)
+def test_what_is_not_there_is_said_to_be_missing(source, said):
+    with pytest.raises(CorpusError, match=said):
+        open_source(CorpusConfig(source))
 
 
-def test_files_of_a_folder_are_one_corpus(tmp_path):
-    rows = {f"part-{n}.csv": f"q;a\n00{n};x, y\n" for n in range(3)}
-    folder = write_folder(tmp_path, {**rows, "README.md": "Not read."})
-    assert rows_of(folder) == [(n + 1, {"q": f"00{n}", "a": "x, y"}) for n in range(3)]
-    (folder / "part-1.csv").write_text("q;a\n1;2;3\n")
-    with pytest.raises(CorpusError, match=r"part-1.csv, line 2, has 3 fields"):
-        rows_of(folder)
+def test_a_pipe_is_refused():
+    reading, writing = os.pipe()
+    with (
+        os.fdopen(reading),
+        os.fdopen(writing),
+        pytest.raises(CorpusError, match="is a pipe or a device, expected a file"),
+    ):
+        open_source(CorpusConfig(f"/dev/fd/{reading}"))
 
 
-def test_splits_and_kinds_of_a_folder_are_not_mixed(tmp_path):
-    write_folder(tmp_path, {"train-0.jsonl": '{"text": "a"}\n', "test-0.jsonl": '{"text": "b"}\n'})
-    assert values_of(tmp_path) == [{"text": "a"}] and values_of(tmp_path, split="test") == [{"text": "b"}]
-    with pytest.raises(CorpusError, match="none of dev"):
-        values_of(tmp_path, split="dev")
-    write_folder(tmp_path, {"more.csv": "text\nc\n"})
-    with pytest.raises(CorpusError, match=r"several kinds \(.csv, .jsonl\)"):
-        values_of(tmp_path)
+@pytest.mark.parametrize(
+    "settings", [{"split": "test"}, {"name": "en"}, {"separator": ";"}], ids=lambda given: [*given][0]
+)
+def test_a_setting_that_does_nothing_is_refused(written, settings):
+    (name,) = settings
+    with pytest.raises(ConfigError, match=f"corpus.{name} does nothing for .*a.jsonl, which has no .*; leave it out"):
+        rows_of(written("a.jsonl", '{"text": "x"}\n'), **settings)

@@ -88,7 +88,7 @@ def test_an_empty_corpus(build, tmp_path):
 def test_a_missing_corpus(build, tmp_path):
     refused(
         build(source="/nowhere/corpus.jsonl"),
-        "there is no file /nowhere/corpus.jsonl",
+        "there is no file or folder '/nowhere/corpus.jsonl'",
         "expected a corpus",
         "check the path",
     )

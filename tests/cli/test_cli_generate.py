@@ -153,8 +153,12 @@ def test_a_line_that_fails_does_not_take_the_others_along(index, tmp_path):
     result = call("generate", "--index", index, "--file", tmp_path / "prompts.txt", "--max-new-tokens", 2, "--json")
     assert result.exit_code == 1
     assert [row["prompt"] for row in json.loads(result.stdout)] == ["stars", "bread"]
-    first, last = result.stderr.splitlines()
-    assert first.startswith("Error: line 2: the prompt has ") and last.startswith("Error: 1 of 3 prompts failed")
+    read, first, last = result.stderr.splitlines()
+    assert (
+        read.startswith("Reading ")
+        and first.startswith("Error: line 2: the prompt has ")
+        and last.startswith("Error: 1 of 3 prompts failed")
+    )
 
 
 def test_sampling_repeats_with_its_seed(index):

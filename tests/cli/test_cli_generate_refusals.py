@@ -116,9 +116,28 @@ def test_a_file_in_another_encoding(index, tmp_path):
     )
 
 
-def test_lines_in_another_encoding(index):
-    result = call("generate", "--index", index, "--max-new-tokens", 2, "--json", stdin=b"stars\n" + LATIN)
-    assert result.exit_code == 1
-    assert [row["prompt"] for row in json.loads(result.stdout)] == ["stars"]
-    first, last = result.stderr.splitlines()
-    assert re.match("Error: line 2: the prompt .* is not UTF-8", first) and last.startswith("Error: 1 of 2 prompts")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"stars\n" + LATIN, "stdin is not UTF-8: line 2"), ("stars\n".encode("utf-16-le"), "seems to be UTF-16")],
+)
+def test_lines_in_another_encoding(index, content, said):
+    refused(call("generate", "--index", index, stdin=content), said, "convert it")
+
+
+def test_lines_are_decoded_as_files_are(index):
+    def prompts(content):
+        result = call("generate", "--index", index, "--max-new-tokens", 1, "--json", stdin=content)
+        return [row["prompt"] for row in json.loads(result.stdout)], result.stderr
+
+    assert prompts(b"\xef\xbb\xbfstars\n")[0] == prompts("stars\n".encode("utf-16"))[0] == ["stars"]
+    texts, said = prompts(b"stars\ncut \xe2\x82\n")
+    assert (
+        texts == ["stars", "cut \ufffd\ufffd"]
+        and "stdin: 1 row with U+FFFD for what is no Unicode text (line 2)" in said
+    )
+
+
+def test_empty_rows_are_counted(index, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "stars"}\n{"prompt": ""}\n')
+    result = call("generate", "--index", index, "--file", tmp_path / "rows.jsonl", "--max-new-tokens", 1)
+    assert result.exit_code == 0 and "rows.jsonl: 1 empty row dropped." in result.stderr
