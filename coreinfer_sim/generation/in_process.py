@@ -197,10 +197,13 @@ class TextGenerator(Generator):
         if limit is not None and n_prompt + n_new > limit:
             budgeted = limit == self.language_model.position_limit
             what = "the memory budget has room for" if budgeted else "the model's context is"
+            if n_prompt >= limit:
+                raise ContextLengthError(
+                    f"the prompt has {n_prompt} tokens, but {what} {limit}, with those of the answer; shorten the prompt."
+                )
             raise ContextLengthError(
-                f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, but {what} "
-                f"{limit}; shorten the prompt"
-                + (f" or ask for at most {limit - n_prompt}." if limit > n_prompt else ".")
+                f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, but {what} {limit}; shorten the prompt "
+                f"or ask for at most {limit - n_prompt}."
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -30,7 +31,7 @@ from coreinfer_sim.serving.guard import Guard
 from coreinfer_sim.serving.request_queue import RequestQueue
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest
 from coreinfer_sim.serving.streaming import ResponseFormat, streamed, while_connected, whole
-from coreinfer_sim.serving.wording import sentence
+from coreinfer_sim.serving.wording import http_sentence, sentence
 
 PAGE = Path(__file__).parent / "page.html"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -97,8 +98,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_json(400, message, param=field)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_request: Request, error: HTTPException) -> Response:
-        return error_json(error.status_code, f"{error.detail.rstrip('.')}.")
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        routes = (route for route in app.routes if isinstance(route, APIRoute))
+        known = [f"{method} {route.path}" for route in routes for method in sorted(route.methods or ())]
+        return error_json(error.status_code, http_sentence(request, error, known))
 
 
 def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens: int) -> None:

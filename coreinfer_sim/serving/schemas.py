@@ -31,8 +31,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "echo": ((False,), "false", "this server gives the new text alone"),
     "suffix": (("",), "none", "this server continues a text at its end"),
     "web_search_options": ((), "none", "this server looks nothing up"),
-    **{name: ((), "none", _NO_FORMAT) for name in ("grammar", "json_schema", "structured_outputs")},
-    **{f"guided_{name}": ((), "none", _NO_FORMAT) for name in ("json", "regex", "choice", "grammar")},
+    "continue_final_message": ((False,), "false", "this server begins a new message"),
+    "add_generation_prompt": ((True,), "true", "this server begins a new message"),
+    "structured_outputs": (({},), "none", _NO_FORMAT),
+    **{name: (("", []), "none", _NO_FORMAT) for name in ("grammar", "json_schema")},
+    **{f"guided_{name}": (("", []), "none", _NO_FORMAT) for name in ("json", "regex", "choice", "grammar")},
 }
 """Fields that would change the answer and are not supported: their values that change nothing, and what is said of others."""
 _NOT_READ = {"image": "images", "input_audio": "sound", "audio": "sound", "video": "video", "file": "files"}
@@ -110,6 +113,8 @@ class _Common(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_list(cls, value: Any) -> Any:
+        if value == "":
+            return None
         texts = [value] if isinstance(value, str) else value
         if isinstance(texts, list):
             if len(texts) > _MOST_STOPS:

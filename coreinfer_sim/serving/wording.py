@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 _EXPECTED = {
     "model": "a text",
@@ -38,6 +40,7 @@ _EXPECTED = {
 """By the name of the field."""
 _MOST_SHOWN = 60
 _REFUSED = "refused"
+_GZIP = b"\x1f\x8b"
 
 
 def refusal(message: str, field: str = "") -> PydanticCustomError:
@@ -81,3 +84,25 @@ def sentence(error: Mapping[str, Any], content_type: str) -> tuple[str, str | No
         return f"{path} is unknown, expected mode alone.", path
     what = "an object with role and content" if name == "messages" and isinstance(place[-1], int) else _EXPECTED[name]
     return f"{path} is {'missing' if kind == 'missing' else shown(error['input'])}, expected {what}.", path
+
+
+def http_sentence(request: Request, error: HTTPException, known: Sequence[str]) -> str:
+    """Return what is wrong with a request that no route took, or whose body could not be parsed.
+
+    Args:
+        request: that was refused.
+        error: the framework's, of which the cause counts where it has one.
+        known: methods and paths that are served.
+    """
+    cause = error.__cause__
+    if error.status_code in (404, 405):
+        return f"{request.method} {shown(request.url.path)} is not served, expected one of {', '.join(known)}."
+    if isinstance(cause, UnicodeDecodeError):
+        is_packed = bytes(cause.object[:2]) == _GZIP or "content-encoding" in request.headers
+        found = (
+            "is compressed" if is_packed else f"is not UTF-8 (byte 0x{cause.object[cause.start]:02X} at {cause.start})"
+        )
+        return f"the body {found}, expected JSON in UTF-8 as it is; send it so."
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply, expected a JSON object of the API; send a flatter one."
+    return f"{error.detail.rstrip('.')}."

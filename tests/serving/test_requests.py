@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 
@@ -79,6 +80,15 @@ NEUTRAL = [
     *({"n": 1}, {"n": 1.0}, {"logit_bias": {}}, {"tools": []}, {"tool_choice": "auto"}, {"tool_choice": "none"}),
     *({"response_format": {"type": "text"}}, {"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"top_p": 1}),
     *({"logprobs": False}, {"top_logprobs": 0}, {"max_tokens": 4.0}, {"stop": []}, {"modalities": ["text"]}),
+    *(
+        {"grammar": ""},
+        {"guided_regex": ""},
+        {"guided_choice": []},
+        {"structured_outputs": {}},
+        {"stop": ""},
+        {"suffix": ""},
+    ),
+    *({"continue_final_message": False}, {"add_generation_prompt": True}),
 ]
 
 
@@ -151,6 +161,12 @@ UNDONE = {
     "tool_choice": ("required", 'tool_choice is "required", expected none or auto'),
     "functions": ([1], "this server calls no tools."),
     "response_format": ({"type": "json_object"}, "this server writes plain text."),
+    "grammar": ("root ::= x", 'grammar is "root ::= x", expected none: this server writes plain text.'),
+    "continue_final_message": (
+        True,
+        "continue_final_message is true, expected false: this server begins a new message.",
+    ),
+    "add_generation_prompt": (False, "add_generation_prompt is false, expected true"),
     "guided_json": ({}, "this server writes plain text."),
     "audio": ({"voice": "x"}, "this server writes plain text."),
     "echo": (True, "echo is true, expected false"),
@@ -174,7 +190,7 @@ WRONG = {
     "min_p": [2, "0"],
     "repetition_penalty": [0, -1, "1", float("inf")],
     "seed": ["3", 1.5, True, []],
-    "stop": [5, [5], {}, [None], "", [""], ["x"] * 1001, "\ud800"],
+    "stop": [5, [5], {}, [None], [""], ["x"] * 1001, "\ud800"],
     "stream": ["yes", 1, []],
     "stream_options": [5, [], {"include_usage": "yes"}],
     "chat_template_kwargs": [5, []],
@@ -234,8 +250,29 @@ def test_bodies_that_are_no_request(served, where):
     refused(post(b'"hi"'), 'the body is "hi", expected a JSON object.')
     refused(post(b""), "expected a JSON object")
     refused(post(b"[" * 9000))
+    refused(post(b"[" * 5000 + b"]" * 5000), "the body is nested too deeply, expected a JSON object")
+    refused(
+        post('{"prompt": "Gebäude"}'.encode("latin-1")),
+        "the body is not UTF-8 (byte 0xE4 at 15), expected JSON in UTF-8",
+    )
+    packed = {**AS_JSON, "Content-Encoding": "gzip"}
+    refused(post(gzip.compress(b"{}"), packed), "the body is compressed, expected JSON in UTF-8 as it is; send it so.")
     refused(post(b"{}", {"Content-Type": "text/plain"}), "the content type is text/plain, expected application/json.")
     refused(post(b"{}"), "is missing, expected")
+
+
+def test_paths_and_methods_that_exist_are_named(served):
+    answer = httpx.post(served.url + "/v1/embeddings", content=b"{}", headers=AS_JSON)
+    refused(
+        answer,
+        'POST "/v1/embeddings" is not served, expected one of',
+        "POST /v1/chat/completions, POST /v1/completions",
+    )
+    assert answer.status_code == 404
+    answer = httpx.get(served.url + CHAT)
+    refused(answer, 'GET "/v1/chat/completions" is not served, expected one of', "POST /v1/chat/completions")
+    assert answer.status_code == 405
+    refused(httpx.post(served.url + "/v1/models/x"), "is not served", "GET /v1/models/{model_id:path}")
 
 
 def test_the_openai_client_sees_the_field(client):
