@@ -10,19 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from gguf import GGUFReader, GGUFValueType
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coreinfer_sim.base.errors import CoreInferSimError, ModelError, UnsupportedModelError
-from coreinfer_sim.models.checkpoint import Checkpoint, has_safetensors
+from coreinfer_sim.models.checkpoint import SHARDED, Checkpoint, has_safetensors
 
 ADAPTER_FILE = "adapter_config.json"
 _UNMERGEABLE = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _QUANTISED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Beside configurations that say nothing of it, and which method's they are."""
+_UNKNOWN = re.compile(
+    r"model type `?([\w.-]+)`? but Transformers does not recognize|GGUF model with architecture (\S+) is not supported"
+)
+"""What transformers says of an architecture that it lacks."""
+_OF_TOKENIZERS = re.compile(r"(?i)tokenizer|vocab|merges|spiece|sentencepiece|tiktoken|tekken|\.model$|\.spm$")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_POINTER = 1024
 _KINDS = "a hub id, a checkpoint folder or a GGUF file"
@@ -92,7 +98,15 @@ def load_errors(name: str, what: str = "model") -> Iterator[None]:
         is_here = Path(name).exists()
         if not is_here:
             check_no_adapter(name)
+        unknown = _UNKNOWN.search(str(error))
+        if unknown is not None:
+            raise UnsupportedModelError(
+                f"{name} is of the architecture {unknown[1] or unknown[2]}, which transformers {transformers.__version__} does "
+                "not know; upgrade transformers, or name another model."
+            ) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if is_here and Path(name).is_file() and "cannot reshape array" in reason:  # fewer bytes than its header says
+            raise ModelError(f"{name} is cut off, expected a whole GGUF file; fetch it again.") from error
         expected = "a whole checkpoint folder or GGUF file; fetch it again" if is_here else _KINDS
         raise ModelError(f"the {what} {name!r} cannot be loaded ({reason}), expected {expected}.") from error
 
@@ -137,6 +151,16 @@ def _check_folder(folder: Path) -> None:
     _json(folder / "config.json")
     if has_safetensors(folder):
         Checkpoint(folder)
+    elif parts := sorted(path.name for path in folder.glob("*-of-*.safetensors")):
+        raise ModelError(
+            f"{folder} holds parts of a model ({', '.join(parts[:3])}) without their {SHARDED}, expected it beside them; fetch "
+            "it, too."
+        )
+    if not any(_OF_TOKENIZERS.search(path.name) for path in folder.iterdir()):
+        raise ModelError(
+            f"{folder} has no tokenizer (such as tokenizer.json), expected one beside the weights; copy it from the model that "
+            "this one was made of."
+        )
 
 
 def _check_no_pointer(path: Path) -> None:
@@ -186,8 +210,9 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
         singles = {key: bytes(value).decode() if key in strings else value[0] for key, value in values.items()}
         return singles, {tensor.name for tensor in reader.tensors}
     except Exception as error:  # it reads on as if nothing were wrong, and raises what comes of it
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path} cannot be read as a GGUF file ({reason}); fetch it again.") from error
+        with path.open("rb") as file:
+            found = "is cut off" if file.read(4) == b"GGUF" else "is no GGUF file"
+        raise ModelError(f"{path} {found}, expected a whole GGUF file; fetch it again.") from error
 
 
 def _check_gguf(path: Path) -> None:

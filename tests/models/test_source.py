@@ -162,6 +162,37 @@ def test_weights_of_torch_are_read_or_refused_where_they_are_damaged(tmp_path):
             load_model(str(folder))
 
 
+def test_shards_without_their_index_file(tmp_path):
+    folder = saved(tmp_path / "model")
+    for part in (1, 2):
+        shutil.copy(folder / "model.safetensors", folder / f"model-0000{part}-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    refused_by_both(
+        folder,
+        ModelError,
+        "holds parts of a model",
+        "without their model.safetensors.index.json, expected it beside them",
+    )
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path):
+    folder = saved(tmp_path / "model")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    refused_by_both(
+        folder,
+        ModelError,
+        "has no tokenizer (such as tokenizer.json)",
+        "copy it from the model that this one was made of",
+    )
+
+
+def test_an_architecture_that_transformers_does_not_know(tmp_path):
+    folder = with_json(saved(tmp_path / "model"), model_type="later9", architectures=["Later9ForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match="is of the architecture later9, .*; upgrade transformers"):
+        load_model(str(folder))
+
+
 def test_a_folder_of_gguf_files_says_so(exported):
     with pytest.raises(ModelError, match=r"a folder of GGUF files .*dense\.gguf|a folder of GGUF files .*; name one"):
         load_model(str(exported))
@@ -227,7 +258,8 @@ def test_a_gguf_file_that_is_no_model(kind, exported, tmp_path):
 def test_a_gguf_file_that_is_cut_off(n_bytes, exported, tmp_path):
     path = shutil.copy(exported / "dense.gguf", tmp_path / "model.gguf")
     os.truncate(path, n_bytes)
-    with pytest.raises(ModelError, match="fetch it again"):
+    found = "is cut off" if n_bytes > 3 else "is no GGUF file"
+    with pytest.raises(ModelError, match=f"model.gguf {found}, expected a whole GGUF file; fetch it again"):
         load_model(str(path))
 
 
