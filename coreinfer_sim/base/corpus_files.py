@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.progress import counted
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _PACKED = (".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4")
@@ -34,7 +35,7 @@ def set_name(source: str) -> str:
 
 def check_there(source: str) -> None:
     """Raise CorpusError if a source is no file and no folder, and cannot be the id of a data set on the hub."""
-    if Path(source).exists():
+    if source and Path(source).exists():
         return
     if "://" in source:
         raise CorpusError(f"the corpus {source} is an address, expected a file or folder; download it first.")
@@ -94,7 +95,7 @@ def files_of(folder: Path, split: str, *, is_asked: bool) -> tuple[list[Path], s
     splits = {path: _splits_of(path.relative_to(folder)) for path in files}
     known = sorted(set().union(*splits.values()))
     if len(known) < 2 and not is_asked:
-        return files, f"{len(files)} files"
+        return files, counted(len(files), "file")
     named = re.compile(rf"(?<![a-z0-9]){re.escape(split.lower())}(?![a-z0-9])")
     wanted = _SPLITS.get(split.lower())
     chosen = [
@@ -105,7 +106,7 @@ def files_of(folder: Path, split: str, *, is_asked: bool) -> tuple[list[Path], s
     if not chosen:
         has = f"files of the splits {', '.join(known)}" if known else "no files of splits"
         raise CorpusError(f"the folder {folder} has {has} and none of {split}; name another one in split, or a file.")
-    return chosen, f"{len(chosen)} of {len(files)} files, those of the split {split}"
+    return chosen, f"{len(chosen)} of {counted(len(files), 'file')}, of the split {split}"
 
 
 def _found(folder: Path) -> list[Path]:

@@ -152,7 +152,7 @@ class _Checked(io.RawIOBase):
             return
         text = self._decode(block, final=not block)
         self._n_whole += len(block) - len(text)  # every character beyond ASCII has further bytes
-        odd = [found for found in _DAMAGE.finditer(text) if not _CUT.fullmatch(found[0])]
+        odd = [found for found in _damage(text) if not _CUT.fullmatch(found[0])]
         runs = [[ord(character) - 0xDC00 for character in found[0]] for found in odd]
         self._n_odd += len(odd)
         self._n_odd_bytes += sum(map(len, runs))
@@ -160,6 +160,13 @@ class _Checked(io.RawIOBase):
         if odd and tells and self._n_odd_bytes > self._n_whole:
             raise _foreign(self._name, self._n_lines + text.count("\n", 0, odd[0].start()) + 1, runs)
         self._n_lines += text.count("\n")
+
+
+def _damage(text: str) -> Iterator[re.Match[str]]:
+    try:
+        text.encode()  # many times faster than to search, and almost always enough
+    except UnicodeEncodeError:
+        yield from _DAMAGE.finditer(text)
 
 
 def _foreign(name: str, line: int, runs: Sequence[Sequence[int]]) -> CorpusError:

@@ -90,7 +90,7 @@ def test_the_split_of_a_folder_is_chosen(tmp_path, layout):
     assert texts_of(tmp_path) == ["train"]
     assert [texts_of(tmp_path, split=split) for split in splits] == [[split] for split in splits]
     said = describe_corpus(CorpusConfig(str(tmp_path), split="test"))
-    assert "1 of 3 files, those of the split test" in said
+    assert "1 of 3 files, of the split test" in said
 
 
 def test_a_split_of_any_name_is_chosen(tmp_path):

@@ -281,6 +281,7 @@ def test_a_set_is_called_after_its_file(source, name):
     ("source", "said"),
     [
         ("-", "there is no file or folder '-'"),
+        ("", "there is no file or folder ''"),
         ("./nothere", "there is no file or folder"),
         ("nothere/", "there is no file or folder"),
         ("a/b/c", "there is no file or folder"),
