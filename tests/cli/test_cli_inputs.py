@@ -97,3 +97,36 @@ def test_a_file_that_is_not_there_is_a_usage_error(index, arguments):
     for name in ("/nowhere/rows.txt", "nowhere.csv.gz"):
         result = call(*arguments, name, "--index", index)
         assert result.exit_code == 2 and "there is no file" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["build-index"], ["evaluate"], ["tune"], ["generate", "--file"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gbk.txt", "is not UTF-8: line 1 .* iconv -f ENCODING -t UTF-8"),
+        ("-", "there is no file or folder '-'"),
+        ("./nothere", "there is no file or folder './nothere'"),
+        ("https://example.org/rows.jsonl", "download it first"),
+    ],
+)
+def test_what_cannot_be_read_is_told_by_every_command(index, tiny_checkpoint, tmp_path, command, name, said):
+    (tmp_path / "gbk.txt").write_bytes("恒星是怎样形成的？\n面包为什么会发酵？\n".encode("gbk"))
+    source = tmp_path / name if name == "gbk.txt" else name
+    model = (
+        ["--model", tiny_checkpoint, "--out", tmp_path / "new"] if command == ["build-index"] else ["--index", index]
+    )
+    result = call(*command, source, *model)
+    refused(result, said, code=2 if result.exit_code == 2 else 1)
+
+
+def test_the_folder_that_was_named_is_built_from(tiny_checkpoint, tmp_path):
+    for name, rows in (("br[1]", QUESTIONS), ("br1", ["Wrong folder, is it not?"] * 3)):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "q.csv").write_text("".join(f"{row}\n" for row in ["prompt", *rows]))
+    out, source = tmp_path / "index", tmp_path / "br[1]"
+    said = succeeded(
+        "build-index", source, "--model", tiny_checkpoint, "--out", out, "--clusters", 3, *ONE_PROCESS
+    ).stderr
+    assert "1 file" in said
+    rows = parsed("generate", "--index", out, "--file", source, "--max-new-tokens", 1)
+    assert [row["prompt"] for row in rows] == QUESTIONS
