@@ -199,7 +199,8 @@ class TextGenerator(Generator):
             what = "the memory budget has room for" if budgeted else "the model's context is"
             if n_prompt >= limit:
                 raise ContextLengthError(
-                    f"the prompt has {n_prompt} tokens, but {what} {limit}, with those of the answer; shorten the prompt."
+                    f"the prompt has {n_prompt} tokens, but {what} {limit}, into which the answer has to fit too; shorten the "
+                    "prompt."
                 )
             raise ContextLengthError(
                 f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, but {what} {limit}; shorten the prompt "

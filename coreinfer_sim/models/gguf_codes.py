@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -134,7 +133,7 @@ _ROTATED_BY_PAIRS = ("llama", "mistral")
 """Families whose files hold the features of a query's or key's head as pairs, where transformers holds them as halves."""
 
 
-def own_codes(path: Path, config: Any) -> dict[str, QuantisedTensor]:
+def own_codes(path: str, config: Any) -> dict[str, QuantisedTensor]:
     """Return the matrices of a Llama-like model's file whose codes can be taken as they are, by the modules' names."""
     if config.model_type not in (*_IN_ORDER, *_ROTATED_BY_PAIRS):
         return {}

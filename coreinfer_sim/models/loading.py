@@ -111,7 +111,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
         if options:
-            model.own_codes = own_codes(Path(options["gguf_file"]), config)
+            model.own_codes = own_codes(options["gguf_file"], config)
         unread = unread_tensors(Path(options["gguf_file"]), model) if options else set()
     layers = find_mlps(model)
     found = Found(read["missing_keys"], read["unexpected_keys"] | unread, read["mismatched_keys"])

@@ -28,6 +28,7 @@ _UNKNOWN = re.compile(
     r"model type `?([\w.-]+)`? but Transformers does not recognize|GGUF model with architecture (\S+) is not supported"
 )
 """What transformers says of an architecture that it lacks."""
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _OF_TOKENIZERS = re.compile(r"(?i)tokenizer|vocab|merges|spiece|sentencepiece|tiktoken|tekken|\.model$|\.spm$")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_POINTER = 1024
@@ -156,7 +157,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds parts of a model ({', '.join(parts[:3])}) without their {SHARDED}, expected it beside them; fetch "
             "it, too."
         )
-    if not any(_OF_TOKENIZERS.search(path.name) for path in folder.iterdir()):
+    weights = any(path.suffix in _WEIGHTS for path in folder.iterdir())
+    if weights and not any(_OF_TOKENIZERS.search(path.name) for path in folder.iterdir()):
         raise ModelError(
             f"{folder} has no tokenizer (such as tokenizer.json), expected one beside the weights; copy it from the model that "
             "this one was made of."

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 from scored import ROWS
+from tiny_models import save_tiny_checkpoint
 
 
 def test_sparse_prefill_goes_through_the_command(tiny_checkpoint, tmp_path):
@@ -20,12 +21,26 @@ def test_sparse_prefill_goes_through_the_command(tiny_checkpoint, tmp_path):
     done = CliRunner().invoke(main, [*command, "--set", "decode.prefill=sparse"])
     assert done.exit_code == 0, done.output
     found = [row["contender"] for row in json.loads(done.stdout)]
-    assert found == ["dense 16bit", "random 0.4", "dense q4_0"]  # what one would take instead is there unasked
-    assert "Note: int8 weights are left out, as " in done.stderr and "sparse prefill" in done.stderr
+    assert found == [
+        "dense 16bit",
+        "random 0.4",
+        "dense int8",
+        "dense q4_0",
+    ]  # what one would take instead is there unasked
     dense = CliRunner().invoke(main, [*command, "--contender", "random"])
     assert dense.exit_code == 1 and "prefill (sparse there, not given here)" in dense.stderr
     refused = CliRunner().invoke(main, [*command, "--set", "decode.prefill=sparse", "--contender", "griffin"])
     assert refused.exit_code == 1 and "griffin 0.4 chooses by the prompt's own activations" in refused.stderr
+
+
+def test_int8_is_left_out_where_no_engine_has_it(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "model", hidden_act="gelu")
+    row = {"id": "1", "prompt": ROWS[0].prompt, "completion": ROWS[0].completion}
+    (tmp_path / "things.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    done = CliRunner().invoke(main, ["evaluate", str(tmp_path / "things.jsonl"), "--model", folder, "--json"])
+    assert done.exit_code == 0, done.output
+    assert "dense int8" not in [row["contender"] for row in json.loads(done.stdout)]
+    assert "Note: int8 weights are left out, as " in done.stderr and "activation is gelu" in done.stderr
 
 
 def test_the_command(tiny_checkpoint, tmp_path):

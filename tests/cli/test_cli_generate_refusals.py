@@ -64,7 +64,7 @@ def test_a_prompt_longer_than_the_models_context(index):
     result = call("generate", "stars " * 1000, "--index", index, "--max-new-tokens", 10)
     line = refused(
         result,
-        r"the prompt has \d+ tokens, but the model's context is 1024, with those of the answer",
+        r"the prompt has \d+ tokens, but the model's context is 1024, into which the answer has to fit too",
         "shorten the prompt",
     )
     assert int(re.search(r"has (\d+) tokens", line)[1]) > 1024

@@ -128,7 +128,10 @@ class LeanModel:
     def n_bytes(self) -> int:
         """Bytes that a token reads outside the MLPs: attention, norms and the output head."""
         parts = [part for parts in self.attention for part in parts]
-        return sum(part.n_bytes for part in (*parts, self.head)) + self.norms.nbytes + self.head_norms.nbytes
+        norms: int = (
+            self.norms.nbytes - self.norms[-1, 1].nbytes + self.head_norms.nbytes
+        )  # the last one is there twice
+        return sum(part.n_bytes for part in (*parts, self.head)) + norms
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosine and sine of the rotary angles, [2, n_rows, head_dim]."""

@@ -16,6 +16,8 @@ from coreinfer_sim.engines.lean.packing import gather_inputs
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer
 
+_READ_BYTES = 1 << 20  # of neurons that are read from the disk at a time
+
 
 @dataclass(frozen=True, eq=False)
 class GatedMLP:
@@ -59,15 +61,23 @@ def held_mlp(dense: GatedMLP, ids: torch.Tensor, compensation: LayerCompensation
 
 def read_mlp(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> GatedMLP:
     """Read the neurons ``ids`` of a layer whose weights are on the disk."""
-    assert layer.store is not None
-    neurons = layer.store.read_neurons(ids)
-    gate, up, down = (getattr(layer.owner, name).bias for name in layer.projections)
-    inputs = [
-        Matrix.of(neurons[:, place].contiguous(), None if bias is None else bias.detach()[ids])
-        for place, bias in enumerate((gate, up))
-    ]
-    empty = Matrix.of(neurons[:0, 2].T.contiguous(), down)
-    return GatedMLP(*inputs, _down(empty, neurons[:, 2].T.contiguous(), compensation))
+    store = layer.store
+    assert store is not None
+    n, d_model = len(ids), layer.d_model
+    inputs = torch.empty(2, n, d_model, dtype=store.dtype)
+    columns = torch.empty(d_model, n, dtype=store.dtype)
+    step = max(64, _READ_BYTES // (3 * d_model * store.dtype.itemsize))
+    for begin in range(0, n, step):  # which lie neuron by neuron there; a whole layer is never held twice
+        part = slice(begin, begin + step)
+        neurons = store.read_neurons(ids[part])
+        inputs[:, part] = neurons[:, :2].transpose(0, 1)
+        columns[:, part] = neurons[:, 2].T
+    biases = [getattr(layer.owner, name).bias for name in layer.projections]
+    gate, up = (
+        Matrix.of(weight, None if bias is None else bias.detach()[ids])
+        for weight, bias in zip(inputs, biases, strict=False)
+    )
+    return GatedMLP(gate, up, _down(Matrix.of(columns[:, :0], biases[2]), columns, compensation))
 
 
 def _down(whole: Matrix, columns: torch.Tensor, compensation: LayerCompensation | None) -> Matrix:
