@@ -50,6 +50,12 @@ from .settings import Settings, set_option
 @click.option(
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw into this .png or .svg file."
 )
+@click.option(
+    "--llama-bench",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="llama.cpp's own program, as built for this processor; it runs the contenders llamacpp.",
+)
+@click.option("--build-llamacpp", is_flag=True, help="Build that program first, once; needs cmake and a compiler.")
 @set_option("model")
 @options.as_json
 def bench(
@@ -67,6 +73,8 @@ def bench(
     seed: int,
     out: Path | None,
     plot_path: Path | None,
+    llama_bench: Path | None,
+    build_llamacpp: bool,
     settings: Settings,
     as_json: bool,
 ) -> None:
@@ -78,7 +86,8 @@ def bench(
       ours-dense[:DTYPE]     our runtime without sparsity
       MODE[:KEEP_RATIO][:DTYPE][:int8|int4][:OPTION=VALUE…]
                              our runtime; MODE is sparse (similarity), hybrid, stability, global or random
-      llamacpp[:TYPE]        llama.cpp on the same weights: bf16, f16, f32, q8_0, q4_0
+      llamacpp[:TYPE]        llama.cpp on the same weights: bf16, f16, f32, q8_0, q4_0,
+                             or file, the GGUF file that the model is; without --llama-bench by a ready-made package
       offload[:SHARE][:DTYPE]
                              accelerate, with that share of the weights in memory and the rest on disk
 
@@ -101,6 +110,7 @@ def bench(
     from coreinfer_sim.base.plots import check_plot
     from coreinfer_sim.bench.bench import BenchSettings, default_specs
     from coreinfer_sim.bench.bench import bench as run
+    from coreinfer_sim.bench.native import build_llama_bench, check_llama_bench
     from coreinfer_sim.bench.plot import plot
     from coreinfer_sim.bench.programs import Subject
 
@@ -108,10 +118,13 @@ def bench(
     if plot_path is not None:
         check_plot(plot_path)
     loading = settings.make(ModelConfig)
+    native = check_llama_bench(llama_bench) if llama_bench is not None else None
+    if build_llamacpp:
+        native = build_llama_bench(ConsoleProgress())
     subject = Subject(model, chosen, index, loading.encoder)
     result = run(
         subject,
-        specs or parse_specs(default_specs(subject)),
+        specs or parse_specs(default_specs(subject, native is not None)),
         BenchSettings(
             n_prompt=prompt_tokens,
             n_new=new_tokens,
@@ -120,6 +133,7 @@ def bench(
             device=loading.device,
             fresh=fresh,
             seed=seed,
+            llama_bench=native,
         ),
         text=None if prompt_file is None else prompt_file.read_text(encoding="utf-8", errors="replace"),
         folder=folder,

@@ -41,6 +41,8 @@ class BenchSettings:
     fresh: bool = False
     """Start every contender anew in each round, so that only one is in memory at a time."""
     seed: int = 0
+    llama_bench: Path | None = None
+    """llama.cpp's own program, built for this processor, which runs the contenders llamacpp; None: the ready-made package."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -66,10 +68,10 @@ class _Entry:
     error: str | None = None
 
 
-def default_specs(subject: Subject) -> list[str]:
-    """Return sensible contenders: dense, ours and, if it is installed, llama.cpp in the same type."""
+def default_specs(subject: Subject, native: bool = False) -> list[str]:
+    """Return sensible contenders: dense, ours and, if it is installed or ``native``, llama.cpp in the same type."""
     ours = "sparse:0.4" if subject.index is not None else "random:0.4"
-    return ["dense", ours, *(["llamacpp:bf16"] if importlib.util.find_spec("xllamacpp") else [])]
+    return ["dense", ours, *(["llamacpp:bf16"] if native or importlib.util.find_spec("xllamacpp") else [])]
 
 
 def bench(
@@ -179,6 +181,7 @@ def _entry(
         file=file.path,
         folder=folder,
         bytes_per_token=file.bytes_per_token,
+        llama_bench=settings.llama_bench,
     )
     return _Entry(job, error=file.error)
 

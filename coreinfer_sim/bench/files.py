@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.bench.programs import Subject
-from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, Spec
+from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, OWN_FILE, Spec
 from coreinfer_sim.bench.worker import one_sentence
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.llamacpp.router import DENSE
@@ -39,8 +40,16 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
     wanted = [s for s in specs if s.kind == LLAMACPP or (s.kind == OFFLOAD and subject.shape is not None)]
     if not wanted:
         return {}
+    own = [spec for spec in wanted if spec.dtype == OWN_FILE]
+    if own and not str(subject.model).lower().endswith(".gguf"):
+        raise ConfigError(
+            f"the contender {own[0].text!r} runs the GGUF file that the model is, but it is {subject.title}."
+        )
+    found = {spec.text: ProgramFile(Path(str(subject.model)), gguf_bytes(Path(str(subject.model)))) for spec in own}
+    wanted = [spec for spec in wanted if spec not in own]
+    if not wanted:
+        return found
     language_model = subject.load("stored", "cpu")
-    found: dict[str, ProgramFile] = {}
     for spec in wanted:
         try:
             found[spec.text] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from importlib.metadata import version
 from typing import Any
 
 from coreinfer_sim.base.errors import GenerationError
@@ -24,7 +25,8 @@ class LlamaCppProgram:
         job = self._job
         assert job.file is not None
         self._server = LlamaServer(job.file, str(job.folder), job.context, job.n_threads)
-        return {"dtype": job.spec.dtype, "file_bytes": job.file.stat().st_size}
+        build = f"ready-made package, xllamacpp {version('xllamacpp')}"
+        return {"dtype": job.spec.dtype, "file_bytes": job.file.stat().st_size, "build": build}
 
     def run(self, prompt: Prompt, n_new: int) -> Timing:
         """Generate exactly ``n_new`` tokens, greedily, without anything kept from earlier prompts.

@@ -63,6 +63,8 @@ class BenchJob:
     """For what the program itself writes."""
     bytes_per_token: int | None = None
     """Where the process itself cannot tell."""
+    llama_bench: Path | None = None
+    """llama.cpp's own program, built for this processor; None: the ready-made package."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,5 @@ class Program(Protocol):
     def stop(self) -> None:
         """Let go of what `start` made."""
         ...
+
+    # A program whose work is done by further processes also has `peak_bytes`: the most memory that one of them has held.

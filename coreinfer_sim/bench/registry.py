@@ -8,6 +8,10 @@ from coreinfer_sim.bench.specs import DENSE, LLAMACPP, OFFLOAD
 
 def make_program(job: BenchJob) -> Program:
     """Return the program of a job, not started yet."""
+    if job.spec.kind == LLAMACPP and job.llama_bench is not None:
+        from coreinfer_sim.bench.native import LlamaBenchProgram
+
+        return LlamaBenchProgram(job)
     if job.spec.kind == LLAMACPP:
         from coreinfer_sim.bench.llamacpp import LlamaCppProgram
 

@@ -14,6 +14,8 @@ _MODES = {"sparse": Mode.SIMILARITY, **{mode.value: mode for mode in Mode if mod
 KINDS = (DENSE, OURS_DENSE, *_MODES, OFFLOAD, LLAMACPP)
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "bf16": "bfloat16", "f32": "float32"}
 GGUF_TYPES = ("bf16", "f16", "f32", "q8_0", "q4_0")
+OWN_FILE = "file"
+"""The GGUF file that the model is, as it stands."""
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("engine", "weights", "prefill", "score", "fallback", "sparse_layers"), str),
     "seed": int,
@@ -22,8 +24,8 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 DEFAULT_KEEP_RATIO = 0.4
 _POSSIBLE = (
     "dense[:DTYPE], ours-dense[:DTYPE], MODE[:KEEP_RATIO][:DTYPE][:int8|int4][:OPTION=VALUE…], offload[:SHARE][:DTYPE] or "
-    f"llamacpp[:TYPE]; MODE is {', '.join(_MODES)}, DTYPE float32, bfloat16 or float16, TYPE {', '.join(GGUF_TYPES)}, "
-    f"OPTION {', '.join(_OPTIONS)}"
+    f"llamacpp[:TYPE]; MODE is {', '.join(_MODES)}, DTYPE float32, bfloat16 or float16, "
+    f"TYPE {', '.join((*GGUF_TYPES, OWN_FILE))}, OPTION {', '.join(_OPTIONS)}"
 )
 
 
@@ -63,7 +65,7 @@ def parse_spec(text: str) -> Spec:
     if kind not in KINDS:
         raise _wrong(text, f"there is no {kind!r}")
     if kind == LLAMACPP:
-        if len(parts) > 1 or (parts and parts[0] not in GGUF_TYPES):
+        if len(parts) > 1 or (parts and parts[0] not in (*GGUF_TYPES, OWN_FILE)):
             raise _wrong(text, f"llamacpp has no {':'.join(parts)!r}")
         return Spec(text, kind, parts[0] if parts else "bf16")
     ours = kind not in (DENSE, OFFLOAD)

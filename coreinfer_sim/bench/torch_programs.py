@@ -123,8 +123,9 @@ class OwnProgram:
         generator = load(index, loaded, **settings)
         if not isinstance(generator, TextGenerator):
             raise ConfigError(f"the contender {spec.text!r} decodes elsewhere, expected an engine of this process.")
+        generator.take_over()  # nobody else knows the model
         self._generator = generator
-        return {"dtype": loaded.dtype_name}
+        return {"dtype": loaded.dtype_name, "weights": generator.decode.weights.value}
 
     def run(self, prompt: Prompt, n_new: int) -> Timing:
         """Generate exactly ``n_new`` tokens, greedily."""

@@ -149,7 +149,8 @@ def _run_program(pipe: Any, job: BenchJob) -> None:
     while (request := pipe.recv()) is not None:
         prompt, n_new = request
         try:
-            pipe.send((True, (program.run(prompt, n_new), peak_bytes())))
+            timing = program.run(prompt, n_new)
+            pipe.send((True, (timing, getattr(program, "peak_bytes", peak_bytes)())))
         except Exception as error:
             pipe.send((False, one_sentence(error)))
     program.stop()

@@ -1,0 +1,155 @@
+"""llama.cpp as it is built for the processor at hand, through its own `llama-bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.base.files import cache_folder
+from coreinfer_sim.base.processor import processor, processor_features
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.bench.programs import BenchJob, Prompt, Timing
+
+SOURCE = "llama-cpp-python==0.3.36"
+"""The package whose source holds llama.cpp."""
+_CMAKE = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF")
+
+
+class LlamaBenchProgram:
+    """`llama-bench`, one process for each prompt length and run; it makes up its own tokens."""
+
+    def __init__(self, job: BenchJob) -> None:
+        """Keep the job, whose file is the GGUF file."""
+        self._job = job
+        self._peak = 0
+
+    def start(self) -> dict[str, Any]:
+        """Say what is run."""
+        job = self._job
+        assert job.file is not None
+        return {"dtype": job.spec.dtype, "file_bytes": job.file.stat().st_size, "build": f"native, {job.llama_bench}"}
+
+    def run(self, prompt: Prompt, n_new: int) -> Timing:
+        """Read as many tokens as the prompt has, and decode ``n_new`` behind as many.
+
+        Raises:
+            GenerationError: llama-bench crashed or gave no figures.
+        """
+        assert self._job.bytes_per_token is not None
+        n_prompt = len(prompt.ids)
+        prefill = self._seconds("-p", n_prompt, "-n", 0)
+        decode = self._seconds("-p", 0, "-n", n_new, "-d", n_prompt)
+        return Timing(
+            lookup_seconds=0.0,
+            swap_seconds=0.0,
+            prefill_seconds=prefill,
+            first_token_seconds=prefill,  # the first token comes of the prompt's last position
+            decode_seconds=decode * (n_new - 1) / n_new,
+            n_new=n_new,
+            tokens_per_second=n_new / decode,
+            bytes_per_token=self._job.bytes_per_token,
+        )
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that one of the processes has held."""
+        return self._peak
+
+    def stop(self) -> None:
+        """Nothing is kept between runs."""
+
+    def _seconds(self, *options: object) -> float:
+        """Return how long one test takes, in seconds."""
+        job = self._job
+        words = [job.llama_bench, "-m", job.file, "-t", job.n_threads, "-r", 1, "-o", "json", *options]
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen([str(word) for word in words], stdout=said, stderr=errors)
+            code, self._peak = _ended(process, self._peak)
+            said.seek(0)
+            errors.seek(0)
+            answer, complaint = said.read(), errors.read().decode(errors="replace").strip()
+        if code < 0:
+            raise GenerationError(f"llama-bench crashed (signal {-code}) with {' '.join(map(str, options))}.")
+        try:
+            (test,) = json.loads(answer)
+            return float(test["avg_ns"]) / 1e9
+        except (ValueError, KeyError, TypeError) as error:
+            last = complaint.splitlines()[-1:] or ["no figures"]
+            raise GenerationError(f"llama-bench ended with code {code}, and said: {last[0]}.") from error
+
+
+def _ended(process: subprocess.Popen[bytes], peak: int) -> tuple[int, int]:
+    """Wait for a process; return its exit code, negative for a signal, and its peak memory or the one given, if that is more."""
+    if not hasattr(os, "wait4"):
+        return process.wait(), peak
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return process.returncode, max(peak, usage.ru_maxrss * unit)
+
+
+def check_llama_bench(path: Path) -> Path:
+    """Return the absolute path of a `llama-bench` that runs.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        done = subprocess.run([path.absolute(), "--help"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be run ({error.strerror}), expected the program llama-bench.") from error
+    if "--n-gen" not in done.stdout + done.stderr:
+        raise ConfigError(f"{path} is not llama-bench: its help knows no --n-gen.")
+    return path.absolute()
+
+
+def build_llama_bench(progress: Progress | None = None) -> Path:
+    """Build `llama-bench` for this processor from llama.cpp's source, once, in the user's cache folder.
+
+    Raises:
+        ConfigError: a tool that is needed is missing, or the source cannot be had or built.
+    """
+    progress = progress or Progress()
+    kind = re.sub(r"\W+", "-", f"{processor()} {' '.join(processor_features())}").strip("-").lower()
+    target = cache_folder("llama.cpp") / f"{SOURCE.replace('==', '-')}-{kind}" / "llama-bench"
+    if target.is_file():
+        return target
+    missing = [tool for tool in ("cmake", "make", "c++") if shutil.which(tool) is None]
+    if missing:
+        raise ConfigError(
+            f"llama.cpp cannot be built, as {' and '.join(missing)} is missing; install it, or give llama-bench."
+        )
+    progress.say(f"Building llama.cpp for this processor from {SOURCE}, once; it takes some minutes")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch)
+        _run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"],
+            ["--no-build-isolation", "--dest", folder, SOURCE],
+        )
+        (packed,) = folder.glob("*.tar.gz")
+        with tarfile.open(packed) as archive:
+            archive.extractall(folder, filter="data")
+        (source,) = folder.glob("*/vendor/llama.cpp")
+        _run(["cmake", "-S", source, "-B", folder / "build", *_CMAKE])
+        _run(["cmake", "--build", folder / "build", "--target", "llama-bench", "--parallel", str(os.cpu_count() or 1)])
+        (built,) = (folder / "build" / "bin").glob("llama-bench*")
+        shutil.copy2(built, folder / "done")
+        (folder / "done").replace(target)
+    return target
+
+
+def _run(*words: list[Any]) -> None:
+    command = [str(word) for part in words for word in part]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["nothing"]
+        raise ConfigError(f"llama.cpp cannot be built: {' '.join(command[:3])} … said {last[0]!r}.")
