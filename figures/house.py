@@ -177,20 +177,25 @@ def speed(given: Given) -> None:
         {"before": given.before_tree, "after": ROOT},
     )  # a process takes long to begin
     with tempfile.TemporaryDirectory() as cache:
-        for weights, mode in itertools.product(("stored", "int8"), ("dense", "random")):
+        for kind, mode in itertools.product(("bfloat16", "int8"), ("dense", "random")):
             ratio = given.keep_ratio if mode == "random" else None
-            settings: dict[str, Any] = {"mode": mode, "keep_ratio": ratio, "weights": weights, "dtype": "bfloat16"}
+            # before, the stored weights of a GGUF file were those that it is widened to
+            weights = {"before": "stored", "after": "bf16"} if kind == "bfloat16" else dict.fromkeys(trees, kind)
+            settings: dict[str, Any] = {"mode": mode, "keep_ratio": ratio, "dtype": "bfloat16"}
             settings |= {"engine": "lean", "min_new_tokens": given.new_tokens}
 
-            def measure(when: str, _number: int, settings: dict[str, Any] = settings) -> float:
-                runs = generated(given, prompts, tree=trees[when], cache=Path(cache, when), **settings)
+            def measure(
+                when: str, _number: int, settings: dict[str, Any] = settings, weights: dict[str, str] = weights
+            ) -> float:
+                of = {**settings, "weights": weights[when]}
+                runs = generated(given, prompts, tree=trees[when], cache=Path(cache, when), **of)
                 return statistics.median(run["tokens_per_second"] for run in runs)
 
             found = in_turns(trees, given.rounds, measure)
             middle = medians(found)
             record(
                 f"{given.name}, lean engine, {'dense' if ratio is None else f'keep ratio {ratio:g}'}, "
-                f"{'bfloat16' if weights == 'stored' else weights}: decode over that before",
+                f"{kind}: decode over that before",
                 middle["after"] / middle["before"],
                 "×, of medians",
                 at_least(0.98),

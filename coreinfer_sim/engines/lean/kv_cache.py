@@ -57,7 +57,7 @@ class GrowingCache:
     def hand_back(self, cache: Any, n_positions: int) -> None:
         """Let transformers' cache see the first positions of the buffers."""
         for layer, (keys, values) in zip(cache.layers, self.buffers, strict=True):
-            layer.keys, layer.values = keys[:, :, :n_positions], values[:, :, :n_positions]
+            layer.keys, layer.values = keys.narrow(2, 0, n_positions), values.narrow(2, 0, n_positions)
 
     def release(self) -> None:
         """Let go of the buffers."""
