@@ -81,6 +81,9 @@ class LeanEngine(Engine):
                 hand_over(layer, matrix)
         if table is not None:
             hand_over_table(self.model.get_input_embeddings(), table)
+            self._weights.embedded(
+                torch.zeros(1, dtype=torch.int64)
+            )  # compiles its loops now, rather than within the first text
 
     def cut(self, selection: NeuronSelection) -> Mapping[int, GatedMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
