@@ -73,8 +73,6 @@ class LeanModel:
         self.norms = np.stack([np.stack([vector(norm.weight) for norm in pair]) for pair in norms])
         self.eps = np.array([[norm.variance_epsilon for norm in pair] for pair in norms], np.float32)
         self.head_norms = np.stack([_head_norms(attention) for attention in attentions])
-        self.head_dim = int(attentions[0].head_dim)
-        self.n_key_heads = self.attention[0][1].n_out // self.head_dim
         self.scaling = np.float32(attentions[0].scaling)
         self.kind = _ACTIVATIONS[model.config.hidden_act]
         # 3) words, which the loops read
@@ -128,9 +126,7 @@ class LeanModel:
     def n_bytes(self) -> int:
         """Bytes that a token reads outside the MLPs: attention, norms and the output head."""
         parts = [part for parts in self.attention for part in parts]
-        norms: int = (
-            self.norms.nbytes - self.norms[-1, 1].nbytes + self.head_norms.nbytes
-        )  # the last one is there twice
+        norms: int = self.norms.nbytes - self.norms[-1, 1].nbytes + self.head_norms.nbytes  # the last is there twice
         return sum(part.n_bytes for part in (*parts, self.head)) + norms
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:

@@ -139,27 +139,12 @@ class LeanEngine(Engine):
         n_rows = len(inputs.ids)
         made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
         decode_step(
-            *(
-                cache_loops(self.model.dtype),
-                hidden,
-                weights.norms,
-                weights.head_norms,
-                weights.eps,
-                weights.products,
-                of_parts,
-            ),
+            *(cache_loops(self.model.dtype), hidden, weights.norms, weights.head_norms, weights.eps),
+            *(weights.products, of_parts),
             *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
             *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.addresses, self._cache.shape),
-            *(
-                rows,
-                inputs.starts[rows],
-                n_past,
-                weights.scaling,
-                weights.kind,
-                weights.head.words[None],
-                made,
-                n_threads,
-            ),
+            *(rows, inputs.starts[rows], n_past, weights.scaling, weights.kind),
+            *(weights.head.words[None], made, n_threads),
         )
         self._cache.hand_back(inputs.cache, n_past + 1)
         # 3) logits
