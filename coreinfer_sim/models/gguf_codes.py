@@ -43,7 +43,7 @@ class QuantisedTensor:
             part = slice(begin, begin + _ROWS)
             raw = self.raw[part] if self.order is None else self.raw[self.order[part]]
             codes, parts = _TAKEN_APART[self.kind](raw.reshape(len(raw), -1, block_bytes))
-            yield begin, codes.reshape(len(raw), self.n_in), {name: values for name, values in parts.items()}
+            yield begin, codes.reshape(len(raw), self.n_in), parts
 
 
 def _halves(blocks: Array, first: int) -> Array:

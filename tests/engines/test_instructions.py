@@ -43,11 +43,11 @@ def assembly(cpu, kind, n_x=1):
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = triple
-    pointers = [kind.as_pointer() for kind in (I8, I8, F32, I32, F32, I32, F32)]
+    pointers = [kind.as_pointer() for kind in (I8, I8, I32, F32, I32, F32)]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*pointers, I64, I64]), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    weights, scales, x, codes, factors, sums, out, n_in, stride = function.args
-    inputs = Inputs(x, codes, factors, sums)
+    weights, scales, codes, factors, sums, out, n_in, stride = function.args
+    inputs = Inputs(codes, factors, sums)
     emit_product(builder, FORMATS[kind], how, n_x, weights, scales, inputs, n_in, out, stride)
     builder.ret_void()
     parsed = llvm.parse_assembly(str(module))

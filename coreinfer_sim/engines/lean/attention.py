@@ -13,7 +13,6 @@ from coreinfer_sim.engines.lean.intrinsics import (
     narrowed,
     normalise,
     parallel,
-    prefetched,
     serial,
 )
 from coreinfer_sim.engines.lean.kernels import (
@@ -25,7 +24,7 @@ from coreinfer_sim.engines.lean.kernels import (
     product_address,
     widened_address,
 )
-from coreinfer_sim.engines.lean.products import multiply, rounded, width
+from coreinfer_sim.engines.lean.products import N_OUT, multiply, rounded, width
 
 _CHUNK = 64  # positions that one task attends to; widened, they fit into the first-level cache
 
@@ -43,15 +42,6 @@ def _rotate(x, cos, sin):
         first, second = x[j], x[j + half]
         x[j] = first * cos[j] - second * sin[j]
         x[j + half] = second * cos[j + half] + first * sin[j + half]
-
-
-@inline
-def _ask(rows, part, n_parts):
-    """Ask for one of so many parts of rows ahead of their turn: memory would wait for arithmetic."""
-    n_lines = rows.shape[0] * rows.shape[1] * rows.itemsize // 64
-    begin = address(rows)
-    for line in range(part * n_lines // n_parts, (part + 1) * n_lines // n_parts):
-        prefetched(begin + 64 * line)
 
 
 @inline
@@ -102,14 +92,11 @@ def over_cache(loops, queries, keys, values, rows, starts, end, scaling, out):
             n, own = (last - first) * head_dim, rows[r]
             call_widened(loops[2], (address(keys[own, key, first]), n, address(wide)))
             for i in range(n_shared):
-                _ask(values[own, key, first:last], i, n_shared)
                 head = key * n_shared + i
                 highest, total = _weights(queries[r, head], wide, last - first, scaling, loops[0], scores[i])
                 weights[r, head, chunk, 0], weights[r, head, chunk, 1] = highest, total
             call_widened(loops[2], (address(values[own, key, first]), n, address(wide)))
-            following = min(last + _CHUNK, keys.shape[2])
             for i in range(n_shared):
-                _ask(keys[own, key, last:following], i, n_shared)
                 into = address(parts[r, key * n_shared + i, chunk])
                 call_five(loops[1], (address(wide), address(scores[i]), head_dim, last - first, into))
     for r in range(n_rows):
@@ -176,7 +163,7 @@ def attention(
     """
     n_rows, d_model = hidden.shape
     n_keys, head_dim = keys.shape[1], keys.shape[3]
-    n_heads = stack[0, 5] // head_dim
+    n_heads = stack[0, N_OUT] // head_dim
     # 1) queries, keys and values
     x = np.empty((n_rows, d_model), np.float32)
     for r in range(n_rows):

@@ -13,7 +13,6 @@ import numba
 import numpy as np
 import torch
 from numba import carray, types  # type: ignore[attr-defined]
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -90,23 +89,6 @@ def float_at(_context, where):
 
 
 @intrinsic
-def prefetched(_context, where):
-    """Ask for the cache line of an address."""
-    from llvmlite import ir
-
-    def code(context, builder, _signature, args):
-        byte, word = ir.IntType(8), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(
-            function, [builder.inttoptr(args[0], byte.as_pointer()), *(ir.Constant(word, n) for n in (0, 2, 1))]
-        )
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
-
-
-@intrinsic
 def _pointer(_context, where, like):
     """Return an address as a pointer to what an array holds."""
 
@@ -166,22 +148,6 @@ def activated(gate, kind):
     if kind == RELU:
         return max(gate, np.float32(0.0))
     return gate / (np.float32(1.0) + exp(-gate))
-
-
-@inline
-def dot(row, x):
-    """Multiply a stored row with a float32 row."""
-    total = np.float32(0.0)
-    for j in range(x.shape[0]):
-        total += widened(row[j]) * x[j]
-    return total
-
-
-@inline
-def add_scaled(factor, row, out):
-    """Add a stored row, times a factor, to a float32 row."""
-    for j in range(out.shape[0]):
-        out[j] += factor * widened(row[j])
 
 
 @inline

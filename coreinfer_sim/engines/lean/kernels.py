@@ -47,8 +47,8 @@ def _product(_context, _made_from, number, n_x, weights, scales, x, codes, facto
             of_x = builder.inttoptr(x, I8.as_pointer())
             emit_rows(builder, name, n, weights, of_x, n_in, n_rows, result, stride)
         else:
-            kinds = (F32, I32, F32, I32)
-            inputs = Inputs(*(builder.inttoptr(p, k.as_pointer()) for p, k in zip((x, q, f, t), kinds, strict=True)))
+            kinds = (I32, F32, I32)
+            inputs = Inputs(*(builder.inttoptr(p, k.as_pointer()) for p, k in zip((q, f, t), kinds, strict=True)))
             format_ = FORMATS[name]
             emit_product(builder, format_, host_products(), n, weights, scales, inputs, n_in, result, stride)
         return context.get_dummy_value()

@@ -6,7 +6,7 @@ import numpy as np
 from numba import prange
 
 from coreinfer_sim.engines.lean.intrinsics import activated, normalise, parallel, serial
-from coreinfer_sim.engines.lean.products import multiply, quantise_block, rounded, rounding, width
+from coreinfer_sim.engines.lean.products import N_OUT, multiply, quantise_block, rounded, rounding, width
 
 
 @parallel
@@ -39,7 +39,7 @@ def gated_mlp(hidden, rows, norm, eps, stack, kind, n_threads):
         kind: of the activation, SILU or RELU.
         n_threads: that products use.
     """
-    n, d_model, n_ff = rows.shape[0], hidden.shape[1], stack[0, 5]
+    n, d_model, n_ff = rows.shape[0], hidden.shape[1], stack[0, N_OUT]
     x = np.empty((n, d_model), np.float32)
     for r in range(n):
         normalise(hidden[rows[r]], norm, eps, x[r])

@@ -36,9 +36,8 @@ _ROW = vector(F32, TILE)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Pointers to the inputs of a product: ``x`` float32, or codes with their factors and sums."""
+    """Pointers to the rounded inputs of a product."""
 
-    x: Value
     codes: Value
     """int8, four at a time as int32."""
     factors: Value
