@@ -13,6 +13,7 @@ from coreinfer_sim.base.errors import CoreInferSimError, MissingModelError, Unkn
 
 from .bench import bench
 from .build_index import build_index
+from .cache import cache
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
@@ -78,5 +79,5 @@ def main() -> None:
     """
 
 
-for _command in (build_index, info, verify, lookup, generate, evaluate, tune, bench, export, serve):
+for _command in (build_index, info, verify, lookup, generate, evaluate, tune, bench, export, serve, cache):
     main.add_command(_command)

@@ -13,10 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.progress import Progress
 
 REPLACED = ".replaced"
 """Names what is being replaced: beside its place, or within a folder that cannot be renamed."""
+LOCK_FILE = ".lock"
+"""Held in a cache folder by who writes there."""
 _SEEKING = threading.Lock()
 """Where a read and the seek before it are two calls."""
 
@@ -211,3 +216,19 @@ def cache_folder(part: str) -> Path:
     """Return where what can be made anew is kept: ``$COREINFER_SIM_CACHE`` or ``~/.cache/coreinfer_sim``, in it ``part``."""
     base = os.environ.get("COREINFER_SIM_CACHE")
     return (Path(base) if base else Path.home() / ".cache" / "coreinfer_sim") / part
+
+
+def locked(folder: Path, progress: Progress) -> FileLock:
+    """Return a lock that one process at a time holds, in whatever container: process numbers would not tell those apart.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress.say(f"Another process is writing to {folder}; waiting for it.")
+        lock.acquire()
+    return lock

@@ -17,7 +17,7 @@ from coreinfer_sim.bench.files import ProgramFile, write_files
 from coreinfer_sim.bench.machine import ReadBandwidth, header
 from coreinfer_sim.bench.programs import BenchJob, Prompt, Subject, Timing
 from coreinfer_sim.bench.prompts import make_prompts
-from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, Spec
+from coreinfer_sim.bench.specs import DENSE, Spec
 from coreinfer_sim.bench.worker import Worker, in_process
 
 _FRESH_WARM_UP = 8
@@ -111,7 +111,7 @@ def bench(
     # 2) Files of the same weights for those that read files.
     with tempfile.TemporaryDirectory(prefix="coreinfer-sim-") as scratch:
         written: dict[str, ProgramFile] = {}
-        if any(spec.kind in (LLAMACPP, OFFLOAD) for spec in specs):
+        if any(spec.kind != DENSE for spec in specs):
             progress.say("Writing the files that contenders need")
             place = folder or Path(scratch)
             place.mkdir(parents=True, exist_ok=True)

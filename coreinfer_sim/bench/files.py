@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
+from coreinfer_sim.base.errors import ConfigError, CoreInferSimError
 from coreinfer_sim.bench.programs import Subject
+from coreinfer_sim.bench.specs import DENSE as DENSE_TRANSFORMERS
 from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, OWN_FILE, Spec
 from coreinfer_sim.bench.worker import one_sentence
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.llamacpp.router import DENSE
 from coreinfer_sim.export.gguf import check_exportable, export_gguf, facts_of, source_of
 from coreinfer_sim.export.weights import Source, compact_weights
+from coreinfer_sim.generation.opening import laid_out_model
 from coreinfer_sim.models.loading import LanguageModel
 
 
@@ -27,7 +31,7 @@ class ProgramFile:
 
 
 def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[str, ProgramFile]:
-    """Write what llama.cpp and offload need, each file once; files of an earlier run stay.
+    """Write what llama.cpp and offload need, each file once, and lay out our own weights; files of an earlier run stay.
 
     Args:
         subject: the model.
@@ -37,6 +41,10 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
     Returns:
         By the contender's text.
     """
+    if subject.model is not None:
+        for weights in {spec.options.get("weights", "stored") for spec in specs if _is_own(spec)}:
+            with suppress(CoreInferSimError):  # the contender itself says so
+                laid_out_model(subject.model, ModelConfig(), DecodeConfig(weights=weights))
     wanted = [s for s in specs if s.kind == LLAMACPP or (s.kind == OFFLOAD and subject.shape is not None)]
     if not wanted:
         return {}
@@ -58,6 +66,12 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
         except Exception as error:  # the other contenders go on
             found[spec.text] = ProgramFile(error=one_sentence(error))
     return found
+
+
+def _is_own(spec: Spec) -> bool:
+    """Return whether our own runtime decodes in memory and in the layout that it chooses."""
+    own = spec.kind not in (LLAMACPP, OFFLOAD, DENSE_TRANSFORMERS)
+    return own and spec.options.get("engine", "auto") == "auto" and "memory_budget" not in spec.options
 
 
 def _gguf(language_model: LanguageModel, spec: Spec, folder: Path) -> ProgramFile:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from coreinfer_sim.base.decode_settings import ModelConfig
 from coreinfer_sim.base.errors import ConfigError, GenerationError
 from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.bench.programs import BenchJob, Prompt, Timing
@@ -118,14 +119,15 @@ class OwnProgram:
         spec, subject = self._job.spec, self._job.subject
         ratio = None if spec.mode is Mode.DENSE else spec.ratio
         settings = {"mode": spec.mode, "keep_ratio": ratio, "seed": self._job.seed, **spec.options}
-        loaded = subject.load(spec.dtype, self._job.device, as_stored=settings.get("engine") != "compiled")
+        loading = ModelConfig(dtype=spec.dtype, device=self._job.device)
+        model = subject.model if subject.shape is None else subject.load(spec.dtype, self._job.device)
         index = open_index(subject.index, subject.encoder) if spec.needs_index else None
-        generator = load(index, loaded, **settings)
+        generator = load(index, model, loading=loading, **settings)
         if not isinstance(generator, TextGenerator):
             raise ConfigError(f"the contender {spec.text!r} decodes elsewhere, expected an engine of this process.")
         generator.take_over()  # nobody else knows the model
         self._generator = generator
-        return {"dtype": loaded.dtype_name, "weights": generator.decode.weights.value}
+        return {"dtype": generator.language_model.dtype_name, "weights": generator.decode.weights.value}
 
     def run(self, prompt: Prompt, n_new: int) -> Timing:
         """Generate exactly ``n_new`` tokens, greedily."""

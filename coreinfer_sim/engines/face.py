@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.prepared import Prepared, PreparedCache
+from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 Group = tuple[Sequence[int], Prepared]
@@ -132,6 +134,20 @@ class Engine(ABC):
     @classmethod
     def warm_up(cls, model: Any) -> None:
         """Compile what decode needs for a model, which may have no weights yet, ahead of the first text."""
+        return None
+
+    @classmethod
+    def load(cls, name: str, config: DecodeConfig, progress: Progress | None = None) -> LanguageModel | None:
+        """Load a model in the engine's own layout, which is kept in the user's cache folder.
+
+        Args:
+            name: as `load_model` takes it.
+            config: what decodes.
+            progress: receives what is done.
+
+        Returns:
+            None: the engine reads weights as transformers loads them, or does not decode such a model.
+        """
         return None
 
     def take_over(self) -> None:

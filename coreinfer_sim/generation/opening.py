@@ -11,14 +11,14 @@ from coreinfer_sim.base.errors import ConfigError, MissingModelError, ModelError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Fallback
 from coreinfer_sim.choosing.compatibility import check_model
-from coreinfer_sim.engines.registry import EXPORTED
+from coreinfer_sim.engines.registry import AUTO, EXPORTED, engine_class
 from coreinfer_sim.generation.budget import Longest, load_within_budget
 from coreinfer_sim.generation.exported import ExportedGenerator
 from coreinfer_sim.generation.in_process import TextGenerator
 from coreinfer_sim.generation.text import Generator
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
-from coreinfer_sim.models.loading import LanguageModel, load_model, tokenizer_hash
+from coreinfer_sim.models.loading import LanguageModel, load_model, tokenizer_hash, usable_device
 
 _OF_LLAMACPP = ("exported", "memory_limit", "context")
 """Settings that no other engine looks at."""
@@ -78,7 +78,9 @@ def load(
         loaded = load_within_budget(name, opened, selection, decode, loading, longest or Longest(), progress)
         _say_notes(loaded, progress)
     else:
-        loaded = open_model(opened, model, loading, decode, progress)
+        name = model_name(opened, model)
+        laid_out = laid_out_model(name, loading, decode, progress)
+        loaded = laid_out or open_model(opened, model, loading, decode, progress)
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
     generator = TextGenerator(loaded, opened, selection, decode)
@@ -129,6 +131,22 @@ def open_model(
             raise
         raise MissingModelError(f"{index.name} names the model {name}, but {error}") from error
     _say_notes(loaded, progress)
+    return loaded
+
+
+def laid_out_model(
+    name: str, loading: ModelConfig, decode: DecodeConfig, progress: Progress | None = None
+) -> LanguageModel | None:
+    """Load a model in the layout of the engine that decodes it; None: it reads weights as transformers loads them.
+
+    The layout is made when it is needed first, and kept in the user's cache folder.
+    """
+    if loading.dtype not in ("auto", "stored") or usable_device(loading.device) != "cpu":
+        return None
+    engine = engine_class(AUTO[0] if decode.engine == "auto" else decode.engine)
+    loaded = engine.load(name, decode, progress)
+    if loaded is not None:
+        _say_notes(loaded, progress)
     return loaded
 
 

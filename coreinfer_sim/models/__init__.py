@@ -5,6 +5,8 @@ __all__ = [
     "chat_templates",
     "fingerprint",
     "gguf_codes",
+    "kept",
+    "layout_file",
     "loading",
     "mending",
     "mlps",
@@ -13,4 +15,5 @@ __all__ = [
     "store",
     "streaming",
     "taps",
+    "weightless",
 ]

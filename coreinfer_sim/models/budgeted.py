@@ -6,17 +6,13 @@ On a GPU, whose memory the budget then counts, dense MLP weights stay in host me
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.errors import ConfigError, ModelError, UnsupportedModelError
@@ -24,13 +20,13 @@ from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.models.loading import DTYPES, LanguageModel, load_model, usable, usable_device
-from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters, weight_shape
 from coreinfer_sim.models.offload import HostLinear, Staging, in_host_memory
-from coreinfer_sim.models.source import load_errors, read_config, source_of
+from coreinfer_sim.models.parameters import ParameterNames, empty_model, main_dtype
+from coreinfer_sim.models.source import read_config, source_of
 from coreinfer_sim.models.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.models.streaming import Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
-from coreinfer_sim.models.whole import Found, check_whole
+from coreinfer_sim.models.whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -76,14 +72,21 @@ def load_within(
         raise ConfigError(f"the device is {device}, expected cpu; load_on_device serves others.")
     # 1) The model without weights
     checkpoint = Checkpoint(_folder(name))
-    model, tokenizer, notes = _empty_model(name, checkpoint)
+    model, tokenizer, notes = empty_model(
+        name,
+        read_config(name, name, {}),
+        name,
+        {},
+        main_dtype(checkpoint),
+        lambda each: ParameterNames(each, checkpoint).tied_as_stored(),
+    )
     if dtype not in ("auto", "stored") and DTYPES.get(dtype) is not model.dtype:
         raise ConfigError(
             f"the dtype is {dtype}, but under a memory budget weights stay as {name} stores them, in "
             f"{str(model.dtype).removeprefix('torch.')}; leave dtype at auto."
         )
     layers = find_mlps(model)
-    names = _Names(model, checkpoint)
+    names = ParameterNames(model, checkpoint)
     notes += check_whole(name, model, layers, names.found())
     streamed_table = names.streams_table()
     # 2) The plan
@@ -92,8 +95,8 @@ def load_within(
     )
     # 3) The weights
     keep_heap_small()
-    _stream(model, layers, names, progress or Progress())
-    _load_rest(model, names, streamed_table)
+    _stream(model, layers, names, checkpoint, progress or Progress())
+    _load_rest(model, names, checkpoint, streamed_table)
     give_back_memory()
     return LanguageModel(model.eval(), tokenizer, name, find_mlps(model), position_limit=limit, notes=notes)
 
@@ -178,77 +181,9 @@ def _folder(name: str) -> Path:
     return Path(name)
 
 
-def _empty_model(name: str, checkpoint: Checkpoint) -> tuple[Any, Any, list[str]]:
-    """Return the model without weights, in the type of most of the checkpoint, the tokenizer, and what was mended."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in checkpoint.tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    config = read_config(name, name, {})
-    notes = mend_config(config)
-    dtype = max(sizes, key=lambda each: sizes[each], default=torch.float32)
-    with load_errors(name):
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            if not _Names(model, checkpoint).tied_as_stored():  # transformers leaves those untied, too
-                config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if (checkpoint.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(name)
-    return model, tokenizer, [*notes, *mend(model, tokenizer)]
-
-
-class _Names:
-    """What a model's parameters are called in its checkpoint."""
-
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
-        self.model, self.checkpoint = model, checkpoint
-        self.modules = {id(module): name for name, module in model.named_modules()}
-        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        """The tensor that a tied one shares."""
-
-    def find(self, name: str) -> str | None:
-        """Return the tensor of a parameter; a checkpoint of the bare decoder leaves the first part out."""
-        sharing = (each for each, source in self.tied.items() if source == name)  # stored in its place
-        return next((found for found in map(self._stored, (name, *sharing)) if found is not None), None)
-
-    def _stored(self, name: str) -> str | None:
-        prefix = f"{self.model.base_model_prefix}."
-        names = (name, name.removeprefix(prefix), name.replace("lm_head.", "embed_out."))  # the last is GPT-NeoX's
-        return next((n for n in names if n in self.checkpoint.tensors), None)
-
-    def tied_as_stored(self) -> bool:
-        """Return whether no tensor is stored that differs from the one that it shares."""
-        pairs = [(self._stored(each), self._stored(source)) for each, source in self.tied.items()]
-        return all(not one or not other or self.checkpoint.same(one, other) for one, other in pairs)
-
-    def found(self) -> Found:
-        """Compare the model's tensors with those of the checkpoint, as transformers does when it loads them."""
-        expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        places = {name: self.find(self.tied.get(name, name)) for name in expected}
-        passed = [f"({each})" for each in self.model._keys_to_ignore_on_load_unexpected or ()]
-        taken = {each for each in places.values() if each} | {each for each in map(self._stored, expected) if each}
-        others = self.checkpoint.names - taken
-        shapes = {name: self.checkpoint.tensors[place].shape for name, place in places.items() if place}
-        return Found(
-            missing={name for name, place in places.items() if place is None},
-            unexpected={each for each in others if not (passed and re.search("|".join(passed), each))},
-            mismatched=[(name, shape, expected[name]) for name, shape in shapes.items() if shape != expected[name]],
-        )
-
-    def of(self, module: Any, parameter: str) -> str:
-        """Return the tensor of a module's parameter."""
-        found = self.find(f"{self.modules[id(module)]}.{parameter}")
-        assert found is not None  # as the model is whole
-        return found
-
-    def streams_table(self) -> bool:
-        """Return whether the embedding table can stay on disk: a plain one that the output head does not share."""
-        table = self.model.get_input_embeddings()
-        return type(table) is nn.Embedding and not self.tied
-
-
-def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progress) -> None:
+def _stream(
+    model: Any, layers: list[MLPLayer], names: ParameterNames, checkpoint: Checkpoint, progress: Progress
+) -> None:
     """Make or open the store, and put projections that read from it into the model."""
     shape = StoreShape(
         len(layers),
@@ -258,7 +193,6 @@ def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progres
         str(model.dtype).removeprefix("torch."),
     )
     sources = [_sources(layer, names) for layer in layers]
-    checkpoint = names.checkpoint
     for source in (s for parts in sources for s in parts):
         if checkpoint.tensors[source.tensor].dtype is not model.dtype:
             raise UnsupportedModelError(
@@ -282,7 +216,7 @@ def _stream(model: Any, layers: list[MLPLayer], names: _Names, progress: Progres
             setattr(layer.owner, name, module)
 
 
-def _sources(layer: MLPLayer, names: _Names) -> list[PartSource]:
+def _sources(layer: MLPLayer, names: ParameterNames) -> list[PartSource]:
     """Return where the parts of a layer's neurons are."""
     sources = []
     for name in layer.projections:
@@ -296,9 +230,9 @@ def _sources(layer: MLPLayer, names: _Names) -> list[PartSource]:
     return sources
 
 
-def _load_rest(model: Any, names: _Names, streamed_table: bool) -> None:
+def _load_rest(model: Any, names: ParameterNames, checkpoint: Checkpoint, streamed_table: bool) -> None:
     """Read all weights outside the MLPs, tensor by tensor, into memory of their own."""
-    checkpoint, tied = names.checkpoint, names.tied
+    tied = names.tied
     if streamed_table:
         table = model.get_input_embeddings()
         place = names.of(table, "weight")

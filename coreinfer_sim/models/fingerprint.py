@@ -15,20 +15,32 @@ SKETCH_SIZE = 32
 """Weights of each layer that are sampled."""
 
 
+def sketch_places(d_model: int, d_ff: int, n_layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return which rows and columns of each layer's down projection [d_model, d_ff] are sampled, [32] each."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(d_model, d_ff)] * n_layers
+    return [
+        (
+            torch.randint(n_rows, (SKETCH_SIZE,), generator=generator),
+            torch.randint(n_columns, (SKETCH_SIZE,), generator=generator),
+        )
+        for n_rows, n_columns in sizes
+    ]
+
+
 def weight_sketch(layers: Sequence[MLPLayer]) -> list[list[float]]:
     """Sample a few down-projection weights of every layer: a fingerprint that survives a change of dtype.
 
     Returns:
-        [n_layers][32] values, from fixed pseudo-random places.
+        [n_layers][32] values, from fixed pseudo-random places; of weights that were rounded, what they were before.
     """
-    generator = torch.Generator().manual_seed(0)
     sketch = []
-    for layer in layers:
-        rows, columns = (
-            torch.randint(size, (SKETCH_SIZE,), generator=generator) for size in (layer.d_model, layer.d_ff)
-        )
+    places = sketch_places(layers[0].d_model, layers[0].d_ff, len(layers)) if layers else []
+    for layer, (rows, columns) in zip(layers, places, strict=True):
         if layer.store is not None:
             values = layer.store.read_neurons(columns)[torch.arange(SKETCH_SIZE), -1, rows].float()
+        elif hasattr(layer.output, "sketch"):
+            values = layer.output.sketch
         else:
             weight = layer.output.weight.detach()
             if isinstance(layer.output, Conv1D):

@@ -119,15 +119,22 @@ _TAKEN_APART: dict[str, Callable[[Array], tuple[Array, Parts]]] = {
 }
 
 
-_NAMES = {
+_PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
+"""Of a layer, and what transformers calls them."""
+_EMBEDDINGS = "model.embed_tokens"
+_OTHERS = {"token_embd": _EMBEDDINGS, "output": "lm_head", "output_norm": "model.norm"}
 _IN_ORDER = ("qwen2", "qwen3")
 _ROTATED_BY_PAIRS = ("llama", "mistral")
 """Families whose files hold the features of a query's or key's head as pairs, where transformers holds them as halves."""
@@ -140,34 +147,28 @@ def own_codes(path: str, config: Any) -> dict[str, QuantisedTensor]:
     found = {}
     for tensor in gguf.GGUFReader(path).tensors:
         kind, parts = tensor.tensor_type.name, str(tensor.name).split(".")
-        name = _module(parts)
+        name = module_of(parts)
         if name is not None and kind in _TAKEN_APART and len(tensor.shape) == 2:
             n_in, n_out = (int(n) for n in tensor.shape)
-            n_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(parts[-2])
-            order = None
-            if n_heads is not None and config.model_type in _ROTATED_BY_PAIRS:
-                order = _halves_of_pairs(n_out, int(n_heads))
-            found[name] = QuantisedTensor(kind, n_out, n_in, tensor.data, order)
+            found[name] = QuantisedTensor(kind, n_out, n_in, tensor.data, order_of(parts, n_out, config))
     if config.tie_word_embeddings and _EMBEDDINGS in found:
         found.setdefault("lm_head", found[_EMBEDDINGS])
     return found
 
 
-_EMBEDDINGS = "model.embed_tokens"
-
-
-def _module(parts: list[str]) -> str | None:
-    """Return which module a tensor's name belongs to."""
-    if parts == ["token_embd", "weight"]:
-        return _EMBEDDINGS
-    if parts == ["output", "weight"]:
-        return "lm_head"
-    if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in _NAMES:
-        return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}"
+def module_of(parts: list[str]) -> str | None:
+    """Return which module a tensor belongs to whose name in the file has these parts."""
+    if len(parts) == 2 and parts[0] in _OTHERS:
+        return _OTHERS[parts[0]]
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _PARTS:
+        return f"model.layers.{parts[1]}.{_PARTS[parts[2]]}"
     return None
 
 
-def _halves_of_pairs(n_out: int, n_heads: int) -> Array:
-    """Return which row of a file each output is."""
-    order: Array = np.arange(n_out).reshape(n_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+def order_of(parts: list[str], n_out: int, config: Any) -> Array | None:
+    """Return which row of the file each output of a tensor is; None: they are in order."""
+    n_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(parts[-2])
+    if n_heads is None or config.model_type not in _ROTATED_BY_PAIRS:
+        return None
+    order: Array = np.arange(n_out).reshape(int(n_heads), -1, 2).swapaxes(1, 2).reshape(-1)
     return order

@@ -117,13 +117,18 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
     found = Found(read["missing_keys"], read["unexpected_keys"] | unread, read["mismatched_keys"])
     notes += check_whole(name, model, layers, found)
     # 3) what decode needs of them
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(_packed)
+    compact_head_inputs(model)
     notes += mend(model, tokenizer)
     if Path(name, ADAPTER_FILE).is_file():
         notes.append(f"Note: {name} holds an adapter beside the whole model; it is passed over.")
     return LanguageModel(model, tokenizer, name, layers, notes=notes)
+
+
+def compact_head_inputs(model: Any) -> None:
+    """Let the output head of a model get hidden states that lie side by side."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_packed)
 
 
 def _packed(_head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

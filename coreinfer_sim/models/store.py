@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from coreinfer_sim.base.errors import ModelError, StoreError
-from coreinfer_sim.base.files import atomic_path, cache_folder, open_to_read
+from coreinfer_sim.base.files import atomic_path, cache_folder, locked, open_to_read
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.models.checkpoint import Checkpoint, bytes_of, drop_cached, raw, read_exactly, read_into
 
@@ -33,8 +32,6 @@ _ALIGN = 4096
 _N_THREADS = 8
 TASK_BYTES = 2 << 20
 """What one thread reads at a time."""
-LOCK_FILE = ".lock"
-"""Held in the stores' folder by who writes one."""
 _BLOCK = 8 << 20
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -328,15 +325,9 @@ def _again(path: Path) -> str:
 
 @contextmanager
 def _alone(path: Path, progress: Progress) -> Iterator[None]:
-    """Let one process at a time make stores in a folder, in whatever container: process numbers would not tell those apart."""
-    lock = FileLock(path.with_name(LOCK_FILE))
+    """Let one process at a time make stores in a folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            progress.say(f"Another process is writing to {path.parent}; waiting for it.")
-            lock.acquire()
+        lock = locked(path.parent, progress)
     except OSError as error:
         raise StoreError(
             f"{path.parent} cannot be used ({error}), expected a folder for the model's MLPs; name another in "

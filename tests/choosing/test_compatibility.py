@@ -80,7 +80,7 @@ def test_one_other_layer_is_refused(model_index, tiny_checkpoint, layer):
         ({"intermediate_size": 64}, "Llama with 3 layers, d_model 32, d_ff 64"),
     ],
 )
-def test_another_shape_is_refused_by_both_shapes(model_index, tmp_path, overrides, shape):
+def test_another_shape_is_refused_by_all_shapes(model_index, tmp_path, overrides, shape):
     other = load_model(save_tiny_checkpoint(tmp_path / "other", **overrides))
     with pytest.raises(
         IndexMismatchError, match=f"the model is {shape}, but .* Llama with 3 layers, d_model 32, d_ff 48"

@@ -9,7 +9,7 @@ import shutil
 import gguf
 import pytest
 import torch
-from checkpoints import refused_by_both, rewritten, saved, with_json
+from checkpoints import refused_by_all, rewritten, saved, with_json
 from safetensors.torch import load_file
 
 from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
@@ -31,20 +31,20 @@ def test_an_adapter_is_named_with_its_base_and_how_to_merge_it(base, beside, tmp
     folder = adapter(tmp_path / "lora", base_model_name_or_path=base)
     if beside == "config.json":
         shutil.copy(saved(tmp_path / "model") / "config.json", folder)
-    refused_by_both(folder, ModelError, "is an adapter (LORA) of", base or "does not name", "merge_and_unload")
+    refused_by_all(folder, ModelError, "is an adapter (LORA) of", base or "does not name", "merge_and_unload")
     with pytest.raises(ModelError, match="is an adapter"):
         load_tokenizer(str(folder))
 
 
 def test_an_adapter_of_a_kind_that_cannot_be_merged(tmp_path):
     folder = adapter(tmp_path / "prefix", peft_type="PREFIX_TUNING", base_model_name_or_path="some/base")
-    refused_by_both(folder, ModelError, "PREFIX_TUNING", "some/base", "cannot be merged")
+    refused_by_all(folder, ModelError, "PREFIX_TUNING", "some/base", "cannot be merged")
 
 
 def test_an_adapter_whose_configuration_is_no_json(tmp_path):
     folder = adapter(tmp_path / "lora")
     (folder / "adapter_config.json").write_text("{")
-    refused_by_both(folder, ModelError, "is an adapter")
+    refused_by_all(folder, ModelError, "is an adapter")
 
 
 def test_an_adapter_beside_the_whole_model_is_a_note(tmp_path):
@@ -83,14 +83,14 @@ def test_an_adapter_in_the_hubs_cache(tmp_path, monkeypatch):
 )
 def test_quantised_checkpoints_are_refused_by_their_method(settings, named, tmp_path):
     folder = with_json(saved(tmp_path / "model"), quantization_config=settings)
-    refused_by_both(
+    refused_by_all(
         folder, UnsupportedModelError, f"are quantised ({named}", "the checkpoint that was quantised", "GGUF"
     )
 
 
 def test_quantised_checkpoints_of_mlx(tmp_path):
     folder = with_json(saved(tmp_path / "model"), quantization={"group_size": 64, "bits": 4})
-    refused_by_both(folder, UnsupportedModelError, "quantised (MLX, 4 bits)")
+    refused_by_all(folder, UnsupportedModelError, "quantised (MLX, 4 bits)")
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_quantised_checkpoints_of_mlx(tmp_path):
 )
 def test_a_quantisation_that_a_file_of_its_own_names(file, content, named, tmp_path):
     folder = with_json(saved(tmp_path / "model"), file, **content)
-    refused_by_both(folder, UnsupportedModelError, named, file)
+    refused_by_all(folder, UnsupportedModelError, named, file)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "<html>not found</html>", "\x00\x01"])
 def test_a_configuration_that_is_no_json_object(content, tmp_path):
     folder = saved(tmp_path / "model")
     (folder / "config.json").write_text(content)
-    refused_by_both(folder, ModelError, "config.json", "fetch it again")
+    refused_by_all(folder, ModelError, "config.json", "fetch it again")
 
 
 @pytest.mark.parametrize("n_bytes", [0, 5, 20, 3000, -1])
@@ -118,14 +118,14 @@ def test_safetensors_that_are_cut_off(n_bytes, tmp_path):
     folder = saved(tmp_path / "model")
     path = folder / "model.safetensors"
     os.truncate(path, n_bytes if n_bytes >= 0 else path.stat().st_size + n_bytes)
-    refused_by_both(folder, ModelError, str(path), "fetch it again")
+    refused_by_all(folder, ModelError, str(path), "fetch it again")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_pointer_of_git_lfs_in_place_of_a_file(name, tmp_path):
     folder = saved(tmp_path / "model")
     (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234567\n")
-    refused_by_both(folder, ModelError, f"{name} is a pointer of Git LFS", "git lfs pull")
+    refused_by_all(folder, ModelError, f"{name} is a pointer of Git LFS", "git lfs pull")
     shutil.copy(folder / name, tmp_path / "model.gguf")
     with pytest.raises(ModelError, match="is a pointer of Git LFS"):
         load_model(str(tmp_path / "model.gguf"))
@@ -135,7 +135,7 @@ def test_an_index_of_shards_that_is_no_json(tmp_path):
     folder = saved(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{")
-    refused_by_both(folder, ModelError, "model.safetensors.index.json cannot be read")
+    refused_by_all(folder, ModelError, "model.safetensors.index.json cannot be read")
 
 
 def test_an_old_index_of_shards_beside_the_whole_file_is_not_looked_at(tmp_path):
@@ -146,7 +146,7 @@ def test_an_old_index_of_shards_beside_the_whole_file_is_not_looked_at(tmp_path)
 def test_a_folder_with_a_configuration_alone(tmp_path):
     folder = saved(tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    refused_by_both(folder, ModelError, "no", "model.safetensors")
+    refused_by_all(folder, ModelError, "no", "model.safetensors")
 
 
 def test_weights_of_torch_are_read_or_refused_where_they_are_damaged(tmp_path):
@@ -167,7 +167,7 @@ def test_shards_without_their_index_file(tmp_path):
     for part in (1, 2):
         shutil.copy(folder / "model.safetensors", folder / f"model-0000{part}-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
-    refused_by_both(
+    refused_by_all(
         folder,
         ModelError,
         "holds parts of a model",
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path):
     folder = saved(tmp_path / "model")
     for path in folder.glob("*token*"):
         path.unlink()
-    refused_by_both(
+    refused_by_all(
         folder,
         ModelError,
         "has no tokenizer (such as tokenizer.json)",

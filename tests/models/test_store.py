@@ -12,9 +12,10 @@ import torch
 from filelock import FileLock
 
 from coreinfer_sim.base.errors import StoreError
+from coreinfer_sim.base.files import LOCK_FILE
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
-from coreinfer_sim.models.store import LOCK_FILE, NeuronStore, PartSource, StoreShape, make_store, open_or_make
+from coreinfer_sim.models.store import NeuronStore, PartSource, StoreShape, make_store, open_or_make
 
 
 def random_store(path: Path, n_layers: int = 2, d_ff: int = 50, d_model: int = 8):

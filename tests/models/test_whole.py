@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import loads, refused_by_both, rewritten, saved, saved_family, with_json, with_tensors
+from checkpoints import loads, refused_by_all, rewritten, saved, saved_family, with_json, with_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +43,7 @@ def test_a_missing_tensor_is_named(key, parts, tmp_path):
     folder = saved_family(tmp_path / "model", key)
     name = first_of(load_file(folder / "model.safetensors"), *parts)
     with_tensors(folder, lambda tensors: tensors.pop(name))
-    refused_by_both(folder, ModelError, "lacks 1 of the", f"({name})", "fetch it again, whole")
+    refused_by_all(folder, ModelError, "lacks 1 of the", f"({name})", "fetch it again, whole")
 
 
 @pytest.mark.parametrize("key", ["llama", "opt", "gpt-neox", "starcoder2"])
@@ -51,7 +51,7 @@ def test_an_output_head_that_is_not_tied_is_missed(key, tmp_path):
     folder = saved_family(tmp_path / "model", key)
     heads = [name for name in load_file(folder / "model.safetensors") if name.startswith(("lm_head", "embed_out"))]
     with_tensors(folder, lambda tensors: [tensors.pop(name) for name in heads])
-    refused_by_both(folder, ModelError, f"lacks {len(heads)} of", "weight", "set tie_word_embeddings")
+    refused_by_all(folder, ModelError, f"lacks {len(heads)} of", "weight", "set tie_word_embeddings")
 
 
 def test_many_missing_tensors_are_counted_and_a_few_named(tmp_path):
@@ -59,7 +59,7 @@ def test_many_missing_tensors_are_counted_and_a_few_named(tmp_path):
         for name in [name for name in tensors if "layers.1." in name]:
             del tensors[name]
 
-    refused_by_both(
+    refused_by_all(
         with_tensors(saved(tmp_path / "model"), cut),
         ModelError,
         "lacks 9 of the 30 tensors",
@@ -74,7 +74,7 @@ def test_names_of_a_wrapped_model_are_shown(tmp_path):
             tensors[f"_orig_mod.{name}"] = tensors.pop(name)
 
     folder = with_tensors(saved(tmp_path / "model"), wrap)
-    refused_by_both(folder, ModelError, "lacks 30 of the 30", "but holds 30 others (_orig_mod.lm_head.weight, ")
+    refused_by_all(folder, ModelError, "lacks 30 of the 30", "but holds 30 others (_orig_mod.lm_head.weight, ")
 
 
 @pytest.mark.parametrize("stored", ["table", "head", "both"])
@@ -91,7 +91,7 @@ def test_a_tied_head_may_be_stored_under_either_name(stored, tmp_path):
         assert torch.allclose(first.model(IDS).logits.float(), second.model(IDS).logits.float(), atol=1e-3)
     if stored == "head":
         with_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
-        refused_by_both(folder, ModelError, "model.embed_tokens.weight")
+        refused_by_all(folder, ModelError, "model.embed_tokens.weight")
 
 
 def test_a_head_that_is_stored_is_read_though_the_configuration_ties_it(tmp_path):
@@ -112,7 +112,7 @@ def test_a_shard_that_is_listed_but_absent(tmp_path):
     shards = sharded(tmp_path / "model")
     loads(tmp_path / "model")
     shards[1].unlink()
-    refused_by_both(
+    refused_by_all(
         tmp_path / "model", ModelError, f"lacks 1 of the {len(shards)} files", shards[1].name, "fetch the checkpoint"
     )
 
@@ -123,7 +123,7 @@ def test_a_tensor_that_is_listed_but_not_in_its_shard(tmp_path):
     name = sorted(tensors)[0]
     del tensors[name]
     save_file(tensors, shard, {"format": "pt"})
-    refused_by_both(tmp_path / "model", ModelError, "lacks 1 of the 30 tensors", name)
+    refused_by_all(tmp_path / "model", ModelError, "lacks 1 of the 30 tensors", name)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_tensor_that_is_listed_but_not_in_its_shard(tmp_path):
 )
 def test_a_tensor_that_the_decoder_has_no_place_for(key, name, tmp_path):
     folder = with_tensors(saved_family(tmp_path / "model", key), lambda tensors: tensors.update({name: torch.ones(32)}))
-    refused_by_both(folder, ModelError, f"1 tensor that its configuration has no place for ({name})", "one model")
+    refused_by_all(folder, ModelError, f"1 tensor that its configuration has no place for ({name})", "one model")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_other_parts_and_old_buffers_are_a_note(key, names, tmp_path):
 def test_the_layer_that_predicts_further_tokens_is_no_layer_of_the_decoder(tmp_path):
     folder = saved(tmp_path / "model")
     with_tensors(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(3)}))
-    refused_by_both(folder, ModelError, "model.layers.3.eh_proj.weight")
+    refused_by_all(folder, ModelError, "model.layers.3.eh_proj.weight")
     for found in loads(with_json(folder, num_nextn_predict_layers=1)):
         assert "model.layers.3.eh_proj.weight" in found.notes[0]
 
@@ -181,12 +181,12 @@ def test_the_layer_that_predicts_further_tokens_is_no_layer_of_the_decoder(tmp_p
 )
 def test_a_tensor_of_another_shape(name, shape, tmp_path):
     folder = with_tensors(saved(tmp_path / "model"), lambda tensors: tensors.update({name: torch.ones(shape)}))
-    refused_by_both(folder, ModelError, "1 tensor of another shape", f"{name} of {list(shape)}, expected [")
+    refused_by_all(folder, ModelError, "1 tensor of another shape", f"{name} of {list(shape)}, expected [")
 
 
 def test_a_configuration_of_a_wider_model(tmp_path):
     folder = with_json(saved(tmp_path / "model"), intermediate_size=64)
-    refused_by_both(folder, ModelError, "9 tensors of another shape", "of [32, 48], expected [32, 64]")
+    refused_by_all(folder, ModelError, "9 tensors of another shape", "of [32, 48], expected [32, 64]")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_weights_that_are_quantised_without_saying_so(leaf, tmp_path):
         tensors[f"{projection}.{leaf}"] = tensors.pop(f"{projection}.weight").to(torch.int32)
 
     folder = with_tensors(saved(tmp_path / "model"), quantise)
-    refused_by_both(folder, UnsupportedModelError, "are quantised", leaf, "GGUF file")
+    refused_by_all(folder, UnsupportedModelError, "are quantised", leaf, "GGUF file")
 
 
 def test_an_adapter_that_was_saved_unmerged(tmp_path):
@@ -208,7 +208,7 @@ def test_an_adapter_that_was_saved_unmerged(tmp_path):
         tensors[f"{projection}.lora_A.default.weight"] = torch.zeros(4, 32)
 
     folder = with_tensors(saved(tmp_path / "model"), adapt)
-    refused_by_both(folder, ModelError, "an adapter that is not merged", "merge_and_unload")
+    refused_by_all(folder, ModelError, "an adapter that is not merged", "merge_and_unload")
 
 
 @pytest.mark.parametrize(

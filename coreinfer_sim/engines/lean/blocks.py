@@ -30,7 +30,7 @@ def unsupported(model: Any) -> str | None:
     config = model.config
     if config.model_type not in FAMILIES:
         return f"{config.model_type} is not among {', '.join(FAMILIES)}"
-    if model.device.type != "cpu":
+    if model.device.type not in ("cpu", "meta"):  # meta: it has no weights yet
         return f"the model is on {model.device}, not on the CPU"
     if model.dtype not in _TYPES:
         return f"the weights are {model.dtype}"
@@ -48,6 +48,11 @@ def unsupported(model: Any) -> str | None:
         if type(product) is not torch.nn.Linear:  # an adapter adds to what its weights give
             return f"it holds a {type(product).__name__} where a Linear was expected"
     return None
+
+
+def rounded_kind(name: str, weights: Weights) -> str | None:
+    """Return the format to which a module's weights are rounded; None: they are not."""
+    return (_HEAD if name == "lm_head" else _ROUNDED).get(weights)
 
 
 class LeanModel:
@@ -82,6 +87,10 @@ class LeanModel:
 
     def _matrix(self, name: str) -> Matrix:
         """Return the matrix of a linear layer in the type that was asked for."""
+        laid_out = getattr(self._model, "laid_out", {})
+        if name in laid_out:
+            found: Matrix = laid_out[name]
+            return found
         linear = self._model.get_submodule(name)
         own = getattr(self._model, "own_codes", {}).get(name)
         if self._weights is Weights.STORED and own is not None:
@@ -89,13 +98,15 @@ class LeanModel:
         weight = linear.weight
         if self._weights is Weights.BF16:
             weight = weight.to(torch.bfloat16)
-        rounded = _HEAD if name == "lm_head" else _ROUNDED
-        return Matrix.of(weight, linear.bias, rounded.get(self._weights))
+        return Matrix.of(weight, linear.bias, rounded_kind(name, self._weights))
 
     @cached_property
     def table(self) -> Matrix | None:
         """Embeddings as a packed matrix; None: they stay as they are."""
         own = getattr(self._model, "own_codes", {}).get("model.embed_tokens")
+        laid_out: Matrix | None = getattr(self._model, "laid_out", {}).get("model.embed_tokens")
+        if laid_out is not None:
+            return laid_out
         if self._model.config.tie_word_embeddings:
             return self.head if self.head.packed else None
         return from_codes(own, None) if own is not None and self._weights is Weights.STORED else None

@@ -16,6 +16,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import Engine, Group, StepInputs
@@ -26,12 +27,14 @@ from coreinfer_sim.engines.lean.forced import forced_logits
 from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
+from coreinfer_sim.engines.lean.laid_out import load_laid_out
 from coreinfer_sim.engines.lean.step import decode_step
 from coreinfer_sim.engines.lean.warm_up import warm_up
 from coreinfer_sim.engines.linear import hand_over, hand_over_table, matrix_module, products_of
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 
@@ -59,6 +62,11 @@ class LeanEngine(Engine):
         """Compile the loops, if the model is of a family that they decode."""
         if model.config.model_type in FAMILIES:
             warm_up(model.dtype)
+
+    @classmethod
+    def load(cls, name: str, config: DecodeConfig, progress: Progress | None = None) -> LanguageModel | None:
+        """Load a model whose weights are packed."""
+        return load_laid_out(name, config.weights, progress)
 
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Refuse caches that do not grow, masks with gaps, and calls for more than logits."""

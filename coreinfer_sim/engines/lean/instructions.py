@@ -122,10 +122,10 @@ def store(builder: Builder, values: Value, out: Value, place: Value) -> None:
     builder.store(values, builder.bitcast(builder.gep(out, [place]), values.type.as_pointer()), align=4)
 
 
-def prefetch(builder: Builder, pointer: Value, offset: Value) -> None:
-    """Ask for the cache line at an offset, to be read once."""
+def prefetch(builder: Builder, pointer: Value, offset: Value, cache: int) -> None:
+    """Ask for the cache line at an offset, into the first or second cache."""
     function = intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    read, near, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    read, near, data = (ir.Constant(I32, value) for value in (0, 4 - cache, 1))
     builder.call(function, [builder.gep(pointer, [offset]), read, near, data])
 
 

@@ -30,7 +30,8 @@ from coreinfer_sim.engines.lean.instructions import (
     zeroed,
 )
 
-_AHEAD = 4096  # bytes by which codes are asked for before they are needed
+_AHEAD = {4: (4096, 1), 5: (4096, 1), 6: (4096, 1), 8: (3072, 2)}
+"""By how many bytes codes of so many bits are asked for before they are needed, and into which cache."""
 _ROW = vector(F32, TILE)
 
 
@@ -67,8 +68,9 @@ def emit_product(
 
     def block(number: Value, record: Value, small: Value) -> None:
         place = builder.mul(number, whole(format_.code_bytes))
+        ahead, cache = _AHEAD[format_.bits]
         for line in range(0, format_.code_bytes, 64):
-            prefetch(builder, weights, builder.add(place, whole(line + _AHEAD)))
+            prefetch(builder, weights, builder.add(place, whole(line + ahead)), cache)
         codes = _codes(builder, format_, weights, place)
         factors, minimum = _factors(builder, format_, scales, record, small)
         for r in range(n_x):

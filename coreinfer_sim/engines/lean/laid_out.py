@@ -1,0 +1,239 @@
+"""Loading a Llama-like model as the loops read it: from the user's cache, or tensor by tensor from its checkpoint.
+
+The model never lies in memory as transformers would load it, and no weight twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coreinfer_sim.base.errors import StoreError
+from coreinfer_sim.base.files import locked, remove
+from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
+from coreinfer_sim.base.progress import Progress, readable_size
+from coreinfer_sim.base.settings import Weights
+from coreinfer_sim.engines.lean.blocks import FAMILIES, rounded_kind, unsupported
+from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
+from coreinfer_sim.engines.linear import hand_over, hand_over_table
+from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
+from coreinfer_sim.models.layout_file import (
+    Layout,
+    LayoutWriter,
+    layout_folder,
+    mapped_tensors,
+    read_layout,
+    writing,
+)
+from coreinfer_sim.models.loading import LanguageModel, compact_head_inputs
+from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.weightless import (
+    Weightless,
+    empty_like,
+    files_of,
+    is_gguf,
+    open_weightless,
+    stored_dtype,
+)
+
+_TABLE = "model.embed_tokens"
+
+
+@dataclass
+class _Parts:
+    """A model's weights: matrices by the names of their modules, other parameters by their own."""
+
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    sketch: list[list[float]] = field(default_factory=list)
+    """Of each layer, as `weight_sketch` takes it before anything is rounded."""
+
+
+def load_laid_out(name: str, weights: Weights, progress: Progress | None = None) -> LanguageModel | None:
+    """Load a model whose weights are packed, or None if it is not one, or its weights can stay where they lie.
+
+    Args:
+        name: as `load_model` takes it.
+        weights: their type.
+        progress: receives what is done.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    progress = progress or Progress()
+    if weights is Weights.STORED and not is_gguf(name):
+        return None
+    files = files_of(name)
+    if not files or (weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16):
+        return None
+    place = layout_folder(files, weights.value)
+    return _kept(name, place, progress) or _made(name, place, weights, progress)
+
+
+def _kept(name: str, place: Path, progress: Progress) -> LanguageModel | None:
+    """Return a model that was laid out before; what is damaged is taken away."""
+    if not place.is_dir():
+        return None
+    try:
+        return _from_layout(name, place)
+    except StoreError as error:
+        progress.say(f"{error}; they are laid out anew from {name}.")
+        remove(place)
+        return None
+
+
+def _from_layout(name: str, place: Path) -> LanguageModel:
+    layout = read_layout(place)
+    facts = layout.facts
+    try:
+        tensors = mapped_tensors(place, layout)
+        parts = _Parts(others=tensors, sketch=facts["sketch"])
+        for module, (kind, n_out, n_in) in facts["matrices"].items():
+            weight, scales, bias = (tensors.pop(f"{module}:{part}", None) for part in ("codes", "scales", "bias"))
+            assert weight is not None
+            parts.matrices[module] = Matrix(kind, n_out, n_in, weight, scales, bias)
+        settings = place if (place / "config.json").is_file() else Path(name)
+        dtype, tied, notes = getattr(torch, facts["dtype"]), facts["tied"], facts["notes"]
+    except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"the weights in {place} are of another kind ({error!r})") from error
+    model, tokenizer, mended = empty_like(name, settings, dtype, tied)
+    return _whole(name, model, tokenizer, [*notes, *mended], parts)
+
+
+def _made(name: str, place: Path, weights: Weights, progress: Progress) -> LanguageModel | None:
+    # 1) the model without weights
+    empty = open_weightless(name, FAMILIES)
+    if empty is None or unsupported(empty.model) is not None:
+        return None
+    # 2) its weights, on the disk or, where they find no room, in memory
+    keep_heap_small()
+    try:
+        lock = locked(place.parent, progress)
+        try:
+            made = _kept(name, place, progress)  # another process may have made it meanwhile
+            if made is None:
+                layout = Layout(name, weights.value)
+                with writing(place, layout) as writer:
+                    _write(empty, weights, writer, progress)
+                progress.say(f"The weights were laid out in {place}, once: {readable_size(layout.n_bytes)}.")
+                made = _from_layout(name, place)
+        finally:
+            lock.release()
+    except OSError as error:
+        progress.say(
+            f"The weights are laid out in memory, as {place.parent} cannot be written ({error}); make room there, or name "
+            "another folder in COREINFER_SIM_CACHE, and the next start will be fast."
+        )
+        made = _in_memory(empty, weights, progress)
+    give_back_memory()
+    return made
+
+
+def _write(empty: Weightless, weights: Weights, writer: LayoutWriter, progress: Progress) -> None:
+    """Write all parts of a model, and what takes long to read from a GGUF file: configuration and tokenizer."""
+    matrices: dict[str, tuple[str, int, int]] = {}
+    sketch: list[list[float]] = []
+    for name, part in _parts(empty, weights, sketch, progress):
+        if not isinstance(part, Matrix):
+            writer.add(name, part)
+            continue
+        matrices[name] = part.kind, part.n_out, part.n_in
+        for what, tensor in (("codes", part.weight), ("scales", part.scales), ("bias", part.bias)):
+            if tensor is not None:
+                writer.add(f"{name}:{what}", tensor)
+    notes = empty.notes
+    if empty.of_gguf:
+        empty.save_settings(writer.folder)
+        notes = [*notes, *empty.mended]
+    writer.layout.facts |= {
+        "matrices": matrices,
+        "dtype": str(empty.model.dtype).removeprefix("torch."),
+        "tied": bool(empty.model.config.tie_word_embeddings),
+        "sketch": sketch,
+        "notes": notes,
+    }
+
+
+def _in_memory(empty: Weightless, weights: Weights, progress: Progress) -> LanguageModel:
+    parts = _Parts()
+    for name, part in _parts(empty, weights, parts.sketch, progress):
+        if isinstance(part, Matrix):
+            parts.matrices[name] = part
+        else:
+            parts.others[name] = part
+    return _whole(empty.name, empty.model, empty.tokenizer, [*empty.notes, *empty.mended], parts)
+
+
+def _parts(
+    empty: Weightless, weights: Weights, sketch: list[list[float]], progress: Progress
+) -> Iterator[tuple[str, Matrix | torch.Tensor]]:
+    """Read a model's weights in the order in which decode reads them, one at a time, and sample them for the sketch."""
+    model, layers = empty.model, empty.layers
+    outputs = {f"{empty.names.modules[id(layer.owner)]}.{layer.family.output}": layer for layer in layers}
+    places = sketch_places(layers[0].d_model, layers[0].d_ff, len(layers))
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # 1) matrices
+    progress.start("Laying out weights", len(linears), "matrices")
+    for name in linears:
+        linear, own = model.get_submodule(name), empty.codes(name)
+        bias = None if linear.bias is None else empty.read(f"{name}.bias", model.dtype)
+        sampled = places[outputs[name].number] if name in outputs else None
+        if weights is Weights.STORED and own is not None:
+            matrix = from_codes(own, bias)
+            if sampled is not None:
+                values = matrix.outputs(sampled[0]).widened()[sampled[1], torch.arange(SKETCH_SIZE)]
+                sketch.append(values.tolist())
+        else:
+            kind = rounded_kind(name, weights)
+            floating = torch.bfloat16 if weights is Weights.BF16 else model.dtype
+            # what was rounded once is not rounded to 16 bits before it is rounded again
+            weight = empty.read(f"{name}.weight", torch.float32 if kind and own is not None else floating)
+            matrix = Matrix.of(weight, bias, kind)
+            if sampled is not None:
+                sketch.append(weight[sampled].float().tolist())
+        yield name, matrix
+        progress.advance(1)
+    # 2) embeddings of their own
+    codes = empty.codes(_TABLE)
+    if not model.config.tie_word_embeddings and weights is Weights.STORED and codes is not None:
+        yield _TABLE, from_codes(codes, None)
+    elif not model.config.tie_word_embeddings:
+        yield f"{_TABLE}.weight", empty.read(f"{_TABLE}.weight", model.dtype)
+    # 3) norms and biases
+    done = {f"{name}.weight" for name in (*linears, _TABLE)}
+    for name, parameter in model.named_parameters():
+        if name not in done:
+            yield name, empty.read(name, parameter.dtype)
+    progress.finish()
+
+
+def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Parts) -> LanguageModel:
+    """Put its weights into a model that has none."""
+    for place, value in parts.others.items():
+        owner, _, leaf = place.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    for place, matrix in parts.matrices.items():
+        module = model.get_submodule(place)
+        if isinstance(module, nn.Embedding):
+            hand_over_table(module, matrix)
+        elif matrix.weight.dtype is model.dtype:
+            module.weight = nn.Parameter(matrix.weight, requires_grad=False)
+        else:
+            hand_over(module, matrix)
+    if model.config.tie_word_embeddings:
+        table, head = model.get_input_embeddings(), parts.matrices["lm_head"]
+        if head.weight.dtype is model.dtype:
+            table.weight = model.lm_head.weight
+        else:
+            hand_over_table(table, head)
+    compact_head_inputs(model)
+    model.laid_out = parts.matrices
+    layers = find_mlps(model)
+    for layer, values in zip(layers, parts.sketch, strict=True):
+        layer.output.sketch = torch.tensor(values)
+    return LanguageModel(model.eval(), tokenizer, name, layers, notes=notes)

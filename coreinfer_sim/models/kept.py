@@ -1,0 +1,48 @@
+"""What is kept in the user's cache folder: laid-out weights, neuron stores, and a llama.cpp that was built here."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coreinfer_sim.base.files import cache_folder
+from coreinfer_sim.models.layout_file import kept_layouts
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One entry."""
+
+    path: Path
+    what: str
+    """For people."""
+    n_bytes: int
+    date: str
+    """Of its making, as 2026-01-31."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def kept() -> list[Kept]:
+    """Return all entries of the cache folder."""
+    return [_entry(path, what) for path, what in _found()]
+
+
+def _found() -> Iterator[tuple[Path, str]]:
+    for path, layout in kept_layouts():
+        yield path, "damaged weights" if layout is None else f"{layout.weights} weights of {layout.source}"
+    for path in sorted(cache_folder("stores").glob("*.neurons")):
+        yield path, "neurons of a model under a memory budget"
+    for path in sorted(path for path in cache_folder("llama.cpp").glob("*") if path.is_dir()):
+        yield path, f"llama.cpp, built from {path.name}"
+
+
+def _entry(path: Path, what: str) -> Kept:
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    date = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+    return Kept(path, what, sum(each.stat().st_size for each in files), date)

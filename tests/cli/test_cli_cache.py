@@ -1,0 +1,48 @@
+"""`coreinfer-sim cache`: what is kept for later starts, and clearing it."""
+
+from __future__ import annotations
+
+import pytest
+from commands import parsed, succeeded
+
+import coreinfer_sim
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_it_lists_and_clears(cache, tiny_checkpoint):
+    assert parsed("cache")["entries"] == []
+    for weights in ("int8", "int4"):
+        coreinfer_sim.load(None, tiny_checkpoint, mode="dense", weights=weights).close()
+    (store,) = [cache / "stores" / "abc.neurons"]
+    store.parent.mkdir()
+    store.write_bytes(bytes(100))
+    entries = parsed("cache")["entries"]
+    assert sorted(each["what"] for each in entries) == [
+        f"int4 weights of {tiny_checkpoint}",
+        f"int8 weights of {tiny_checkpoint}",
+        "neurons of a model under a memory budget",
+    ]
+    assert all(each["n_bytes"] > 0 for each in entries)
+    lines = succeeded("cache").stdout.splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("3 items, ") and str(cache) in lines[-1]
+    assert "3 items" in succeeded("cache", "--clear").stdout
+    assert parsed("cache")["entries"] == [] and not store.exists()
+
+
+def test_a_program_goes_on_after_its_layout_was_cleared(cache, tiny_checkpoint):
+    with coreinfer_sim.load(None, tiny_checkpoint, mode="dense", weights="int8") as generator:
+        text = generator.generate("How do stars form?", max_new_tokens=8).text
+        succeeded("cache", "--clear")
+        assert generator.generate("How do stars form?", max_new_tokens=8).text == text
+
+
+def test_a_damaged_layout_is_listed(cache, tiny_checkpoint):
+    coreinfer_sim.load(None, tiny_checkpoint, mode="dense", weights="int8").close()
+    (manifest,) = cache.glob("layouts/*/layout.json")
+    manifest.write_text("{")
+    assert [each["what"] for each in parsed("cache")["entries"]] == ["damaged weights"]
