@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +15,7 @@ from coreinfer_sim.base.progress import Progress
 if TYPE_CHECKING:  # rich is imported where something is shown, as --help needs none of it
     from rich.progress import Progress as Bars
     from rich.progress import ProgressColumn, Task
+    from rich.status import Status
     from rich.text import Text
 
     from coreinfer_sim.index.index import SemanticIndex
@@ -45,6 +48,20 @@ class ConsoleProgress(Progress):
         self._console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False)
         self._progress: Bars | None = None
         self._task: Any = None
+        self._spinner: Status | None = None
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show a spinner on a terminal within the block, for a wait without a count; bars take its place meanwhile."""
+        if self._console.is_terminal:
+            self._spinner = self._console.status(text)
+            self._spinner.start()
+        try:
+            yield
+        finally:
+            if self._spinner is not None:
+                self._spinner.stop()
+                self._spinner = None
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -56,6 +73,8 @@ class ConsoleProgress(Progress):
             return
         from rich import progress
 
+        if self._spinner is not None:
+            self._spinner.stop()
         columns = (
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
@@ -80,6 +99,8 @@ class ConsoleProgress(Progress):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            if self._spinner is not None:
+                self._spinner.start()
 
 
 def status(text: str) -> Any:

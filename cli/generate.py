@@ -19,7 +19,7 @@ from coreinfer_sim.base.rows import CorpusReport, Row, check_no_build, describe_
 from coreinfer_sim.base.settings import CorpusConfig
 
 from . import options
-from .console import ConsoleProgress, note_plain_sets, print_json, quiet_libraries, size_text, status
+from .console import ConsoleProgress, note_plain_sets, print_json, quiet_libraries, size_text
 from .settings import Settings, set_option
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def generate(
         tuple(modes),
     )
     with ExitStack() as stack:
-        with status("Loading the model; the first time this compiles the decode loops"):
+        progress = ConsoleProgress()
+        with progress.waiting("Loading the model; the first time this compiles the decode loops"):
             generator = load(
                 index,
                 model,
@@ -131,7 +132,7 @@ def generate(
                 decode=decode,
                 loading=settings.make(ModelConfig),
                 longest=longest,
-                progress=ConsoleProgress(),
+                progress=progress,
             )
         stack.enter_context(generator)
         if generator.index is not None and modes[0] in ("similarity", "global") and selection.compensated:

@@ -14,7 +14,7 @@ from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Select
 from coreinfer_sim.base.errors import ConfigError
 
 from . import options
-from .console import ConsoleProgress, note_plain_sets, quiet_libraries, status
+from .console import ConsoleProgress, note_plain_sets, quiet_libraries
 from .settings import Settings, set_option
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
@@ -112,14 +112,15 @@ def serve(
     decode = settings.make(DecodeConfig, engine=engine, weights=weights, exported=folder)
     if decode.memory_budget is not None:
         raise ConfigError("a memory budget is planned for one text, but a server generates many; leave it out.")
-    with status("Loading the model"):
+    progress = ConsoleProgress()
+    with progress.waiting("Loading the model"):
         generator = load(
             index,
             model,
             selection=selection,
             decode=decode,
             loading=settings.make(ModelConfig),
-            progress=ConsoleProgress(),
+            progress=progress,
         )
     if generator.index is not None and selection.compensated:
         note_plain_sets(generator.index, selection.keep_ratio)

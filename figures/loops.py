@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import click
 
 from figures.record import at_least, at_most, record
 from figures.table import REQUIRED, Given, figure
-from figures.tools import coreinfer, output_of
+from figures.tools import coreinfer, in_turns, output_of, python, sets_of, spread
 
 FILE = "figures-loops.json"
 _PEERS = {
@@ -73,3 +75,87 @@ def _compare(given: Given, ours: dict[str, Any], theirs: dict[str, Any], bandwid
     record(f"{title}: speed of the first token", first, "×, of medians", at_least(1), seconds=seconds)
     memory = of_both("peak_bytes")
     record(f"{title}: peak memory", ours["peak_bytes"] / theirs["peak_bytes"], "×", at_most(1.2), bytes=memory)
+
+
+@figure(
+    FILE, "a checkpoint or a GGUF file; a quiet machine", "2 minutes for 1.5 billion weights",
+    model=REQUIRED, name=None, prompt_tokens=128, new_tokens=33, rounds=5,
+)  # fmt: skip
+@click.option("--weights", default="stored", show_default=True)
+def batch(given: Given, weights: str) -> None:
+    """Dense decode of eight rows in one batch over one at a time."""
+    import torch
+
+    import coreinfer_sim
+    from coreinfer_sim.generation.in_process import TextGenerator
+
+    torch.set_num_threads(2)
+    generator = coreinfer_sim.load(None, given.model, mode="dense", weights=weights)
+    assert isinstance(generator, TextGenerator)
+    sparse = generator.sparse_model()
+    ids = torch.randint(100, 10_000, (8, given.prompt_tokens), generator=torch.Generator().manual_seed(0))
+
+    def seconds(n_rows: int, n_new: int) -> float:
+        begin = time.perf_counter()
+        sparse.generate(ids[:n_rows], max_new_tokens=n_new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return time.perf_counter() - begin
+
+    def measure(n_rows: int, _: int) -> float:
+        """Return tokens a second, over the new tokens after the first."""
+        first = seconds(n_rows, 1)
+        return n_rows * (given.new_tokens - 1) / (seconds(n_rows, given.new_tokens) - first)
+
+    found = in_turns({1: 1, 8: 8}, given.rounds, measure)
+    middle = {n_rows: statistics.median(each) for n_rows, each in found.items()}
+    speeds = {f"{n_rows} at a time": spread(each, 3) for n_rows, each in found.items()}
+    title = f"{given.name}, {weights} weights: eight rows in one batch over one at a time"
+    record(title, middle[8] / middle[1], "×, of median tokens/s", at_least(2), tokens_per_second=speeds)
+
+
+_START = (
+    "import time; begin = time.time(); import coreinfer_sim; "
+    "generator = coreinfer_sim.load(None, sys.argv[1], mode='dense', weights=sys.argv[2]); "
+    "ready = time.time() - begin; generator.generate('Hello', max_new_tokens=1); "
+    "from coreinfer_sim.base.memory import peak_bytes; "
+    "import json; print(json.dumps({'ready': ready, 'first token': time.time() - begin, 'peak': peak_bytes()}))"
+)
+
+
+@figure(
+    FILE, "a checkpoint or a GGUF file; a quiet machine", "2 minutes for 1.5 billion weights",
+    model=REQUIRED, name=None, rounds=5,
+)  # fmt: skip
+@click.option("--weights", default="stored", show_default=True)
+def start(given: Given, weights: str) -> None:
+    """Seconds of the first start, which compiles the loops and lays weights out, and of later ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"COREINFER_SIM_CACHE": folder, "NUMBA_CACHE_DIR": str(Path(folder, "loops"))}
+        found = [
+            json.loads(output_of(python(Path(__file__).parents[1], _START, given.model, weights), **env))
+            for _ in range(1 + given.rounds)
+        ]
+    first, later = found[0], found[1:]
+    title = f"{given.name}, {weights} weights"
+    record(f"{title}: first start, until the model is ready", first["ready"], "s", of_start=first)
+    ready = [each["ready"] for each in later]
+    record(f"{title}: later start, until the model is ready", statistics.median(ready), "s, median", at_most(3),
+           spread=spread(ready, 2), first_token=spread([each["first token"] for each in later], 2))  # fmt: skip
+
+
+@figure(
+    FILE, "DATA", "1 hour for 135 million weights",
+    model=REQUIRED, name=None, data=REQUIRED, rows=6, max_tokens=512,
+)  # fmt: skip
+def rounding(given: Given) -> None:
+    """KL per token of int8 and int4 to the stored weights, over those of llama.cpp's Q8_0 and Q4_0."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "evaluated.json")
+        kinds = [part for kind in ("int8", "q8_0", "int4", "q4_0") for part in ("--weights", kind)]
+        shared = ("--model", given.model, "--limit", given.rows, "--max-tokens", given.max_tokens, "--part", "85:100")
+        seen = sets_of(given.data, seen_only=True)
+        output_of(coreinfer("evaluate", *seen, *shared, *kinds, "--contender", "dense", "--out", out))
+        rows = {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
+    for ours, theirs in (("int8", "q8_0"), ("int4", "q4_0")):
+        kl = {kind: rows[f"dense {kind}"]["kl"] for kind in (ours, theirs)}
+        title = f"{given.name}: KL per token of {ours} over that of {theirs}"
+        record(title, kl[ours] / kl[theirs], "×", at_most(1), kl=kl, rows_per_set=given.rows, n_sets=len(seen))

@@ -43,13 +43,20 @@ def check_folder(path: Path) -> None:
         ) from error
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
+def sha256_of(path: Path, progress: Progress | None = None) -> str:
+    """Return the sha256 of a file as hexadecimal digits; ``progress`` is told of the MiB that were read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+            if progress is not None:
+                progress.advance(mebibytes(len(block)))
     return digest.hexdigest()
+
+
+def mebibytes(n_bytes: int) -> int:
+    """Return bytes in MiB, rounded up."""
+    return -(-n_bytes // 2**20)
 
 
 def flush_to_disk(path: Path) -> None:

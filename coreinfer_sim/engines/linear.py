@@ -100,7 +100,7 @@ def hand_over_table(table: nn.Embedding, matrix: Matrix) -> None:
 
     def rows(ids: torch.Tensor) -> torch.Tensor:
         kept, places = ids.unique(return_inverse=True)
-        return matrix.outputs(kept).widened().T.contiguous().to(dtype)[places]
+        return matrix.rows(kept).to(dtype)[places]
 
     table.forward = rows  # type: ignore[assignment, method-assign]
     table.weight = _nothing_like(table.weight)

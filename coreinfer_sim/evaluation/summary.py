@@ -40,7 +40,7 @@ def summarise(results: Sequence[Result], seed: int = 0, *, generated: bool = Fal
             "contender": name,
             "ratio": round(_geometric_mean([s["ratio"] for s in sets.values()]), 4),
             "ratio_interval": None if interval is None else [round(bound, 4) for bound in interval],
-            "kl": round(float(np.mean([s["kl"] for s in sets.values()])), 4),
+            "kl": round(float(np.mean([s["kl"] for s in sets.values()])), 6),
             "same_top": round(float(np.mean([s["same_top"] for s in sets.values()])), 4),
             "mlp_bytes_per_token": round(float(np.mean([r.mlp_bytes for r in own]))),
             "total_bytes_per_token": round(float(np.mean([r.total_bytes for r in own]))),
@@ -62,7 +62,7 @@ def _set_summary(group: Sequence[Result]) -> dict[str, Any]:
         "perplexity": round(math.exp(loss), 3),
         "dense_perplexity": round(math.exp(dense), 3),
         "ratio": round(math.exp(loss - dense), 4),
-        "kl": round(sum(r.kl for r in group) / n, 4),
+        "kl": round(sum(r.kl for r in group) / n, 6),
         "same_top": round(sum(r.n_same_top for r in group) / n, 4),
         "n_rows": len(group),
     }

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from coreinfer_sim.base.errors import StoreError
-from coreinfer_sim.base.files import cache_folder, flush_to_disk, remove, sha256_of, write_json
+from coreinfer_sim.base.files import cache_folder, flush_to_disk, mebibytes, remove, sha256_of, write_json
+from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import raw
 
 VERSION = 1
@@ -49,17 +50,18 @@ class Layout:
     """When the weights were written last: what has changed since is read whole before it is used."""
 
 
-def layout_folder(files: Sequence[Path], weights: str) -> Path:
+def layout_folder(files: Sequence[Path], weights: str, progress: Progress) -> Path:
     """Return where the layout of a checkpoint is, or will be.
 
     Args:
         files: of the checkpoint, all of them; their contents are read when they are seen first, or have changed.
         weights: the weights' type.
+        progress: of reading them.
     """
-    return cache_folder("layouts") / f"{_digest(files)[:24]}-{weights}-{VERSION}"
+    return cache_folder("layouts") / f"{_digest(files, progress)[:24]}-{weights}-{VERSION}"
 
 
-def _digest(files: Sequence[Path]) -> str:
+def _digest(files: Sequence[Path], progress: Progress) -> str:
     """Return a sha256 over the contents of files, which is kept for as long as their sizes and times stay."""
     names = [str(path.resolve()) for path in files]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -69,7 +71,9 @@ def _digest(files: Sequence[Path]) -> str:
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["files"] == now:
             return str(before["sha256"])
-    digest = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+    progress.start("Reading the checkpoint", sum(mebibytes(size) for size, _ in stats), "MiB")
+    digest = hashlib.sha256("".join(sha256_of(path, progress) for path in files).encode()).hexdigest()
+    progress.finish()
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, {"files": now, "sha256": digest})

@@ -44,6 +44,7 @@ def test_codes_of_a_file_are_kept_to_the_bit(kind):
     assert torch.equal(matrix.widened(16, 40).T, widened[16:40])
     ids = torch.randperm(50)[:21]
     assert torch.equal(matrix.outputs(ids).widened().T, widened[ids])
+    assert torch.equal(matrix.rows(ids), widened[ids])
 
 
 @pytest.mark.parametrize("kind", GGUF_KINDS)

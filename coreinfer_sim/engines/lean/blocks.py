@@ -130,6 +130,8 @@ class LeanModel:
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens, float32 [n, d_model]."""
+        if self.table is not None:
+            return self.table.rows(ids)
         embeddings: torch.Tensor = self._model.model.embed_tokens(ids).detach().float()
         return embeddings
 

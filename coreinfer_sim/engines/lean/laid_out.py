@@ -71,7 +71,7 @@ def load_laid_out(name: str, weights: Weights, progress: Progress | None = None)
     files = files_of(name)
     if not files or (weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16):
         return None
-    place = layout_folder(files, weights.value)
+    place = layout_folder(files, weights.value, progress)
     return _kept(name, place, progress) or _made(name, place, weights, progress)
 
 

@@ -14,7 +14,7 @@ from coreinfer_sim.engines.lean.formats import FORMATS, TILE
 from coreinfer_sim.engines.lean.intrinsics import set_threads
 from coreinfer_sim.engines.lean.kernels import MANY, float_name, float_type, product_address, unpacked_address
 from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
-from coreinfer_sim.engines.lean.products import N_WORDS, product, round_rows, unpack
+from coreinfer_sim.engines.lean.products import N_WORDS, product, round_rows, unpack, unpack_rows
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
 __all__ = ["Array", "Matrix", "filled_bias", "float_type", "from_codes", "rounded_inputs", "vector", "warm_up_products"]
@@ -91,6 +91,14 @@ class Matrix:
         set_threads()
         unpack(self.words, first // TILE, n, out.numpy())
         return out[: self.n_in, : last - first]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the outputs ``ids`` [n], float32 [n, n_in]: of a table, the embeddings of tokens."""
+        if not self.packed:
+            return self.weight[ids].float()
+        out = torch.empty(len(ids), self.n_in)
+        unpack_rows(self.words, ids.numpy(), out.numpy())
+        return out
 
     def of_few(self, x: Array) -> torch.Tensor:
         """Multiply float32 rows [n_rows, n_in] by the loops of decode, which read each weight once for four rows."""

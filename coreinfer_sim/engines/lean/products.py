@@ -124,6 +124,20 @@ def unpack(words, first, n_tiles, out):
 
 
 @serial
+def unpack_rows(words, ids, out):
+    """Set ``out`` [n, n_in] to the weights of some outputs of a packed matrix."""
+    n_in = words[N_IN]
+    tile_weights = np.empty((n_in, 16), np.float32)
+    for i in range(ids.shape[0]):
+        tile, lane = ids[i] // 16, ids[i] % 16
+        weights = words[WEIGHTS] + tile * words[CODE_STEP]
+        scales = words[SCALES] + tile * words[SCALE_STEP]
+        call_five(words[UNPACKED], (weights, scales, n_in, address(tile_weights), 16))
+        for j in range(out.shape[1]):
+            out[i, j] = tile_weights[j, lane]
+
+
+@serial
 def product(n_threads, stack, x, out):
     """Do as `multiply` for inputs that nothing was made of yet."""
     codes, factors, sums = rounded(stack[0], x)
