@@ -31,5 +31,5 @@ def cache(clear: bool, as_json: bool) -> None:
     if not clear:
         for each in found:
             click.echo(f"{readable_size(each.n_bytes):>10s}  {each.date}  {each.what}")
-    done = "were deleted from" if clear else "are in"
+    done = "deleted from" if clear else "in"
     click.echo(f"{counted(len(found), 'item')}, {readable_size(total)}, {done} {cache_folder('')}.")

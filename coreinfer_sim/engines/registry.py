@@ -62,7 +62,8 @@ def check_engine(model: Any, config: DecodeConfig) -> tuple[list[type[Engine]], 
             f"engine {config.engine} with {config.weights.value} weights was asked for, but {reasons}; leave the engine at "
             "auto and the weights as stored."
         )
-    refused = next((f"{name}: {reason}" for name, reason in refusals.items() if reason is not None), None)
+    first = next(iter(refusals.items()))  # what comes after the engine that decodes was not needed
+    refused = None if first[1] is None else f"{first[0]}: {first[1]}"
     return able, refused
 
 

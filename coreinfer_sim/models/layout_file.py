@@ -151,7 +151,7 @@ def read_layout(place: Path) -> Layout:
         if found.st_mtime_ns != layout.mtime_ns and _crc32(place / _WEIGHTS) != layout.crc32:
             raise ValueError("the checksum of its weights differs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"the weights in {place} are damaged ({error})") from error
+        raise StoreError(f"The weights in {place} are damaged ({error})") from error
     return layout
 
 

@@ -100,7 +100,7 @@ def _from_layout(name: str, place: Path) -> LanguageModel:
         settings = place if (place / "config.json").is_file() else Path(name)
         dtype, tied, notes = getattr(torch, facts["dtype"]), facts["tied"], facts["notes"]
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"the weights in {place} are of another kind ({error!r})") from error
+        raise StoreError(f"The weights in {place} are of another kind ({error!r})") from error
     model, tokenizer, mended = empty_like(name, settings, dtype, tied)
     return _whole(name, model, tokenizer, [*notes, *mended], parts)
 
