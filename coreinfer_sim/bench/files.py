@@ -42,9 +42,11 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
         By the contender's text.
     """
     if subject.model is not None:
-        for weights in {spec.options.get("weights", "stored") for spec in specs if _is_own(spec)}:
-            with suppress(CoreInferSimError):  # the contender itself says so
-                laid_out_model(subject.model, ModelConfig(), DecodeConfig(weights=weights))
+        for spec in specs:
+            if spec.kind not in (LLAMACPP, OFFLOAD, DENSE_TRANSFORMERS):
+                with suppress(CoreInferSimError):  # the contender itself says so
+                    given = {name: spec.options[name] for name in ("engine", "weights") if name in spec.options}
+                    laid_out_model(subject.model, ModelConfig(dtype=spec.dtype), DecodeConfig(**given))
     wanted = [s for s in specs if s.kind == LLAMACPP or (s.kind == OFFLOAD and subject.shape is not None)]
     if not wanted:
         return {}
@@ -66,12 +68,6 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
         except Exception as error:  # the other contenders go on
             found[spec.text] = ProgramFile(error=one_sentence(error))
     return found
-
-
-def _is_own(spec: Spec) -> bool:
-    """Return whether our own runtime decodes in memory and in the layout that it chooses."""
-    own = spec.kind not in (LLAMACPP, OFFLOAD, DENSE_TRANSFORMERS)
-    return own and spec.options.get("engine", "auto") == "auto" and "memory_budget" not in spec.options
 
 
 def _gguf(language_model: LanguageModel, spec: Spec, folder: Path) -> ProgramFile:

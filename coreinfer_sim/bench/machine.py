@@ -50,8 +50,8 @@ def _version(package: str) -> str | None:
 class ReadBandwidth:
     """Measures how fast all threads together read memory in one long stream.
 
-    The loop is torch's sum of float32 far beyond the caches, which does little but read: on an AMD EPYC it reads at 35 GB/s,
-    where a matrix-vector product reads at 21.
+    The loop is torch's sum of float32 far beyond the caches, which does little but read; its matrix-vector product
+    reads more slowly than decode does.
     """
 
     def __init__(self, n_bytes: int = 1 << 30, n_threads: int | None = None, device: str = "cpu") -> None:

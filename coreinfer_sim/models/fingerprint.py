@@ -18,13 +18,12 @@ SKETCH_SIZE = 32
 def sketch_places(d_model: int, d_ff: int, n_layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return which rows and columns of each layer's down projection [d_model, d_ff] are sampled, [32] each."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [(d_model, d_ff)] * n_layers
     return [
         (
-            torch.randint(n_rows, (SKETCH_SIZE,), generator=generator),
-            torch.randint(n_columns, (SKETCH_SIZE,), generator=generator),
+            torch.randint(d_model, (SKETCH_SIZE,), generator=generator),
+            torch.randint(d_ff, (SKETCH_SIZE,), generator=generator),
         )
-        for n_rows, n_columns in sizes
+        for _ in range(n_layers)
     ]
 
 

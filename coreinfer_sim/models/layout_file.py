@@ -148,8 +148,11 @@ def read_layout(place: Path) -> Layout:
         found = (place / _WEIGHTS).stat()
         if found.st_size != layout.n_bytes:
             raise ValueError(f"it has {found.st_size:,} bytes, expected {layout.n_bytes:,}")
-        if found.st_mtime_ns != layout.mtime_ns and _crc32(place / _WEIGHTS) != layout.crc32:
-            raise ValueError("the checksum of its weights differs")
+        if found.st_mtime_ns != layout.mtime_ns:
+            if _crc32(place / _WEIGHTS) != layout.crc32:
+                raise ValueError("the checksum of its weights differs")
+            with suppress(OSError):  # so that the next start need not read them all
+                os.utime(place / _WEIGHTS, ns=(found.st_atime_ns, layout.mtime_ns))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"The weights in {place} are damaged ({error})") from error
     return layout

@@ -18,7 +18,7 @@ def test_it_lists_and_clears(cache, tiny_checkpoint):
     assert parsed("cache")["entries"] == []
     for weights in ("int8", "int4"):
         coreinfer_sim.load(None, tiny_checkpoint, mode="dense", weights=weights).close()
-    (store,) = [cache / "stores" / "abc.neurons"]
+    store = cache / "stores" / "abc.neurons"
     store.parent.mkdir()
     store.write_bytes(bytes(100))
     entries = parsed("cache")["entries"]
