@@ -64,10 +64,9 @@ class Case:
         engine: Engine,
         row: Row,
         max_tokens: int,
-        alpha: float,
-        reference: Case | None = None,
+        alpha: float | None,
     ) -> None:
-        """Read the prompt densely.
+        """Read the prompt densely, and make the reference that all are compared with.
 
         Args:
             language_model: the dense model.
@@ -75,14 +74,13 @@ class Case:
             row: prompt and completion.
             max_tokens: the prompt is cut on the left, behind what the tokenizer puts first, the completion on the right, to
                 half of this each.
-            alpha: of the prompt's own token-wise core neurons.
-            reference: the same row under the model that all are compared with; None: under this one.
+            alpha: of the prompt's own token-wise core neurons; None: no contender chooses by its activations.
 
         Raises:
             CorpusError: the row has no prompt token, or fewer than two completion tokens.
         """
         self.row = row
-        self._language_model, self._engine, self._alpha = language_model, engine, alpha
+        self._language_model, self.engine, self._alpha = language_model, engine, alpha
         # 1) tokens
         tokenizer = language_model.tokenizer
         prompt, completion = joined(row.prompt, row.completion)
@@ -105,25 +103,39 @@ class Case:
         self._targets = torch.tensor(new[1:], device=device)
         # 2) dense prefill
         self._prompt = self._dense = read_prompt(language_model, engine, self.prompt_ids, alpha)
-        self.statistics = self._prompt.statistics
         # 3) what all are compared with: log-probabilities, which every score needs
-        if reference is None:
-            (dense,) = engine.prepare([NeuronSelection("dense")])
-            self._reference = F.log_softmax(self._logits(dense), -1)
-            self.reference_loss = self._scored(self._reference).loss
-        else:
-            self._reference, self.reference_loss = reference._reference, reference.reference_loss
+        (dense,) = engine.prepare([NeuronSelection("dense")])
+        self._reference = F.log_softmax(self._logits(dense), -1)
+        self.reference_loss = self._scored(self._reference).loss
+
+    def under(self, language_model: LanguageModel, engine: Engine) -> Case:
+        """Return the row under a model with other weights, compared with what this one's made of it.
+
+        Where weights are the engine's own, the model that reads prompts is the same, and the prompt is not read again.
+        """
+        case = copy.copy(self)
+        case._language_model, case.engine = language_model, engine
+        if language_model is not self._language_model or type(engine) is not type(self.engine):
+            case._prompt = case._dense = read_prompt(language_model, engine, self.prompt_ids, self._alpha)
+        return case
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """Of the prompt's own tokens, as a dense prefill reads them; empty without alpha."""
+        return self._dense.statistics
 
     def oracle_statistics(self) -> LayerStatistics:
         """Return the statistics of the decoded tokens themselves, which no predictor can know."""
+        alpha = self._alpha
+        assert alpha is not None
         found: dict[int, ActivationStatistics] = {}
         starts = np.array([0, self._decoded.shape[1]])
 
         def add(layer: int, z: torch.Tensor) -> None:
-            found[layer] = activation_statistics(z, starts, self._alpha)
+            found[layer] = activation_statistics(z, starts, alpha)
 
         model: Any = self._language_model.model
-        with self._engine.running(), recorded_activations(self._language_model.layers, add) as tap:
+        with self.engine.running(), recorded_activations(self._language_model.layers, add) as tap:
             tap.set_mask(torch.ones_like(self._decoded))
             with torch.inference_mode():
                 model(input_ids=self._decoded, past_key_values=copy.deepcopy(self._prompt.cache), use_cache=True)
@@ -132,8 +144,8 @@ class Case:
     @contextmanager
     def read_sparsely(self, held: Prepared) -> Iterator[None]:
         """In the block, decode after the prompt as the held neurons have read it."""
-        with self._engine.mounted([([0], held)]):
-            self._prompt = read_prompt(self._language_model, self._engine, self.prompt_ids, None)
+        with self.engine.mounted([([0], held)]):
+            self._prompt = read_prompt(self._language_model, self.engine, self.prompt_ids, None)
         try:
             yield
         finally:
@@ -146,15 +158,15 @@ class Case:
     def generate(self, selection: NeuronSelection, max_new_tokens: int) -> str:
         """Continue the prompt greedily, as the command `generate` does, to an end token or the limit."""
         model = self._language_model
-        sparse = SparseModel(model.model, FixedPredictor(selection), config=self._engine.config, engines=[self._engine])
+        sparse = SparseModel(model.model, FixedPredictor(selection), config=self.engine.config, engines=[self.engine])
         options = generate_options(SamplingConfig(max_new_tokens))
         output = sparse.generate(self.prompt_ids, pad_token_id=model.tokenizer.pad_token_id, **options)
         return str(model.tokenizer.decode(output[0, self.prompt_ids.shape[1] :], skip_special_tokens=True))
 
     def _logits(self, held: Prepared) -> torch.Tensor:
         """Return float32 logits of the completion tokens, [n_tokens, vocabulary]."""
-        self._engine.release()
-        return self._engine.forced(self._decoded, self._prompt.cache, held)
+        self.engine.release()
+        return self.engine.forced(self._decoded, self._prompt.cache, held)
 
     def _scored(self, logits: torch.Tensor) -> CaseScore:
         loss = kl = 0.0
@@ -165,7 +177,7 @@ class Case:
             loss += float(F.nll_loss(own, targets, reduction="sum"))
             kl += float(F.kl_div(own, dense, reduction="sum", log_target=True))
             n_same_top += int((part.argmax(-1) == dense.argmax(-1)).sum())
-        read = self._engine.read()
+        read = self.engine.read()
         return CaseScore(len(self._targets), loss, kl, n_same_top, read.mlp_per_step, read.per_step)
 
 

@@ -55,6 +55,11 @@ class Contender:
         return f"{self.way} {self.keep_ratio:g}" + ("" if self.weights == "16bit" else f" {self.weights}")
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether it chooses by the prompt's own activations."""
+        return self.name in READS_PROMPT or self.fallback is Fallback.HYBRID
+
+    @property
     def family(self) -> str:
         """What it shares with contenders of other keep ratios, such as ``similarity/energy q8_0``; dense is one."""
         return "dense" if self.name == "dense" else f"{self.way} {self.weights}"
@@ -72,7 +77,7 @@ class Contender:
 def check_known_before(contenders: Sequence[Contender]) -> None:
     """Raise ConfigError if a contender chooses by what a dense prefill reads, so that prefill cannot be sparse."""
     for contender in contenders:
-        if contender.name in READS_PROMPT or contender.fallback is Fallback.HYBRID:
+        if contender.reads_prompt:
             raise ConfigError(
                 f"{contender} chooses by the prompt's own activations, but sparse prefill needs the set before; leave it "
                 "out, or let prefill be dense."

@@ -6,13 +6,12 @@ The model is rounded to a format and decodes through transformers, in the model'
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
@@ -25,26 +24,58 @@ from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps, module_bytes
 
-FORMATS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 BITS = {"q8_0": 8.5, "q4_0": 4.5}
 """Bits a weight, scales included."""
 _OF_HEAD = {"q4_0": "q8_0"}
 """Format of the output head where it is another: llama.cpp keeps it at 6 or, where its width does not go into blocks of 256,
 8 bits in a file of 4, as much of the quality is there."""
 _BLOCK = 32
+_AT_ONCE = 1 << 18  # weights, whose float32 blocks stay in the cache
+
+
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
+    """Round blocks [..., 32] to Q8_0 to the bit as ggml does: halves away from zero, by the scale before it is a float16."""
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = blocks * _inverse(scale)
+    whole = codes.int()  # which cuts off as trunc does, at a tenth of its time
+    whole += ((codes - whole) * 2).int()
+    return whole * scale.half().float()
+
+
+def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
+    """Do so to Q4_0: the largest magnitude becomes -8."""
+    scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
+    codes = (blocks * _inverse(scale) + 8.5).floor().clamp(0, 15) - 8
+    return codes * scale.half().float()
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """Return 1 / scale, but 0 where float16 holds no such scale: all weights are 0 there."""
+    return torch.where(scale.half() == 0, 0, 1 / scale)
+
+
+FORMATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"q8_0": _q8_0, "q4_0": _q4_0}
+"""What blocks come back as."""
 
 
 def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """Return a weight matrix [n_out, n_in] as it comes back from a format, in its own dtype."""
     n_in = weight.shape[1]
-    padded = torch.nn.functional.pad(weight.float(), (0, -n_in % _BLOCK)).cpu().numpy()
-    restored = gguf.quants.dequantize(gguf.quants.quantize(padded, FORMATS[kind]), FORMATS[kind])[:, :n_in]
-    return torch.from_numpy(np.ascontiguousarray(restored)).to(weight)
+    made = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    n_rows = max(1, _AT_ONCE // n_in)
+    for part, into in zip(weight.split(n_rows), made.split(n_rows), strict=True):
+        blocks = F.pad(part.float(), (0, -n_in % _BLOCK)).unflatten(1, (-1, _BLOCK))
+        into.copy_(FORMATS[kind](blocks).flatten(1)[:, :n_in])
+    return made
 
 
 def rounded_model(language_model: LanguageModel, kind: str) -> LanguageModel:
     """Return a model whose matrices are rounded to a format, the output head to that of `_OF_HEAD`."""
-    model = copy.deepcopy(language_model.model)
+    whole = language_model.model
+    matrices = [module.weight for module in whole.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    model = copy.deepcopy(
+        whole, {id(weight): weight for weight in matrices}
+    )  # these are replaced, and not copied before
     head = model.get_output_embeddings()
     for module in model.modules():
         of_module = _OF_HEAD.get(kind, kind) if module is head else kind

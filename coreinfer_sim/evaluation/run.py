@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property
 from typing import TextIO
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill
@@ -26,8 +25,9 @@ from coreinfer_sim.models.loading import LanguageModel
 _MAX_TOKENS = 1024
 _ALPHA = 0.4
 """Where there is no index, which has its own."""
-_ROWS_AT_ONCE = 4
-"""Each holds its dense logits, [n_tokens, vocabulary]."""
+_ROWS_AT_ONCE = 8
+_REFERENCE_BYTES = 1 << 30
+"""Of so many rows the dense log-probabilities are held, float32 [n_tokens, vocabulary] each: one row at least."""
 
 
 def evaluate(
@@ -76,23 +76,27 @@ def evaluate(
     # 2) what an earlier run has done
     known = _known(finished, rows, max_new_tokens, progress)
     results = list(known.values())
-    # 3) all contenders of one kind of weights, a few rows at a time
+    # 3) a few rows at a time, and of them all contenders of one kind of weights
     kinds = list(dict.fromkeys(c.weights for c in contenders))
     short: set[Row] = set()
+    alpha = _ALPHA if index is None else index.manifest.settings.alpha
+    reads_prompts = any(contender.reads_prompt for contender in contenders)
+    scorer = _Scorer(language_model, index, decode, max_tokens, alpha if reads_prompts else None, seed)
     progress.start("Evaluating", len(rows) * len(kinds), "rows")
-    for kind in kinds:
-        own = [c for c in contenders if c.weights == kind]
-        variant = _Variant(language_model, kind, index, decode, max_tokens, seed)
-        for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            block = rows[begin : begin + _ROWS_AT_ONCE]
+    n_at_once = _rows_at_once(language_model, max_tokens)
+    for begin in range(0, len(rows), n_at_once):
+        block = rows[begin : begin + n_at_once]
+        for kind in kinds:
+            own = [c for c in contenders if c.weights == kind]
             wanted = {c: [r for r in block if (str(c), r.set_name, r.id) not in known] for c in own}
-            for result in variant.results(wanted, max_new_tokens, short):
+            for result in scorer.results(kind, wanted, max_new_tokens, short):
                 results.append(result)
                 if log is not None:
                     log.write(json.dumps(asdict(result)) + "\n")
                     log.flush()
             progress.advance(len(block))
-        del variant  # before the next one is made
+        scorer.forget_rows()
+        kinds.reverse()  # the next rows begin with the kind whose weights are there
     progress.finish()
     if short:
         progress.say(f"Left out, with fewer than two completion tokens: {counted(len(short), 'row')}.")
@@ -116,60 +120,72 @@ def _known(
     }
 
 
-class _Variant:
-    """A model with weights of one kind, made when the first row needs it, and what chooses its neurons."""
+class _Scorer:
+    """Scores contenders, and holds what they share: the whole model, the rows' references, and weights of one kind.
+
+    Several kinds of weights at once would take the memory of several models, and references of all rows gigabytes. So rows
+    go in blocks whose references serve all kinds in turn, and weights are made anew for each block. That takes about as long
+    as one of the passes it saves, which are one for each row.
+    """
 
     def __init__(
         self,
         language_model: LanguageModel,
-        kind: str,
         index: SemanticIndex | None,
         decode: DecodeConfig,
         max_tokens: int,
+        alpha: float | None,
         seed: int,
     ) -> None:
-        self._whole, self._kind, self._index, self._seed = language_model, kind, index, seed
-        self._decode, self._max_tokens = decode, max_tokens
-        self._alpha = _ALPHA if index is None else index.manifest.settings.alpha
-
-    @cached_property
-    def _made(self) -> tuple[LanguageModel, Engine]:
-        return engine_for(self._whole, self._kind, self._decode)
-
-    @cached_property
-    def _reference(self) -> tuple[LanguageModel, Engine] | None:
-        """What decodes the whole model densely, which all kinds are compared with."""
-        return None if self._kind == "16bit" else engine_for(self._whole, "16bit", replace(self._decode, engine="auto"))
-
-    @cached_property
-    def _chooser(self) -> Chooser:
-        return Chooser(self._made[0], self._index, self._seed)
+        self._whole, self._decode, self._max_tokens, self._alpha = language_model, decode, max_tokens, alpha
+        self._chooser = Chooser(language_model, index, seed)
+        self._dense: dict[str, Engine] = {}
+        """What decodes 16-bit weights, by the setting of the engine."""
+        self._references: dict[tuple[str, Row], Case] = {}
+        self._kind = ""
+        self._made: tuple[LanguageModel, Engine] | None = None
+        """Weights of that kind, but 16-bit ones."""
 
     def results(
-        self, wanted: dict[Contender, list[Row]], max_new_tokens: int | None, short: set[Row]
+        self, kind: str, wanted: dict[Contender, list[Row]], max_new_tokens: int | None, short: set[Row]
     ) -> Iterator[Result]:
-        """Score contenders on the rows that they want; rows without tokens to decode go to ``short``."""
-        cases = self._cases(dict.fromkeys(row for group in wanted.values() for row in group), short)
+        """Score contenders of one kind on the rows that they want; rows without tokens to decode go to ``short``."""
+        cases: dict[Row, Case] = {}
+        for row in dict.fromkeys(row for group in wanted.values() for row in group):
+            try:
+                cases[row] = self._case(kind, row)
+            except CorpusError:
+                short.add(row)
         for contender, group in wanted.items():  # rows innermost: often they share a set, which is then prepared once
             for row in group:
                 if row in cases:
                     yield self._score(contender, cases[row], max_new_tokens)
 
-    def _cases(self, rows: Iterable[Row], short: set[Row]) -> dict[Row, Case]:
-        found: dict[Row, Case] = {}
-        for row in rows:
-            try:
-                reference = None
-                if self._reference is not None:
-                    reference = Case(*self._reference, row, self._max_tokens, self._alpha)
-                found[row] = Case(*self._made, row, self._max_tokens, self._alpha, reference)
-            except CorpusError:
-                short.add(row)
-        return found
+    def forget_rows(self) -> None:
+        """Let go of the references."""
+        self._references.clear()
+
+    def _case(self, kind: str, row: Row) -> Case:
+        """Return a row under weights of a kind, compared with the whole model's dense decode."""
+        own = kind == "16bit"  # these are compared with the engine that decodes them
+        engine = self._decode.engine if own else "auto"
+        if (engine, row) not in self._references:
+            if engine not in self._dense:
+                _, self._dense[engine] = engine_for(self._whole, "16bit", replace(self._decode, engine=engine))
+            case = Case(self._whole, self._dense[engine], row, self._max_tokens, self._alpha)
+            self._references[engine, row] = case
+        reference = self._references[engine, row]
+        return reference if own else reference.under(*self._weights(kind))
+
+    def _weights(self, kind: str) -> tuple[LanguageModel, Engine]:
+        if self._made is None or self._kind != kind:
+            self._made = None  # before the next ones are made
+            self._kind, self._made = kind, engine_for(self._whole, kind, self._decode)
+        return self._made
 
     def _score(self, contender: Contender, case: Case, max_new_tokens: int | None) -> Result:
         selection = self._chooser.choose(contender, case)
-        (held,) = self._made[1].prepare([selection])
+        (held,) = case.engine.prepare([selection])
         sparse = self._decode.prefill is Prefill.SPARSE
         with case.read_sparsely(held) if sparse else nullcontext():
             score = case.score(held)
@@ -205,6 +221,11 @@ def most_tokens(language_model: LanguageModel, max_tokens: int | None) -> int:
     if limit is not None and max_tokens > limit:
         raise ConfigError(f"max_tokens is {max_tokens}, but the model's context is {limit}; lower it.")
     return max_tokens
+
+
+def _rows_at_once(language_model: LanguageModel, max_tokens: int) -> int:
+    vocabulary = int(language_model.model.config.get_text_config().vocab_size)
+    return max(1, min(_ROWS_AT_ONCE, _REFERENCE_BYTES // (4 * vocabulary * max(1, max_tokens // 2))))
 
 
 def _check_length(language_model: LanguageModel, max_tokens: int, max_new_tokens: int | None) -> None:

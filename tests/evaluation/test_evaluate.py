@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 from scored import ROWS
@@ -12,8 +13,10 @@ from coreinfer_sim.base.decode_settings import DecodeConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError, UnknownEngineError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import Row
+from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.engines.in_transformers import TransformersEngine
 from coreinfer_sim.engines.lean.engine import LeanEngine
+from coreinfer_sim.evaluation import run
 from coreinfer_sim.evaluation.contenders import Contender, parse_contenders
 from coreinfer_sim.evaluation.results import Result, read_results
 from coreinfer_sim.evaluation.run import evaluate
@@ -97,6 +100,39 @@ def test_fewer_bits_cost_quality(language_model):
         and 1e-4 < kl["dense int8"] < kl["dense q4_0"]
     )
     assert n_bytes["dense 16bit"] > n_bytes["dense q8_0"] > n_bytes["dense q4_0"]
+
+
+def test_one_reference_of_a_row_serves_all_weights_and_one_kind_is_held_at_a_time(language_model, monkeypatch):
+    kinds = ["int8", "16bit", "q8_0", "int4", "q4_0"]
+    contenders = parse_contenders(["dense", "griffin"], [0.5], ["energy"], kinds)
+    alone = [r for kind in kinds for r in evaluate(language_model, [c for c in contenders if c.weights == kind], ROWS)]
+    n_dense, made, engines = 0, [], []
+    forced, engine_for = LeanEngine.forced, run.engine_for
+
+    def counted(engine, *given):
+        nonlocal n_dense
+        n_dense += engine.config.weights is Weights.STORED and not given[-1].layers
+        return forced(engine, *given)
+
+    def noted(whole, kind, config):
+        assert kind == "16bit" or not any(each() for each in engines)
+        model, engine = engine_for(whole, kind, config)
+        made.append(kind)
+        if kind != "16bit":
+            engines.append(weakref.ref(engine))
+        return model, engine
+
+    monkeypatch.setattr(LeanEngine, "forced", counted)
+    monkeypatch.setattr(run, "engine_for", noted)
+    monkeypatch.setattr(run, "_ROWS_AT_ONCE", 1)
+    together = evaluate(language_model, contenders, ROWS)
+    assert n_dense == 2 * len(ROWS)  # the reference, and the contender of 16 bits
+    assert made == ["16bit", "int8", "q8_0", "int4", "q4_0", "int4", "q8_0", "int8"]
+
+    def order(result):
+        return result.contender, result.row_id
+
+    assert sorted(together, key=order) == sorted(alone, key=order)
 
 
 def test_a_rerun_computes_only_what_is_missing(language_model, tmp_path):

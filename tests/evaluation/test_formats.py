@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -27,6 +28,22 @@ def test_rounding_is_closer_with_more_bits_and_leaves_the_original_alone(languag
     own = variant.layers[0].output.weight
     assert not torch.equal(own, language_model.layers[0].output.weight)
     assert own is variant.model.get_submodule(path_of(variant.model, variant.layers[0].output)).weight
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_weights_are_rounded_as_by_ggml_to_the_bit(kind):
+    halves = torch.randint(-254, 255, (50, 96)) / 2  # of a scale about 1
+    for weight in (
+        torch.randn(300, 1000),
+        torch.randn(3, 45).bfloat16(),
+        halves,
+        1e-9 * torch.randn(2, 64),
+        halves * 0,
+    ):
+        n_in, type_ = weight.shape[1], gguf.GGMLQuantizationType[kind.upper()]
+        filled = torch.nn.functional.pad(weight.float(), (0, -n_in % 32)).numpy()
+        expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(filled, type_), type_))
+        assert torch.equal(rounded(weight, kind), expected[:, :n_in].to(weight.dtype))
 
 
 def path_of(model, wanted) -> str:
