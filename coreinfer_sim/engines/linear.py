@@ -27,7 +27,6 @@ from coreinfer_sim.models.loading import usable
 
 FEW = 8
 """Rows below which a product is bound by reading its weights."""
-_ROWS = 64  # of packed products, whose inputs then stay in the caches
 _BLOCK = 1 << 21  # weights that are widened at a time
 _LINEAR = (nn.Linear, FalconLinear)
 _LOOPS = (torch.bfloat16, torch.float16)
@@ -72,10 +71,7 @@ class MatrixProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., n_in] to [..., n_out]."""
         rows = x.reshape(-1, x.shape[-1]).detach().float().contiguous()
-        if self.matrix.packed or len(rows) < FEW:
-            made = torch.cat([self.matrix.of_few(part.numpy()) for part in rows.split(_ROWS)])
-        else:
-            made = self.matrix.times(rows)
+        made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else self.matrix.times(rows)
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
 
 

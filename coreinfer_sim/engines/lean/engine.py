@@ -173,7 +173,7 @@ class LeanEngine(Engine):
         return self._words[id(prepared)][1]
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
-        """Feed all positions through the same weights by torch's float32 products, which differ in the order of sums alone."""
+        """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""
         with torch.inference_mode():
             logits = forced_logits(self._weights, self.model.dtype, ids[0], cache, prepared.layers)
         self.count([([0], prepared)], ids.shape[1])

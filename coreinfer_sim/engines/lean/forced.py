@@ -1,8 +1,8 @@
 """Many positions of a given text at a time, by the weights and the arithmetic of single decode steps.
 
-The compiled loops widen stored weights and sum in float32; inputs of packed weights are rounded to 8 bits, and so they are
-here. torch's float32 products over the same widened weights differ from them in the order of sums alone, and read a weight once
-for all positions.
+The compiled loops widen stored weights and sum in float32; torch's float32 products over the same widened weights differ from
+them in the order of sums alone, and read a weight once for all positions. Packed weights, whose inputs are rounded to 8 bits, are
+multiplied by the loops themselves.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def forced_logits(
         hidden += _attention(weights, number, x, dtype, past, cos, sin, visible)
         x = _normalised(hidden, weights.norms[number, 1], weights.eps[number, 1])
         mlp = held.get(number) or weights.dense_mlp(number)
-        inner = _activated(mlp.gate.times(x, as_decoded=True), weights.kind).mul_(mlp.up.times(x, as_decoded=True))
-        hidden += mlp.down.times(inner, as_decoded=True)
-    return weights.head.times(_normalised(hidden, weights.norms[-1, 0], weights.eps[-1, 0]), as_decoded=True)
+        inner = _activated(mlp.gate.times(x), weights.kind).mul_(mlp.up.times(x))
+        hidden += mlp.down.times(inner)
+    return weights.head.times(_normalised(hidden, weights.norms[-1, 0], weights.eps[-1, 0]))
 
 
 def _attention(
@@ -63,9 +63,7 @@ def _attention(
     q, k, v, o = weights.attention[number]
 
     def heads(matrix: Matrix) -> torch.Tensor:
-        return (
-            matrix.times(x, as_decoded=True).reshape(len(x), -1, head_dim).transpose(0, 1)
-        )  # [n_heads, n_tokens, head_dim]
+        return matrix.times(x).reshape(len(x), -1, head_dim).transpose(0, 1)  # [n_heads, n_tokens, head_dim]
 
     query, keys, values = heads(q), heads(k), heads(v)
     if len(norms):
@@ -78,7 +76,7 @@ def _attention(
     mixed = F.scaled_dot_product_attention(
         query[None], keys[None], values[None], attn_mask=visible, scale=float(weights.scaling), enable_gqa=True
     )[0]
-    return o.times(mixed.transpose(0, 1).flatten(1), as_decoded=True)
+    return o.times(mixed.transpose(0, 1).flatten(1))
 
 
 def _activated(gate: torch.Tensor, kind: int) -> torch.Tensor:

@@ -14,12 +14,13 @@ from coreinfer_sim.engines.lean.formats import FORMATS, TILE
 from coreinfer_sim.engines.lean.intrinsics import set_threads
 from coreinfer_sim.engines.lean.kernels import MANY, float_name, float_type, product_address, unpacked_address
 from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
-from coreinfer_sim.engines.lean.products import N_WORDS, product, round_rows, unpack, unpack_rows
+from coreinfer_sim.engines.lean.products import N_WORDS, product, unpack, unpack_rows
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
-__all__ = ["Array", "Matrix", "filled_bias", "float_type", "from_codes", "rounded_inputs", "vector", "warm_up_products"]
+__all__ = ["Array", "Matrix", "filled_bias", "float_type", "from_codes", "vector", "warm_up_products"]
 Array = np.ndarray[Any, Any]
 _BLOCK = 1 << 21  # weights that are widened at a time
+_ROWS = 64  # of packed products, whose inputs then stay in the caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +107,10 @@ class Matrix:
         product(set_threads(), self.words[None], x, out)
         return torch.from_numpy(out)[:, : self.n_out]
 
-    def times(self, x: torch.Tensor, as_decoded: bool = False) -> torch.Tensor:
-        """Multiply many float32 rows [n_rows, n_in] in torch, some weights at a time.
-
-        Args:
-            x: inputs.
-            as_decoded: round them as a decode step would.
-        """
-        if as_decoded and self.packed:
-            x = rounded_inputs(x)
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply many float32 rows [n_rows, n_in]: packed weights by the loops of decode, floats in torch, some at a time."""
+        if self.packed:
+            return torch.cat([self.of_few(part.numpy()) for part in x.contiguous().split(_ROWS)])
         out = torch.empty(len(x), self.n_out)
         step = max(TILE, _BLOCK // self.n_in // TILE * TILE)
         for begin in range(0, self.n_out, step):
@@ -149,14 +145,6 @@ def filled_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     filled = torch.zeros(-(-len(bias) // TILE) * TILE)
     filled[: len(bias)] = bias.detach().float()
     return filled
-
-
-def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
-    """Return float32 rows as a decode step rounds them for packed weights."""
-    out = torch.empty_like(x)
-    set_threads()
-    round_rows(x.contiguous().numpy(), out.numpy())
-    return out
 
 
 def vector(parameter: torch.Tensor) -> Array:

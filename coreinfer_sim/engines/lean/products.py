@@ -142,16 +142,3 @@ def product(n_threads, stack, x, out):
     """Do as `multiply` for inputs that nothing was made of yet."""
     codes, factors, sums = rounded(stack[0], x)
     multiply(n_threads, stack, x, codes, factors, sums, out)
-
-
-@parallel
-def round_rows(x, out):
-    """Set ``out`` to x [n_rows, n_in] as rounding leaves it."""
-    n_blocks = (x.shape[1] + 31) // 32
-    for r in prange(x.shape[0]):
-        codes, factors = np.empty(32 * n_blocks, np.int8), np.empty(n_blocks, np.float32)
-        sums = np.empty(2 * n_blocks, np.int32)
-        for block in range(n_blocks):
-            quantise_block(x[r], block, codes, factors, sums)
-        for j in range(x.shape[1]):
-            out[r, j] = np.float32(codes[j]) * factors[j // 32]
