@@ -132,24 +132,47 @@ def build_llama_bench(progress: Progress | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch)
         _run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"],
-            ["--no-build-isolation", "--dest", folder, SOURCE],
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"],
+            ["--no-binary", "llama-cpp-python", "--dest", folder, SOURCE],  # what builds it may come as a wheel
         )
         (packed,) = folder.glob("*.tar.gz")
         with tarfile.open(packed) as archive:
             archive.extractall(folder, filter="data")
         (source,) = folder.glob("*/vendor/llama.cpp")
         _run(["cmake", "-S", source, "-B", folder / "build", *_CMAKE])
-        _run(["cmake", "--build", folder / "build", "--target", "llama-bench", "--parallel", str(os.cpu_count() or 1)])
+        _build(folder / "build", progress)
         (built,) = (folder / "build" / "bin").glob("llama-bench*")
         shutil.copy2(built, folder / "done")
         (folder / "done").replace(target)
     return target
 
 
+def _build(folder: Path, progress: Progress) -> None:
+    """Compile, and tell how far that is: each line of make begins with a share."""
+    command = ["cmake", "--build", str(folder), "--target", "llama-bench", "--parallel", str(os.cpu_count() or 1)]
+    progress.start("Building llama.cpp", 100, "%")
+    lines: list[str] = []
+    done = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines = [*lines[-200:], line]
+            share = re.match(r"\[\s*(\d+)%\]", line)
+            if share and int(share[1]) > done:
+                progress.advance(int(share[1]) - done)
+                done = int(share[1])
+    progress.finish()
+    _check(command, process.returncode, lines)
+
+
 def _run(*words: list[Any]) -> None:
     command = [str(word) for part in words for word in part]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["nothing"]
-        raise ConfigError(f"llama.cpp cannot be built: {' '.join(command[:3])} … said {last[0]!r}.")
+    _check(command, done.returncode, (done.stderr.strip() or done.stdout.strip()).splitlines())
+
+
+def _check(command: list[str], code: int, said: list[str]) -> None:
+    if code:
+        said = said or ["nothing"]
+        told = next((line for line in said if "error" in line.lower()), said[-1])
+        raise ConfigError(f"llama.cpp cannot be built: {' '.join(command[:3])} … said {told.strip()!r}.")
