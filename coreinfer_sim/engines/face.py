@@ -185,6 +185,11 @@ class Engine(ABC):
         """Surround a call of the model's ``generate`` or forward pass, prefill included."""
         return nullcontext()
 
+    @property
+    def pass_tokens(self) -> int | None:
+        """Tokens, of all rows together, that one pass of prefill reads at most; None: the whole prompt."""
+        return None
+
     def generate_options(self, n_sequences: int, n_positions: int, reuse: bool) -> dict[str, Any]:
         """Return what transformers' ``generate`` needs besides.
 

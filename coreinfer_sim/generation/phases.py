@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
+from coreinfer_sim.generation.reading import passes_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class PhasedCall:
         mask: torch.Tensor,
         prompts: Sequence[str] | None,
         ends: torch.Tensor,
+        chunked: bool = False,
     ) -> None:
         """Choose the neurons, unless the predictor wants the prompts' activations first.
 
@@ -77,9 +79,11 @@ class PhasedCall:
             mask: of the prompts, [n_rows, n_positions], padded on the left.
             prompts: by which rows are routed.
             ends: tokens that end a text.
+            chunked: the caller has said how many positions a pass of prefill reads; otherwise the engine does.
         """
         self._model, self._engines, self._engine = model, engines, engines[0]
         self._predictor, self._mask, self._prompts, self._ends = predictor, mask, prompts, ends
+        self._chunked = chunked
         self._refused: str | None = None
         self._prepare_seconds, self._prepared_in_decode = 0.0, True
         self._decode_began: float | None = None
@@ -157,9 +161,7 @@ class PhasedCall:
             cache = kwargs.get("past_key_values")
             n_past = int(cache.get_seq_length()) if cache is not None else 0
             if n_past < self._mask.shape[1]:
-                if self._reader is not None:
-                    self._reader.begin(kwargs["input_ids"], n_past)
-                return original(*args, **kwargs)
+                return self._prefill(original, args, kwargs, n_past)
             self._begin_decode(cache, kwargs)
         ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
         if self._engine.skips_finished and len(ids) == len(
@@ -168,6 +170,18 @@ class PhasedCall:
             self._finished |= torch.isin(ids[:, -1].cpu(), self._ends).numpy()
         inputs = StepInputs(ids, cache, kwargs, self._starts, self._finished, self._n_copies, original)
         return self._engine.step(inputs, self._groups)
+
+    def _prefill(
+        self, original: Callable[..., Any], args: tuple[Any, ...], given: Mapping[str, Any], n_past: int
+    ) -> Any:
+        """Read a part of the prompt after ``n_past`` positions; the last pass gives the logits."""
+        output = None
+        for part in passes_of(given, None if self._chunked else self._engine.pass_tokens):
+            if self._reader is not None:
+                self._reader.begin(part["input_ids"], n_past)
+            output = original(*args, **part)
+            n_past += part["input_ids"].shape[1]
+        return output
 
     def _compiled(self, original: Callable[..., Any], config: Any) -> Callable[..., Any]:
         """Return what transformers decodes with where it would compile: the bare forward code, without hooks."""

@@ -161,7 +161,8 @@ class SparseModel:
         # 3) prefill and decode
         ends = settings.get("eos_token_id")
         end_ids = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
-        call = PhasedCall(self.model, self.engines, self.predictor, mask, prompts, end_ids)
+        chunked = settings.get("prefill_chunk_size") is not None
+        call = PhasedCall(self.model, self.engines, self.predictor, mask, prompts, end_ids, chunked)
         self.latest = CallFacts()
         with call.running():
             output = self.model.generate(input_ids, **kwargs)

@@ -90,6 +90,17 @@ def test_stability_reads_the_prompts_activations_from_layers_on_disk(tmp_path):
     assert all(torch.equal(chosen[0][n], chosen[1][n]) for n in chosen[0])
 
 
+def test_layers_on_disk_are_read_once_for_a_long_prompt(tmp_path, monkeypatch):
+    """The lean engine reads it in one pass, though it would take several where the weights are in memory."""
+    monkeypatch.setattr("coreinfer_sim.engines.lean.engine.PASS_TOKENS", 3)
+    lm, read = streamed(saved(tmp_path / "model", "llama")), []
+    blocks = Scratch.blocks
+    monkeypatch.setattr(Scratch, "blocks", lambda self, store: read.append(store) or blocks(self, store))
+    sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.5), engine="lean")
+    sparse.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert len(read) == len(lm.layers)
+
+
 def test_sparse_prefill_uses_the_compact_mlps_only(tmp_path, monkeypatch):
     lm = streamed(saved(tmp_path / "model", "llama"))
     monkeypatch.setattr(Scratch, "blocks", lambda *_: pytest.fail("a dense layer was read"))

@@ -21,6 +21,7 @@ from tiny_models import N_LAYERS
 from transformers import DynamicCache
 
 from coreinfer_sim.choosing.statistics import activation_statistics
+from coreinfer_sim.engines.lean.engine import LeanEngine
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.models.mlps import find_mlps
@@ -89,6 +90,19 @@ def test_stability_in_chunked_prefill(models, chunk):
     for found, expected in zip(sparse.latest.selections, selections, strict=True):
         assert_same_ids(found.ids, expected.ids)
     assert_rows_equal(batch, singles)
+
+
+@pytest.mark.parametrize("n_beams", [1, 3])
+@pytest.mark.parametrize("score", ["energy", "paper"])
+def test_stability_of_prompts_that_take_several_passes(models, monkeypatch, score, n_beams):
+    model = models["llama"]
+    rows = [token_ids(1, n, seed=n) for n in (2, 21, 14)]
+    ids, mask = left_padded(*rows)
+    monkeypatch.setattr(LeanEngine, "pass_tokens", 12 * n_beams)  # the first row's first passes are padding alone
+    sparse = SparseModel(model, stability(model, score=score), engine="lean")
+    generate(sparse, ids, attention_mask=mask, num_beams=n_beams)
+    for found, row in zip(sparse.latest.selections, rows, strict=True):
+        assert_same_ids(found.ids, prompt_core(model, row, score))
 
 
 def test_stability_in_a_second_turn_reads_what_is_new(models):

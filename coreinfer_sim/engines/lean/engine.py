@@ -37,6 +37,9 @@ from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
+PASS_TOKENS = 512
+"""That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
+
 
 class LeanEngine(Engine):
     """Decodes by compiled loops; see the module's docstring."""
@@ -75,6 +78,11 @@ class LeanEngine(Engine):
         if any(given.get(name) for name in ("output_attentions", "output_hidden_states")):
             return "attentions or hidden states were asked for"
         return refuses_cache(cache)
+
+    @property
+    def pass_tokens(self) -> int | None:
+        """Long prompts take several passes, unless each would read the dense layers from disk anew."""
+        return None if self.layers[0].away else PASS_TOKENS
 
     def running(self) -> AbstractContextManager[None]:
         """Let the linear layers of prefill multiply by the rule of `linear`."""
