@@ -72,6 +72,7 @@ def load_laid_out(name: str, weights: Weights, progress: Progress | None = None)
     if not files or (weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16):
         return None
     place = layout_folder(files, weights.value, progress)
+    keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
     return _kept(name, place, progress) or _made(name, place, weights, progress)
 
 
@@ -111,7 +112,6 @@ def _made(name: str, place: Path, weights: Weights, progress: Progress) -> Langu
     if empty is None or unsupported(empty.model) is not None:
         return None
     # 2) its weights, on the disk or, where they find no room, in memory
-    keep_heap_small()
     try:
         lock = locked(place.parent, progress)
         try:
