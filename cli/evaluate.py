@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.models.loading import LanguageModel
 
-_NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle"]
+_NAMES = [
+    "dense",
+    "all",
+    "random",
+    "random-cluster",
+    "global",
+    "similarity",
+    "hybrid",
+    "stability",
+    "griffin",
+    "oracle",
+]
 
 
 @click.command()
@@ -48,6 +59,13 @@ _NAMES = ["dense", "random", "random-cluster", "global", "similarity", "hybrid",
     multiple=True,
     type=float,
     help="May be repeated.  [default: those that the index compensates; else 0.4]",
+)
+@click.option(
+    "--read-ratio",
+    "read_ratios",
+    multiple=True,
+    type=float,
+    help="Share of neurons that each token reads, of all contenders but dense; may be repeated.  [default: 1]",
 )
 @click.option(
     "--score",
@@ -97,6 +115,7 @@ def evaluate(
     index: str | None,
     contenders: tuple[str, ...],
     keep_ratios: tuple[float, ...],
+    read_ratios: tuple[float, ...],
     scores: tuple[str, ...],
     fallbacks: tuple[str, ...],
     weights: tuple[str, ...],
@@ -146,7 +165,7 @@ def evaluate(
     opened = open_index(index, loading.encoder)
     name = model_name(opened, model)
     # 2) who is compared
-    chosen = _contenders(opened, contenders, keep_ratios, scores, weights, fallbacks, decode)
+    chosen = _contenders(opened, contenders, keep_ratios, read_ratios, scores, weights, fallbacks, decode)
     with status("Loading the model"):
         language_model = open_model(opened, name, loading, decode, ConsoleProgress())
     chosen = _able(language_model, chosen, decode, named=bool(contenders or weights))
@@ -175,6 +194,7 @@ def _contenders(
     index: SemanticIndex | None,
     contenders: tuple[str, ...],
     keep_ratios: tuple[float, ...],
+    read_ratios: tuple[float, ...],
     scores: tuple[str, ...],
     weights: tuple[str, ...],
     fallbacks: tuple[str, ...],
@@ -191,10 +211,12 @@ def _contenders(
 
     sparse_prefill = decode.prefill is Prefill.SPARSE
     excluded = (*(NEED_INDEX if index is None else ()), *(READS_PROMPT if sparse_prefill else ()))
+    if not read_ratios:
+        excluded = (*excluded, "all")  # which is then dense
     names = contenders or [name for name in _NAMES if name not in excluded]
     fitted = [] if index is None else [info.keep_ratio for info in index.manifest.compensation]
     ratios, kinds = keep_ratios or fitted or [0.4], weights or ["16bit"]
-    found = parse_contenders(names, ratios, scores or ["energy"], kinds, fallbacks)
+    found = parse_contenders(names, ratios, scores or ["energy"], kinds, fallbacks, read_ratios)
     if index is not None and not contenders and not scores:
         there = [ratio for ratio in ratios if index.manifest.holds_sets(ratio)]
         found += parse_contenders([name for name in FITTED if there], there, ["compensated"], kinds, fallbacks)

@@ -29,6 +29,7 @@ _EFFECTIVE = {
     "score": ("similarity", "hybrid", "stability", "global"),
     "fallback": ("similarity",),
     "keep_ratio": ("similarity", "hybrid", "stability", "global", "random"),
+    "read_ratio": ("similarity", "hybrid", "stability", "global", "random", "all"),
 }
 """Modes in which a setting does something."""
 
@@ -42,6 +43,7 @@ _EFFECTIVE = {
 @options.model
 @options.mode
 @options.keep_ratio
+@options.read_ratio
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--compare", is_flag=True, help="Decode densely too, and show both.")
@@ -69,6 +71,7 @@ def generate(
     model: str | None,
     mode: str | None,
     keep_ratio: float | None,
+    read_ratio: float | None,
     chat: bool,
     system: str | None,
     compare: bool,
@@ -94,7 +97,8 @@ def generate(
     """
     # 1) settings, and the first prompt
     folder = None if exported is None else str(exported)
-    selection = settings.make(SelectionConfig, mode=mode, keep_ratio=keep_ratio)
+    selection = settings.make(SelectionConfig, mode=mode, keep_ratio=keep_ratio, read_ratio=read_ratio)
+    selection = selection.resolved(index is not None)
     decode = settings.make(DecodeConfig, engine=engine, weights=weights, exported=folder, memory_budget=memory_budget)
     sampling = settings.make(
         SamplingConfig,
@@ -108,7 +112,8 @@ def generate(
     first = next(prompts, None)
     if first is None:
         raise PromptError("no prompt was given, expected an argument, --file with rows, or lines on stdin.")
-    _note_ineffective(settings, selection, keep_ratio)
+    ratios = {"keep_ratio": keep_ratio, "read_ratio": read_ratio}
+    _note_ineffective(settings, selection, [name for name, ratio in ratios.items() if ratio is not None])
     modes = list(dict.fromkeys([selection.mode.value, *(["dense"] if compare else [])]))
     quiet_libraries()
     # 2) index, model and engine
@@ -158,10 +163,9 @@ def generate(
         raise PromptError(f"{n_failed} of {n_failed + len(results)} prompts failed; the messages above say why.")
 
 
-def _note_ineffective(settings: Settings, selection: SelectionConfig, keep_ratio: float | None) -> None:
+def _note_ineffective(settings: Settings, selection: SelectionConfig, ratios: list[str]) -> None:
     """Say which settings were given that this mode does not look at."""
-    given = [*settings.given("select"), *(["keep_ratio"] if keep_ratio is not None else [])]
-    for name in given:
+    for name in (*settings.given("select"), *ratios):
         if selection.mode.value not in _EFFECTIVE.get(name, (selection.mode.value,)):
             click.echo(f"Note: {name} has no effect in mode {selection.mode.value}.", err=True)
 
@@ -254,6 +258,8 @@ def _facts(run: Generation) -> str:
             parts.append("unfamiliar prompt")
     if run.keep_ratio is not None:
         parts.append(f"holds {run.keep_ratio:.2f}")
+    if run.read_ratio is not None and selection.read_ratio < 1:
+        parts.append(f"reads {run.read_ratio:.2f}")
     parts.append(f"engine {run.engine}" + ("" if run.file is None else f", {run.file}"))
     parts.append(counted(run.n_new_tokens, "token") + ("" if speed is None else f" at {speed:.1f} tokens/s"))
     if run.mlp_bytes_per_token is not None and run.dense_mlp_bytes_per_token is not None:

@@ -21,13 +21,19 @@ model = click.option(
 )
 mode = click.option(
     "--mode",
-    type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "dense"]),
+    type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "all", "dense"]),
     help="Where the held neurons come from.  [default: similarity]",
 )
 keep_ratio = click.option(
     "--keep-ratio",
     type=float,
     help="Share of neurons that decode holds; of MLP bytes in compensated sets.  [default: the index's]",
+)
+read_ratio = click.option(
+    "--read-ratio",
+    type=float,
+    metavar="RATIO",
+    help="Share of neurons that each token reads in full, on average; without --keep-ratio all are held.  [default: 1]",
 )
 engine = click.option(
     "--engine",

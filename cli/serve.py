@@ -26,6 +26,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 @click.option("--name", help="What clients call the model.  [default: the last part of its name]")
 @options.mode
 @options.keep_ratio
+@options.read_ratio
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; other than loopback asks for a key."
 )
@@ -69,6 +70,7 @@ def serve(
     name: str | None,
     mode: str | None,
     keep_ratio: float | None,
+    read_ratio: float | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -108,7 +110,7 @@ def serve(
 
     quiet_libraries()
     folder = None if exported is None else str(exported)
-    selection = settings.make(SelectionConfig, mode=mode, keep_ratio=keep_ratio)
+    selection = settings.make(SelectionConfig, mode=mode, keep_ratio=keep_ratio, read_ratio=read_ratio)
     decode = settings.make(DecodeConfig, engine=engine, weights=weights, exported=folder)
     if decode.memory_budget is not None:
         raise ConfigError("a memory budget is planned for one text, but a server generates many; leave it out.")

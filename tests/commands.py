@@ -15,7 +15,7 @@ from coreinfer_sim_cli.main import main
 from coreinfer_sim.base.errors import IndexFormatError
 from coreinfer_sim.index.index import SemanticIndex
 
-MODES = ["similarity", "hybrid", "stability", "global", "random", "dense"]
+MODES = ["similarity", "hybrid", "stability", "global", "random", "all", "dense"]
 TOPICS = {
     "space": ["stars", "planets", "galaxies", "comets", "moons"],
     "food": ["bread", "cheese", "soup", "salad", "cake"],

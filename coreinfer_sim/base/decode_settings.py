@@ -44,6 +44,10 @@ class SelectionConfig:
     """Where the neurons come from."""
     keep_ratio: float | None = None
     """Share of d_ff that is held; of the MLP bytes in compensated sets. None: the index's."""
+    read_ratio: float | None = None
+    """Share of d_ff that a token reads in full, on average, where all neurons are held, and less where fewer are. A token chooses
+    by an estimate from a few bits of the weights. Below 1, all are held where no keep ratio is given. None: 1, all that are
+    held."""
     score: Score = Score.ENERGY
     """What ranks the neurons."""
     sparse_layers: str | None = None
@@ -64,11 +68,22 @@ class SelectionConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, choice(name, value, kind))
-        for name in ("keep_ratio", "alpha"):
+        for name in ("keep_ratio", "read_ratio", "alpha"):
             value = getattr(self, name)
             if value is not None:
                 check_ratio(name.replace("_", " "), value)
         check_seed(self.seed)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token chooses among the held neurons what it reads."""
+        return self.read_ratio is not None and self.read_ratio < 1
+
+    def resolved(self, has_index: bool) -> SelectionConfig:
+        """Return the settings with mode all in place of similarity where there is nothing to look up and tokens choose."""
+        return (
+            replace(self, mode=Mode.ALL) if self.by_token and not has_index and self.mode is Mode.SIMILARITY else self
+        )
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class Mode(str, Enum):
     STABILITY = "stability"
     GLOBAL = "global"
     RANDOM = "random"
+    ALL = "all"
+    """Every neuron; each token reads those that it needs."""
     DENSE = "dense"
 
 

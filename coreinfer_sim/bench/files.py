@@ -46,7 +46,7 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
             if spec.kind not in (LLAMACPP, OFFLOAD, DENSE_TRANSFORMERS):
                 with suppress(CoreInferSimError):  # the contender itself says so
                     given = {name: spec.options[name] for name in ("engine", "weights") if name in spec.options}
-                    laid_out_model(subject.model, ModelConfig(dtype=spec.dtype), DecodeConfig(**given))
+                    laid_out_model(subject.model, ModelConfig(dtype=spec.dtype), DecodeConfig(**given), spec.by_token)
     wanted = [s for s in specs if s.kind == LLAMACPP or (s.kind == OFFLOAD and subject.shape is not None)]
     if not wanted:
         return {}

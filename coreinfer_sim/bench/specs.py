@@ -19,6 +19,7 @@ OWN_FILE = "file"
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("engine", "weights", "prefill", "score", "fallback", "sparse_layers"), str),
     "seed": int,
+    "read_ratio": float,
 }
 """Further settings of our own runtime, as `load` names them, by what reads their text."""
 DEFAULT_KEEP_RATIO = 0.4
@@ -50,6 +51,11 @@ class Spec:
         return Mode.DENSE if self.kind == OURS_DENSE else Mode(self.kind)
 
     @property
+    def by_token(self) -> bool:
+        """Whether each token chooses what it reads."""
+        return float(self.options.get("read_ratio", 1.0)) < 1
+
+    @property
     def needs_index(self) -> bool:
         """Whether neurons come from an index."""
         return self.kind in (Mode.SIMILARITY.value, Mode.HYBRID.value, Mode.GLOBAL.value)
@@ -78,7 +84,8 @@ def parse_spec(text: str) -> Spec:
             raise _wrong(text, f"{part!r} gives {name} a second time")
         target[name] = value
     if kind in _MODES:
-        kind, ratio = _MODES[kind].value, found.get("ratio", DEFAULT_KEEP_RATIO)
+        holds_all = kind == Mode.ALL.value or "read_ratio" in options
+        kind, ratio = _MODES[kind].value, found.get("ratio", None if holds_all else DEFAULT_KEEP_RATIO)
     else:
         ratio = found.get("ratio", 0.5 if kind == OFFLOAD else None)
     return Spec(text, kind, found.get("dtype", "auto"), ratio, options)

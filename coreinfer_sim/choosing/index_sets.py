@@ -91,6 +91,8 @@ class IndexSets:
         return self._known[None]
 
     def _make(self, cluster: int | None) -> NeuronSelection:
+        if not self.compensated and self.keep_ratio == 1.0:
+            return NeuronSelection("statistics")  # all layers stay as they are
         if not self.compensated:
             return NeuronSelection(
                 "statistics", self.index.core_neurons(cluster, self.keep_ratio, self.score, self.layers)

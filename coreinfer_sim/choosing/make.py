@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from coreinfer_sim.base.decode_settings import SelectionConfig, with_settings
@@ -10,7 +11,13 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode, check_ratio, parse_layers
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.index_sets import IndexSets, default_sets
-from coreinfer_sim.choosing.predictors import FixedPredictor, Predictor, StabilityPredictor, random_selection
+from coreinfer_sim.choosing.predictors import (
+    FixedPredictor,
+    Predictor,
+    ReadingPredictor,
+    StabilityPredictor,
+    random_selection,
+)
 from coreinfer_sim.choosing.routing import HybridPredictor, SimilarityPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.index.index import SemanticIndex
@@ -26,7 +33,7 @@ def make_predictor(
     """Make the predictor of a mode.
 
     Args:
-        mode: similarity, hybrid, stability, global, random or dense.
+        mode: similarity, hybrid, stability, global, random, all or dense.
         layers: the model's MLPs.
         index: needed by similarity, hybrid and global, which then must belong to the model.
         **settings: further fields of `SelectionConfig`, such as ``keep_ratio=0.8``.
@@ -45,6 +52,18 @@ def predictor_of(config: SelectionConfig, layers: Sequence[MLPLayer], index: Sem
 
     The layers' weights may be rounded ones of the index's model.
     """
+    read_ratio = config.read_ratio
+    if read_ratio is None or read_ratio == 1:
+        return _holding(config, layers, index)
+    if config.keep_ratio is None:
+        config = replace(config, keep_ratio=1.0)
+    if config.fallback is None:
+        config = replace(config, fallback=Fallback.DENSE)
+    return ReadingPredictor(_holding(config, layers, index), read_ratio)
+
+
+def _holding(config: SelectionConfig, layers: Sequence[MLPLayer], index: SemanticIndex | None) -> Predictor:
+    """Make the predictor of what is held."""
     mode, keep_ratio, compensated = config.mode, config.keep_ratio, config.compensated
     # 1) Which layers
     sparse_layers = config.sparse_layers
@@ -54,7 +73,7 @@ def predictor_of(config: SelectionConfig, layers: Sequence[MLPLayer], index: Sem
     if not numbers:
         raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")
     # 2) Modes that need no index
-    if mode is Mode.DENSE:
+    if mode in (Mode.DENSE, Mode.ALL):
         return FixedPredictor(NeuronSelection(mode.value))
     if keep_ratio is None:
         if index is None:

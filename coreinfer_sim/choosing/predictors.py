@@ -7,6 +7,7 @@ need only the prompt's text; stability-guided and hybrid selection need the stat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +58,27 @@ class FixedPredictor:
     ) -> list[NeuronSelection]:
         """Return the one selection for every row."""
         return [self._selection] * n_rows
+
+
+class ReadingPredictor:
+    """What another predictor holds, of which each token reads a share; what that leaves dense is read as a whole."""
+
+    def __init__(self, held: Predictor, read_ratio: float) -> None:
+        """Let tokens read ``read_ratio`` of d_ff, on average, of what ``held`` chooses."""
+        self.mode, self.needs_text, self.alpha = held.mode, held.needs_text, held.alpha
+        self._held, self._read_ratio = held, read_ratio
+
+    def select(
+        self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
+    ) -> list[NeuronSelection] | None:
+        """Return what the other predictor does, with the read ratio."""
+        found = self._held.select(prompts, statistics, n_rows)
+        return None if found is None else [self._reading(selection) for selection in found]
+
+    def _reading(self, selection: NeuronSelection) -> NeuronSelection:
+        if selection.mode == Mode.DENSE.value:
+            return selection
+        return replace(selection, read_ratio=self._read_ratio)
 
 
 class StabilityPredictor:

@@ -31,6 +31,8 @@ class NeuronSelection:
     """What is merged into the compact MLP of a layer; it belongs to just these ids."""
     confidence: float | None = None
     """Of the routing; see `Match`."""
+    read_ratio: float = 1.0
+    """Share of d_ff that a token reads in full, on average; 1: all that is kept."""
 
     @property
     def confident(self) -> bool | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.prepared import Prepared, PreparedCache
@@ -46,10 +47,17 @@ class BytesRead:
     """Outside: attention, norms and the output head. The cache is not counted."""
     n_steps: int = 0
     """Decode steps; of `Engine.forced`, positions."""
+    share: float = 0.0
+    """Of the model's neurons that were read in full, summed over steps; of a batch the mean over its rows."""
 
     def __add__(self, further: BytesRead) -> BytesRead:
         """Add what further steps read."""
-        return BytesRead(self.mlp + further.mlp, self.other + further.other, self.n_steps + further.n_steps)
+        return BytesRead(*(sum(pair) for pair in zip(astuple(self), astuple(further), strict=True)))
+
+    @property
+    def read_ratio(self) -> float:
+        """Share of the model's neurons that a step read in full; 0 before the first."""
+        return self.share / self.n_steps if self.n_steps else 0.0
 
     @property
     def mlp_per_step(self) -> int:
@@ -97,6 +105,8 @@ class Engine(ABC):
     """What users call it."""
     skips_finished: ClassVar[bool] = False
     """Whether rows that have ended cost nothing, so that it is worth finding them out at each step."""
+    reads_by_token: ClassVar[bool] = False
+    """Whether tokens may read a share of what is held; see `NeuronSelection.read_ratio`."""
 
     def __init__(self, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> None:
         """Decode ``model``, whose MLPs are ``layers``, in a way that `refuses` has nothing against."""
@@ -127,8 +137,13 @@ class Engine(ABC):
         n_bytes = round(sum(n_held) * neuron_bytes)
         return Bytes(n_bytes, n_bytes)
 
-    def calibrate(self, texts: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
-        """Return what the engine has to measure on texts before it decodes; None: nothing."""
+    def calibrate(self, passages: Callable[[], Sequence[torch.Tensor]], progress: Progress | None = None) -> None:
+        """Measure what reading by token needs, unless that was done before.
+
+        Args:
+            passages: returns the token ids of texts, [n_tokens] each.
+            progress: receives what is done.
+        """
         return None
 
     @classmethod
@@ -137,12 +152,15 @@ class Engine(ABC):
         return None
 
     @classmethod
-    def load(cls, name: str, config: DecodeConfig, progress: Progress | None = None) -> LanguageModel | None:
+    def load(
+        cls, name: str, config: DecodeConfig, by_token: bool = False, progress: Progress | None = None
+    ) -> LanguageModel | None:
         """Load a model in the engine's own layout, which is kept in the user's cache folder.
 
         Args:
             name: as `load_model` takes it.
             config: what decodes.
+            by_token: whether tokens will read a share of the neurons.
             progress: receives what is done.
 
         Returns:
@@ -172,10 +190,20 @@ class Engine(ABC):
 
         def make(selection: NeuronSelection) -> Prepared:
             selection.check(self.layers)
+            if selection.read_ratio < 1:
+                self.check_by_token()
             made = self.cut(selection)
             return Prepared(selection, made, self.size(made))
 
         return [self.cache.get(selection, make) for selection in selections]
+
+    def check_by_token(self) -> None:
+        """Raise ConfigError unless tokens may read a share of what is held."""
+        if not self.reads_by_token:
+            raise ConfigError(
+                f"a read ratio below 1 was asked for, but the engine {self.name} reads all held neurons; leave it out, or let "
+                "lean decode."
+            )
 
     @abstractmethod
     def mounted(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
@@ -240,9 +268,15 @@ class Engine(ABC):
 
     def count(self, groups: Sequence[Group], n_steps: int = 1) -> None:
         """Count the bytes of steps that have been done."""
+        held = [prepared for _, prepared in groups]
+        shares = [len(rows) * each.selection.keep_ratio(self.layers) for rows, each in groups]
+        share = sum(shares) / max(1, sum(len(rows) for rows, _ in groups))
+        self.count_read(groups, self.mlp_bytes(held) * n_steps, share * n_steps, n_steps)
+
+    def count_read(self, groups: Sequence[Group], mlp: int, share: float, n_steps: int) -> None:
+        """Count steps that have read so many MLP bytes and such a share of all neurons in full, both summed over steps."""
         self._latest = groups
-        mlp = self.mlp_bytes([prepared for _, prepared in groups])
-        self._read += BytesRead(mlp * n_steps, self.other_bytes() * n_steps, n_steps)
+        self._read += BytesRead(mlp, self.other_bytes() * n_steps, n_steps, share)
 
     def read(self) -> BytesRead:
         """Return what was read since the latest `release`."""

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from coreinfer_sim.engines.lean.matrix import Matrix
+from coreinfer_sim.engines.lean.planes import RecordPart
 from coreinfer_sim.models.loading import usable
 
 FEW = 8
@@ -64,7 +65,7 @@ class Product:
 class MatrixProduct:
     """The forward code of a linear layer whose weights are a `Matrix`."""
 
-    def __init__(self, matrix: Matrix) -> None:
+    def __init__(self, matrix: Matrix | RecordPart) -> None:
         """Multiply by a matrix."""
         self.matrix = matrix
 
@@ -75,14 +76,14 @@ class MatrixProduct:
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
 
 
-def matrix_module(matrix: Matrix, dtype: torch.dtype) -> nn.Linear:
+def matrix_module(matrix: Matrix | RecordPart, dtype: torch.dtype) -> nn.Linear:
     """Return a linear layer that multiplies by a matrix; its own weight takes no memory."""
     layer = nn.Linear(matrix.n_in, matrix.n_out, bias=False, device="meta", dtype=dtype).requires_grad_(False).eval()
     layer.forward = MatrixProduct(matrix)  # type: ignore[assignment, method-assign]
     return layer
 
 
-def hand_over(layer: nn.Linear, matrix: Matrix) -> None:
+def hand_over(layer: nn.Linear, matrix: Matrix | RecordPart) -> None:
     """Let a linear layer multiply by a matrix for good, and let go of its own weight."""
     layer.forward = MatrixProduct(matrix)  # type: ignore[assignment, method-assign]
     dtype = layer.weight.dtype

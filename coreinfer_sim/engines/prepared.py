@@ -29,7 +29,7 @@ class PreparedCache:
     def __init__(self, limit: int) -> None:
         """Hold at most ``limit`` bytes."""
         self.limit = limit
-        self._kept: OrderedDict[int, Prepared] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, float], Prepared] = OrderedDict()
         self._lock = threading.RLock()
 
     @property
@@ -41,9 +41,9 @@ class PreparedCache:
     def get(self, selection: NeuronSelection, make: Callable[[NeuronSelection], Prepared]) -> Prepared:
         """Return a selection's weights, made if they are not here; one thread makes them at a time.
 
-        Two selections are the same if they share their mapping of ids.
+        Two selections are the same if they share their mapping of ids, and tokens read the same share of it.
         """
-        key = id(selection.ids)
+        key = _key(selection)
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = make(selection)  # which holds the selection, so that its id is not given anew
@@ -55,7 +55,7 @@ class PreparedCache:
     def keep_only(self, selection: NeuronSelection) -> None:
         """Let go of all weights but those of one selection, before others take their room."""
         with self._lock:
-            others = [key for key in self._kept if key != id(selection.ids)]
+            others = [key for key in self._kept if key != _key(selection)]
             for key in others:
                 del self._kept[key]
         if others:
@@ -65,3 +65,7 @@ class PreparedCache:
         """Let go of everything."""
         with self._lock:
             self._kept.clear()
+
+
+def _key(selection: NeuronSelection) -> tuple[int, float]:
+    return id(selection.ids), selection.read_ratio

@@ -53,6 +53,8 @@ class CaseScore:
     """That a token read in the MLPs, counted by the engine."""
     total_bytes: int
     """That a token read in all weights."""
+    read_ratio: float
+    """Share of the model's neurons that a token read in full."""
 
 
 class Case:
@@ -178,7 +180,7 @@ class Case:
             kl += float(F.kl_div(own, dense, reduction="sum", log_target=True))
             n_same_top += int((part.argmax(-1) == dense.argmax(-1)).sum())
         read = self.engine.read()
-        return CaseScore(len(self._targets), loss, kl, n_same_top, read.mlp_per_step, read.per_step)
+        return CaseScore(len(self._targets), loss, kl, n_same_top, read.mlp_per_step, read.per_step, read.read_ratio)
 
 
 def _cut(tokenizer: Any, ids: list[int], most: int) -> list[int]:

@@ -54,9 +54,9 @@ class Chooser:
                 "keep ratio, or build the index with compensation."
             )
         if contender.name == "oracle":
-            return self._oracle(contender, case)
+            return replace(self._oracle(contender, case), read_ratio=contender.read_ratio)
         if contender.name == "random-cluster" and index is not None:
-            return self._random_cluster(index, contender, case)
+            return replace(self._random_cluster(index, contender, case), read_ratio=contender.read_ratio)
         if contender not in self._predictors:
             self._predictors[contender] = predictor_of(self._config(contender), self._language_model.layers, index)
         chosen = self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)
@@ -71,6 +71,7 @@ class Chooser:
             score=_RANKED_BY[contender.name] if own else contender.score,
             fallback=contender.fallback,
             compensated=contender.compensated,
+            read_ratio=contender.read_ratio,
             seed=self._seed,
         )
 

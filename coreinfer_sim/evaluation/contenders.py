@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Score, check_ratio
 
-NAMES = ("dense", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
-"""stability: the prompt's positive counts, as in the paper; griffin: the prompt's energy; oracle: the completion's own."""
+NAMES = ("dense", "all", "random", "random-cluster", "global", "similarity", "hybrid", "stability", "griffin", "oracle")
+"""all: every neuron is held, for tokens to choose among; stability: the prompt's positive counts, as in the paper; griffin:
+the prompt's energy; oracle: the completion's own."""
 NEED_INDEX = ("random-cluster", "global", "similarity", "hybrid")
 READS_PROMPT = ("hybrid", "stability", "griffin", "oracle")
 FITTED = ("random-cluster", "global", "similarity")
@@ -38,6 +39,8 @@ class Contender:
     """What similarity does for unfamiliar prompts."""
     compensated: bool = False
     """Whether a cluster's, or the corpus's, compensated set is taken."""
+    read_ratio: float = 1.0
+    """Share of d_ff that a token reads; 1: all that is held."""
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -45,6 +48,10 @@ class Contender:
             raise ConfigError(f"there is no contender {self.name!r}, expected one of {', '.join(NAMES)}.")
         if self.compensated and self.name not in FITTED:
             raise ConfigError(f"{self.name} has no compensated sets, expected one of {', '.join(FITTED)}.")
+        if self.read_ratio < 1 and self.weights in ("q8_0", "q4_0"):
+            raise ConfigError(
+                f"{self.weights} weights are read as a whole; give a read ratio to 16bit, int8 or int4 ones."
+            )
         if self.weights not in WEIGHTS:
             raise ConfigError(f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}.")
 
@@ -52,7 +59,8 @@ class Contender:
         """Return a name that tells contenders apart, such as ``similarity/energy 0.4 q8_0``."""
         if self.name == "dense":
             return f"dense {self.weights}"
-        return f"{self.way} {self.keep_ratio:g}" + ("" if self.weights == "16bit" else f" {self.weights}")
+        reads = f" read {self.read_ratio:g}" if self.read_ratio < 1 else ""
+        return f"{self.way} {self.keep_ratio:g}{reads}" + ("" if self.weights == "16bit" else f" {self.weights}")
 
     @property
     def reads_prompt(self) -> bool:
@@ -62,7 +70,9 @@ class Contender:
     @property
     def family(self) -> str:
         """What it shares with contenders of other keep ratios, such as ``similarity/energy q8_0``; dense is one."""
-        return "dense" if self.name == "dense" else f"{self.way} {self.weights}"
+        if self.name == "dense":
+            return self.name
+        return f"{self.way} {'by token ' if self.read_ratio < 1 else ''}{self.weights}"
 
     @property
     def way(self) -> str:
@@ -90,8 +100,9 @@ def parse_contenders(
     scores: Sequence[str],
     weights: Sequence[str],
     fallbacks: Sequence[str] = ("none",),
+    read_ratios: Sequence[float] = (),
 ) -> list[Contender]:
-    """Cross names with keep ratios, scores, weights and fallbacks, each sensible combination once.
+    """Cross names with keep ratios, read ratios, scores, weights and fallbacks, each sensible combination once.
 
     A name may also be a whole `Contender.way`, such as ``similarity/compensated else global``, which is crossed with keep
     ratios and weights alone.
@@ -101,21 +112,24 @@ def parse_contenders(
     """
     for ratio in keep_ratios:
         check_ratio("keep ratio", ratio)
+    for ratio in read_ratios:
+        check_ratio("read ratio", ratio)
     found: dict[str, Contender] = {}
     for kind, given in itertools.product(weights, names):
         name, score, fallback = _parts(given)
         whole = name != given
         crossed = itertools.product(
-            keep_ratios if name != "dense" else [1.0],
+            keep_ratios if name not in ("dense", "all") else [1.0],
             [score] if whole else scores if name in NEED_INDEX else ["energy"],
             [fallback] if whole else fallbacks if name == "similarity" else ["none"],
+            (read_ratios if name != "dense" and kind not in ("q8_0", "q4_0") else []) or [1.0],
         )
-        for ratio, score, fallback in crossed:
+        for ratio, score, fallback, reads in crossed:
             compensated = score == COMPENSATED
             if compensated and not whole and name not in FITTED:
                 continue
             rank_by = Score.ENERGY if compensated else Score(score)
-            contender = Contender(name, ratio, rank_by, kind, Fallback(fallback), compensated)
+            contender = Contender(name, ratio, rank_by, kind, Fallback(fallback), compensated, reads)
             found.setdefault(str(contender), contender)
     return list(found.values())
 

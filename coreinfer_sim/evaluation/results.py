@@ -37,6 +37,8 @@ class Result:
     """Under which the text was generated."""
     row_digest: str = ""
     """Of the texts that were scored, `Row.digest`."""
+    read_ratio: float = 1.0
+    """Share of the model's neurons that a token read in full, on average."""
 
 
 def open_log(path: Path, setup: dict[str, Any]) -> TextIO:

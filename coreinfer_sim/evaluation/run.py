@@ -13,6 +13,7 @@ from coreinfer_sim.base.errors import ConfigError, CorpusError
 from coreinfer_sim.base.progress import Progress, counted
 from coreinfer_sim.base.rows import Row
 from coreinfer_sim.choosing.compatibility import check_model
+from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.evaluation.cases import Case
 from coreinfer_sim.evaluation.choosing import Chooser
@@ -185,6 +186,8 @@ class _Scorer:
 
     def _score(self, contender: Contender, case: Case, max_new_tokens: int | None) -> Result:
         selection = self._chooser.choose(contender, case)
+        if contender.read_ratio < 1:
+            calibrate(case.engine, self._whole.tokenizer)
         (held,) = case.engine.prepare([selection])
         sparse = self._decode.prefill is Prefill.SPARSE
         with case.read_sparsely(held) if sparse else nullcontext():
@@ -206,6 +209,7 @@ class _Scorer:
             None if text is None else case.row.completion,
             max_new_tokens,
             case.row.digest,
+            score.read_ratio,
         )
 
 

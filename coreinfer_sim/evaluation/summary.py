@@ -44,6 +44,7 @@ def summarise(results: Sequence[Result], seed: int = 0, *, generated: bool = Fal
             "same_top": round(float(np.mean([s["same_top"] for s in sets.values()])), 4),
             "mlp_bytes_per_token": round(float(np.mean([r.mlp_bytes for r in own]))),
             "total_bytes_per_token": round(float(np.mean([r.total_bytes for r in own]))),
+            "read_ratio": round(float(np.mean([r.read_ratio for r in own])), 4),
             "n_rows": len(own),
         }
         if generated:

@@ -32,7 +32,7 @@ _MOST_TOP_K = 2**31 - 1
 """That llama.cpp takes; more than any vocabulary has."""
 _SEEDS = 2**32 - 1
 """Of llama.cpp; the next one stands for a seed by chance."""
-_FIXED = ("keep_ratio", "score", "sparse_layers", "compensated", "alpha")
+_FIXED = ("keep_ratio", "read_ratio", "score", "sparse_layers", "compensated", "alpha")
 """Settings of a selection that export has decided."""
 _NOT_THERE = ("min_new_tokens", "no_repeat_ngram_size", "num_beams")
 

@@ -13,10 +13,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ContextLengthError, SamplingError
+from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.make import predictor_of
 from coreinfer_sim.choosing.predictors import Predictor
+from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.face import Engine, Group
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.reading import read_prompt
@@ -44,6 +46,7 @@ class TextGenerator(Generator):
         decode: DecodeConfig | None = None,
         *,
         predictor: Predictor | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Generate with a model.
 
@@ -53,6 +56,7 @@ class TextGenerator(Generator):
             selection: which neurons decode holds; its mode is the default of calls.
             decode: what decodes.
             predictor: chooses the neurons in place of ``selection``; then there is one mode, its own.
+            progress: of what reading by token needs to know, where it was not measured before.
 
         Raises:
             ConfigError: settings that contradict each other, the index or the model.
@@ -64,6 +68,10 @@ class TextGenerator(Generator):
         self.chat_format = chat_format_of(language_model.tokenizer)
         self.selection, self.decode = selection or SelectionConfig(), decode or DecodeConfig()
         self.engines, self.refused = choose_engines(language_model.model, language_model.layers, self.decode)
+        if self.selection.by_token:
+            calibrate(self.engines[0], language_model.tokenizer, progress)
+            if self.selection.mode is not Mode.DENSE:
+                self.engines[0].check_by_token()
         self._sparse: dict[str, SparseModel] = {}
         if predictor is not None:
             self.modes: tuple[str, ...] = (predictor.mode,)
@@ -140,6 +148,7 @@ class TextGenerator(Generator):
             lookup_seconds=facts.lookup_seconds,
             prepare_seconds=facts.prepare_seconds,
             not_first=facts.not_first or self.refused,
+            read_ratio=facts.read.read_ratio if counted else None,
         )
 
     @property

@@ -74,16 +74,22 @@ def load(
     if isinstance(model, LanguageModel):
         loaded = model
     elif decode.memory_budget is not None:
+        if selection.by_token:
+            raise ConfigError(
+                "a read ratio below 1 was asked for, but a memory budget leaves the MLP weights on the disk, where no token "
+                "chooses among them; leave one of the two out."
+            )
         name = model_name(opened, model)
         loaded = load_within_budget(name, opened, selection, decode, loading, longest or Longest(), progress)
         _say_notes(loaded, progress)
     else:
         name = model_name(opened, model)
-        laid_out = laid_out_model(name, loading, decode, progress)
+        laid_out = laid_out_model(name, loading, decode, selection.by_token, progress)
         loaded = laid_out or open_model(opened, model, loading, decode, progress)
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
-    generator = TextGenerator(loaded, opened, selection, decode)
+    selection = selection.resolved(opened is not None)
+    generator = TextGenerator(loaded, opened, selection, decode, progress=progress)
     if not isinstance(model, LanguageModel):  # nobody else knows it
         generator.take_over()
     return generator
@@ -135,7 +141,11 @@ def open_model(
 
 
 def laid_out_model(
-    name: str, loading: ModelConfig, decode: DecodeConfig, progress: Progress | None = None
+    name: str,
+    loading: ModelConfig,
+    decode: DecodeConfig,
+    by_token: bool = False,
+    progress: Progress | None = None,
 ) -> LanguageModel | None:
     """Load a model in the layout of the engine that decodes it; None: it reads weights as transformers loads them.
 
@@ -144,7 +154,7 @@ def laid_out_model(
     if loading.dtype not in ("auto", "stored") or usable_device(loading.device) != "cpu":
         return None
     engine = engine_class(AUTO[0] if decode.engine == "auto" else decode.engine)
-    loaded = engine.load(name, decode, progress)
+    loaded = engine.load(name, decode, by_token, progress)
     if loaded is not None:
         _say_notes(loaded, progress)
     return loaded

@@ -49,11 +49,12 @@ class CallFacts:
 
 def groups_of(selections: Sequence[NeuronSelection]) -> list[tuple[NeuronSelection, list[int]]]:
     """Return each selection of a batch with the rows that decode by it."""
-    rows: dict[int, list[int]] = {}
-    unique: dict[int, NeuronSelection] = {}
+    rows: dict[tuple[int, float], list[int]] = {}
+    unique: dict[tuple[int, float], NeuronSelection] = {}
     for row, selection in enumerate(selections):
-        unique.setdefault(id(selection.ids), selection)
-        rows.setdefault(id(selection.ids), []).append(row)
+        key = id(selection.ids), selection.read_ratio
+        unique.setdefault(key, selection)
+        rows.setdefault(key, []).append(row)
     return [(selection, rows[key]) for key, selection in unique.items()]
 
 

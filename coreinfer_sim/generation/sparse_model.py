@@ -13,7 +13,8 @@ from torch import nn
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, with_settings
 from coreinfer_sim.base.errors import ConfigError, GenerationError
-from coreinfer_sim.choosing.predictors import Predictor
+from coreinfer_sim.choosing.predictors import Predictor, ReadingPredictor
+from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.phases import CallFacts, PhasedCall
@@ -71,6 +72,8 @@ class SparseModel:
         """Why an engine that ``auto`` prefers cannot run the model."""
         if not self.engines:
             self.engines, self.refused = choose_engines(model, self.layers, self.config)
+        if isinstance(predictor, ReadingPredictor) and tokenizer is not None:
+            calibrate(self.engines[0], tokenizer)
         self.latest = CallFacts()
         """What the latest call chose and cost."""
         self._lock = _LOCKS.setdefault(model, threading.Lock())

@@ -57,6 +57,8 @@ class Generation:
     """Why the engine that comes first did not serve this call; None: it did."""
     file: str | None = None
     """Exported file that decoded."""
+    read_ratio: float | None = None
+    """Neurons that a token read in full, on average, over all neurons of the model; None where the engine cannot tell."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -77,6 +79,7 @@ class Generation:
             "confidence": None if selection.confidence is None else round(selection.confidence, 4),
             "confident": selection.confident,
             "keep_ratio": None if self.keep_ratio is None else round(self.keep_ratio, 4),
+            "read_ratio": None if self.read_ratio is None else round(self.read_ratio, 4),
             "engine": self.engine,
             "file": self.file,
             "ended": self.ended,

@@ -1,4 +1,4 @@
-"""What is kept in the user's cache folder: laid-out weights, neuron stores, and a llama.cpp that was built here."""
+"""What is kept in the user's cache folder: laid-out weights, neuron stores, thresholds, and a llama.cpp that was built here."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def _found() -> Iterator[tuple[Path, str]]:
         yield path, "damaged weights" if layout is None else f"{layout.weights} weights of {layout.source}"
     for path in sorted(cache_folder("stores").glob("*.neurons")):
         yield path, "neurons of a model under a memory budget"
+    for path in sorted(cache_folder("thresholds").glob("*.json")):
+        yield path, "what tokens need of a model's neurons, for a read ratio"
     for path in sorted(path for path in cache_folder("llama.cpp").glob("*") if path.is_dir()):
         yield path, f"llama.cpp, built from {path.name}"
 

@@ -126,7 +126,7 @@ def test_layers_that_are_no_slice_are_refused(text):
 
 def test_closed_choices_compare_to_their_text():
     assert Score("paper") is Score.PAPER and Score.ENERGY == "energy"
-    assert {mode.value for mode in Mode} == {"similarity", "hybrid", "stability", "global", "random", "dense"}
+    assert {mode.value for mode in Mode} == {"similarity", "hybrid", "stability", "global", "random", "all", "dense"}
     assert {fallback.value for fallback in Fallback} == {"hybrid", "dense", "global", "none"}
 
 

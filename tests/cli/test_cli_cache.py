@@ -46,3 +46,13 @@ def test_a_damaged_layout_is_listed(cache, tiny_checkpoint):
     (manifest,) = cache.glob("layouts/*/layout.json")
     manifest.write_text("{")
     assert [each["what"] for each in parsed("cache")["entries"]] == ["damaged weights"]
+
+
+def test_thresholds_of_a_read_ratio_are_listed_and_cleared(cache, tiny_checkpoint):
+    coreinfer_sim.load(None, tiny_checkpoint, weights="int8", read_ratio=0.3).close()
+    assert sorted(each["what"] for each in parsed("cache")["entries"]) == [
+        f"int8 by token weights of {tiny_checkpoint}",
+        "what tokens need of a model's neurons, for a read ratio",
+    ]
+    succeeded("cache", "--clear")
+    assert parsed("cache")["entries"] == [] and not list((cache / "thresholds").iterdir())

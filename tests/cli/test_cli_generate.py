@@ -11,6 +11,7 @@ from commands import MODES, NOUNS, call, generated, parsed, refused, setting, su
 
 FIELDS = {
     *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
+    "read_ratio",
     *(
         "engine",
         "file",
@@ -41,7 +42,9 @@ def test_generate_in_every_mode(index, mode):
     found = generated(index, "--mode", mode, *setting("select.fallback", "none"))
     assert set(found) == FIELDS
     assert found["mode"] == mode and found["n_new_tokens"] == 8 and found["prompt"] == "How do stars form?"
-    assert found["keep_ratio"] == (1.0 if mode == "dense" else 0.5)  # else the γ of the index
+    assert (
+        found["keep_ratio"] == found["read_ratio"] == (1.0 if mode in ("all", "dense") else 0.5)
+    )  # the γ of the index
     routed = mode in ("similarity", "hybrid")
     assert [found[name] is not None for name in ("cluster", "confidence", "confident")] == [routed] * 3
     if routed:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
 from llvmlite import ir
+from numba.core.codegen import get_host_cpu_features
 
 from coreinfer_sim.engines.lean.formats import FORMATS
-from coreinfer_sim.engines.lean.instructions import F32, I8, I32, I64, Products, products_of_features
+from coreinfer_sim.engines.lean.instructions import (
+    F32,
+    I8,
+    I32,
+    I64,
+    Products,
+    line_product,
+    load,
+    products_of_features,
+    vector,
+    whole,
+)
+from coreinfer_sim.engines.lean.record_code import emit_add_codes, emit_add_floats, emit_float_rows, emit_low_rows
+from coreinfer_sim.engines.lean.rows import FLOATS
 from coreinfer_sim.engines.lean.tiles import Inputs, emit_product
 
 TARGETS = {
@@ -36,24 +52,77 @@ FEATURES = {
 }
 
 
-def assembly(cpu, kind, n_x=1):
-    """Return a tile's product as the assembly of a processor."""
-    triple, how, _ = TARGETS[cpu]
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
+def module_of(arguments, emit, triple):
+    """Return a module with one function, whose code ``emit`` makes from a builder and the arguments."""
     module = ir.Module()
     module.triple = triple
-    pointers = [kind.as_pointer() for kind in (I8, I8, I32, F32, I32, F32)]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*pointers, I64, I64]), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "made")
     builder = ir.IRBuilder(function.append_basic_block())
-    weights, scales, codes, factors, sums, out, n_in, stride = function.args
-    inputs = Inputs(codes, factors, sums)
-    emit_product(builder, FORMATS[kind], how, n_x, weights, scales, inputs, n_in, out, stride)
+    emit(builder, *function.args)
     builder.ret_void()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
+    return parsed
+
+
+def compiled(cpu, arguments, emit):
+    """Return such a function as the assembly of a processor."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple = TARGETS[cpu][0]
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=2)
-    return machine.emit_assembly(parsed)
+    return machine.emit_assembly(module_of(arguments, emit, triple))
+
+
+def pointers(*kinds):
+    return [kind.as_pointer() for kind in kinds]
+
+
+def assembly(cpu, kind, n_x=1):
+    """Return a tile's product."""
+
+    def emit(builder, weights, scales, codes, factors, sums, out, n_in, stride):
+        inputs = Inputs(codes, factors, sums)
+        emit_product(builder, FORMATS[kind], TARGETS[cpu][1], n_x, weights, scales, inputs, n_in, out, stride)
+
+    return compiled(cpu, [*pointers(I8, I8, I32, F32, I32, F32), I64, I64], emit)
+
+
+def row_assembly(cpu, kind):
+    """Return the products with two rows of a record."""
+
+    def emit(builder, rows, second, scales, x, codes, starts, n_in, out, following):
+        if kind in FLOATS:
+            emit_float_rows(builder, kind, rows, second, x, n_in, out, following)
+        else:
+            how, n_bits = TARGETS[cpu][1], FORMATS[kind].low_bits
+            emit_low_rows(builder, n_bits, how, rows, second, scales, codes, starts, n_in, out, following)
+
+    return compiled(cpu, [I8.as_pointer(), I64, *pointers(I8, I8, I8, I8), I64, *pointers(F32, I8)], emit)
+
+
+def added_assembly(cpu, kind):
+    """Return what adds an output row to the outputs."""
+
+    def emit(builder, row, factor, n, out, following):
+        if kind in FLOATS:
+            emit_add_floats(builder, kind, row, factor, n, out, following)
+        else:
+            emit_add_codes(builder, 2 * FORMATS[kind].low_bits, row, factor, n, out, following)
+
+    return compiled(cpu, [I8.as_pointer(), F32, I64, *pointers(F32, I8)], emit)
+
+
+def line(how):
+    """Return code that multiplies 64 codes with 64 inputs."""
+
+    def emit(builder, codes, inputs, start, out):
+        given = [load(builder, each, whole(0), I8, 64) for each in (codes, inputs)]
+        begin = load(builder, builder.bitcast(start, I8.as_pointer()), whole(0), I32, 16)
+        made = line_product(builder, how, *given, begin)
+        builder.store(made, builder.bitcast(out, vector(I32, 16).as_pointer()), align=4)
+
+    return pointers(I8, I8, I32, I32), emit
 
 
 @pytest.mark.parametrize("cpu", TARGETS)
@@ -67,6 +136,76 @@ def test_a_target_gets_its_instructions(cpu, kind):
 def test_every_type_is_compiled_for_every_target(kind):
     for cpu in ("icelake-server", "alderlake", "neoverse-n1"):
         assert re.search(TARGETS[cpu][2], assembly(cpu, kind, 4))
+
+
+HIGH = [name for name, format_ in FORMATS.items() if format_.low_bits]
+FUSED = r"\b(vfn?m[as]\w*ps|fmla|fmadd)\b"
+"""Products that are summed without being rounded before."""
+
+
+@pytest.mark.parametrize("cpu", TARGETS)
+def test_a_line_is_multiplied_by_a_targets_instructions(cpu):
+    how = TARGETS[cpu][1]
+    text = compiled(cpu, *line(how))
+    assert re.search(TARGETS[cpu][2], text), text[:2000]
+    n_products = {Products.VNNI_512: 1, Products.VNNI_256: 2, Products.AVX2: 2, Products.DOT: 4}.get(how)
+    if n_products is not None:
+        assert len(re.findall(r"\b(vpdpbusd|vpmaddubsw|sdot)", text)) == n_products
+
+
+@pytest.mark.parametrize("cpu", TARGETS)
+@pytest.mark.parametrize("kind", HIGH)
+def test_lower_bits_are_multiplied_by_a_targets_instructions(cpu, kind):
+    text = row_assembly(cpu, kind)
+    assert re.search(TARGETS[cpu][2], text), text[:2000]
+    assert re.search(r"\b(prefetcht\d|prfm)\b", text)
+    if TARGETS[cpu][1] is not Products.PLAIN:
+        assert not re.search(r"\b(vpmulld|vpmullw|pmullw)\b", text)  # bytes are not multiplied one by one
+
+
+@pytest.mark.parametrize("cpu", TARGETS)
+@pytest.mark.parametrize("kind", [*HIGH, *FLOATS])
+def test_output_rows_are_added_for_every_target(cpu, kind):
+    text = added_assembly(cpu, kind)
+    assert re.search(r"\b(prefetcht\d|prfm)\b", text)
+    if cpu != "nehalem":
+        assert re.search(FUSED, text), text[:2000]
+
+
+@pytest.mark.parametrize("cpu", TARGETS)
+@pytest.mark.parametrize("kind", FLOATS)
+def test_rows_of_floats_are_multiplied_for_every_target(cpu, kind):
+    text = row_assembly(cpu, kind)
+    if cpu != "nehalem":
+        assert re.search(FUSED, text), text[:2000]
+
+
+def runs_here(how):
+    """Whether this processor has the instructions."""
+    has = {name[1:] for name in get_host_cpu_features().split(",") if name.startswith("+")}
+    needed = {Products.VNNI_512: {"avx512f", "avx512bw", "avx512vnni"}, Products.VNNI_256: {"avx512vl", "avx512vnni"}}
+    return needed.get(how, {how.value} if how is not Products.PLAIN else set()) <= has
+
+
+@pytest.mark.parametrize("how", [how for how in Products if runs_here(how)])
+def test_sums_of_a_line_are_right(how):
+    """By every way that runs here, codes and inputs at their ends too."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    arguments, emit = line(how)
+    triple, host = llvm.get_process_triple(), {"cpu": llvm.get_host_cpu_name(), "features": get_host_cpu_features()}
+    machine = llvm.Target.from_triple(triple).create_target_machine(opt=2, **host)
+    engine = llvm.create_mcjit_compiler(module_of(arguments, emit, triple), machine)
+    engine.finalize_object()
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4)(engine.get_function_address("made"))
+    rng = np.random.default_rng(0)
+    for code, given in ((None, None), (15, 127), (15, -127), (15, -128), (0, -128)):
+        codes = rng.integers(0, 16, 64, np.uint8) if code is None else np.full(64, code, np.uint8)
+        x = rng.integers(-127, 128, 64, np.int8) if given is None else np.full(64, given, np.int8)
+        start, out = rng.integers(-(2**20), 2**20, 16, np.int32), np.zeros(16, np.int32)
+        function(*(each.ctypes.data for each in (codes, x, start, out)))
+        expected = (codes.astype(np.int32) * x).reshape(16, 4).sum(1) + start
+        assert (out == expected).all()
 
 
 @pytest.mark.parametrize("cpu", FEATURES)

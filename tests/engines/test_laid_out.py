@@ -11,67 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import PROMPT, Said, folders, text_of
 from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 import coreinfer_sim
 from coreinfer_sim.base.errors import IndexMismatchError
-from coreinfer_sim.base.progress import Progress
-from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.lean import laid_out
-from coreinfer_sim.engines.llamacpp.router import DENSE
-from coreinfer_sim.export.gguf import export_gguf
-from coreinfer_sim.export.weights import Source, compact_weights
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.layout_file import kept_layouts
 from coreinfer_sim.models.loading import load_model
-
-PROMPT = "How do stars form?"
-
-
-class Said(Progress):
-    """What was said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder."""
-    monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "layouts"
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tiny Llama of its own."""
-    return save_tiny_checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def quantised_file(tmp_path):
-    """Writes a tiny Llama as a GGUF file of a type."""
-
-    def written(kind):
-        loaded = load_model(save_tiny_checkpoint(tmp_path / "source", hidden_size=64, intermediate_size=96))
-        weights = compact_weights(loaded, NeuronSelection(DENSE), one_width=False)
-        source = Source("model", "none", "none", DENSE, 1.0, False, kind)
-        export_gguf(loaded, weights, source, tmp_path / "model.gguf", kind)
-        return tmp_path / "model.gguf"
-
-    return written
-
-
-def text_of(name, said=None, **settings):
-    with coreinfer_sim.load(None, str(name), mode="dense", progress=said, **settings) as generator:
-        return generator.generate(PROMPT, max_new_tokens=12, ignore_eos=True).text
-
-
-def folders(cache):
-    return sorted(path for path in cache.iterdir() if path.is_dir() and path.name != "sources")
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "bf16"])

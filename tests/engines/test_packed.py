@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from rounding import rounded_inputs
 
 from coreinfer_sim.engines.lean.formats import FORMATS, Scales
 from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
@@ -30,14 +31,6 @@ def of_gguf(kind, n_out=50, n_in=512, bias=None, order=None):
     widened = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     matrix = from_codes(QuantisedTensor(kind, n_out, n_in, raw, order), bias)
     return matrix, torch.from_numpy(widened if order is None else widened[order])
-
-
-def rounded_inputs(x):
-    """Rows as a decode step rounds them: 32 inputs share a scale, by which the largest magnitude is 127."""
-    blocks = x.unflatten(1, (-1, 32))
-    factors = blocks.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(factors > 0, 1 / factors, 0)
-    return ((blocks * inverse).round() * factors).flatten(1)
 
 
 GGUF_KINDS = [name for name in FORMATS if hasattr(gguf.GGMLQuantizationType, name)]
@@ -139,5 +132,5 @@ def test_the_largest_sums_fit(kind):
         matrix = Matrix(kind, n_out, n_in, *made, None)
         for sign in (1.0, -1.0):
             x = np.full((1, n_in), sign, np.float32)
-            expected = sign * n_in * (code - format_.offset)
+            expected = sign * n_in * (format_.step * code - format_.zero)
             assert torch.allclose(matrix.of_few(x), torch.tensor(float(expected)), rtol=1e-5)

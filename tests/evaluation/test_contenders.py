@@ -62,6 +62,37 @@ def test_contenders_are_crossed_once():
         Contender("dense", weights="3bit")
 
 
+def test_contenders_whose_tokens_choose():
+    names = ["dense", "all", "griffin"]
+    found = parse_contenders(names, [0.5], ["energy"], ["16bit", "int8", "q8_0"], read_ratios=[0.3, 0.5])
+    assert [str(c) for c in found] == [
+        "dense 16bit",
+        "all 1 read 0.3",
+        "all 1 read 0.5",
+        "griffin 0.5 read 0.3",
+        "griffin 0.5 read 0.5",
+        "dense int8",
+        "all 1 read 0.3 int8",
+        "all 1 read 0.5 int8",
+        "griffin 0.5 read 0.3 int8",
+        "griffin 0.5 read 0.5 int8",
+        "dense q8_0",
+        "all 1 q8_0",
+        "griffin 0.5 q8_0",
+    ]
+    assert found[6].family == "all by token int8" != Contender("all", weights="int8").family
+    assert [c.read_ratio for c in found[:3]] == [1.0, 0.3, 0.5]
+    (whole,) = parse_contenders(["all"], [0.5], ["energy"], ["16bit"], read_ratios=[1.0])
+    assert str(whole) == "all 1"
+    for ratio in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=f"read ratio is {ratio}, expected a number above 0 and at most 1"):
+            parse_contenders(["all"], [0.5], ["energy"], ["16bit"], read_ratios=[ratio])
+    for kind in ("q8_0", "q4_0"):
+        with pytest.raises(ConfigError, match=f"{kind} weights are read as a whole; give a read ratio to 16bit, int8"):
+            Contender("all", weights=kind, read_ratio=0.5)
+    assert Contender("all", weights="q8_0").read_ratio == 1.0
+
+
 def test_contenders_that_route(language_model, engine, encoder):
     """Those of the predictors that `generate` uses; what a row pays for depends on its prompt."""
     index = tiny_index(language_model.layers, encoder)

@@ -11,8 +11,10 @@ import torch
 
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.engines.lean.compact import GatedMLP
+from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
 from coreinfer_sim.engines.lean.intrinsics import RELU, SILU
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, from_codes, vector
+from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP, of_weights
 from coreinfer_sim.models.mlps import MLPLayer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -22,6 +24,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "relu": RELU}
 _ROUNDED = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_0"}
 _HEAD = {Weights.INT8: "Q8_0", Weights.INT4: "Q6_0"}  # an output head loses most by few bits
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _SPARE = 256  # positions by which the table of angles grows
 
 
@@ -72,6 +75,9 @@ class LeanModel:
             for n in range(len(attentions))
         ]
         self.head = self._matrix("lm_head")
+        coarse: CoarseHead | None = getattr(model, "laid_out_head", None)
+        self.head_loops = whole_head(self.head) if coarse is None else coarse.loops(self.head)
+        self._head_bytes = self.head.n_bytes if coarse is None else coarse.n_bytes
         # 2) norms and what else is small
         norms = [(block.input_layernorm, block.post_attention_layernorm) for block in base.layers]
         norms.append((base.norm, base.norm))
@@ -82,7 +88,8 @@ class LeanModel:
         self.kind = _ACTIVATIONS[model.config.hidden_act]
         # 3) words, which the loops read
         self.products = np.stack([np.stack([part.words for part in parts]) for parts in self.attention])
-        self._dense: dict[int, GatedMLP] = {}
+        self._dense: dict[int, GatedMLP | TokenMLP] = dict(getattr(model, "laid_out_mlps", {}))
+        self._by_token: dict[int, TokenMLP] = dict(getattr(model, "laid_out_mlps", {}))
         self._rotary, self._angles = base.rotary_emb, torch.zeros(2, 0, 0)
 
     def _matrix(self, name: str) -> Matrix:
@@ -111,22 +118,49 @@ class LeanModel:
             return self.head if self.head.packed else None
         return from_codes(own, None) if own is not None and self._weights is Weights.STORED else None
 
-    def matrices(self) -> Iterator[tuple[str, Matrix]]:
+    def matrices(self) -> Iterator[tuple[str, Matrix | RecordPart]]:
         """Yield all matrices with the names of their modules; of layers on the disk, those in memory."""
         for number, parts in enumerate(self.attention):
             for name, part in zip("qkvo", parts, strict=True):
                 yield f"model.layers.{number}.self_attn.{name}_proj", part
             if not self._layers[number].away:
-                for name, part in zip(self._layers[number].projections, self.dense_mlp(number).parts, strict=True):
-                    yield f"model.layers.{number}.mlp.{name}", part
+                mlp: tuple[Matrix | RecordPart, ...] = self.dense_mlp(number).parts
+                for name, own in zip(self._layers[number].projections, mlp, strict=True):
+                    yield f"model.layers.{number}.mlp.{name}", own
         yield "lm_head", self.head
 
-    def dense_mlp(self, number: int) -> GatedMLP:
+    def dense_mlp(self, number: int) -> GatedMLP | TokenMLP:
         """Return the MLP of a layer that stays dense, made when it is first used."""
         if number not in self._dense:
             projections = self._layers[number].projections
             self._dense[number] = GatedMLP(*(self._matrix(f"model.layers.{number}.mlp.{name}") for name in projections))
         return self._dense[number]
+
+    def token_mlp(self, number: int) -> TokenMLP:
+        """Return the MLP of a layer of which tokens read a share, made when it is first used."""
+        if number not in self._by_token:
+            modules = [self._model.get_submodule(f"model.layers.{number}.mlp.{name}") for name in _PROJECTIONS]
+            weights = [module.weight for module in modules]
+            if self._weights is Weights.BF16:
+                weights = [weight.to(torch.bfloat16) for weight in weights]
+            biases = (modules[0].bias, modules[1].bias, modules[2].bias)
+            kind = rounded_kind("", self._weights)
+            self._by_token[number] = of_weights((weights[0], weights[1], weights[2]), biases, kind)
+        return self._by_token[number]
+
+    def hold_once(self) -> None:
+        """Let what lies by neuron be the dense MLPs too, where there are none yet."""
+        self._dense = {**self._by_token, **self._dense}
+
+    def refuses_by_token(self) -> str | None:
+        """Return why tokens cannot read a share of this model's neurons, or None if they can."""
+        if any(layer.away for layer in self._layers):
+            return "the MLP weights lie on the disk"
+        if getattr(self._model, "laid_out", {}) and not getattr(self._model, "laid_out_mlps", {}):
+            return "the model was opened without a read ratio"
+        if self._weights is Weights.STORED and getattr(self._model, "own_codes", {}):
+            return "the weights are codes of a GGUF file; take bf16, int8 or int4 weights"
+        return None
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens, float32 [n, d_model]."""
@@ -137,10 +171,10 @@ class LeanModel:
 
     @cached_property
     def n_bytes(self) -> int:
-        """Bytes that a token reads outside the MLPs: attention, norms and the output head."""
+        """Bytes that a token reads outside the MLPs: attention, norms and the output head, or the copy in its first stage."""
         parts = [part for parts in self.attention for part in parts]
         norms: int = self.norms.nbytes - self.norms[-1, 1].nbytes + self.head_norms.nbytes  # the last is there twice
-        return sum(part.n_bytes for part in (*parts, self.head)) + norms
+        return sum(part.n_bytes for part in parts) + self._head_bytes + norms
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosine and sine of the rotary angles, [2, n_rows, head_dim]."""

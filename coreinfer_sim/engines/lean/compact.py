@@ -7,10 +7,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean.formats import FORMATS
-from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
+from coreinfer_sim.engines.lean.intrinsics import RELU, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, float_type
 from coreinfer_sim.engines.lean.packing import gather_inputs
 from coreinfer_sim.index.compensated import LayerCompensation
@@ -41,6 +42,15 @@ class GatedMLP:
     def n_bytes(self) -> int:
         """Bytes in memory, all of which a token reads."""
         return sum(part.n_bytes for part in self.parts)
+
+    def outputs(self, x: torch.Tensor, kind: int) -> torch.Tensor:
+        """Return what the MLP adds for normalised inputs [n_rows, d_model]; ``kind`` is of the activation."""
+        return self.down.times(of_gates(self.gate.times(x), kind).mul_(self.up.times(x)))
+
+
+def of_gates(gates: torch.Tensor, kind: int) -> torch.Tensor:
+    """Return φ of gates: ReLU or SiLU."""
+    return F.relu(gates) if kind == RELU else F.silu(gates)
 
 
 def held_mlp(dense: GatedMLP, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> GatedMLP:

@@ -7,7 +7,7 @@ cache is transformers' own, grown in place. All else – prefill, sampling, stop
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -16,29 +16,36 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
-from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
 from coreinfer_sim.engines.lean.attention import cache_loops
 from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, unsupported
 from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
-from coreinfer_sim.engines.lean.forced import forced_logits
+from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out
+from coreinfer_sim.engines.lean.matrix import Array, Matrix
+from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP
 from coreinfer_sim.engines.lean.step import decode_step
+from coreinfer_sim.engines.lean.thresholds import Histograms, keep_histograms, kept_histograms
 from coreinfer_sim.engines.lean.warm_up import warm_up
 from coreinfer_sim.engines.linear import hand_over, hand_over_table, matrix_module, products_of
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.models.fingerprint import weights_checksum
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
+LeanMLP = GatedMLP | TokenMLP
+_FIRST = 8  # positions of a passage that are left out
 
 
 class LeanEngine(Engine):
@@ -46,14 +53,16 @@ class LeanEngine(Engine):
 
     name: ClassVar[str] = "lean"
     skips_finished: ClassVar[bool] = True
+    reads_by_token: ClassVar[bool] = True
 
     def __init__(self, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> None:
         """See `Engine`. Packed weights are held beside the model's own."""
         super().__init__(model, layers, config)
         warm_up(model.dtype)  # now, rather than within the first text
         self._weights = LeanModel(model, layers, config.weights)
-        self._words: dict[int, tuple[Prepared, np.ndarray[Any, Any]]] = {}
+        self._words: dict[int, tuple[Prepared, Array, Array]] = {}
         self._cache = GrowingCache()
+        self._histograms: Histograms | None = None
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
@@ -67,9 +76,42 @@ class LeanEngine(Engine):
             warm_up(model.dtype)
 
     @classmethod
-    def load(cls, name: str, config: DecodeConfig, progress: Progress | None = None) -> LanguageModel | None:
-        """Load a model whose weights are packed."""
-        return load_laid_out(name, config.weights, progress)
+    def load(
+        cls, name: str, config: DecodeConfig, by_token: bool = False, progress: Progress | None = None
+    ) -> LanguageModel | None:
+        """Load a model whose weights are packed, or lie by neuron."""
+        return load_laid_out(name, config.weights, by_token, progress)
+
+    def calibrate(self, passages: Callable[[], Sequence[torch.Tensor]], progress: Progress | None = None) -> None:
+        """Measure how much each neuron is estimated to count at the positions of some texts."""
+        if self._histograms is not None or self._weights.refuses_by_token() is not None:
+            return
+        fingerprint, n_layers = weights_checksum(self.layers), len(self.layers)
+        # all are laid out now: later their weights may have been taken over
+        kind = [self._weights.token_mlp(number).kind for number in range(n_layers)][0]
+        found = kept_histograms(fingerprint, kind, n_layers)
+        if found is None:
+            progress, texts = progress or Progress(), passages()
+            progress.start("Measuring what tokens need", len(texts), "passages")
+            found = Histograms.empty(n_layers)
+            for ids in texts:
+                self._measure(ids, found)
+                progress.advance(1)
+            progress.finish()
+            keep_histograms(found, fingerprint, kind)
+        self._histograms = found
+
+    def _measure(self, ids: torch.Tensor, found: Histograms) -> None:
+        """Count the estimates at a text's positions, but for the first ones, which stand for no text."""
+        weights = self._weights
+
+        def mlp(number: int, x: torch.Tensor) -> torch.Tensor:
+            own = weights.token_mlp(number)
+            found.add(number, own.contributions(x[_FIRST:], weights.kind))
+            return own.outputs(x, weights.kind)[0]
+
+        with torch.inference_mode():
+            forced_states(weights, self.model.dtype, ids, None, mlp)
 
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Refuse caches that do not grow, masks with gaps, and calls for more than logits."""
@@ -91,9 +133,10 @@ class LeanEngine(Engine):
     def take_over(self) -> None:
         """Let prefill multiply by the same weights as decode."""
         table = self._weights.table
+        self._weights.hold_once()
         for name, matrix in self._weights.matrices():
             layer = self.model.get_submodule(name)
-            if layer.weight.data_ptr() != matrix.weight.data_ptr():
+            if isinstance(matrix, RecordPart) or layer.weight.data_ptr() != matrix.weight.data_ptr():
                 hand_over(layer, matrix)
         if table is not None:
             hand_over_table(self.model.get_input_embeddings(), table)
@@ -101,21 +144,30 @@ class LeanEngine(Engine):
                 torch.zeros(1, dtype=torch.int64)
             )  # compiles its loops now, rather than within the first text
 
-    def cut(self, selection: NeuronSelection) -> Mapping[int, GatedMLP]:
+    def cut(self, selection: NeuronSelection) -> Mapping[int, LeanMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
-        repairs = selection.compensation or {}
+        repairs, by_token = selection.compensation or {}, selection.read_ratio < 1
         return {
-            number: self._held(number, ids, repairs.get(number))
+            number: self._held(number, ids, repairs.get(number), by_token)
             for number, ids in held_ids(self.layers, selection).items()
         }
 
-    def _held(self, number: int, ids: torch.Tensor, repair: LayerCompensation | None) -> GatedMLP:
+    def _held(self, number: int, ids: torch.Tensor, repair: LayerCompensation | None, by_token: bool) -> LeanMLP:
         layer = self.layers[number]
         if layer.store is not None:
             return read_mlp(layer, ids, repair)
-        return held_mlp(self._weights.dense_mlp(number), ids, repair)
+        whole = self._weights.token_mlp(number) if by_token else self._weights.dense_mlp(number)
+        return whole.held(ids, repair) if isinstance(whole, TokenMLP) else held_mlp(whole, ids, repair)
 
-    def size(self, layers: Mapping[int, GatedMLP]) -> int:
+    def check_by_token(self) -> None:
+        """Refuse models whose neurons lie elsewhere, and those that were not measured."""
+        reason = self._weights.refuses_by_token()
+        if reason is None and self._histograms is None:
+            reason = "nothing was measured yet: the engine was not calibrated, which takes a tokenizer"
+        if reason is not None:
+            raise ConfigError(f"a read ratio below 1 was asked for, but {reason}.")
+
+    def size(self, layers: Mapping[int, LeanMLP]) -> int:
         """Return the bytes of the compact MLPs."""
         return sum(mlp.n_bytes for mlp in layers.values())
 
@@ -151,16 +203,19 @@ class LeanEngine(Engine):
         picked = torch.from_numpy(rows)
         hidden = weights.embedded(inputs.ids[picked, 0]).numpy().copy()
         cos, sin = (part.numpy() for part in weights.angles(inputs.positions[picked]))
-        of_parts = np.stack([self._mlp_words(prepared) for _, prepared in parts])
+        of_parts, thresholds = (
+            np.stack(each) for each in zip(*(self._mlp_words(own) for _, own in parts), strict=True)
+        )
+        n_read = np.zeros((*thresholds.shape, 2), np.int64)
         n_rows = len(inputs.ids)
         made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
-        decode_step(
+        n_exact = decode_step(
             *(cache_loops(self.model.dtype), hidden, weights.norms, weights.head_norms, weights.eps),
-            *(weights.products, of_parts),
+            *(weights.products, of_parts, thresholds, n_read),
             *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
             *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.addresses, self._cache.shape),
             *(rows, inputs.starts[rows], n_past, weights.scaling, weights.kind),
-            *(weights.head.words[None], made, n_threads),
+            *(weights.head.words[None], weights.head_loops, made, n_threads),
         )
         self._cache.hand_back(inputs.cache, n_past + 1)
         # 3) logits
@@ -169,23 +224,77 @@ class LeanEngine(Engine):
             whole = torch.zeros(n_rows, weights.head.n_out)
             whole[picked] = logits
             logits = whole
-        self.count(groups)
+        self._count(groups, parts, n_read)
+        self._read += BytesRead(other=n_exact * weights.head.n_bytes // weights.head.n_out)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=inputs.cache)
 
-    def _mlp_words(self, prepared: Prepared) -> np.ndarray[Any, Any]:
-        """Return the words of all layers' MLPs, int64 [n_layers, 3, N_WORDS]."""
+    def _mlps(self, prepared: Prepared) -> list[LeanMLP]:
+        """Return all layers' MLPs."""
+        whole = self._weights.token_mlp if prepared.selection.read_ratio < 1 else self._weights.dense_mlp
+        return [prepared.layers[n] if n in prepared.layers else whole(n) for n in range(len(self.layers))]
+
+    def _thresholds(self, prepared: Prepared, mlps: Sequence[LeanMLP]) -> Array:
+        """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are; negative: of a whole MLP."""
+        ratio = prepared.selection.read_ratio
+        found = np.zeros(len(mlps), np.float32)
+        if ratio < 1:
+            assert self._histograms is not None
+            found = self._histograms.thresholds(ratio)
+        return np.where([isinstance(mlp, TokenMLP) for mlp in mlps], found, np.float32(-1))
+
+    def _mlp_words(self, prepared: Prepared) -> tuple[Array, Array]:
+        """Return the words of all layers' MLPs, int64 [n_layers, 3, N_WORDS], and their thresholds."""
         if id(prepared) not in self._words:
-            layers = range(len(self.layers))
-            mlps = [prepared.layers[n] if n in prepared.layers else self._weights.dense_mlp(n) for n in layers]
-            self._words[id(prepared)] = prepared, np.stack([mlp.words for mlp in mlps])
-        return self._words[id(prepared)][1]
+            mlps = self._mlps(prepared)
+            words = np.stack([mlp.words for mlp in mlps])
+            self._words[id(prepared)] = prepared, words, self._thresholds(prepared, mlps)
+        return self._words[id(prepared)][1:]
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""
+        mlps, n_read = self._mlps(prepared), np.zeros((len(self.layers), 2), np.int64)
+        thresholds = self._thresholds(prepared, mlps)
+
+        def mlp(number: int, x: torch.Tensor) -> torch.Tensor:
+            own = mlps[number]
+            if not isinstance(own, TokenMLP):
+                return own.outputs(x, self._weights.kind)
+            made, n_read[number, :] = own.outputs(x, self._weights.kind, thresholds[number])
+            return made
+
         with torch.inference_mode():
-            logits = forced_logits(self._weights, self.model.dtype, ids[0], cache, prepared.layers)
-        self.count([([0], prepared)], ids.shape[1])
+            states = forced_states(self._weights, self.model.dtype, ids[0], cache, mlp)
+            logits = self._weights.head.times(states)
+        group: Group = [0], prepared
+        self._count([group], [group], n_read[None], ids.shape[1])
         return logits
+
+    def _count(
+        self, groups: Sequence[Group], parts: Sequence[tuple[Any, Prepared]], n_read: Array, n_steps: int = 1
+    ) -> None:
+        """Count steps.
+
+        Args:
+            groups: all rows.
+            parts: groups of the rows that have not ended.
+            n_read: neurons of each layer that any row of a part has read, and the sum over its rows, [n_parts, n_layers, 2].
+            n_steps: how many.
+        """
+        if not any(isinstance(mlp, TokenMLP) for _, prepared in groups for mlp in self._mlps(prepared)):
+            self.count(groups, n_steps)
+            return
+        n_bytes, n_neurons, whole = 0, 0, {}
+        for (rows, prepared), of_part in zip(parts, n_read.tolist(), strict=True):
+            for mlp, (by_any, by_all) in zip(self._mlps(prepared), of_part, strict=True):
+                if isinstance(mlp, TokenMLP):
+                    estimated = mlp.packed or prepared.selection.read_ratio < 1
+                    n_bytes += mlp.estimate_bytes * n_steps * estimated + by_any * mlp.record_bytes
+                    n_neurons += by_all
+                else:
+                    whole[id(mlp)] = mlp.n_bytes * n_steps  # what several leave dense is read once
+                    n_neurons += mlp.gate.n_out * len(rows) * n_steps
+        n_all = sum(layer.d_ff for layer in self.layers) * sum(len(rows) for rows, _ in parts)
+        self.count_read(groups, n_bytes + sum(whole.values()), n_neurons / n_all, n_steps)
 
     def release(self) -> None:
         """Let go of the latest call's cache."""
@@ -193,12 +302,13 @@ class LeanEngine(Engine):
         self._words = {}
         super().release()
 
-    def _modules(self, layers: Mapping[int, GatedMLP]) -> dict[int, Projections]:
+    def _modules(self, layers: Mapping[int, LeanMLP]) -> dict[int, Projections]:
         """Return compact MLPs as linear modules over the same memory."""
-        return {
-            number: {
-                name: matrix_module(part, self.model.dtype)
-                for name, part in zip(self.layers[number].projections, mlp.parts, strict=True)
+        made: dict[int, Projections] = {}
+        for number, mlp in layers.items():
+            parts: tuple[Matrix | RecordPart, ...] = mlp.parts
+            names = self.layers[number].projections
+            made[number] = {
+                name: matrix_module(part, self.model.dtype) for name, part in zip(names, parts, strict=True)
             }
-            for number, mlp in layers.items()
-        }
+        return made

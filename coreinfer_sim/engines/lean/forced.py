@@ -7,7 +7,7 @@ multiplied by the loops themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,24 @@ import torch
 import torch.nn.functional as F
 
 from coreinfer_sim.engines.lean.blocks import LeanModel
-from coreinfer_sim.engines.lean.compact import GatedMLP
-from coreinfer_sim.engines.lean.intrinsics import RELU
 from coreinfer_sim.engines.lean.matrix import Array, Matrix
 
 
-def forced_logits(
-    weights: LeanModel, dtype: torch.dtype, ids: torch.Tensor, cache: Any, held: Mapping[int, GatedMLP]
+def forced_states(
+    weights: LeanModel,
+    dtype: torch.dtype,
+    ids: torch.Tensor,
+    cache: Any,
+    mlp: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Return float32 logits [n_tokens, vocabulary] of tokens that follow a cached prompt.
+    """Return what the output head multiplies for tokens that follow a cached prompt, float32 [n_tokens, d_model].
 
     Args:
         weights: of the model.
         dtype: in which keys and values are cached.
         ids: [n_tokens].
         cache: of transformers, one row; it is left as it was. None: no prompt.
-        held: compact MLPs; a layer that is not named stays dense.
+        mlp: maps the number of a layer and its normalised inputs [n_tokens, d_model] to what its MLP adds.
     """
     n_past = 0 if cache is None else int(cache.get_seq_length())
     places = torch.arange(n_past, n_past + len(ids))
@@ -42,10 +44,8 @@ def forced_logits(
         x = _normalised(hidden, weights.norms[number, 0], weights.eps[number, 0])
         hidden += _attention(weights, number, x, dtype, past, cos, sin, visible)
         x = _normalised(hidden, weights.norms[number, 1], weights.eps[number, 1])
-        mlp = held.get(number) or weights.dense_mlp(number)
-        inner = _activated(mlp.gate.times(x), weights.kind).mul_(mlp.up.times(x))
-        hidden += mlp.down.times(inner)
-    return weights.head.times(_normalised(hidden, weights.norms[-1, 0], weights.eps[-1, 0]))
+        hidden += mlp(number, x)
+    return _normalised(hidden, weights.norms[-1, 0], weights.eps[-1, 0])
 
 
 def _attention(
@@ -77,10 +77,6 @@ def _attention(
         query[None], keys[None], values[None], attn_mask=visible, scale=float(weights.scaling), enable_gqa=True
     )[0]
     return o.times(mixed.transpose(0, 1).flatten(1))
-
-
-def _activated(gate: torch.Tensor, kind: int) -> torch.Tensor:
-    return F.relu(gate) if kind == RELU else F.silu(gate)
 
 
 def _normalised(x: torch.Tensor, weight: Array, eps: np.float32) -> torch.Tensor:

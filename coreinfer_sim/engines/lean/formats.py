@@ -7,7 +7,11 @@ which four inputs of the first row are followed by four of the second, and so on
   high half;
 - of 5 and 6 bits: the lower four bits likewise; then the rest, 1 bit (64 bytes, group ``j`` at bit ``j``) or 2 bits
   (128 bytes, group ``j`` in vector ``j // 4`` at bit ``2 (j % 4)``);
-- of 8 bits: 512 bytes.
+- of 8 bits: 512 bytes;
+- of 2 bits: 128 bytes, group ``j`` in vector ``j // 4`` at bit ``2 (j % 4)``.
+
+A high plane holds the upper bits of a type's codes in this way, with the scales; the lower bits lie elsewhere, row by row
+(`planes`).
 
 Scales lie beside the codes in the same order, sixteen rows at a time. The types are those of GGUF files
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), whose codes and scales are kept to the bit; Q6_0 is like Q4_0, with
@@ -41,7 +45,7 @@ class Scales(Enum):
     """signed 8-bit scale every 16 inputs, float16 scale of those every 256: d · scale · (code - offset)."""
 
 
-_CODE_BYTES = {4: 256, 5: 320, 6: 384, 8: 512}
+_CODE_BYTES = {2: 128, 4: 256, 5: 320, 6: 384, 8: 512}
 _SCALE_BYTES = {Scales.HALF: 32, Scales.HALF_MIN: 64, Scales.SUPER_MIN: 64 + 8 * 32, Scales.SUPER_HALVES: 32 + 16 * 16}
 
 
@@ -52,13 +56,30 @@ class Format:
     name: str
     bits: int
     offset: int
-    """What is subtracted from a code."""
+    """What is subtracted from a whole code."""
     scales: Scales
+    low_bits: int = 0
+    """Bits of each code that lie elsewhere; half of what they can add stands for them."""
+
+    @property
+    def step(self) -> int:
+        """By how much a weight, in units of its scale, grows with its code."""
+        return 1 << self.low_bits
+
+    @property
+    def zero(self) -> int:
+        """What is subtracted from ``step`` times the code."""
+        return self.offset - self.step // 2
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the codes of a tile and block."""
         return _CODE_BYTES[self.bits]
+
+    @property
+    def filled(self) -> int:
+        """A matrix has a multiple of so many inputs."""
+        return 64 * 8 // self.low_bits if self.low_bits else self.span
 
     @property
     def span(self) -> int:
@@ -88,5 +109,7 @@ FORMATS = {
         Format("Q4_K", 4, 0, Scales.SUPER_MIN),
         Format("Q5_K", 5, 0, Scales.SUPER_MIN),
         Format("Q6_K", 6, 32, Scales.SUPER_HALVES),
+        Format("Q8_0 high", 4, 128, Scales.HALF, 4),
+        Format("Q4_0 high", 2, 8, Scales.HALF, 2),
     )
 }

@@ -170,6 +170,44 @@ def summed_products(
     return joined(builder, [builder.add(a, b) for a, b in zip(*sums, strict=True)])
 
 
+def line_product(builder: Builder, how: Products, codes: Value, inputs: Value, start: Value) -> Value:
+    """Return int32 [16]: of four unsigned bytes of ``codes`` and signed ones of ``inputs`` each the products' sum, plus start.
+
+    Codes have four bits at most.
+    """
+    n = {Products.VNNI_512: 16, Products.VNNI_256: 8, Products.AVX2: 8, Products.DOT: 4, Products.PLAIN: 16}[how]
+    made = []
+    for p in range(16 // n):
+        own = [
+            picked(builder, each, range(p * k * n, (p + 1) * k * n))
+            for each, k in ((codes, 4), (inputs, 4), (start, 1))
+        ]
+        made.append(_four_products(builder, how, n, *own))
+    return joined(builder, made)
+
+
+def _four_products(builder: Builder, how: Products, n: int, codes: Value, inputs: Value, start: Value) -> Value:
+    """Return int32 [n] likewise, by one instruction or two."""
+    kind, bytes_ = vector(I32, n), vector(I8, 4 * n)
+    if how in (Products.VNNI_512, Products.VNNI_256):
+        function = intrinsic(builder, f"llvm.x86.avx512.vpdpbusd.{n * 32}", kind, [kind, bytes_, bytes_])
+        return builder.call(function, [start, codes, inputs])
+    if how is Products.DOT:
+        function = intrinsic(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", kind, [kind, bytes_, bytes_])
+        return builder.call(function, [start, codes, inputs])
+    if how is Products.AVX2:
+        words = vector(I16, 2 * n)
+        pairs = intrinsic(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [bytes_, bytes_])
+        wide = intrinsic(builder, "llvm.x86.avx2.pmadd.wd", kind, [words, words])
+        products = builder.call(pairs, [codes, inputs])
+        return builder.add(start, builder.call(wide, [products, constant(I16, 2 * n, 1)]))
+    numbers = vector(I32, 4 * n)
+    products = builder.mul(builder.zext(codes, numbers), builder.sext(inputs, numbers))
+    for place in range(4):
+        start = builder.add(start, picked(builder, products, range(place, 4 * n, 4)))
+    return start
+
+
 def _start(builder: Builder, total: Value, offset: int) -> Value:
     return builder.mul(total, ir.Constant(I32, -offset)) if offset else ir.Constant(I32, 0)
 
@@ -193,7 +231,7 @@ def _by_pairs(
     wide = intrinsic(builder, "llvm.x86.avx2.pmadd.wd", numbers, [words, words])
     signed = intrinsic(builder, "llvm.x86.avx2.psign.b", bytes_, [bytes_, bytes_])
     magnitude = intrinsic(builder, "llvm.abs.v32i8", bytes_, [bytes_, I1])
-    most = {4: 8, 5: 4, 6: 2, 8: 1}[bits]
+    most = {2: 8, 4: 8, 5: 4, 6: 2, 8: 1}[bits]
     start = ir.Constant(I32, 0) if bits == 8 else _start(builder, total, offset)
     sums, pending = [repeated(builder, start, 8)] * 2, [None, None]
     for number, (code, four) in enumerate(zip(codes, inputs, strict=True)):

@@ -17,9 +17,16 @@ from numba import types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from coreinfer_sim.engines.lean import formats, instructions, rows, tiles
+from coreinfer_sim.engines.lean import formats, instructions, record_code, rows, tiles
 from coreinfer_sim.engines.lean.formats import FORMATS
 from coreinfer_sim.engines.lean.instructions import F32, I8, I32, I64, products_of_features
+from coreinfer_sim.engines.lean.record_code import (
+    emit_add_codes,
+    emit_add_floats,
+    emit_float_rows,
+    emit_low_rows,
+    emit_scales,
+)
 from coreinfer_sim.engines.lean.rows import FLOATS, emit_mixed, emit_rows, emit_widened
 from coreinfer_sim.engines.lean.tiles import Inputs, emit_product, emit_unpacked
 
@@ -28,6 +35,7 @@ MANY = 4
 _PRODUCT = types.void(*[types.int64] * 10)
 _FIVE = types.void(*[types.int64] * 5)
 _NAMES = (*FORMATS, *FLOATS)
+_SOURCES = (formats, instructions, record_code, rows, tiles)
 
 
 def host_products() -> Any:
@@ -95,6 +103,56 @@ def _widened(_context, _made_from, number, values, n, out):
     return types.void(_made_from, number, *[types.int64] * 3), code
 
 
+@intrinsic(prefer_literal=True)
+def _rows(_context, _made_from, number, rows, second, scales, x, codes, starts, n_in, out, following):
+    name = _NAMES[number.literal_value]
+
+    def code(context, builder, _signature, args):
+        rows, second, scales, x, codes, starts, n_in, out, following = args[2:]
+        rows, scales, x, codes, starts, following = (
+            builder.inttoptr(each, I8.as_pointer()) for each in (rows, scales, x, codes, starts, following)
+        )
+        result = builder.inttoptr(out, F32.as_pointer())
+        if name in FLOATS:
+            emit_float_rows(builder, name, rows, second, x, n_in, result, following)
+        else:
+            how, n_bits = host_products(), FORMATS[name].low_bits
+            emit_low_rows(builder, n_bits, how, rows, second, scales, codes, starts, n_in, result, following)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, number, *[types.int64] * 9), code
+
+
+@intrinsic
+def _scaled(_context, _made_from, scales, factors, n_blocks, out):
+    def code(context, builder, _signature, args):
+        scales, factors, n_blocks, out = args[1:]
+        by, result = (builder.inttoptr(each, F32.as_pointer()) for each in (factors, out))
+        emit_scales(builder, builder.inttoptr(scales, I8.as_pointer()), by, n_blocks, result)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, *[types.int64] * 4), code
+
+
+@intrinsic(prefer_literal=True)
+def _added(_context, _made_from, number, row, factor, n, out, following):
+    name = _NAMES[number.literal_value]
+
+    def code(context, builder, _signature, args):
+        row, factor, n, out, following = args[2:]
+        row, following = (builder.inttoptr(each, I8.as_pointer()) for each in (row, following))
+        by = builder.load(builder.inttoptr(factor, F32.as_pointer()))
+        result = builder.inttoptr(out, F32.as_pointer())
+        if name in FLOATS:
+            emit_add_floats(builder, name, row, by, n, result, following)
+        else:
+            n_bits = 2 * FORMATS[name].low_bits  # those of the whole codes
+            emit_add_codes(builder, n_bits, row, by, n, result, following)
+        return context.get_dummy_value()
+
+    return types.void(_made_from, number, *[types.int64] * 5), code
+
+
 def _calling(n: int) -> Any:
     """Return an intrinsic that calls a compiled function with ``n`` integers by its address."""
 
@@ -116,7 +174,9 @@ call_product = _calling(10)
 call_widened = _calling(3)
 """Call what `widened_address` has named with a tuple of its three arguments."""
 call_five = _calling(5)
-"""Call what `unpacked_address` or `mixed_address` has named with a tuple of its five arguments."""
+"""Call what `unpacked_address`, `mixed_address` or `added_address` has named with a tuple of its five arguments."""
+call_rows = _calling(9)
+"""Call what `rows_address` has named with a tuple of its nine arguments."""
 
 
 def _kept(signature: Any, function: Any) -> int:
@@ -137,7 +197,7 @@ _ALIVE: list[Any] = []
 @functools.cache
 def _made_from() -> int:
     """Return a number of the sources of the code: numba looks at those of this file alone when it reuses what it has kept."""
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in (formats, instructions, rows, tiles))
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
     return int(hashlib.sha256(text).hexdigest()[:12], 16)
 
 
@@ -188,6 +248,43 @@ def widened_address(name: str) -> int:
         _widened(made_from, number, values, n, out)
 
     return _kept(types.void(*[types.int64] * 3), widened)
+
+
+@functools.cache
+def rows_address(name: str) -> int:
+    """Return the address of the products with two rows of a record: of floats, or the lower bits beside a high plane.
+
+    Its arguments: address of the first row, and bytes to the second; addresses of scales, of x, its codes and starts; n_in;
+    addresses of the two results and of the record that is read next. See `record_code`.
+    """
+    number, made_from = _NAMES.index(name), _made_from()
+
+    def products(rows, second, scales, x, codes, starts, n_in, out, following):
+        _rows(made_from, number, rows, second, scales, x, codes, starts, n_in, out, following)
+
+    return _kept(types.void(*[types.int64] * 9), products)
+
+
+@functools.cache
+def scales_address() -> int:
+    """Return the address of `record_code.emit_scales`: addresses of scales and factors, n_blocks, address of the result; 0."""
+    made_from = _made_from()
+
+    def scaled(scales, factors, n_blocks, out, _):
+        _scaled(made_from, scales, factors, n_blocks, out)
+
+    return _kept(_FIVE, scaled)
+
+
+@functools.cache
+def added_address(name: str) -> int:
+    """Return the address of what adds a row to the outputs: addresses of the row and its factor, n, the outputs, next row."""
+    number, made_from = _NAMES.index(name), _made_from()
+
+    def added(row, factor, n, out, following):
+        _added(made_from, number, row, factor, n, out, following)
+
+    return _kept(_FIVE, added)
 
 
 _FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

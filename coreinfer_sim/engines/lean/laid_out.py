@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from coreinfer_sim.base.errors import StoreError
+from coreinfer_sim.base.errors import ConfigError, StoreError
 from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.engines.lean.blocks import FAMILIES, rounded_kind, unsupported
+from coreinfer_sim.engines.lean.head import CoarseHead
 from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
+from coreinfer_sim.engines.lean.planes import TokenMLP, of_weights
 from coreinfer_sim.engines.linear import hand_over, hand_over_table
 from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
 from coreinfer_sim.models.layout_file import (
@@ -44,36 +46,57 @@ from coreinfer_sim.models.weightless import (
 _TABLE = "model.embed_tokens"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """How a model is to be laid out."""
+
+    weights: Weights
+    by_token: bool
+
+
 @dataclass
 class _Parts:
     """A model's weights: matrices by the names of their modules, other parameters by their own."""
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
+    mlps: dict[int, TokenMLP] = field(default_factory=dict)
+    """MLPs that lie by neuron, in place of their matrices."""
+    head: CoarseHead | None = None
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     sketch: list[list[float]] = field(default_factory=list)
     """Of each layer, as `weight_sketch` takes it before anything is rounded."""
 
 
-def load_laid_out(name: str, weights: Weights, progress: Progress | None = None) -> LanguageModel | None:
+def load_laid_out(
+    name: str, weights: Weights, by_token: bool = False, progress: Progress | None = None
+) -> LanguageModel | None:
     """Load a model whose weights are packed, or None if it is not one, or its weights can stay where they lie.
 
     Args:
         name: as `load_model` takes it.
         weights: their type.
+        by_token: lay the MLPs out by neuron.
         progress: receives what is done.
 
     Raises:
         ModelError: as `load_model`.
     """
     progress = progress or Progress()
-    if weights is Weights.STORED and not is_gguf(name):
+    if weights is Weights.STORED and not is_gguf(name) and not by_token:
         return None
+    if weights is Weights.STORED and is_gguf(name) and by_token:
+        raise ConfigError(
+            f"a read ratio below 1 was asked for, but {name} is a GGUF file, whose weights as they are stored are not read "
+            "neuron by neuron; take bf16, int8 or int4 weights."
+        )
     files = files_of(name)
-    if not files or (weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16):
+    as_stored = weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16
+    if not files or (as_stored and not by_token):
         return None
-    place = layout_folder(files, weights.value, progress)
+    kind = f"{'stored' if as_stored else weights.value}{'-by-token' if by_token else ''}"
+    place = layout_folder(files, kind, progress)
     keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
-    return _kept(name, place, progress) or _made(name, place, weights, progress)
+    return _kept(name, place, progress) or _made(name, place, Wanted(weights, by_token), progress)
 
 
 def _kept(name: str, place: Path, progress: Progress) -> LanguageModel | None:
@@ -98,6 +121,13 @@ def _from_layout(name: str, place: Path) -> LanguageModel:
             weight, scales, bias = (tensors.pop(f"{module}:{part}", None) for part in ("codes", "scales", "bias"))
             assert weight is not None
             parts.matrices[module] = Matrix(kind, n_out, n_in, weight, scales, bias)
+        if "head:copy" in parts.matrices:
+            parts.head = CoarseHead(parts.matrices.pop("head:copy"), tensors.pop("head:bounds"))
+        for number, kind in facts.get("mlps", {}).items():  # not named by earlier versions
+            gate, up = (parts.matrices.pop(f"{number}:{what}") for what in ("gate", "up"))
+            records, norms, bias = (tensors.pop(f"{number}:{what}", None) for what in ("records", "norms", "bias"))
+            assert records is not None and norms is not None
+            parts.mlps[int(number)] = TokenMLP(gate, up, kind, records, norms, bias)
         settings = place if (place / "config.json").is_file() else Path(name)
         dtype, tied, notes = getattr(torch, facts["dtype"]), facts["tied"], facts["notes"]
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -106,7 +136,7 @@ def _from_layout(name: str, place: Path) -> LanguageModel:
     return _whole(name, model, tokenizer, [*notes, *mended], parts)
 
 
-def _made(name: str, place: Path, weights: Weights, progress: Progress) -> LanguageModel | None:
+def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> LanguageModel | None:
     # 1) the model without weights
     empty = open_weightless(name, FAMILIES)
     if empty is None or unsupported(empty.model) is not None:
@@ -117,9 +147,9 @@ def _made(name: str, place: Path, weights: Weights, progress: Progress) -> Langu
         try:
             made = _kept(name, place, progress)  # another process may have made it meanwhile
             if made is None:
-                layout = Layout(name, weights.value)
+                layout = Layout(name, f"{wanted.weights.value}{' by token' if wanted.by_token else ''}")
                 with writing(place, layout) as writer:
-                    _write(empty, weights, writer, progress)
+                    _write(empty, wanted, writer, progress)
                 progress.say(f"The weights were laid out in {place}, once: {readable_size(layout.n_bytes)}.")
                 made = _from_layout(name, place)
         finally:
@@ -129,29 +159,46 @@ def _made(name: str, place: Path, weights: Weights, progress: Progress) -> Langu
             f"The weights are laid out in memory, as {place.parent} cannot be written ({error}); make room there, or name "
             "another folder in COREINFER_SIM_CACHE, and the next start will be fast."
         )
-        made = _in_memory(empty, weights, progress)
+        made = _in_memory(empty, wanted, progress)
     give_back_memory()
     return made
 
 
-def _write(empty: Weightless, weights: Weights, writer: LayoutWriter, progress: Progress) -> None:
+def _write(empty: Weightless, wanted: Wanted, writer: LayoutWriter, progress: Progress) -> None:
     """Write all parts of a model, and what takes long to read from a GGUF file: configuration and tokenizer."""
     matrices: dict[str, tuple[str, int, int]] = {}
+    mlps: dict[str, str] = {}
     sketch: list[list[float]] = []
-    for name, part in _parts(empty, weights, sketch, progress):
-        if not isinstance(part, Matrix):
-            writer.add(name, part)
-            continue
+
+    def write(name: str, part: Matrix) -> None:
         matrices[name] = part.kind, part.n_out, part.n_in
         for what, tensor in (("codes", part.weight), ("scales", part.scales), ("bias", part.bias)):
             if tensor is not None:
                 writer.add(f"{name}:{what}", tensor)
+
+    for name, part in _parts(empty, wanted, sketch, progress):
+        if isinstance(part, Matrix):
+            write(name, part)
+        elif isinstance(part, TokenMLP):
+            mlps[name] = part.kind
+            for what in ("gate", "up"):  # estimates; they become matrices of the MLP again
+                write(f"{name}:{what}", getattr(part, what))
+            for what in ("records", "norms", "bias"):
+                tensor = getattr(part, what)
+                if tensor is not None:
+                    writer.add(f"{name}:{what}", tensor)
+        elif isinstance(part, CoarseHead):
+            write("head:copy", part.copy)
+            writer.add("head:bounds", part.bounds)
+        else:
+            writer.add(name, part)
     notes = empty.notes
     if empty.of_gguf:
         empty.save_settings(writer.folder)
         notes = [*notes, *empty.mended]
     writer.layout.facts |= {
         "matrices": matrices,
+        "mlps": mlps,
         "dtype": str(empty.model.dtype).removeprefix("torch."),
         "tied": bool(empty.model.config.tie_word_embeddings),
         "sketch": sketch,
@@ -159,44 +206,62 @@ def _write(empty: Weightless, weights: Weights, writer: LayoutWriter, progress: 
     }
 
 
-def _in_memory(empty: Weightless, weights: Weights, progress: Progress) -> LanguageModel:
+def _in_memory(empty: Weightless, wanted: Wanted, progress: Progress) -> LanguageModel:
     parts = _Parts()
-    for name, part in _parts(empty, weights, parts.sketch, progress):
+    for name, part in _parts(empty, wanted, parts.sketch, progress):
         if isinstance(part, Matrix):
             parts.matrices[name] = part
+        elif isinstance(part, TokenMLP):
+            parts.mlps[int(name)] = part
+        elif isinstance(part, CoarseHead):
+            parts.head = part
         else:
             parts.others[name] = part
     return _whole(empty.name, empty.model, empty.tokenizer, [*empty.notes, *empty.mended], parts)
 
 
 def _parts(
-    empty: Weightless, weights: Weights, sketch: list[list[float]], progress: Progress
-) -> Iterator[tuple[str, Matrix | torch.Tensor]]:
-    """Read a model's weights in the order in which decode reads them, one at a time, and sample them for the sketch."""
-    model, layers = empty.model, empty.layers
-    outputs = {f"{empty.names.modules[id(layer.owner)]}.{layer.family.output}": layer for layer in layers}
+    empty: Weightless, wanted: Wanted, sketch: list[list[float]], progress: Progress
+) -> Iterator[tuple[str, Matrix | TokenMLP | CoarseHead | torch.Tensor]]:
+    """Read a model's weights in the order in which decode reads them, one at a time, and sample them for the sketch.
+
+    MLPs that lie by neuron are named by the numbers of their layers.
+    """
+    model, layers, weights = empty.model, empty.layers, wanted.weights
+    owners = {f"{empty.names.modules[id(layer.owner)]}.{name}": layer for layer in layers for name in layer.projections}
     places = sketch_places(layers[0].d_model, layers[0].d_ff, len(layers))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # 1) matrices
     progress.start("Laying out weights", len(linears), "matrices")
+    waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for name in linears:
-        linear, own = model.get_submodule(name), empty.codes(name)
-        bias = None if linear.bias is None else empty.read(f"{name}.bias", model.dtype)
-        sampled = places[outputs[name].number] if name in outputs else None
+        layer, own = owners.get(name), empty.codes(name)
+        sampled = places[layer.number] if layer is not None and name.endswith(layer.family.output) else None
+        bias = None if model.get_submodule(name).bias is None else empty.read(f"{name}.bias", model.dtype)
         if weights is Weights.STORED and own is not None:
             matrix = from_codes(own, bias)
             if sampled is not None:
                 values = matrix.outputs(sampled[0]).widened()[sampled[1], torch.arange(SKETCH_SIZE)]
                 sketch.append(values.tolist())
+            yield name, matrix
         else:
             kind = rounded_kind(name, weights)
             floating = torch.bfloat16 if weights is Weights.BF16 else model.dtype
             # what was rounded once is not rounded to 16 bits before it is rounded again
             weight = empty.read(f"{name}.weight", torch.float32 if kind and own is not None else floating)
-            matrix = Matrix.of(weight, bias, kind)
             if sampled is not None:
                 sketch.append(weight[sampled].float().tolist())
-        yield name, matrix
+            if layer is not None and wanted.by_token:
+                waiting.append((weight, bias))
+            else:
+                matrix = Matrix.of(weight, bias, kind)
+                yield name, matrix
+                if name == "lm_head" and wanted.by_token and not matrix.packed and bias is None:
+                    yield name, CoarseHead.of(matrix)
+        if layer is not None and len(waiting) == len(layer.projections):
+            (gate, up, down), (of_gate, of_up, of_down) = zip(*waiting, strict=True)
+            yield str(layer.number), of_weights((gate, up, down), (of_gate, of_up, of_down), kind)
+            waiting = []
         progress.advance(1)
     # 2) embeddings of their own
     codes = empty.codes(_TABLE)
@@ -232,8 +297,11 @@ def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Part
         else:
             hand_over_table(table, head)
     compact_head_inputs(model)
-    model.laid_out = parts.matrices
     layers = find_mlps(model)
+    for number, mlp in parts.mlps.items():
+        for projection, part in zip(layers[number].projections, mlp.parts, strict=True):
+            hand_over(getattr(layers[number].owner, projection), part)
+    model.laid_out, model.laid_out_mlps, model.laid_out_head = parts.matrices, parts.mlps, parts.head
     for layer, values in zip(layers, parts.sketch, strict=True):
         layer.output.sketch = torch.tensor(values)
     return LanguageModel(model.eval(), tokenizer, name, layers, notes=notes)

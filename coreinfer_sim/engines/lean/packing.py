@@ -25,6 +25,9 @@ def _half(value):
 @inline
 def _place(code_bits, code, j, lane, out):
     """Put the bits of one code into its block; ``lane`` is its byte in the group ``j``."""
+    if code_bits == 2:
+        out[64 * (j // 4) + lane] |= code << (2 * (j % 4))
+        return
     if code_bits == 8:
         out[64 * j + lane] = code
         return
@@ -114,7 +117,7 @@ def n_tiles(n_out: int) -> int:
 
 def room(format_: Format, n_out: int, n_in: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return zeroed codes [n_tiles, n_blocks, code_bytes] and scales [n_tiles, n_spans, scale_bytes], uint8."""
-    filled = -(-n_in // format_.span) * format_.span
+    filled = -(-n_in // format_.filled) * format_.filled
     codes = torch.zeros(n_tiles(n_out), filled // BLOCK, format_.code_bytes, dtype=torch.uint8)
     return codes, torch.zeros(n_tiles(n_out), filled // format_.span, format_.scale_bytes, dtype=torch.uint8)
 
@@ -126,15 +129,25 @@ def packed_floats(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
     codes, scales = room(format_, n_out, n_in)
     set_threads()
     for begin in range(0, n_out, _ROWS):  # little is widened at a time
-        part = weight[begin : begin + _ROWS].detach().float().contiguous().numpy()
-        loose = np.empty((len(part), codes.shape[1] * BLOCK), np.uint8)
-        factors = np.empty((len(part), codes.shape[1]), np.float32)
-        if name == "Q4_0":
-            _round_to_4(part, loose, factors, _TRIED)
-        else:
-            _round(part, format_.offset, loose, factors)
-        lay(format_, loose, {"scale": factors.astype(np.float16)}, begin, codes, scales)
+        loose, factors = rounded_codes(weight[begin : begin + _ROWS], name, codes.shape[1] * BLOCK)
+        lay(format_, loose, {"scale": factors}, begin, codes, scales)
     return codes, scales
+
+
+def rounded_codes(weight: torch.Tensor, name: str, n_filled: int) -> tuple[Array, Array]:
+    """Round a matrix [n_out, n_in] to Q8_0, Q6_0 or Q4_0.
+
+    Returns:
+        Codes uint8 [n_out, n_filled], and scales float16 [n_out, n_filled / 32].
+    """
+    floats = weight.detach().float().contiguous().numpy()
+    codes = np.empty((len(floats), n_filled), np.uint8)
+    scales = np.empty((len(floats), n_filled // BLOCK), np.float32)
+    if name == "Q4_0":
+        _round_to_4(floats, codes, scales, _TRIED)
+    else:
+        _round(floats, FORMATS[name].offset, codes, scales)
+    return codes, scales.astype(np.float16)
 
 
 def lay(

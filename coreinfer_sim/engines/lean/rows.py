@@ -24,8 +24,9 @@ from coreinfer_sim.engines.lean.instructions import (
     zeroed,
 )
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-FLOATS = tuple(_BYTES)
+FLOAT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Of one value."""
+FLOATS = tuple(FLOAT_BYTES)
 """Types of matrices that lie row by row."""
 _WIDE = 16  # inputs of a row that are multiplied at a time
 _FEW = 4  # rows that are read side by side, or sums of one row
@@ -49,7 +50,7 @@ def emit_rows(
     Memory is read fastest row by row. Long rows, whose inputs do not fit into the first-level cache, and short ones, such as
     those of a cache's keys, are read four at a time.
     """
-    size = _BYTES[kind]
+    size = FLOAT_BYTES[kind]
     row_bytes = builder.mul(n_in, whole(size))
 
     def some(r: Value, first: Value, n: int, n_sums: int) -> None:
@@ -66,7 +67,7 @@ def emit_rows(
                     given = load(builder, x, builder.add(start, builder.mul(at, whole(4))), F32, _WIDE)
                     for i in range(n):
                         where = builder.add(starts[i], builder.mul(at, whole(size)))
-                        add_product(builder, sums[i][k], _widened(builder, kind, weights, where, _WIDE), given)
+                        add_product(builder, sums[i][k], widened_floats(builder, kind, weights, where, _WIDE), given)
             return builder.add(begin, builder.mul(n_steps, whole(n_at_once * _WIDE)))
 
         done = from_to(whole(0), builder.udiv(n_in, whole(n_sums * _WIDE)), n_sums)
@@ -82,12 +83,12 @@ def emit_rows(
         if n == _FEW:
             store(builder, _four_sums(builder, totals), out, where)
         else:
-            builder.store(_sum(builder, totals[0]), builder.gep(out, [where]))
+            builder.store(total_of(builder, totals[0]), builder.gep(out, [where]))
         with cgutils.for_range(builder, builder.sub(n_in, done)) as loop:  # what fills no vector
             at = builder.add(done, loop.index)
             given = load(builder, x, builder.add(start, builder.mul(at, whole(4))), F32, 1)
             for i in range(n):
-                row = _widened(builder, kind, weights, builder.add(starts[i], builder.mul(at, whole(size))), 1)
+                row = widened_floats(builder, kind, weights, builder.add(starts[i], builder.mul(at, whole(size))), 1)
                 one = builder.extract_element(builder.fmul(row, given), ir.Constant(I32, 0))
                 into = builder.gep(out, [builder.add(where, whole(i))])
                 builder.store(builder.fadd(builder.load(into), one), into)
@@ -107,7 +108,7 @@ def emit_mixed(
     builder: Builder, kind: str, rows: Value, factors: Value, n_in: Value, n_rows: Value, out: Value
 ) -> None:
     """Set ``out`` [n_in] to the sum of rows that lie one after the other, each times its factor."""
-    row_bytes = builder.mul(n_in, whole(_BYTES[kind]))
+    row_bytes = builder.mul(n_in, whole(FLOAT_BYTES[kind]))
 
     def columns(first: Value, n: int, width: int) -> None:
         """Sum ``n`` times ``width`` columns from ``first`` on."""
@@ -116,8 +117,8 @@ def emit_mixed(
             factor = repeated(builder, builder.load(builder.gep(factors, [loop.index])), width)
             start = builder.mul(loop.index, row_bytes)
             for k, variable in enumerate(sums):
-                place = builder.add(start, builder.mul(builder.add(first, whole(k * width)), whole(_BYTES[kind])))
-                add_product(builder, variable, _widened(builder, kind, rows, place, width), factor)
+                place = builder.add(start, builder.mul(builder.add(first, whole(k * width)), whole(FLOAT_BYTES[kind])))
+                add_product(builder, variable, widened_floats(builder, kind, rows, place, width), factor)
         for k, variable in enumerate(sums):
             store(builder, builder.load(variable), out, builder.add(first, whole(k * width)))
 
@@ -135,7 +136,7 @@ def emit_widened(builder: Builder, kind: str, values: Value, n: Value, out: Valu
     def some(begin: Value, n_steps: Value, width: int) -> None:
         with cgutils.for_range(builder, n_steps) as loop:
             place = builder.add(begin, builder.mul(loop.index, whole(width)))
-            wide = _widened(builder, kind, values, builder.mul(place, whole(_BYTES[kind])), width)
+            wide = widened_floats(builder, kind, values, builder.mul(place, whole(FLOAT_BYTES[kind])), width)
             store(builder, wide, out, place)
 
     n_steps = builder.udiv(n, whole(_WIDE))
@@ -144,7 +145,8 @@ def emit_widened(builder: Builder, kind: str, values: Value, n: Value, out: Valu
     some(done, builder.sub(n, done), 1)
 
 
-def _sum(builder: Builder, values: Value) -> Value:
+def total_of(builder: Builder, values: Value) -> Value:
+    """Return the sum of sixteen float32."""
     function = intrinsic(builder, f"llvm.vector.reduce.fadd.v{_WIDE}f32", F32, [F32, values.type])
     return builder.call(function, [ir.Constant(F32, 0.0), values], fastmath=("reassoc",))
 
@@ -163,7 +165,8 @@ def _four_sums(builder: Builder, rows: list[Value]) -> Value:
     return builder.fadd(even, builder.shuffle_vector(*pairs, ir.Constant(vector(I32, 4), [1, 3, 5, 7])))
 
 
-def _widened(builder: Builder, kind: str, weights: Value, offset: Value, n: int) -> Value:
+def widened_floats(builder: Builder, kind: str, weights: Value, offset: Value, n: int) -> Value:
+    """Load ``n`` values of a floating type as float32."""
     if kind == "float32":
         return load(builder, weights, offset, F32, n)
     if kind == "float16":

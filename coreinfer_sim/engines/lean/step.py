@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from coreinfer_sim.engines.lean.attention import attention
+from coreinfer_sim.engines.lean.by_token import mlp_by_token
+from coreinfer_sim.engines.lean.head import logits_of
 from coreinfer_sim.engines.lean.intrinsics import array_at, normalise, serial
 from coreinfer_sim.engines.lean.mlp import gated_mlp
-from coreinfer_sim.engines.lean.products import product
 
 
 @serial
@@ -19,6 +20,8 @@ def decode_step(
     eps,
     products,
     mlps,
+    thresholds,
+    n_read,
     n_of_group,
     places,
     cos,
@@ -32,10 +35,13 @@ def decode_step(
     scaling,
     kind,
     head,
+    head_loops,
     logits,
     n_threads,
 ):
     """Set ``logits`` from the embeddings of the newest tokens, and put their position into the cache.
+
+    Returns how many exact rows of the output head were read behind a copy; see `head.logits_of`.
 
     Args:
         loops: see `attention.cache_loops`.
@@ -45,7 +51,9 @@ def decode_step(
         head_norms: see `attention`, [n_layers, 2 or 0, head_dim].
         eps: of the norms, [n_layers + 1, 2].
         products: words of q, k, v and o, int64 [n_layers, 4, N_WORDS].
-        mlps: words of gate, up and down of each group of rows, int64 [n_groups, n_layers, 3, N_WORDS].
+        mlps: words of gate, up and down of each group of rows, or those of `by_token`, int64 [n_groups, n_layers, 3, N_WORDS].
+        thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; negative: the words are of whole matrices.
+        n_read: see `by_token.mlp_by_token`, int64 [n_groups, n_layers, 2].
         n_of_group: how many rows each group has.
         places: those rows, group by group.
         cos: of each row's position, [n_rows, head_dim].
@@ -59,6 +67,7 @@ def decode_step(
         scaling: of the attention's scores.
         kind: of the activation.
         head: words of the output head, [1, N_WORDS].
+        head_loops: see `head.CoarseHead.loops`.
         logits: float32 [n_rows, vocabulary, filled up to a multiple of 16].
         n_threads: that products use.
     """
@@ -73,11 +82,13 @@ def decode_step(
         first = 0
         for group in range(mlps.shape[0]):
             last = first + n_of_group[group]
-            gated_mlp(
-                *(hidden, places[first:last], norms[layer, 1], eps[layer, 1], mlps[group, layer], kind, n_threads)
-            )
+            given = (hidden, places[first:last], norms[layer, 1], eps[layer, 1], mlps[group, layer], kind, n_threads)
+            if thresholds[group, layer] < np.float32(0.0):
+                gated_mlp(*given)
+            else:
+                mlp_by_token(*given, thresholds[group, layer], n_read[group, layer])
             first = last
     x = np.empty(hidden.shape, np.float32)
     for r in range(hidden.shape[0]):
         normalise(hidden[r], norms[n_layers, 0], eps[n_layers, 0], x[r])
-    product(n_threads, head, x, logits)
+    return logits_of(head, head_loops, x, logits, n_threads)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llvmlite import ir
 from numba.core import cgutils
 
 from coreinfer_sim.engines.lean.formats import BLOCK, SUPER, TILE, Format, Scales
@@ -30,7 +31,7 @@ from coreinfer_sim.engines.lean.instructions import (
     zeroed,
 )
 
-_AHEAD = {4: (4096, 1), 5: (4096, 1), 6: (4096, 1), 8: (3072, 2)}
+_AHEAD = {2: (4096, 1), 4: (4096, 1), 5: (4096, 1), 6: (4096, 1), 8: (3072, 2)}
 """By how many bytes codes of so many bits are asked for before they are needed, and into which cache."""
 _ROW = vector(F32, TILE)
 
@@ -65,6 +66,7 @@ def emit_product(
     inner = [zeroed(builder, TILE) for _ in range(n_x)] if format_.span == SUPER else sums
     minima = [zeroed(builder, TILE) for _ in range(n_x)] if format_.scales is Scales.SUPER_MIN else inner
     n_blocks = builder.udiv(n_in, whole(BLOCK))
+    of_codes = (0 if format_.low_bits else format_.offset, format_.bits)
 
     def block(number: Value, record: Value, small: Value) -> None:
         place = builder.mul(number, whole(format_.code_bytes))
@@ -83,7 +85,12 @@ def emit_product(
             n = 8 // n_factors
             for part, (factor, total) in enumerate(zip(factors, totals, strict=True)):
                 chosen = slice(part * n, (part + 1) * n)
-                dots = summed_products(builder, how, codes[chosen], fours[chosen], total, format_.offset, format_.bits)
+                dots = _whole_codes(
+                    builder,
+                    format_,
+                    total,
+                    summed_products(builder, how, codes[chosen], fours[chosen], total, *of_codes),
+                )
                 add_product(builder, inner[r], builder.sitofp(dots, _ROW), builder.fmul(factor, of_input))
             if minimum is not None:
                 total = repeated(builder, builder.sitofp(totals[0], F32), TILE)
@@ -131,18 +138,27 @@ def emit_unpacked(
             if minimum is not None:
                 of_minimum = load_halves(builder, scales, builder.add(record, whole(32)))
                 minimum = builder.fneg(builder.fmul(of_minimum, minimum))
-        offset = constant(F32, TILE, float(format_.offset))
+        offset, by = constant(F32, TILE, float(format_.zero)), constant(F32, TILE, float(format_.step))
         for j, group in enumerate(codes):
             words = builder.bitcast(group, vector(I32, TILE))
             for i in range(4):
                 code = builder.lshr(words, constant(I32, TILE, 8 * i)) if i else words
                 code = builder.uitofp(builder.and_(code, constant(I32, TILE, 255)), _ROW)
+                code = builder.fmul(code, by) if format_.low_bits else code
                 factor = factors[j * len(factors) // 8]
                 weight = builder.fmul(builder.fsub(code, offset), factor)
                 if minimum is not None:
                     weight = builder.fadd(weight, minimum)
                 row = builder.add(builder.mul(loop.index, whole(BLOCK)), whole(4 * j + i))
                 store(builder, weight, out, builder.mul(row, stride))
+
+
+def _whole_codes(builder: Builder, format_: Format, total: Value, dots: Value) -> Value:
+    """Turn sums of products with a high plane's codes into those with whole ones."""
+    if not format_.low_bits:
+        return dots
+    added = repeated(builder, builder.mul(total, ir.Constant(I32, -format_.zero)), TILE)
+    return builder.add(builder.shl(dots, constant(I32, TILE, format_.low_bits)), added)
 
 
 def load_halves(builder: Builder, scales: Value, offset: Value) -> Value:
@@ -162,6 +178,9 @@ def _codes(builder: Builder, format_: Format, weights: Value, place: Value) -> l
 
     if format_.bits == 8:
         return [line(j) for j in range(8)]
+    if format_.bits == 2:
+        pair = [line(0), line(1)]
+        return [_field(builder, pair[j // 4], 2 * (j % 4), 2, 0) for j in range(8)]
     low = [line(j) for j in range(4)]
     codes = [_field(builder, low[j % 4], 4 * (j // 4), 4, 0) for j in range(8)]
     if format_.bits == 5:

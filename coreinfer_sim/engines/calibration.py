@@ -1,0 +1,22 @@
+"""What reading by token is calibrated on where nothing better is known: a short text about many things."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.engines.face import Engine
+
+
+def calibrate(engine: Engine, tokenizer: Any, progress: Progress | None = None) -> None:
+    """Let an engine measure the passages of the text, unless it has done so before; see `Engine.calibrate`."""
+    engine.calibrate(lambda: _passages(tokenizer), progress)
+
+
+def _passages(tokenizer: Any) -> list[torch.Tensor]:
+    text = files("coreinfer_sim.engines").joinpath("calibration.txt").read_text(encoding="utf-8")
+    passages = [tokenizer(passage.strip(), verbose=False)["input_ids"] for passage in text.split("\n\n\n")]
+    return [torch.tensor(ids) for ids in passages]

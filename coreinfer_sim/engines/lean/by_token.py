@@ -1,0 +1,201 @@
+"""Gated MLPs of which each token reads the neurons that it needs.
+
+A first step estimates what every neuron would give, from a few bits of its gate and up rows; a second one reads the rest of the
+neurons whose estimate reaches a threshold, and no others count. A neuron counts by |z_n| · ‖w_out,n‖, where z is φ(gate) · up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, normalise, parallel, serial
+from coreinfer_sim.engines.lean.kernels import call_five, call_rows
+from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
+
+ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, HALF, N_OUTPUTS, OUT_BIAS, OUT_NORMS = range(11)
+"""Places in the words of a layer's records: addresses of the products with two rows and of what adds one to the outputs; address
+of the first record, and bytes of each; where its up row and its output row begin; of rows that complete the estimate's codes
+the address of what multiplies their scales (0: they are floats), and half of what they can add to a code; outputs that a
+record holds; addresses of the outputs' bias (0: none) and of ‖w_out‖."""
+BY_CODES = SCALED
+_TILES = 16  # whose neurons are estimated before the chosen among them are read
+_AHEAD = 2  # chosen neurons by which a record is asked for before it is read
+
+
+@parallel
+def _starts(codes, half, out):
+    """Set ``out`` [n_rows, n_in / 4] to what ``half`` in place of each code makes of four inputs, negative."""
+    for r in prange(out.shape[0]):
+        for j in range(out.shape[1]):
+            total = np.int32(0)
+            for i in range(4 * j, 4 * j + 4):
+                total += np.int32(codes[r, i])
+            out[r, j] = -half * total
+
+
+@inline
+def _chosen(gates, ups, norms, first, threshold, kind, reads, places):
+    """Mark in ``reads`` [n_rows, n] which rows of inputs read a neuron; list the neurons that any reads; return their number."""
+    n_rows, n = reads.shape
+    scores = np.empty(n, np.float32)
+    any_row = np.zeros(n, np.bool_)
+    for r in range(n_rows):
+        for i in range(n):
+            scores[i] = abs(activated(gates[r, i], kind) * ups[r, i]) * float_at(norms + 4 * (first + i))
+        for i in range(n):
+            reads[r, i] = scores[i] >= threshold
+            any_row[i] |= reads[r, i]
+    n_chosen = 0
+    for i in range(n):
+        if any_row[i]:
+            places[n_chosen] = i
+            n_chosen += 1
+    return n_chosen
+
+
+@inline
+def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
+    """Add the chosen neurons to the outputs; ``scaled`` [n_rows, 2, n_blocks, 16] is room for a tile's scales."""
+    own = stack[2]
+    n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[1]
+    room = np.zeros(2, np.float32)
+    where, tile_of_scales = address(room), -1
+    for c in range(n_chosen):
+        i = places[c]
+        n = first + i
+        record = own[RECORDS] + n * own[RECORD_BYTES]
+        after = own[RECORDS] + (first + places[min(c + _AHEAD, n_chosen - 1)]) * own[RECORD_BYTES]
+        if own[BY_CODES] and n // 16 != tile_of_scales:
+            tile_of_scales = n // 16
+            for r in range(x.shape[0]):
+                for part in range(2):
+                    scales = stack[part, SCALES] + tile_of_scales * stack[part, SCALE_STEP]
+                    of_tile = (scales, address(factors[r]), factors.shape[1], address(scaled[r, part]), 0)
+                    call_five(own[SCALED], of_tile)
+        for r in range(x.shape[0]):
+            if not reads[r, i]:
+                continue
+            # 1) gate and up, exactly
+            given = (address(x[r]), address(codes[r]), address(starts[r]), n_in, where, after)
+            call_rows(own[ROWS], (record, own[UP_AT], address(scaled[r]) + 4 * (n % 16), *given))
+            gate, up = room[0], room[1]
+            if own[BY_CODES]:
+                gate += gates[r, i]
+                up += ups[r, i]
+            else:
+                if stack[0, BIAS] != 0:
+                    gate += float_at(stack[0, BIAS] + 4 * n)
+                if stack[1, BIAS] != 0:
+                    up += float_at(stack[1, BIAS] + 4 * n)
+            # 2) what they add
+            room[0] = activated(gate, kind) * up
+            at = own[OUT_AT]
+            call_five(own[ADDED], (record + at, where, own[N_OUTPUTS], address(out[r]), after + at))
+
+
+@parallel
+def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read):
+    """Set ``out`` [n_threads, n_rows, outputs] to parts of the outputs; count neurons in ``n_read`` [n_threads, 2]."""
+    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
+    n_tiles = (n_ff + 15) // 16
+    for thread in prange(n_threads):
+        gates = np.empty((n_rows, 16 * _TILES), np.float32)
+        ups = np.empty((n_rows, 16 * _TILES), np.float32)
+        places = np.empty(16 * _TILES, np.int64)
+        scaled = np.empty((n_rows, 2, factors.shape[1], 16), np.float32)
+        end = (thread + 1) * n_tiles // n_threads
+        for begin in range(thread * n_tiles // n_threads, end, _TILES):
+            first, last = 16 * begin, min(n_ff, 16 * min(end, begin + _TILES))
+            reads = np.ones((n_rows, last - first), np.bool_)
+            if threshold > np.float32(0.0) or stack[2, BY_CODES]:
+                for part in range(2):
+                    for tile in range(begin, min(end, begin + _TILES)):
+                        column = 16 * (tile - begin)
+                        tile_product(stack[part], tile, x, codes, factors, sums, gates if part == 0 else ups, column)
+                n_chosen = _chosen(gates, ups, stack[2, OUT_NORMS], first, threshold, kind, reads, places)
+            else:  # all are read, and none is a part of what it was estimated by
+                n_chosen = last - first
+                for i in range(n_chosen):
+                    places[i] = i
+            n_read[thread, 0] += n_chosen
+            for r in range(n_rows):
+                for i in range(last - first):
+                    n_read[thread, 1] += reads[r, i]
+            if n_chosen > 0:
+                _read(
+                    stack,
+                    first,
+                    places,
+                    n_chosen,
+                    reads,
+                    x,
+                    codes,
+                    factors,
+                    starts,
+                    gates,
+                    ups,
+                    kind,
+                    scaled,
+                    out[thread],
+                )
+
+
+@serial
+def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
+    """Set ``out`` [n_rows, d_model] to what a gated MLP adds of which each row of inputs reads some neurons.
+
+    Args:
+        x: normalised inputs, float32 [n_rows, d_model].
+        stack: words of the gate's and the up rows' estimates, and of the records, int64 [3, N_WORDS].
+        kind: of the activation, SILU or RELU.
+        n_threads: that share the neurons.
+        threshold: neurons whose estimate is smaller are not read; 0: all are.
+        n_read: int64 [2]; neurons that any row read, and the sum over rows of what each read, are added.
+        out: float32.
+    """
+    n, d_model = x.shape
+    codes, factors, sums = rounded(stack[0], x)
+    starts = np.empty((n, codes.shape[1] // 4), np.int32)
+    if stack[2, BY_CODES]:
+        _starts(codes, stack[2, HALF], starts)
+    parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
+    counts = np.zeros((n_threads, 2), np.int64)
+    _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
+    for thread in range(n_threads):
+        n_read[0] += counts[thread, 0]
+        n_read[1] += counts[thread, 1]
+    for r in range(n):
+        for j in range(d_model):
+            out[r, j] = parts[0, r, j]
+        for thread in range(1, n_threads):
+            for j in range(d_model):
+                out[r, j] += parts[thread, r, j]
+        if stack[2, OUT_BIAS] != 0:
+            for j in range(d_model):
+                out[r, j] += float_at(stack[2, OUT_BIAS] + 4 * j)
+
+
+@serial
+def mlp_by_token(hidden, rows, norm, eps, stack, kind, n_threads, threshold, n_read):
+    """Add such an MLP to some rows of ``hidden``, the residual stream [n_rows, d_model].
+
+    Args:
+        hidden: float32.
+        rows: which rows, [n].
+        norm: weight of the norm before, [d_model].
+        eps: of the norm.
+        stack: see `outputs_by_token`, as are the others.
+        kind: as stack.
+        n_threads: as stack.
+        threshold: as stack.
+        n_read: as stack.
+    """
+    x = np.empty((rows.shape[0], hidden.shape[1]), np.float32)
+    for r in range(rows.shape[0]):
+        normalise(hidden[rows[r]], norm, eps, x[r])
+    added = np.empty(x.shape, np.float32)
+    outputs_by_token(x, stack, kind, n_threads, threshold, n_read, added)
+    for r in range(rows.shape[0]):
+        for j in range(hidden.shape[1]):
+            hidden[rows[r], j] += added[r, j]

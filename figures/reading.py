@@ -1,0 +1,100 @@
+"""Reading by token: quality at the bytes that are read, and speed beside llama.cpp built for the same processor."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from figures.record import Bar, at_least, at_most, record
+from figures.table import REQUIRED, Given, figure
+from figures.tools import coreinfer, output_of, sets_of
+
+FILE = "figures-token.json"
+_KINDS = ("16bit", "int8", "int4")
+_PEERS = {"bf16": "llamacpp:bf16", "int8": "llamacpp:q8_0", "int4": "llamacpp:q4_0"}
+_FASTER = {"bf16": 1.6, "int8": 1.25, "int4": 1.05}
+
+
+@figure(
+    FILE, "DATA", "1 hour for 135 million weights",
+    model=REQUIRED, name=None, data=REQUIRED, rows=6, max_tokens=512,
+)  # fmt: skip
+@click.option("--read-ratio", "read_ratios", type=float, multiple=True, default=(0.6, 0.5, 0.4), show_default=True)
+@click.option("--weights", "kinds", multiple=True, default=_KINDS, show_default=True)
+def quality(given: Given, read_ratios: tuple[float, ...], kinds: tuple[str, ...]) -> None:
+    """KL per token and perplexity, to dense 16-bit weights, and the share of the dense MLP bytes that a token reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "evaluated.json")
+        named = [part for kind in kinds for part in ("--weights", kind)]
+        named += [part for ratio in read_ratios for part in ("--read-ratio", ratio)]
+        shared = ("--model", given.model, "--limit", given.rows, "--max-tokens", given.max_tokens, "--part", "85:100")
+        seen = sets_of(given.data, seen_only=True)
+        both = ("--contender", "dense", "--contender", "all")
+        output_of(coreinfer("evaluate", *seen, *shared, *named, *both, "--out", out))
+        rows = {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
+    facts = {"rows_per_set": given.rows, "n_sets": len(seen), "max_tokens": given.max_tokens}
+    for kind in kinds:
+        dense = rows[f"dense {kind}"]
+        _record(f"{given.name}, {kind}, dense", dense, dense, **facts)
+        for ratio in read_ratios:
+            own = "" if kind == "16bit" else f" {kind}"
+            row = rows[f"all 1 read {ratio:g}{own}"]
+            _record(f"{given.name}, {kind}, read ratio {ratio:g}", row, dense, **facts)
+            title = f"{given.name}, {kind}: share of the neurons that tokens read on unseen rows, at a read ratio of {ratio:g}"
+            within = Bar(f"within 0.02 of {ratio:g}", lambda value, ratio=ratio: abs(value - ratio) <= 0.02)
+            record(title, row["read_ratio"], "of d_ff", within, **facts)
+
+
+def _record(title: str, row: dict[str, Any], dense: dict[str, Any], **facts: Any) -> None:
+    share = row["mlp_bytes_per_token"] / dense["mlp_bytes_per_token"]
+    record(
+        f"{title}: KL per token", row["kl"], f"nats, at {share:.2f} of the dense MLP bytes", None,
+        share_of_bytes=share, ratio=row["ratio"], ratio_interval=row["ratio_interval"], same_top=row["same_top"],
+        mlp_bytes=row["mlp_bytes_per_token"], **facts,
+    )  # fmt: skip
+
+
+@figure(
+    FILE, "a checkpoint, llama-bench built here; a quiet machine", "10 minutes for 1.5 billion weights",
+    model=REQUIRED, name=None, prompt_tokens=128, new_tokens=64, rounds=5,
+)  # fmt: skip
+@click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--read-ratio", type=float, default=0.5, show_default=True)
+@click.option("--weights", type=click.Choice(list(_PEERS)), default="bf16", show_default=True)
+def speed(given: Given, llama_bench: Path, read_ratio: float, weights: str) -> None:
+    """Decode that reads by token over dense decode and over llama.cpp with the same type of weights."""
+    ours, dense, theirs = (
+        f"all:weights={weights}:read_ratio={read_ratio:g}",
+        f"ours-dense:weights={weights}",
+        _PEERS[weights],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "bench.json")
+        sizes = ("--prompt-tokens", given.prompt_tokens, "--new-tokens", given.new_tokens, "--rounds", given.rounds)
+        named = (part for each in (ours, dense, theirs) for part in ("--contender", each))
+        peer = ("--llama-bench", llama_bench, "--threads", 2, "--out", out, "--folder", folder)
+        output_of(coreinfer("bench", "--model", given.model, *sizes, *peer, *named))
+        result = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["contender"]: row for row in result["contenders"]}
+    missing = [f"{row['contender']}: {row['error']}" for row in rows.values() if "error" in row]
+    if missing:
+        raise click.ClickException(f"there is no figure, as {'; '.join(missing)}")
+    what = (
+        "tokens_per_second",
+        "tokens_per_second_lowest",
+        "tokens_per_second_highest",
+        "bytes_per_token",
+        "peak_bytes",
+    )
+    facts = {"of_each": {name: {key: row[key] for key in what} for name, row in rows.items()}}
+    facts["bandwidth_gb_per_s"] = result["bandwidth_gb_per_s"]
+    title = f"{given.name}, {given.prompt_tokens} tokens of context, {weights} at a read ratio of {read_ratio:g}: decode over"
+    for peer_name, bar in ((theirs, at_least(_FASTER[weights])), (dense, None)):
+        ratio = rows[ours]["tokens_per_second"] / rows[peer_name]["tokens_per_second"]
+        record(f"{title} {peer_name}", ratio, "×, of medians", bar, **facts)
+    memory = rows[ours]["peak_bytes"] / rows[dense]["peak_bytes"]
+    record(f"{title} {dense}: peak memory", memory, "×", at_most(1.2), **facts)
