@@ -21,7 +21,7 @@ from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.streaming import SCRATCH
 
 MIB = 1 << 20
-_RESERVE = 32 * MIB
+_RESERVE = 48 * MIB
 """What a run holds besides: generate's own objects, holes in the heap, the libraries' work buffers."""
 _DEVICE_RESERVE = 128 * MIB
 """The same on a GPU: the libraries' work buffers, holes in the allocator's blocks."""
