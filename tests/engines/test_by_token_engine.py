@@ -260,6 +260,8 @@ def test_what_is_dense_stays_dense(encoder):
 
 
 def test_what_was_measured_is_kept(monkeypatch, cache):
+    for path in (cache / "thresholds").glob("*"):  # other tests measure the same weights on other texts
+        path.unlink()
     first = engine_of("llama", "int8")
 
     def never():
@@ -271,9 +273,8 @@ def test_what_was_measured_is_kept(monkeypatch, cache):
     assert torch.equal(forced(first, ids, reading(0.3))[0], forced(later, ids, reading(0.3))[0])
     for path in (cache / "thresholds").iterdir():
         path.write_text("{")
-    anew = engine_of("llama", "int8")  # sums of another order may move a count from bin to bin
-    shares = [forced(engine, ids, reading(0.3))[1].read_ratio for engine in (first, anew)]
-    assert shares[0] == pytest.approx(shares[1], abs=0.02)
+    anew = engine_of("llama", "int8")
+    assert torch.equal(forced(first, ids, reading(0.3))[0], forced(anew, ids, reading(0.3))[0])
 
 
 def test_packed_weights_are_taken_over_where_what_was_measured_is_kept():

@@ -24,7 +24,6 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "relu": RELU}
 _ROUNDED = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_0"}
 _HEAD = {Weights.INT8: "Q8_0", Weights.INT4: "Q6_0"}  # an output head loses most by few bits
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _SPARE = 256  # positions by which the table of angles grows
 
 
@@ -139,7 +138,10 @@ class LeanModel:
     def token_mlp(self, number: int) -> TokenMLP:
         """Return the MLP of a layer of which tokens read a share, made when it is first used."""
         if number not in self._by_token:
-            modules = [self._model.get_submodule(f"model.layers.{number}.mlp.{name}") for name in _PROJECTIONS]
+            modules = [
+                self._model.get_submodule(f"model.layers.{number}.mlp.{name}")
+                for name in self._layers[number].projections
+            ]
             weights = [module.weight for module in modules]
             if self._weights is Weights.BF16:
                 weights = [weight.to(torch.bfloat16) for weight in weights]

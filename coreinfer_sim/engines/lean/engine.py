@@ -60,7 +60,8 @@ class LeanEngine(Engine):
         super().__init__(model, layers, config)
         warm_up(model.dtype)  # now, rather than within the first text
         self._weights = LeanModel(model, layers, config.weights)
-        self._words: dict[int, tuple[Prepared, Array, Array]] = {}
+        self._ready: dict[int, tuple[Prepared, list[LeanMLP], Array, Array]] = {}
+        """By prepared selection: all layers' MLPs, their words, int64 [n_layers, 3, N_WORDS], and thresholds."""
         self._cache = GrowingCache()
         self._histograms: Histograms | None = None
 
@@ -203,9 +204,7 @@ class LeanEngine(Engine):
         picked = torch.from_numpy(rows)
         hidden = weights.embedded(inputs.ids[picked, 0]).numpy().copy()
         cos, sin = (part.numpy() for part in weights.angles(inputs.positions[picked]))
-        of_parts, thresholds = (
-            np.stack(each) for each in zip(*(self._mlp_words(own) for _, own in parts), strict=True)
-        )
+        of_parts, thresholds = (np.stack(each) for each in zip(*(self._mlps(own)[1:] for _, own in parts), strict=True))
         n_read = np.zeros((*thresholds.shape, 2), np.int64)
         n_rows = len(inputs.ids)
         made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
@@ -228,10 +227,14 @@ class LeanEngine(Engine):
         self._read += BytesRead(other=n_exact * weights.head.n_bytes // weights.head.n_out)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=inputs.cache)
 
-    def _mlps(self, prepared: Prepared) -> list[LeanMLP]:
-        """Return all layers' MLPs."""
-        whole = self._weights.token_mlp if prepared.selection.read_ratio < 1 else self._weights.dense_mlp
-        return [prepared.layers[n] if n in prepared.layers else whole(n) for n in range(len(self.layers))]
+    def _mlps(self, prepared: Prepared) -> tuple[list[LeanMLP], Array, Array]:
+        """Return all layers' MLPs, their words and thresholds, made once a text."""
+        if id(prepared) not in self._ready:
+            whole = self._weights.token_mlp if prepared.selection.read_ratio < 1 else self._weights.dense_mlp
+            mlps = [prepared.layers[n] if n in prepared.layers else whole(n) for n in range(len(self.layers))]
+            words = np.stack([mlp.words for mlp in mlps])
+            self._ready[id(prepared)] = prepared, mlps, words, self._thresholds(prepared, mlps)
+        return self._ready[id(prepared)][1:]
 
     def _thresholds(self, prepared: Prepared, mlps: Sequence[LeanMLP]) -> Array:
         """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are; negative: of a whole MLP."""
@@ -242,18 +245,10 @@ class LeanEngine(Engine):
             found = self._histograms.thresholds(ratio)
         return np.where([isinstance(mlp, TokenMLP) for mlp in mlps], found, np.float32(-1))
 
-    def _mlp_words(self, prepared: Prepared) -> tuple[Array, Array]:
-        """Return the words of all layers' MLPs, int64 [n_layers, 3, N_WORDS], and their thresholds."""
-        if id(prepared) not in self._words:
-            mlps = self._mlps(prepared)
-            words = np.stack([mlp.words for mlp in mlps])
-            self._words[id(prepared)] = prepared, words, self._thresholds(prepared, mlps)
-        return self._words[id(prepared)][1:]
-
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""
-        mlps, n_read = self._mlps(prepared), np.zeros((len(self.layers), 2), np.int64)
-        thresholds = self._thresholds(prepared, mlps)
+        mlps, _, thresholds = self._mlps(prepared)
+        n_read = np.zeros((len(self.layers), 2), np.int64)
 
         def mlp(number: int, x: torch.Tensor) -> torch.Tensor:
             own = mlps[number]
@@ -280,12 +275,12 @@ class LeanEngine(Engine):
             n_read: neurons of each layer that any row of a part has read, and the sum over its rows, [n_parts, n_layers, 2].
             n_steps: how many.
         """
-        if not any(isinstance(mlp, TokenMLP) for _, prepared in groups for mlp in self._mlps(prepared)):
+        if all(bool((self._mlps(prepared)[2] < 0).all()) for _, prepared in groups):
             self.count(groups, n_steps)
             return
         n_bytes, n_neurons, whole = 0, 0, {}
         for (rows, prepared), of_part in zip(parts, n_read.tolist(), strict=True):
-            for mlp, (by_any, by_all) in zip(self._mlps(prepared), of_part, strict=True):
+            for mlp, (by_any, by_all) in zip(self._mlps(prepared)[0], of_part, strict=True):
                 if isinstance(mlp, TokenMLP):
                     estimated = mlp.packed or prepared.selection.read_ratio < 1
                     n_bytes += mlp.estimate_bytes * n_steps * estimated + by_any * mlp.record_bytes
@@ -299,7 +294,7 @@ class LeanEngine(Engine):
     def release(self) -> None:
         """Let go of the latest call's cache."""
         self._cache.release()
-        self._words = {}
+        self._ready = {}
         super().release()
 
     def _modules(self, layers: Mapping[int, LeanMLP]) -> dict[int, Projections]:
