@@ -42,6 +42,11 @@ class Weightless:
         assert place is not None  # as the model is whole
         return self.tensors.read(place, dtype)
 
+    def bias(self, module: str) -> torch.Tensor | None:
+        """Return the bias of a linear module in the model's type, or None if it has none."""
+        has_one = self.model.get_submodule(module).bias is not None
+        return self.read(f"{module}.bias", self.model.dtype) if has_one else None
+
     def codes(self, module: str) -> QuantisedTensor | None:
         """Return the codes of a module's weights as a GGUF file holds them; None: it holds other weights."""
         return self.tensors.codes.get(module) if isinstance(self.tensors, GGUFCheckpoint) else None

@@ -122,16 +122,20 @@ def test_without_room_weights_by_token_are_laid_out_in_memory(checkpoint, cache)
     assert text_of(checkpoint, weights="int4", **BY_TOKEN) == text
 
 
-def test_codes_of_a_file_are_not_read_by_token(cache, quantised_file):
-    path = quantised_file("q8_0")
-    with pytest.raises(ConfigError, match=r"is a GGUF file, .* take bf16, int8 or int4 weights\.$"):
-        text_of(path, **BY_TOKEN)
-    assert text_of(path, weights="int8", **BY_TOKEN) != text_of(path, weights="int8")
-    with (
-        pytest.raises(ConfigError, match="the weights are codes of a GGUF file; take bf16, int8 or int4 weights"),
-        coreinfer_sim.load(None, load_model(str(path), "stored"), **BY_TOKEN),
-    ):
-        pass
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "bf16"])
+def test_codes_of_a_file_are_read_by_token(kind, cache, quantised_file):
+    """Laid out or in memory; and a later start maps the same."""
+    path, first, second = quantised_file(kind), Said(), Said()
+    text = text_of(path, first, **BY_TOKEN)
+    assert "once" in first.lines[-1]
+    assert text_of(path, second, **BY_TOKEN) == text and not second.lines
+    assert text != text_of(path)  # where all are read
+    with coreinfer_sim.load(None, load_model(str(path), "stored"), **BY_TOKEN) as generator:
+        generator.take_over()
+        assert generator.generate(PROMPT, max_new_tokens=12, ignore_eos=True).text == text
+    with coreinfer_sim.load(None, str(path), mode="all") as whole:
+        expected = text_of(path)
+        assert whole.generate(PROMPT, max_new_tokens=12, ignore_eos=True).text == expected
 
 
 def test_a_model_that_was_opened_without_a_read_ratio_says_so(checkpoint, cache):

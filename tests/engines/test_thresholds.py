@@ -20,6 +20,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "thresholds"
 
 
+TEXTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+
+
 def histograms(*of_layers):
     found = Histograms.empty(len(of_layers))
     for layer, values in enumerate(of_layers):
@@ -71,14 +74,19 @@ def test_values_are_left_as_they_were():
 
 def test_histograms_are_kept_and_read_again(folder):
     found = histograms(torch.rand(100), torch.rand(50))
-    assert kept_histograms("abc", "Q8_0 high", 2) is None
-    keep_histograms(found, "abc", "Q8_0 high")
+    assert kept_histograms("abc", "Q8_0 high", TEXTS, 2) is None
+    keep_histograms(found, "abc", "Q8_0 high", TEXTS)
     (path,) = folder.iterdir()
     assert " " not in path.name
-    again = kept_histograms("abc", "Q8_0 high", 2)
+    again = kept_histograms("abc", "Q8_0 high", TEXTS, 2)
     assert again is not None and (again.counts == found.counts).all()
     assert (again.thresholds(0.3) == found.thresholds(0.3)).all()
-    for other in (("abd", "Q8_0 high", 2), ("abc", "Q4_0 high", 2), ("abc", "Q8_0 high", 3)):
+    for other in (
+        ("abd", "Q8_0 high", TEXTS, 2),
+        ("abc", "Q4_0 high", TEXTS, 2),
+        ("abc", "Q8_0 high", TEXTS[:1], 2),
+        ("abc", "Q8_0 high", TEXTS, 3),
+    ):
         assert kept_histograms(*other) is None
 
 
@@ -102,16 +110,16 @@ def test_histograms_are_kept_and_read_again(folder):
 )
 def test_damaged_files_are_passed_over(content, folder):
     found = histograms(torch.rand(100), torch.rand(50))
-    keep_histograms(found, "abc", "float32")
+    keep_histograms(found, "abc", "float32", TEXTS)
     (path,) = folder.iterdir()
     path.write_bytes(content)
-    assert kept_histograms("abc", "float32", 2) is None
-    keep_histograms(found, "abc", "float32")
-    assert kept_histograms("abc", "float32", 2) is not None
+    assert kept_histograms("abc", "float32", TEXTS, 2) is None
+    keep_histograms(found, "abc", "float32", TEXTS)
+    assert kept_histograms("abc", "float32", TEXTS, 2) is not None
 
 
 def test_no_place_is_no_failure(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("a file where a folder should be")
     monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path / "file"))
-    keep_histograms(histograms(torch.rand(10)), "abc", "float32")
-    assert kept_histograms("abc", "float32", 1) is None
+    keep_histograms(histograms(torch.rand(10)), "abc", "float32", TEXTS)
+    assert kept_histograms("abc", "float32", TEXTS, 1) is None

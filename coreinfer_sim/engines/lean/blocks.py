@@ -14,7 +14,7 @@ from coreinfer_sim.engines.lean.compact import GatedMLP
 from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
 from coreinfer_sim.engines.lean.intrinsics import RELU, SILU
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, from_codes, vector
-from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP, of_weights
+from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP, of_stored, of_weights
 from coreinfer_sim.models.mlps import MLPLayer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -23,6 +23,8 @@ _ROPES = ("default", "linear", "llama3", "yarn")  # those whose angles depend on
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "relu": RELU}
 _ROUNDED = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_0"}
+TOKEN_KINDS = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_1"}
+"""The formats to which MLPs are rounded that tokens read by neuron: two bits tell more of a code above a minimum."""
 _HEAD = {Weights.INT8: "Q8_0", Weights.INT4: "Q6_0"}  # an output head loses most by few bits
 _SPARE = 256  # positions by which the table of angles grows
 
@@ -146,8 +148,13 @@ class LeanModel:
             if self._weights is Weights.BF16:
                 weights = [weight.to(torch.bfloat16) for weight in weights]
             biases = (modules[0].bias, modules[1].bias, modules[2].bias)
-            kind = rounded_kind("", self._weights)
-            self._by_token[number] = of_weights((weights[0], weights[1], weights[2]), biases, kind)
+            if self._weights is Weights.STORED:
+                own = getattr(self._model, "own_codes", {})
+                codes = [own.get(f"model.layers.{number}.mlp.{name}") for name in self._layers[number].projections]
+                mlp = of_stored(codes, lambda part, dtype: weights[part].to(dtype or weights[part].dtype), biases)
+            else:
+                mlp = of_weights((weights[0], weights[1], weights[2]), biases, TOKEN_KINDS.get(self._weights))
+            self._by_token[number] = mlp
         return self._by_token[number]
 
     def hold_once(self) -> None:
@@ -160,8 +167,6 @@ class LeanModel:
             return "the MLP weights lie on the disk"
         if getattr(self._model, "laid_out", {}) and not getattr(self._model, "laid_out_mlps", {}):
             return "the model was opened without a read ratio"
-        if self._weights is Weights.STORED and getattr(self._model, "own_codes", {}):
-            return "the weights are codes of a GGUF file; take bf16, int8 or int4 weights"
         return None
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:

@@ -13,25 +13,25 @@ from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, 
 from coreinfer_sim.engines.lean.kernels import call_five, call_rows
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
 
-ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, HALF, N_OUTPUTS, OUT_BIAS, OUT_NORMS = range(11)
+ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, MIDDLE, N_OUTPUTS, OUT_BIAS, OUT_NORMS = range(11)
 """Places in the words of a layer's records: addresses of the products with two rows and of what adds one to the outputs; address
 of the first record, and bytes of each; where its up row and its output row begin; of rows that complete the estimate's codes
-the address of what multiplies their scales (0: they are floats), and half of what they can add to a code; outputs that a
-record holds; addresses of the outputs' bias (0: none) and of ‖w_out‖."""
+the address of what multiplies their scales (0: they are floats), and twice the middle of what they can add to a code; outputs
+that a record holds; addresses of the outputs' bias (0: none) and of ‖w_out‖."""
 BY_CODES = SCALED
 _TILES = 16  # whose neurons are estimated before the chosen among them are read
 _AHEAD = 2  # chosen neurons by which a record is asked for before it is read
 
 
 @parallel
-def _starts(codes, half, out):
-    """Set ``out`` [n_rows, n_in / 4] to what ``half`` in place of each code makes of four inputs, negative."""
+def _starts(codes, middle, out):
+    """Set ``out`` [n_rows, n_in / 4] to what ``middle`` in place of each code makes of four inputs, negative."""
     for r in prange(out.shape[0]):
         for j in range(out.shape[1]):
             total = np.int32(0)
             for i in range(4 * j, 4 * j + 4):
                 total += np.int32(codes[r, i])
-            out[r, j] = -half * total
+            out[r, j] = -middle * total
 
 
 @inline
@@ -56,7 +56,7 @@ def _chosen(gates, ups, norms, first, threshold, kind, reads, places):
 
 @inline
 def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
-    """Add the chosen neurons to the outputs; ``scaled`` [n_rows, 2, n_blocks, 16] is room for a tile's scales."""
+    """Add the chosen neurons to the outputs; ``scaled`` [n_rows, 2, 2 n_blocks, 16] is room for a tile's scales."""
     own = stack[2]
     n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[1]
     room = np.zeros(2, np.float32)
@@ -103,7 +103,7 @@ def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts
         gates = np.empty((n_rows, 16 * _TILES), np.float32)
         ups = np.empty((n_rows, 16 * _TILES), np.float32)
         places = np.empty(16 * _TILES, np.int64)
-        scaled = np.empty((n_rows, 2, factors.shape[1], 16), np.float32)
+        scaled = np.empty((n_rows, 2, 2 * factors.shape[1], 16), np.float32)
         end = (thread + 1) * n_tiles // n_threads
         for begin in range(thread * n_tiles // n_threads, end, _TILES):
             first, last = 16 * begin, min(n_ff, 16 * min(end, begin + _TILES))
@@ -158,7 +158,7 @@ def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
     codes, factors, sums = rounded(stack[0], x)
     starts = np.empty((n, codes.shape[1] // 4), np.int32)
     if stack[2, BY_CODES]:
-        _starts(codes, stack[2, HALF], starts)
+        _starts(codes, stack[2, MIDDLE], starts)
     parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
     _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)

@@ -89,17 +89,18 @@ class LeanEngine(Engine):
             return
         fingerprint, n_layers = weights_checksum(self.layers), len(self.layers)
         # all are laid out now: later their weights may have been taken over
-        kind = [self._weights.token_mlp(number).kind for number in range(n_layers)][0]
-        found = kept_histograms(fingerprint, kind, n_layers)
+        kind = "-".join(sorted({self._weights.token_mlp(number).kind for number in range(n_layers)}))
+        texts = passages()
+        found = kept_histograms(fingerprint, kind, texts, n_layers)
         if found is None:
-            progress, texts = progress or Progress(), passages()
+            progress = progress or Progress()
             progress.start("Measuring what tokens need", len(texts), "passages")
             found = Histograms.empty(n_layers)
             for ids in texts:
                 self._measure(ids, found)
                 progress.advance(1)
             progress.finish()
-            keep_histograms(found, fingerprint, kind)
+            keep_histograms(found, fingerprint, kind, texts)
         self._histograms = found
 
     def _measure(self, ids: torch.Tensor, found: Histograms) -> None:

@@ -8,7 +8,8 @@ which four inputs of the first row are followed by four of the second, and so on
 - of 5 and 6 bits: the lower four bits likewise; then the rest, 1 bit (64 bytes, group ``j`` at bit ``j``) or 2 bits
   (128 bytes, group ``j`` in vector ``j // 4`` at bit ``2 (j % 4)``);
 - of 8 bits: 512 bytes;
-- of 2 bits: 128 bytes, group ``j`` in vector ``j // 4`` at bit ``2 (j % 4)``.
+- of 2 bits: 128 bytes, group ``j`` in vector ``j // 4`` at bit ``2 (j % 4)``; of 3 bits likewise, then 64 bytes with the third,
+  group ``j`` at bit ``j``.
 
 A high plane holds the upper bits of a type's codes in this way, with the scales; the lower bits lie elsewhere, row by row
 (`planes`).
@@ -20,7 +21,7 @@ Scales lie beside the codes in the same order, sixteen rows at a time. The types
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
@@ -30,6 +31,10 @@ BLOCK = 32
 """Inputs whose products are summed as integers."""
 SUPER = 256
 """Inputs that share a scale of scales, in the types that have such."""
+
+
+GROUP = 64
+"""Inputs of one row whose lower bits are read at once."""
 
 
 class Scales(Enum):
@@ -45,7 +50,7 @@ class Scales(Enum):
     """signed 8-bit scale every 16 inputs, float16 scale of those every 256: d · scale · (code - offset)."""
 
 
-_CODE_BYTES = {2: 128, 4: 256, 5: 320, 6: 384, 8: 512}
+_CODE_BYTES = {2: 128, 3: 192, 4: 256, 5: 320, 6: 384, 8: 512}
 _SCALE_BYTES = {Scales.HALF: 32, Scales.HALF_MIN: 64, Scales.SUPER_MIN: 64 + 8 * 32, Scales.SUPER_HALVES: 32 + 16 * 16}
 
 
@@ -59,7 +64,7 @@ class Format:
     """What is subtracted from a whole code."""
     scales: Scales
     low_bits: int = 0
-    """Bits of each code that lie elsewhere; half of what they can add stands for them."""
+    """Bits of each code that lie elsewhere; the middle of what they can add stands for them."""
 
     @property
     def step(self) -> int:
@@ -67,9 +72,9 @@ class Format:
         return 1 << self.low_bits
 
     @property
-    def zero(self) -> int:
-        """What is subtracted from ``step`` times the code."""
-        return self.offset - self.step // 2
+    def zero(self) -> float:
+        """What is subtracted from ``step`` times the code; twice that is whole."""
+        return self.offset - (self.step - 1) / 2
 
     @property
     def code_bytes(self) -> int:
@@ -79,7 +84,7 @@ class Format:
     @property
     def filled(self) -> int:
         """A matrix has a multiple of so many inputs."""
-        return 64 * 8 // self.low_bits if self.low_bits else self.span
+        return max(self.span, GROUP) if self.low_bits else self.span
 
     @property
     def span(self) -> int:
@@ -97,19 +102,23 @@ class Format:
         return list(FORMATS).index(self.name)
 
 
-FORMATS = {
-    format_.name: format_
-    for format_ in (
-        Format("Q4_0", 4, 8, Scales.HALF),
-        Format("Q4_1", 4, 0, Scales.HALF_MIN),
-        Format("Q5_0", 5, 16, Scales.HALF),
-        Format("Q5_1", 5, 0, Scales.HALF_MIN),
-        Format("Q6_0", 6, 32, Scales.HALF),
-        Format("Q8_0", 8, 128, Scales.HALF),
-        Format("Q4_K", 4, 0, Scales.SUPER_MIN),
-        Format("Q5_K", 5, 0, Scales.SUPER_MIN),
-        Format("Q6_K", 6, 32, Scales.SUPER_HALVES),
-        Format("Q8_0 high", 4, 128, Scales.HALF, 4),
-        Format("Q4_0 high", 2, 8, Scales.HALF, 2),
-    )
-}
+_WHOLE = (
+    Format("Q4_0", 4, 8, Scales.HALF),
+    Format("Q4_1", 4, 0, Scales.HALF_MIN),
+    Format("Q5_0", 5, 16, Scales.HALF),
+    Format("Q5_1", 5, 0, Scales.HALF_MIN),
+    Format("Q6_0", 6, 32, Scales.HALF),
+    Format("Q8_0", 8, 128, Scales.HALF),
+    Format("Q4_K", 4, 0, Scales.SUPER_MIN),
+    Format("Q5_K", 5, 0, Scales.SUPER_MIN),
+    Format("Q6_K", 6, 32, Scales.SUPER_HALVES),
+)
+_LOW_BITS = {4: 2, 5: 2, 6: 2, 8: 4}
+"""Of whole codes of so many bits."""
+_PLANES = tuple(
+    replace(whole, name=f"{whole.name} high", bits=whole.bits - _LOW_BITS[whole.bits], low_bits=_LOW_BITS[whole.bits])
+    for whole in _WHOLE
+)
+FORMATS = {format_.name: format_ for format_ in (*_WHOLE, *_PLANES)}
+HIGH = {whole.name: plane.name for whole, plane in zip(_WHOLE, _PLANES, strict=True)}
+"""The formats of high planes, by those of whole codes."""

@@ -173,7 +173,7 @@ def summed_products(
 def line_product(builder: Builder, how: Products, codes: Value, inputs: Value, start: Value) -> Value:
     """Return int32 [16]: of four unsigned bytes of ``codes`` and signed ones of ``inputs`` each the products' sum, plus start.
 
-    Codes have four bits at most.
+    Codes are less than 128.
     """
     n = {Products.VNNI_512: 16, Products.VNNI_256: 8, Products.AVX2: 8, Products.DOT: 4, Products.PLAIN: 16}[how]
     made = []
@@ -231,7 +231,7 @@ def _by_pairs(
     wide = intrinsic(builder, "llvm.x86.avx2.pmadd.wd", numbers, [words, words])
     signed = intrinsic(builder, "llvm.x86.avx2.psign.b", bytes_, [bytes_, bytes_])
     magnitude = intrinsic(builder, "llvm.abs.v32i8", bytes_, [bytes_, I1])
-    most = {2: 8, 4: 8, 5: 4, 6: 2, 8: 1}[bits]
+    most = {2: 8, 3: 8, 4: 8, 5: 4, 6: 2, 8: 1}[bits]
     start = ir.Constant(I32, 0) if bits == 8 else _start(builder, total, offset)
     sums, pending = [repeated(builder, start, 8)] * 2, [None, None]
     for number, (code, four) in enumerate(zip(codes, inputs, strict=True)):

@@ -25,10 +25,9 @@ from coreinfer_sim.engines.lean.record_code import (
     emit_add_floats,
     emit_float_rows,
     emit_low_rows,
-    emit_scales,
 )
 from coreinfer_sim.engines.lean.rows import FLOATS, emit_mixed, emit_rows, emit_widened
-from coreinfer_sim.engines.lean.tiles import Inputs, emit_product, emit_unpacked
+from coreinfer_sim.engines.lean.tiles import Inputs, emit_product, emit_scales, emit_unpacked
 
 MANY = 4
 """Rows of inputs that one reading of a tile serves."""
@@ -44,11 +43,11 @@ def host_products() -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _product(_context, _made_from, number, n_x, weights, scales, x, codes, factors, sums, n_in, n_rows, out, stride):
+def _product(_context, number, n_x, weights, scales, x, codes, factors, sums, n_in, n_rows, out, stride):
     name, n = _NAMES[number.literal_value], n_x.literal_value
 
     def code(context, builder, _signature, args):
-        w, s, x, q, f, t, n_in, n_rows, out, stride = args[3:]
+        w, s, x, q, f, t, n_in, n_rows, out, stride = args[2:]
         weights, scales = (builder.inttoptr(each, I8.as_pointer()) for each in (w, s))
         result = builder.inttoptr(out, F32.as_pointer())
         if name in FLOATS:
@@ -61,54 +60,54 @@ def _product(_context, _made_from, number, n_x, weights, scales, x, codes, facto
             emit_product(builder, format_, host_products(), n, weights, scales, inputs, n_in, result, stride)
         return context.get_dummy_value()
 
-    return types.void(_made_from, number, n_x, *[types.int64] * 10), code
+    return types.void(number, n_x, *[types.int64] * 10), code
 
 
 @intrinsic(prefer_literal=True)
-def _unpacked(_context, _made_from, number, weights, scales, n_in, out, stride):
+def _unpacked(_context, number, weights, scales, n_in, out, stride):
     format_ = FORMATS[_NAMES[number.literal_value]]
 
     def code(context, builder, _signature, args):
-        w, s, n_in, out, stride = args[2:]
+        w, s, n_in, out, stride = args[1:]
         weights, scales = (builder.inttoptr(each, I8.as_pointer()) for each in (w, s))
         emit_unpacked(builder, format_, weights, scales, n_in, builder.inttoptr(out, F32.as_pointer()), stride)
         return context.get_dummy_value()
 
-    return types.void(_made_from, number, *[types.int64] * 5), code
+    return types.void(number, *[types.int64] * 5), code
 
 
 @intrinsic(prefer_literal=True)
-def _mixed(_context, _made_from, number, rows, factors, n_in, n_rows, out):
+def _mixed(_context, number, rows, factors, n_in, n_rows, out):
     name = _NAMES[number.literal_value]
 
     def code(context, builder, _signature, args):
-        rows, factors, n_in, n_rows, out = args[2:]
+        rows, factors, n_in, n_rows, out = args[1:]
         result, by = (builder.inttoptr(each, F32.as_pointer()) for each in (out, factors))
         emit_mixed(builder, name, builder.inttoptr(rows, I8.as_pointer()), by, n_in, n_rows, result)
         return context.get_dummy_value()
 
-    return types.void(_made_from, number, *[types.int64] * 5), code
+    return types.void(number, *[types.int64] * 5), code
 
 
 @intrinsic(prefer_literal=True)
-def _widened(_context, _made_from, number, values, n, out):
+def _widened(_context, number, values, n, out):
     name = _NAMES[number.literal_value]
 
     def code(context, builder, _signature, args):
-        values, n, out = args[2:]
+        values, n, out = args[1:]
         from_, to = builder.inttoptr(values, I8.as_pointer()), builder.inttoptr(out, F32.as_pointer())
         emit_widened(builder, name, from_, n, to)
         return context.get_dummy_value()
 
-    return types.void(_made_from, number, *[types.int64] * 3), code
+    return types.void(number, *[types.int64] * 3), code
 
 
 @intrinsic(prefer_literal=True)
-def _rows(_context, _made_from, number, rows, second, scales, x, codes, starts, n_in, out, following):
+def _rows(_context, number, rows, second, scales, x, codes, starts, n_in, out, following):
     name = _NAMES[number.literal_value]
 
     def code(context, builder, _signature, args):
-        rows, second, scales, x, codes, starts, n_in, out, following = args[2:]
+        rows, second, scales, x, codes, starts, n_in, out, following = args[1:]
         rows, scales, x, codes, starts, following = (
             builder.inttoptr(each, I8.as_pointer()) for each in (rows, scales, x, codes, starts, following)
         )
@@ -116,41 +115,42 @@ def _rows(_context, _made_from, number, rows, second, scales, x, codes, starts, 
         if name in FLOATS:
             emit_float_rows(builder, name, rows, second, x, n_in, result, following)
         else:
-            how, n_bits = host_products(), FORMATS[name].low_bits
-            emit_low_rows(builder, n_bits, how, rows, second, scales, codes, starts, n_in, result, following)
+            how, format_ = host_products(), FORMATS[name]
+            emit_low_rows(builder, format_, how, rows, second, scales, codes, starts, n_in, result, following)
         return context.get_dummy_value()
 
-    return types.void(_made_from, number, *[types.int64] * 9), code
-
-
-@intrinsic
-def _scaled(_context, _made_from, scales, factors, n_blocks, out):
-    def code(context, builder, _signature, args):
-        scales, factors, n_blocks, out = args[1:]
-        by, result = (builder.inttoptr(each, F32.as_pointer()) for each in (factors, out))
-        emit_scales(builder, builder.inttoptr(scales, I8.as_pointer()), by, n_blocks, result)
-        return context.get_dummy_value()
-
-    return types.void(_made_from, *[types.int64] * 4), code
+    return types.void(number, *[types.int64] * 9), code
 
 
 @intrinsic(prefer_literal=True)
-def _added(_context, _made_from, number, row, factor, n, out, following):
+def _scaled(_context, number, scales, factors, n_blocks, out):
+    format_ = FORMATS[_NAMES[number.literal_value]]
+
+    def code(context, builder, _signature, args):
+        scales, factors, n_blocks, out = args[1:]
+        by, result = (builder.inttoptr(each, F32.as_pointer()) for each in (factors, out))
+        emit_scales(builder, format_, builder.inttoptr(scales, I8.as_pointer()), by, n_blocks, result)
+        return context.get_dummy_value()
+
+    return types.void(number, *[types.int64] * 4), code
+
+
+@intrinsic(prefer_literal=True)
+def _added(_context, number, row, factor, n, out, following):
     name = _NAMES[number.literal_value]
 
     def code(context, builder, _signature, args):
-        row, factor, n, out, following = args[2:]
+        row, factor, n, out, following = args[1:]
         row, following = (builder.inttoptr(each, I8.as_pointer()) for each in (row, following))
         by = builder.load(builder.inttoptr(factor, F32.as_pointer()))
         result = builder.inttoptr(out, F32.as_pointer())
         if name in FLOATS:
             emit_add_floats(builder, name, row, by, n, result, following)
         else:
-            n_bits = 2 * FORMATS[name].low_bits  # those of the whole codes
-            emit_add_codes(builder, n_bits, row, by, n, result, following)
+            emit_add_codes(builder, FORMATS[name].bits, row, by, n, result, following)
         return context.get_dummy_value()
 
-    return types.void(_made_from, number, *[types.int64] * 5), code
+    return types.void(number, *[types.int64] * 5), code
 
 
 def _calling(n: int) -> Any:
@@ -179,8 +179,15 @@ call_rows = _calling(9)
 """Call what `rows_address` has named with a tuple of its nine arguments."""
 
 
-def _kept(signature: Any, function: Any) -> int:
-    """Compile a function that C can call, kept on the disk where there is a place for it; return its address."""
+def _kept(signature: Any, function: Any, *made_for: str | int) -> int:
+    """Compile a function that C can call, kept on the disk where there is a place for it; return its address.
+
+    Each is kept in files of its own: numba numbers the functions of one name, and two processes that compile at the same time
+    would give one number to two of them.
+    """
+    function.__qualname__ = "-".join(
+        str(each).replace(" ", "-") for each in (function.__name__, *made_for, _made_from())
+    )
     try:
         made = numba.cfunc(signature, cache=True, error_model="numpy")(function)
     except RuntimeError:
@@ -209,45 +216,45 @@ def product_address(name: str, n_x: int) -> int:
     n_in, a multiple of the type's span; rows of the tile; address of the first output; floats from one row of outputs to
     the next.
     """
-    number, made_from = _NAMES.index(name), _made_from()
+    number = _NAMES.index(name)
 
     def product(w, s, x, q, f, t, n_in, n_rows, out, stride):
-        _product(made_from, number, n_x, w, s, x, q, f, t, n_in, n_rows, out, stride)
+        _product(number, n_x, w, s, x, q, f, t, n_in, n_rows, out, stride)
 
-    return _kept(_PRODUCT, product)
+    return _kept(_PRODUCT, product, name, n_x)
 
 
 @functools.cache
 def unpacked_address(name: str) -> int:
     """Return the address of what widens a tile: addresses of weights and scales, n_in, address of the result, its stride."""
-    number, made_from = _NAMES.index(name), _made_from()
+    number = _NAMES.index(name)
 
     def unpacked(w, s, n_in, out, stride):
-        _unpacked(made_from, number, w, s, n_in, out, stride)
+        _unpacked(number, w, s, n_in, out, stride)
 
-    return _kept(_FIVE, unpacked)
+    return _kept(_FIVE, unpacked, name)
 
 
 @functools.cache
 def mixed_address(name: str) -> int:
     """Return the address of a weighted sum of rows of a floating type: addresses of rows and factors, n_in, n_rows, result."""
-    number, made_from = _NAMES.index(name), _made_from()
+    number = _NAMES.index(name)
 
     def mixed(rows, factors, n_in, n_rows, out):
-        _mixed(made_from, number, rows, factors, n_in, n_rows, out)
+        _mixed(number, rows, factors, n_in, n_rows, out)
 
-    return _kept(_FIVE, mixed)
+    return _kept(_FIVE, mixed, name)
 
 
 @functools.cache
 def widened_address(name: str) -> int:
     """Return the address of what widens values of a floating type: addresses of the values, their number, the result."""
-    number, made_from = _NAMES.index(name), _made_from()
+    number = _NAMES.index(name)
 
     def widened(values, n, out):
-        _widened(made_from, number, values, n, out)
+        _widened(number, values, n, out)
 
-    return _kept(types.void(*[types.int64] * 3), widened)
+    return _kept(types.void(*[types.int64] * 3), widened, name)
 
 
 @functools.cache
@@ -257,34 +264,34 @@ def rows_address(name: str) -> int:
     Its arguments: address of the first row, and bytes to the second; addresses of scales, of x, its codes and starts; n_in;
     addresses of the two results and of the record that is read next. See `record_code`.
     """
-    number, made_from = _NAMES.index(name), _made_from()
+    number = _NAMES.index(name)
 
     def products(rows, second, scales, x, codes, starts, n_in, out, following):
-        _rows(made_from, number, rows, second, scales, x, codes, starts, n_in, out, following)
+        _rows(number, rows, second, scales, x, codes, starts, n_in, out, following)
 
-    return _kept(types.void(*[types.int64] * 9), products)
+    return _kept(types.void(*[types.int64] * 9), products, name)
 
 
 @functools.cache
-def scales_address() -> int:
-    """Return the address of `record_code.emit_scales`: addresses of scales and factors, n_blocks, address of the result; 0."""
-    made_from = _made_from()
+def scales_address(name: str) -> int:
+    """Return the address of `tiles.emit_scales`: addresses of scales and factors, n_blocks, address of the result; 0."""
+    number = _NAMES.index(name)
 
     def scaled(scales, factors, n_blocks, out, _):
-        _scaled(made_from, scales, factors, n_blocks, out)
+        _scaled(number, scales, factors, n_blocks, out)
 
-    return _kept(_FIVE, scaled)
+    return _kept(_FIVE, scaled, name)
 
 
 @functools.cache
 def added_address(name: str) -> int:
     """Return the address of what adds a row to the outputs: addresses of the row and its factor, n, the outputs, next row."""
-    number, made_from = _NAMES.index(name), _made_from()
+    number = _NAMES.index(name)
 
     def added(row, factor, n, out, following):
-        _added(made_from, number, row, factor, n, out, following)
+        _added(number, row, factor, n, out, following)
 
-    return _kept(_FIVE, added)
+    return _kept(_FIVE, added, name)
 
 
 _FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from coreinfer_sim.base.errors import ConfigError, StoreError
+from coreinfer_sim.base.errors import StoreError
 from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Weights
-from coreinfer_sim.engines.lean.blocks import FAMILIES, rounded_kind, unsupported
+from coreinfer_sim.engines.lean.blocks import FAMILIES, TOKEN_KINDS, rounded_kind, unsupported
 from coreinfer_sim.engines.lean.head import CoarseHead
 from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
-from coreinfer_sim.engines.lean.planes import TokenMLP, of_weights
+from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.linear import hand_over, hand_over_table
 from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
 from coreinfer_sim.models.layout_file import (
@@ -33,7 +33,7 @@ from coreinfer_sim.models.layout_file import (
     writing,
 )
 from coreinfer_sim.models.loading import LanguageModel, compact_head_inputs
-from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 from coreinfer_sim.models.weightless import (
     Weightless,
     empty_like,
@@ -84,11 +84,6 @@ def load_laid_out(
     progress = progress or Progress()
     if weights is Weights.STORED and not is_gguf(name) and not by_token:
         return None
-    if weights is Weights.STORED and is_gguf(name) and by_token:
-        raise ConfigError(
-            f"a read ratio below 1 was asked for, but {name} is a GGUF file, whose weights as they are stored are not read "
-            "neuron by neuron; take bf16, int8 or int4 weights."
-        )
     files = files_of(name)
     as_stored = weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16
     if not files or (as_stored and not by_token):
@@ -123,11 +118,11 @@ def _from_layout(name: str, place: Path) -> LanguageModel:
             parts.matrices[module] = Matrix(kind, n_out, n_in, weight, scales, bias)
         if "head:copy" in parts.matrices:
             parts.head = CoarseHead(parts.matrices.pop("head:copy"), tensors.pop("head:bounds"))
-        for number, kind in facts.get("mlps", {}).items():  # not named by earlier versions
+        for number, (kind, of_outputs) in facts.get("mlps", {}).items():  # not named by earlier versions
             gate, up = (parts.matrices.pop(f"{number}:{what}") for what in ("gate", "up"))
             records, norms, bias = (tensors.pop(f"{number}:{what}", None) for what in ("records", "norms", "bias"))
             assert records is not None and norms is not None
-            parts.mlps[int(number)] = TokenMLP(gate, up, kind, records, norms, bias)
+            parts.mlps[int(number)] = TokenMLP(gate, up, kind, of_outputs, records, norms, bias)
         settings = place if (place / "config.json").is_file() else Path(name)
         dtype, tied, notes = getattr(torch, facts["dtype"]), facts["tied"], facts["notes"]
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,7 +162,7 @@ def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> Languag
 def _write(empty: Weightless, wanted: Wanted, writer: LayoutWriter, progress: Progress) -> None:
     """Write all parts of a model, and what takes long to read from a GGUF file: configuration and tokenizer."""
     matrices: dict[str, tuple[str, int, int]] = {}
-    mlps: dict[str, str] = {}
+    mlps: dict[str, tuple[str, str]] = {}
     sketch: list[list[float]] = []
 
     def write(name: str, part: Matrix) -> None:
@@ -180,7 +175,7 @@ def _write(empty: Weightless, wanted: Wanted, writer: LayoutWriter, progress: Pr
         if isinstance(part, Matrix):
             write(name, part)
         elif isinstance(part, TokenMLP):
-            mlps[name] = part.kind
+            mlps[name] = part.kind, part.output_kind
             for what in ("gate", "up"):  # estimates; they become matrices of the MLP again
                 write(f"{name}:{what}", getattr(part, what))
             for what in ("records", "norms", "bias"):
@@ -233,11 +228,17 @@ def _parts(
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # 1) matrices
     progress.start("Laying out weights", len(linears), "matrices")
-    waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for name in linears:
         layer, own = owners.get(name), empty.codes(name)
         sampled = places[layer.number] if layer is not None and name.endswith(layer.family.output) else None
-        bias = None if model.get_submodule(name).bias is None else empty.read(f"{name}.bias", model.dtype)
+        if layer is not None and wanted.by_token:
+            if sampled is not None:  # the last of the three
+                mlp, down = _by_token(empty, layer, weights)
+                sketch.append(down[sampled].float().tolist())
+                yield str(layer.number), mlp
+            progress.advance(1)
+            continue
+        bias = empty.bias(name)
         if weights is Weights.STORED and own is not None:
             matrix = from_codes(own, bias)
             if sampled is not None:
@@ -251,17 +252,10 @@ def _parts(
             weight = empty.read(f"{name}.weight", torch.float32 if kind and own is not None else floating)
             if sampled is not None:
                 sketch.append(weight[sampled].float().tolist())
-            if layer is not None and wanted.by_token:
-                waiting.append((weight, bias))
-            else:
-                matrix = Matrix.of(weight, bias, kind)
-                yield name, matrix
-                if name == "lm_head" and wanted.by_token and not matrix.packed and bias is None:
-                    yield name, CoarseHead.of(matrix)
-        if layer is not None and len(waiting) == len(layer.projections):
-            (gate, up, down), (of_gate, of_up, of_down) = zip(*waiting, strict=True)
-            yield str(layer.number), of_weights((gate, up, down), (of_gate, of_up, of_down), kind)
-            waiting = []
+            matrix = Matrix.of(weight, bias, kind)
+            yield name, matrix
+            if name == "lm_head" and wanted.by_token and not matrix.packed and bias is None:
+                yield name, CoarseHead.of(matrix)
         progress.advance(1)
     # 2) embeddings of their own
     codes = empty.codes(_TABLE)
@@ -275,6 +269,25 @@ def _parts(
         if name not in done:
             yield name, empty.read(name, parameter.dtype)
     progress.finish()
+
+
+def _by_token(empty: Weightless, layer: MLPLayer, weights: Weights) -> tuple[TokenMLP, torch.Tensor]:
+    """Return a layer's MLP by neuron, and its down projection."""
+    names = [f"{empty.names.modules[id(layer.owner)]}.{name}" for name in layer.projections]
+    biases = (empty.bias(names[0]), empty.bias(names[1]), empty.bias(names[2]))
+    codes = [empty.codes(name) for name in names]
+    floating = torch.bfloat16 if weights is Weights.BF16 else empty.model.dtype
+
+    def read(part: int, dtype: torch.dtype | None) -> torch.Tensor:
+        return empty.read(f"{names[part]}.weight", dtype or floating)
+
+    if weights is Weights.STORED:
+        down = read(2, torch.float32 if codes[2] is not None else None)
+        return of_stored(codes, lambda part, dtype: down if part == 2 else read(part, dtype), biases), down
+    kind = TOKEN_KINDS.get(weights)
+    # what was rounded once is not rounded to 16 bits before it is rounded again
+    gate, up, down = (read(part, torch.float32 if kind and codes[part] is not None else None) for part in range(3))
+    return of_weights((gate, up, down), biases, kind), down
 
 
 def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Parts) -> LanguageModel:

@@ -1,11 +1,13 @@
 """A gated MLP of which each token reads some neurons: estimates of gate and up, and the rest in one record a neuron.
 
 Of floats, the estimate is a copy of 4 bits, and a record holds the rows as they are. Of codes, the estimate is their upper bits,
-and a record holds the lower ones; no bit lies twice. The output row, a column of the down projection, ends the record.
+and a record holds the lower ones; no bit lies twice. The output row, a column of the down projection, ends the record: as it
+is, or rounded along the row, as the blocks of a packed down projection run across neurons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,23 +18,22 @@ from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean import by_token
 from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.compact import of_gates
-from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, TILE
+from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, TILE, Scales
 from coreinfer_sim.engines.lean.intrinsics import set_threads
 from coreinfer_sim.engines.lean.kernels import added_address, float_name, float_type, rows_address, scales_address
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias
 from coreinfer_sim.engines.lean.packing import lay, room, rounded_codes
 from coreinfer_sim.engines.lean.products import N_WORDS
+from coreinfer_sim.engines.lean.record_rows import ROWS, n_outputs, output_rows, packed, unpacked, widened_outputs
 from coreinfer_sim.engines.lean.rows import FLOATS
 from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
-HIGH = {"Q8_0": "Q8_0 high", "Q4_0": "Q4_0 high"}
-"""Types whose codes have two planes, and the format of the high one."""
 _ESTIMATE = "Q4_0"  # of floats
 _LINE = 64
-ROWS = 2048
-"""Neurons that are widened or rounded at a time."""
 _AT_ONCE = 32  # rows of inputs, which then stay in the caches
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Reader = Callable[[int, torch.dtype | None], torch.Tensor]
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -44,7 +45,9 @@ class TokenMLP:
     """Its estimate; so is ``up``."""
     up: Matrix
     kind: str
-    """Of the records' rows: a floating type, or the format of the high plane."""
+    """Of the records' gate and up rows: a floating type, or the format of the high plane."""
+    output_kind: str
+    """Of their output rows: a floating type, or the format to which they are rounded."""
     records: torch.Tensor
     """uint8 [n_ff, record_bytes]: gate row, up row and output row."""
     norms: torch.Tensor
@@ -76,12 +79,12 @@ class TokenMLP:
     def words(self) -> Array:
         """What `by_token.mlp_by_token` reads, int64 [3, N_WORDS]."""
         words = np.zeros(N_WORDS, np.int64)
-        words[by_token.ROWS], words[by_token.ADDED] = rows_address(self.kind), added_address(self.kind)
+        words[by_token.ROWS], words[by_token.ADDED] = rows_address(self.kind), added_address(self.output_kind)
         words[by_token.RECORDS], words[by_token.RECORD_BYTES] = self.records.data_ptr(), self.record_bytes
         words[by_token.UP_AT], words[by_token.OUT_AT] = self._row_bytes, 2 * self._row_bytes
-        words[by_token.SCALED] = scales_address() if self.packed else 0
-        words[by_token.HALF] = FORMATS[self.kind].step // 2 if self.packed else 0
-        words[by_token.N_OUTPUTS] = _n_outputs(self.kind, self.d_model)
+        words[by_token.SCALED] = scales_address(self.kind) if self.packed else 0
+        words[by_token.MIDDLE] = FORMATS[self.kind].step - 1 if self.packed else 0
+        words[by_token.N_OUTPUTS] = n_outputs(self.output_kind, self.d_model)
         words[by_token.OUT_BIAS] = 0 if self.bias is None else self.bias.data_ptr()
         words[by_token.OUT_NORMS] = self.norms.data_ptr()
         return np.stack([self.gate.words, self.up.words, words])
@@ -114,21 +117,14 @@ class TokenMLP:
         ``first`` is a multiple of 16.
         """
         begin = part * self._row_bytes
-        if not self.packed:
-            return self.floats(part)[first:last].float()
-        bits = FORMATS[self.kind].low_bits
         if part == 2:
-            return _widened_outputs(self.records[first:last, begin:], self.kind, self.d_model)
-        estimate = (self.gate, self.up)[part]
-        low = _unpacked(self.records[first:last, begin : begin + self._row_bytes], bits)
-        scales = _scales_of(estimate, first, last).repeat_interleave(BLOCK, 1)
-        low = (low.float() - FORMATS[self.kind].step // 2).mul_(scales)[:, : self.d_model]
-        return low.add_(estimate.widened(first, last).T)
-
-    def floats(self, part: int) -> torch.Tensor:
-        """Return gate (0), up (1) or output rows (2) of floats where they lie, [n_ff, d_model]."""
-        begin = part * self._row_bytes
-        return self.records[:, begin : begin + self._row_bytes].view(float_type(self.kind))
+            return widened_outputs(self.records[first:last, begin:], self.output_kind, self.d_model)
+        if not self.packed:
+            return self.records[first:last, begin : begin + self._row_bytes].view(float_type(self.kind)).float()
+        format_, estimate = FORMATS[self.kind], (self.gate, self.up)[part]
+        low = unpacked(self.records[first:last, begin : begin + self._row_bytes], format_.low_bits)
+        values = (low.float() - (format_.step - 1) / 2).mul_(_scales_of(estimate, first, last))[:, : self.d_model]
+        return values.add_(estimate.widened(first, last).T)
 
     def contributions(self, x: torch.Tensor, kind: int) -> torch.Tensor:
         """Return by how much each neuron is estimated to count, float32 [n_rows, n_ff]; ``kind`` is of the activation."""
@@ -152,7 +148,7 @@ class TokenMLP:
             merge_delta(outputs, compensation)
             added = compensation.bias.float()
             bias = filled_bias(added if bias is None else bias[: self.d_model] + added)
-            ends = _output_rows(outputs, self.kind)
+            ends = output_rows(outputs, self.output_kind)
             records[:, 2 * self._row_bytes : 2 * self._row_bytes + ends.shape[1]] = ends
             norms = outputs.norm(dim=0)
         return replace(self, gate=gate, up=up, records=records, norms=norms, bias=bias)
@@ -202,98 +198,111 @@ class RecordPart:
 
 
 def of_weights(weights: Weights, biases: Biases, rounded: str | None = None) -> TokenMLP:
-    """Lay out a gated MLP whose weights stay as they are, or are rounded to Q8_0 or Q4_0 along the rows of its neurons.
+    """Lay out a gated MLP whose weights stay as they are, or are rounded along the rows of its neurons.
 
     Args:
         weights: gate and up [n_ff, d_model], down [d_model, n_ff].
         biases: of the three.
-        rounded: to what.
+        rounded: to Q8_0 or Q4_1; None: they stay.
     """
     gate, up, down = (weight.detach() for weight in weights)
     if rounded is None:
-        kind = float_name(gate.dtype)
         estimates = [Matrix.of(part, bias, _ESTIMATE) for part, bias in zip((gate, up), biases, strict=False)]
         rows = [part.contiguous().view(torch.uint8) for part in (gate, up)]
-    else:
-        kind = HIGH[rounded]
-        estimates, rows = [], []
-        for part, bias in zip((gate, up), biases, strict=False):
-            estimate, low = _split(part, bias, rounded)
-            estimates.append(estimate)
-            rows.append(low)
-    outputs = _output_rows(down, kind)
-    parts = [*rows, outputs]
+        kind = float_name(gate.dtype)
+        return _of_parts(estimates, rows, kind, down, kind, biases[2])
+    kind = HIGH[rounded]
+    planes = [_split(_rounded_rows(part, rounded), kind, *part.shape) for part in (gate, up)]
+    return _of_planes(planes, biases, down, rounded)
+
+
+def of_stored(codes: Sequence[QuantisedTensor | None], read: Reader, biases: Biases) -> TokenMLP:
+    """Lay out a gated MLP as it is stored: gate and up as codes of a GGUF file where both are of one type, floats as floats.
+
+    Args:
+        codes: of gate, up and down, as far as the file's weights are codes.
+        read: returns the weights of one of the three, in a type or in the model's own.
+        biases: of the three.
+    """
+    gate, up, down = codes
+    if gate is None or up is None or gate.kind != up.kind:
+        return of_weights((read(0, None), read(1, None), read(2, None)), biases)
+    planes = [_split(part.rows(), HIGH[part.kind], part.n_out, part.n_in) for part in (gate, up)]
+    few = down is not None and FORMATS[down.kind].bits == 4
+    return _of_planes(planes, biases, read(2, torch.float32), "Q4_1" if few else "Q8_0")
+
+
+Planes = tuple[Matrix, torch.Tensor]
+"""The high plane of a matrix, and the lower bits of its codes row by row."""
+
+
+def _of_planes(planes: Sequence[Planes], biases: Biases, down: torch.Tensor, outputs: str) -> TokenMLP:
+    estimates = [replace(high, bias=filled_bias(bias)) for (high, _), bias in zip(planes, biases, strict=False)]
+    return _of_parts(estimates, [low for _, low in planes], estimates[0].kind, down, outputs, biases[2])
+
+
+def _of_parts(
+    estimates: Sequence[Matrix],
+    rows: Sequence[torch.Tensor],
+    kind: str,
+    down: torch.Tensor,
+    outputs: str,
+    bias: torch.Tensor | None,
+) -> TokenMLP:
+    """Put together estimates, and gate, up and output rows of records, which fill whole lines of 64 bytes."""
+    parts = [*rows, output_rows(down, outputs)]
     n_bytes = sum(part.shape[1] for part in parts)
-    parts.append(torch.zeros(len(outputs), -n_bytes % _LINE, dtype=torch.uint8))
+    parts.append(torch.zeros(len(parts[0]), -n_bytes % _LINE, dtype=torch.uint8))
     norms = torch.cat([down[:, n : n + ROWS].float().norm(dim=0) for n in range(0, down.shape[1], ROWS)])
-    return TokenMLP(estimates[0], estimates[1], kind, torch.cat(parts, 1), norms, filled_bias(biases[2]))
+    return TokenMLP(estimates[0], estimates[1], kind, outputs, torch.cat(parts, 1), norms, filled_bias(bias))
 
 
-def _split(weight: torch.Tensor, bias: torch.Tensor | None, rounded: str) -> tuple[Matrix, torch.Tensor]:
-    """Round a matrix; return the high plane of its codes, and the lower bits row by row."""
-    format_ = FORMATS[HIGH[rounded]]
-    n_out, n_in = weight.shape
+def _rounded_rows(weight: torch.Tensor, rounded: str) -> Iterator[tuple[int, Array, dict[str, Array]]]:
+    """Round a matrix, some rows at a time; see `QuantisedTensor.rows`."""
+    set_threads()
+    n_filled = -(-weight.shape[1] // BLOCK) * BLOCK
+    for begin in range(0, len(weight), ROWS):
+        yield begin, *rounded_codes(weight[begin : begin + ROWS], rounded, n_filled)
+
+
+def _split(rows: Iterable[tuple[int, Array, dict[str, Array]]], kind: str, n_out: int, n_in: int) -> Planes:
+    """Divide the codes of a matrix into planes; ``rows`` as `QuantisedTensor.rows` yields them."""
+    format_ = FORMATS[kind]
     codes, scales = room(format_, n_out, n_in)
+    n_filled = codes.shape[1] * BLOCK
     set_threads()
     low = []
-    for begin in range(0, n_out, ROWS):
-        whole, factors = rounded_codes(weight[begin : begin + ROWS], rounded, codes.shape[1] * BLOCK)
-        lay(format_, whole >> format_.low_bits, {"scale": factors}, begin, codes, scales)
-        low.append(_packed(whole & (format_.step - 1), format_.low_bits))
-    estimate = Matrix(HIGH[rounded], n_out, n_in, codes, scales, filled_bias(bias))
-    return estimate, torch.from_numpy(np.concatenate(low))
+    for begin, whole, parts in rows:
+        filled = _filled(whole, n_filled)
+        lay(format_, filled >> format_.low_bits, _filled_parts(format_.scales, parts, n_filled), begin, codes, scales)
+        low.append(packed(filled & (format_.step - 1), format_.low_bits))
+    return Matrix(kind, n_out, n_in, codes, scales, None), torch.from_numpy(np.concatenate(low))
 
 
-def _n_outputs(kind: str, d_model: int) -> int:
-    """Return the outputs of a record: those of codes fill whole lines of 64 bytes."""
-    if kind in FLOATS:
-        return d_model
-    in_line = _LINE * 8 // (2 * FORMATS[kind].low_bits)
-    return -(-d_model // in_line) * in_line
+def _filled(values: Array, n: int) -> Array:
+    return np.pad(values, ((0, 0), (0, n - values.shape[1])))
 
 
-def _output_rows(down: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return the ends of all records, uint8 [n_ff, …], from a down projection [d_model, n_ff]."""
-    if kind in FLOATS:
-        return down.T.contiguous().to(float_type(kind)).view(torch.uint8)
-    bits, n = 2 * FORMATS[kind].low_bits, _n_outputs(kind, len(down))
-    ends = []
-    for begin in range(0, down.shape[1], ROWS):
-        rows = down[:, begin : begin + ROWS].T
-        codes, scales = rounded_codes(rows, "Q8_0" if bits == 8 else "Q4_0", n)
-        codes = codes ^ 128 if bits == 8 else _packed(codes, 4)  # 128 less, as signed bytes
-        ends.append(np.concatenate([codes, scales.view(np.uint8)], 1))
-    return torch.from_numpy(np.concatenate(ends))
-
-
-def _widened_outputs(stored: torch.Tensor, kind: str, d_model: int) -> torch.Tensor:
-    """Return what `_output_rows` has rounded, float32 [n, d_model]."""
-    bits, n = 2 * FORMATS[kind].low_bits, _n_outputs(kind, d_model)
-    n_bytes = n * bits // 8
-    codes = stored[:, :n_bytes]
-    wide = codes.view(torch.int8).float() if bits == 8 else _unpacked(codes, 4).float() - 8
-    scales = stored[:, n_bytes : n_bytes + n // BLOCK * 2].contiguous().view(torch.float16).float()
-    return wide.mul_(scales.repeat_interleave(BLOCK, 1))[:, :d_model]
-
-
-def _packed(codes: Array, n_bits: int) -> Array:
-    """Pack codes of few bits [n, n_in]: 64 bytes hold 64 · 8 / n_bits of them, the first 64 in the lowest bits."""
-    parts = codes.reshape(len(codes), -1, 8 // n_bits, _LINE)
-    packed = np.zeros((len(codes), parts.shape[1], _LINE), np.uint8)
-    for place in range(parts.shape[2]):
-        packed |= parts[:, :, place] << (n_bits * place)
-    return packed.reshape(len(codes), -1)
-
-
-def _unpacked(packed: torch.Tensor, n_bits: int) -> torch.Tensor:
-    """Return the codes [n, n_in] again."""
-    lines = packed.reshape(len(packed), -1, 1, _LINE)
-    shifts = torch.arange(0, 8, n_bits, dtype=torch.uint8)[:, None]
-    return ((lines >> shifts) & ((1 << n_bits) - 1)).reshape(len(packed), -1)
+def _filled_parts(scales: Scales, parts: dict[str, Array], n_filled: int) -> dict[str, Array]:
+    """Fill up the scales of blocks; those of types with scales of scales fill their spans."""
+    if scales not in (Scales.HALF, Scales.HALF_MIN):
+        return parts
+    return {name: _filled(part, n_filled // BLOCK) for name, part in parts.items()}
 
 
 def _scales_of(matrix: Matrix, first: int, last: int) -> torch.Tensor:
-    """Return the scales of some outputs, float32 [n, n_blocks]."""
+    """Return the scales of some outputs, one for each input, float32 [n, n_filled]."""
     assert matrix.scales is not None
-    tiles = matrix.scales[first // TILE : -(-last // TILE)].view(torch.float16)  # [n_tiles, n_blocks · 16]
-    return tiles.reshape(len(tiles), -1, TILE).transpose(1, 2).flatten(0, 1)[: last - first].float()
+    kind = FORMATS[matrix.kind].scales
+    records = matrix.scales[first // TILE : -(-last // TILE)]
+    scales = records[..., : 2 * TILE].contiguous().view(torch.float16).float()  # [n_tiles, n_spans, 16]
+    if kind is Scales.SUPER_MIN:
+        inner = records[..., 4 * TILE :].unflatten(2, (-1, 2, TILE))[..., 0, :]
+    elif kind is Scales.SUPER_HALVES:
+        inner = records[..., 2 * TILE :].contiguous().view(torch.int8).unflatten(2, (-1, TILE))
+    else:
+        inner = torch.ones(1, 1, 1, 1)
+    scales = (scales[:, :, None] * inner).flatten(1, 2)
+    n = matrix.n_filled // scales.shape[1]
+    expanded: torch.Tensor = scales.transpose(1, 2).flatten(0, 1)[: last - first].repeat_interleave(n, 1)
+    return expanded

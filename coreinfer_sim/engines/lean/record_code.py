@@ -5,10 +5,12 @@ Rows that a token chooses lie anywhere, so that the processor cannot foresee the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from llvmlite import ir
 from numba.core import cgutils
 
-from coreinfer_sim.engines.lean.formats import BLOCK, TILE
+from coreinfer_sim.engines.lean.formats import BLOCK, GROUP, Format, Scales
 from coreinfer_sim.engines.lean.instructions import (
     F16,
     F32,
@@ -21,6 +23,7 @@ from coreinfer_sim.engines.lean.instructions import (
     add_product,
     constant,
     fused,
+    joined,
     line_product,
     load,
     picked,
@@ -32,7 +35,6 @@ from coreinfer_sim.engines.lean.instructions import (
     zeroed,
 )
 from coreinfer_sim.engines.lean.rows import FLOAT_BYTES, total_of, widened_floats
-from coreinfer_sim.engines.lean.tiles import load_halves
 
 _WIDE = 16
 _SUMS = 4
@@ -84,7 +86,7 @@ def emit_float_rows(
 
 def emit_low_rows(
     builder: Builder,
-    n_bits: int,
+    format_: Format,
     how: Products,
     rows: Value,
     second: Value,
@@ -99,62 +101,101 @@ def emit_low_rows(
 
     Args:
         builder: where the code goes.
-        n_bits: of the lower part of a code.
+        format_: of the high plane.
         how: by which instructions integers are multiplied.
-        rows: the lower bits of a row, 64 bytes for as many inputs as they hold: byte ``i`` has the input ``64 j + i`` at bit
-            ``n_bits · j``.
+        rows: the lower bits of a row, as `record_rows.packed` lays them.
         second: bytes from it to the other row.
-        scales: of the first row's blocks times those of the inputs, float32, 64 bytes from one to the next; those of the other
-            row lie behind all of them.
+        scales: of the first row, float32, as `tiles.emit_scales` makes them for a tile, 64 bytes from one to the next; those of
+            the other row lie behind room for two a block.
         codes: inputs, int8 [n_in].
-        starts: int32, what half of the lower bits' range makes of four inputs, negative, [n_in / 4].
-        n_in: inputs, a multiple of what 64 bytes hold.
+        starts: int32 [n_in / 4], what the middle of the lower bits' range makes of four inputs, twice and negative.
+        n_in: inputs, a multiple of 64.
         out: float32.
         following: the record whose rows are read into the cache.
     """
-    n_parts = 8 // n_bits
+    n_scales = (2 if format_.scales is Scales.SUPER_HALVES else 1) * GROUP // BLOCK
+    of_dots = ir.Constant(vector(I32, _WIDE), [place * n_scales // _WIDE % 2 for place in range(_WIDE)])
     sums = [[zeroed(builder, _WIDE) for _ in range(2)] for _ in range(2)]
-    all_scales = builder.mul(builder.udiv(n_in, whole(BLOCK)), whole(_LINE))
-    with cgutils.for_range(builder, builder.udiv(n_in, whole(_LINE * n_parts))) as loop:
-        at = builder.mul(loop.index, whole(_LINE))
-        places = (at, builder.add(at, second))
-        for place in places:
-            prefetch(builder, following, place, _CACHE)
-        lines = [load(builder, rows, place, I8, _LINE) for place in places]
-        for part in range(n_parts):
-            first = builder.mul(builder.add(builder.mul(loop.index, whole(n_parts)), whole(part)), whole(_LINE))
-            x = load(builder, codes, first, I8, _LINE)
-            start = load(builder, starts, first, I32, _WIDE)
-            block = builder.mul(first, whole(_LINE // BLOCK))  # where the first block's scale lies
-            for number, line in enumerate(lines):
-                code = _part(builder, line, n_bits, part)
-                dots = line_product(builder, how, code, x, start)
-                own = builder.add(block, all_scales) if number else block
-                two = [load(builder, scales, builder.add(own, whole(_LINE * k)), F32, 1) for k in range(2)]
-                both = builder.shuffle_vector(*two, ir.Constant(vector(I32, _WIDE), [0] * 8 + [1] * 8))
-                add_product(builder, sums[number][part % 2], builder.sitofp(dots, vector(F32, _WIDE)), both)
+    all_scales = builder.mul(builder.udiv(n_in, whole(BLOCK)), whole(2 * _LINE))
+
+    def scales_of(place: Value) -> Value:
+        single = [load(builder, scales, builder.add(place, whole(_LINE * k)), F32, 1) for k in range(n_scales)]
+        pairs = [builder.shuffle_vector(*single[k : k + 2], of_dots) for k in range(0, n_scales, 2)]
+        if len(pairs) == 1:
+            return pairs[0]
+        halves = [picked(builder, pair, range(_WIDE // 2)) for pair in pairs]
+        return joined(builder, halves)
+
+    def group(first: Value, of_rows: Sequence[Value], number: int) -> None:
+        x = load(builder, codes, first, I8, GROUP)
+        start = load(builder, starts, first, I32, _WIDE)
+        place = builder.mul(first, whole(_LINE * n_scales // GROUP))
+        for row, code in enumerate(of_rows):
+            dots = line_product(builder, how, code, x, start)
+            own = scales_of(builder.add(place, all_scales) if row else place)
+            add_product(builder, sums[row][number % 2], builder.sitofp(dots, vector(F32, _WIDE)), own)
+
+    def read(place: Value) -> tuple[Value, Value]:
+        both = place, builder.add(place, second)
+        for each in both:
+            prefetch(builder, following, each, _CACHE)
+        return both
+
+    def twice(line: Value, part: int) -> Value:
+        return _part(builder, line, format_.low_bits, part, 1)
+
+    _over_groups(builder, format_.low_bits, n_in, rows, read, twice, group)
     for number, of_row in enumerate(sums):
         total = builder.fadd(*(builder.load(each) for each in of_row))
         builder.store(total_of(builder, total), builder.gep(out, [whole(number)]))
 
 
-def emit_scales(builder: Builder, scales: Value, factors: Value, n_blocks: Value, out: Value) -> None:
-    """Set ``out`` [n_blocks, 16] to a tile's float16 scales times the factors of the inputs' blocks."""
-    with cgutils.for_range(builder, n_blocks) as loop:
-        record = builder.mul(loop.index, whole(2 * TILE))
-        factor = builder.load(builder.gep(factors, [loop.index]))
-        made = builder.fmul(load_halves(builder, scales, record), repeated(builder, factor, TILE))
-        store(builder, made, out, builder.mul(loop.index, whole(TILE)))
+def _over_groups(
+    builder: Builder,
+    n_bits: int,
+    n: Value,
+    row: Value,
+    places: Callable[[Value], Sequence[Value]],
+    part_of: Callable[[Value, int], Value],
+    group: Callable[[Value, Sequence[Value], int], None],
+) -> None:
+    """Go over all codes of few bits, 64 at a time: whole lines first, then groups of 64 by themselves.
+
+    Args:
+        builder: where the code goes.
+        n_bits: of a code.
+        n: how many codes; a multiple of 64.
+        row: where they lie.
+        places: what to read for bytes at a place, from ``row`` on.
+        part_of: one of the parts of a line.
+        group: takes the number of its first code, the codes that were read at each place, and which part they are.
+    """
+    n_parts = 8 // n_bits
+    n_lines = builder.udiv(n, whole(GROUP * n_parts))
+    with cgutils.for_range(builder, n_lines) as loop:
+        lines = [load(builder, row, at, I8, _LINE) for at in places(builder.mul(loop.index, whole(_LINE)))]
+        for part in range(n_parts):
+            first = builder.mul(builder.add(builder.mul(loop.index, whole(n_parts)), whole(part)), whole(GROUP))
+            group(first, [part_of(line, part) for line in lines], part)
+    if n_parts == 1:
+        return
+    done = builder.mul(n_lines, whole(n_parts))
+    with cgutils.for_range(builder, builder.sub(builder.udiv(n, whole(GROUP)), done)) as loop:
+        number = builder.add(done, loop.index)
+        n_bytes = GROUP // n_parts
+        lines = [load(builder, row, at, I8, n_bytes) for at in places(builder.mul(number, whole(n_bytes)))]
+        codes = [joined(builder, [part_of(line, part) for part in range(n_parts)]) for line in lines]
+        group(builder.mul(number, whole(GROUP)), codes, 0)
 
 
-def _part(builder: Builder, line: Value, n_bits: int, number: int) -> Value:
-    """Return one of the parts of 64 bytes of codes."""
-    code = line
-    if number:
-        words = builder.bitcast(line, vector(I16, _LINE // 2))  # no processor shifts bytes
-        shifted = builder.lshr(words, constant(I16, _LINE // 2, n_bits * number))
-        code = builder.bitcast(shifted, vector(I8, _LINE))
-    return builder.and_(code, constant(I8, _LINE, (1 << n_bits) - 1))
+def _part(builder: Builder, line: Value, n_bits: int, number: int, to: int) -> Value:
+    """Return one of the parts of some bytes of codes, its bits from place ``to`` on."""
+    n, first = line.type.count, n_bits * number
+    if first != to:
+        words = builder.bitcast(line, vector(I16, n // 2))  # no processor shifts bytes
+        shift = builder.lshr if first > to else builder.shl
+        line = builder.bitcast(shift(words, constant(I16, n // 2, abs(first - to))), vector(I8, n))
+    return builder.and_(line, constant(I8, n, ((1 << n_bits) - 1) << to))
 
 
 def emit_add_floats(
@@ -180,40 +221,46 @@ def emit_add_floats(
 def emit_add_codes(
     builder: Builder, n_bits: int, row: Value, factor: Value, n: Value, out: Value, following: Value
 ) -> None:
-    """Add a factor times a row of ``n`` codes to outputs; a float16 scale for each 32 lies behind them.
+    """Add a factor times a row of ``n`` codes to outputs, a multiple of 64.
 
-    Codes of 8 bits are signed; of those of 4 bits, 8 stands for zero, and 64 bytes hold 64 in their low and 64 in their high
-    halves. ``n`` fills whole lines of 64 bytes.
+    Codes of 8 bits are signed, and float16 scales, one for each 32, lie behind them. Those of 4 bits are not, and minima lie
+    behind their scales.
     """
     n_parts = 8 // n_bits
     n_blocks = builder.udiv(n, whole(BLOCK))
     n_bytes = builder.udiv(n, whole(n_parts))
-    scales = _scales_behind(builder, row, n_bytes, factor, n_blocks)
-    with cgutils.for_range(builder, builder.add(builder.udiv(n_blocks, whole(BLOCK)), whole(1))) as loop:
+    n_behind = builder.mul(n_blocks, whole(n_parts))
+    scales = _behind(builder, row, n_bytes, factor, n_behind)
+    with cgutils.for_range(builder, builder.add(builder.udiv(n_behind, whole(_LINE // 2)), whole(1))) as loop:
         prefetch(builder, following, builder.add(n_bytes, builder.mul(loop.index, whole(_LINE))), _CACHE)
-    with cgutils.for_range(builder, builder.udiv(n, whole(_LINE * n_parts))) as loop:
-        at = builder.mul(loop.index, whole(_LINE))
-        prefetch(builder, following, at, _CACHE)
-        line = load(builder, row, at, I8, _LINE)
-        for part in range(n_parts):
-            if n_bits == 4:
-                codes = builder.sub(_part(builder, line, 4, part), constant(I8, _LINE, 8))
-            for k in range(_LINE // BLOCK):
-                block = builder.add(builder.mul(loop.index, whole(2 * n_parts)), whole(2 * part + k))
-                by = repeated(builder, builder.load(builder.gep(scales, [block])), _WIDE)
-                for half in range(2):
-                    first = BLOCK * k + _WIDE * half
-                    if n_bits == 4:
-                        own = picked(builder, codes, range(first, first + _WIDE))
-                    else:
-                        own = load(builder, row, builder.add(at, whole(first)), I8, _WIDE)
-                    wide = builder.sitofp(builder.sext(own, vector(I32, _WIDE)), vector(F32, _WIDE))
-                    _add(builder, out, builder.add(builder.mul(block, whole(BLOCK)), whole(_WIDE * half)), wide, by)
+
+    def read(place: Value) -> tuple[Value]:
+        prefetch(builder, following, place, _CACHE)
+        return (place,)
+
+    def part_of(line: Value, part: int) -> Value:
+        return line if n_bits == 8 else _part(builder, line, n_bits, part, 0)
+
+    def number_of(place: Value) -> Value:
+        return repeated(builder, builder.load(builder.gep(scales, [place])), _WIDE)
+
+    def group(first: Value, codes: Sequence[Value], _: int) -> None:
+        for k in range(GROUP // BLOCK):
+            block = builder.add(builder.udiv(first, whole(BLOCK)), whole(k))
+            by = number_of(block)
+            added = number_of(builder.add(block, n_blocks)) if n_bits == 4 else None
+            for begin in range(BLOCK * k, BLOCK * (k + 1), _WIDE):
+                own = picked(builder, codes[0], range(begin, begin + _WIDE))
+                extend = builder.zext if n_bits == 4 else builder.sext
+                wide = builder.sitofp(extend(own, vector(I32, _WIDE)), vector(F32, _WIDE))
+                _add(builder, out, builder.add(first, whole(begin)), wide, by, added)
+
+    _over_groups(builder, n_bits, n, row, read, part_of, group)
 
 
-def _scales_behind(builder: Builder, row: Value, n_bytes: Value, factor: Value, n_blocks: Value) -> Value:
-    """Return where the scales behind the codes of a row lie as float32, times a factor; ``n_blocks`` is even."""
-    made = builder.alloca(F32, size=n_blocks)
+def _behind(builder: Builder, row: Value, n_bytes: Value, factor: Value, n: Value) -> Value:
+    """Return where the ``n`` float16 behind the codes of a row lie as float32, times a factor; ``n`` is even."""
+    made = builder.alloca(F32, size=n)
 
     def convert(begin: Value, n_steps: Value, width: int) -> Value:
         by = repeated(builder, factor, width)
@@ -223,11 +270,13 @@ def _scales_behind(builder: Builder, row: Value, n_bytes: Value, factor: Value, 
             store(builder, builder.fmul(builder.fpext(halves, vector(F32, width)), by), made, at)
         return builder.add(begin, builder.mul(n_steps, whole(width)))
 
-    done = convert(whole(0), builder.udiv(n_blocks, whole(_WIDE)), _WIDE)
-    convert(done, builder.udiv(builder.sub(n_blocks, done), whole(2)), 2)
+    done = convert(whole(0), builder.udiv(n, whole(_WIDE)), _WIDE)
+    convert(done, builder.udiv(builder.sub(n, done), whole(2)), 2)
     return made
 
 
-def _add(builder: Builder, out: Value, at: Value, values: Value, by: Value) -> None:
+def _add(builder: Builder, out: Value, at: Value, values: Value, by: Value, added: Value | None = None) -> None:
     before = load(builder, builder.bitcast(out, I8.as_pointer()), builder.mul(at, whole(4)), F32, values.type.count)
+    if added is not None:
+        before = builder.fadd(before, added)
     store(builder, fused(builder, values, by, before), out, at)

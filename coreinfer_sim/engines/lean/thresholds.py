@@ -6,7 +6,9 @@ octave wide.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from coreinfer_sim.engines.lean.matrix import Array
 
 _PER_OCTAVE = 16
 _LOWEST, _HIGHEST = -32, 8  # as powers of two
-_VERSION = 1  # of the text that is measured, and of what is counted
+_VERSION = 2  # of what is counted
+Texts = Sequence[torch.Tensor]
+"""Token ids."""
 N_BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
 
 
@@ -52,22 +56,24 @@ class Histograms:
         return found
 
 
-def kept_histograms(fingerprint: str, kind: str, n_layers: int) -> Histograms | None:
-    """Return what was measured before for a model's weights in a layout, from the user's cache folder."""
+def kept_histograms(fingerprint: str, kind: str, texts: Texts, n_layers: int) -> Histograms | None:
+    """Return what was measured before on some texts for a model's weights in a layout, from the user's cache folder."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
-        counts = np.array(json.loads(_file(fingerprint, kind).read_text(encoding="utf-8"))["counts"], np.int64)
+        counts = np.array(json.loads(_file(fingerprint, kind, texts).read_text(encoding="utf-8"))["counts"], np.int64)
         if counts.shape == (n_layers, N_BINS) and counts.min() >= 0 and counts.sum(1).min() > 0:
             return Histograms(counts)
     return None
 
 
-def keep_histograms(histograms: Histograms, fingerprint: str, kind: str) -> None:
+def keep_histograms(histograms: Histograms, fingerprint: str, kind: str, texts: Texts) -> None:
     """Keep what was measured, where there is a place for it."""
-    place = _file(fingerprint, kind)
+    place = _file(fingerprint, kind, texts)
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(place, {"kind": kind, "counts": histograms.counts.tolist()})
 
 
-def _file(fingerprint: str, kind: str) -> Path:
-    return cache_folder("thresholds") / f"{fingerprint[:24]}-{kind.replace(' ', '-')}-{_VERSION}.json"
+def _file(fingerprint: str, kind: str, texts: Texts) -> Path:
+    digest = hashlib.sha256(json.dumps([ids.tolist() for ids in texts]).encode()).hexdigest()
+    name = f"{fingerprint[:24]}-{kind.replace(' ', '-')}-{digest[:8]}-{_VERSION}.json"
+    return cache_folder("thresholds") / name

@@ -31,7 +31,7 @@ from coreinfer_sim.engines.lean.instructions import (
     zeroed,
 )
 
-_AHEAD = {2: (4096, 1), 4: (4096, 1), 5: (4096, 1), 6: (4096, 1), 8: (3072, 2)}
+_AHEAD = {2: (4096, 1), 3: (4096, 1), 4: (4096, 1), 5: (4096, 1), 6: (4096, 1), 8: (3072, 2)}
 """By how many bytes codes of so many bits are asked for before they are needed, and into which cache."""
 _ROW = vector(F32, TILE)
 
@@ -78,6 +78,7 @@ def emit_product(
         for r in range(n_x):
             own = builder.add(number, builder.mul(n_blocks, whole(r)))
             of_input = repeated(builder, builder.load(builder.gep(inputs.factors, [own])), TILE)
+            of_code = builder.fmul(of_input, constant(F32, TILE, 0.5)) if format_.low_bits else of_input
             fours = [_item(builder, inputs.codes, own, 8, j) for j in range(8)]
             halves = [_item(builder, inputs.sums, own, 2, j) for j in range(2)]
             n_factors = len(factors)
@@ -91,7 +92,7 @@ def emit_product(
                     total,
                     summed_products(builder, how, codes[chosen], fours[chosen], total, *of_codes),
                 )
-                add_product(builder, inner[r], builder.sitofp(dots, _ROW), builder.fmul(factor, of_input))
+                add_product(builder, inner[r], builder.sitofp(dots, _ROW), builder.fmul(factor, of_code))
             if minimum is not None:
                 total = repeated(builder, builder.sitofp(totals[0], F32), TILE)
                 add_product(builder, minima[r], minimum, builder.fmul(total, of_input))
@@ -138,7 +139,7 @@ def emit_unpacked(
             if minimum is not None:
                 of_minimum = load_halves(builder, scales, builder.add(record, whole(32)))
                 minimum = builder.fneg(builder.fmul(of_minimum, minimum))
-        offset, by = constant(F32, TILE, float(format_.zero)), constant(F32, TILE, float(format_.step))
+        offset, by = constant(F32, TILE, format_.zero), constant(F32, TILE, float(format_.step))
         for j, group in enumerate(codes):
             words = builder.bitcast(group, vector(I32, TILE))
             for i in range(4):
@@ -153,12 +154,30 @@ def emit_unpacked(
                 store(builder, weight, out, builder.mul(row, stride))
 
 
+def emit_scales(builder: Builder, format_: Format, scales: Value, factors: Value, n_blocks: Value, out: Value) -> None:
+    """Set ``out`` [n_blocks, 1 or 2, 16] to half of a tile's scales times the factors of the inputs' blocks."""
+    n_within = whole(format_.span // BLOCK)
+    with cgutils.for_range(builder, n_blocks) as loop:
+        record = builder.mul(builder.udiv(loop.index, n_within), whole(format_.scale_bytes))
+        small = record
+        if format_.span == SUPER:
+            small = _small(builder, format_, record, builder.urem(loop.index, n_within))
+        made, _ = _factors(builder, format_, scales, record, small)
+        by = builder.fmul(builder.load(builder.gep(factors, [loop.index])), ir.Constant(F32, 0.5))
+        by = repeated(builder, by, TILE)
+        if format_.span == SUPER:
+            by = builder.fmul(by, load_halves(builder, scales, record))
+        for part, scale in enumerate(made):
+            place = builder.add(builder.mul(loop.index, whole(len(made))), whole(part))
+            store(builder, builder.fmul(scale, by), out, builder.mul(place, whole(TILE)))
+
+
 def _whole_codes(builder: Builder, format_: Format, total: Value, dots: Value) -> Value:
-    """Turn sums of products with a high plane's codes into those with whole ones."""
+    """Turn sums of products with a high plane's codes into twice those with whole ones."""
     if not format_.low_bits:
         return dots
-    added = repeated(builder, builder.mul(total, ir.Constant(I32, -format_.zero)), TILE)
-    return builder.add(builder.shl(dots, constant(I32, TILE, format_.low_bits)), added)
+    added = repeated(builder, builder.mul(total, ir.Constant(I32, int(-2 * format_.zero))), TILE)
+    return builder.add(builder.shl(dots, constant(I32, TILE, format_.low_bits + 1)), added)
 
 
 def load_halves(builder: Builder, scales: Value, offset: Value) -> Value:
@@ -178,9 +197,13 @@ def _codes(builder: Builder, format_: Format, weights: Value, place: Value) -> l
 
     if format_.bits == 8:
         return [line(j) for j in range(8)]
-    if format_.bits == 2:
+    if format_.bits < 4:
         pair = [line(0), line(1)]
-        return [_field(builder, pair[j // 4], 2 * (j % 4), 2, 0) for j in range(8)]
+        codes = [_field(builder, pair[j // 4], 2 * (j % 4), 2, 0) for j in range(8)]
+        if format_.bits == 3:
+            rest = line(2)
+            codes = [builder.or_(code, _field(builder, rest, j, 1, 2)) for j, code in enumerate(codes)]
+        return codes
     low = [line(j) for j in range(4)]
     codes = [_field(builder, low[j % 4], 4 * (j // 4), 4, 0) for j in range(8)]
     if format_.bits == 5:
