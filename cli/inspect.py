@@ -78,8 +78,12 @@ def info(index: str, as_json: bool) -> None:
             )
     if (p := m.profile) is not None:
         kind = "compensated sets" if p.compensated else "plain sets" if p.keep_ratio < 1 else "dense decode"
+        if not p.of_sets:
+            kind = "tokens choose"
+        ratio = f"keep ratio {p.keep_ratio:g}" if p.of_sets else f"read ratio {p.read_ratio:g}"
+        of_weights = "" if p.weights == "stored" else f", {p.weights} weights"
         click.echo(
-            f"  profile   {kind}, keep ratio {p.keep_ratio:g}: perplexity {p.ratio - 1:+.1%} ({p.low - 1:+.1%} to "
+            f"  profile   {kind}, {ratio}{of_weights}: perplexity {p.ratio - 1:+.1%} ({p.low - 1:+.1%} to "
             f"{p.high - 1:+.1%}) on {counted(p.n_rows, 'row')}, at most {p.max_increase:+.1%} promised"
         )
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,10 @@ from .console import ConsoleProgress, print_json, quiet_libraries, status
 from .evaluate import score_with_log
 from .settings import Settings, set_option
 from .tables import print_table
+
+if TYPE_CHECKING:
+    from coreinfer_sim.base.settings import Weights
+    from coreinfer_sim.models.loading import LanguageModel
 
 
 def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
@@ -47,7 +52,21 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
     "keep_ratios",
     multiple=True,
     type=float,
-    help="To try; may be repeated.  [default: those of compensated sets, and 0.5 to 0.95]",
+    help="Of held sets, to try; may be repeated.  [default: those of compensated sets, and 0.5 to 0.95]",
+)
+@click.option(
+    "--read-ratio",
+    "read_ratios",
+    multiple=True,
+    type=float,
+    help="Share of neurons that each token reads, to try; may be repeated.  [default: 0.2 to 0.6]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["stored", "int8", "int4", "any"]),
+    default="stored",
+    show_default=True,
+    help="Type of weights to try, or any: each of them, also read as a whole.",
 )
 @options.part("70:85")
 @click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Rows of each set.")
@@ -62,6 +81,8 @@ def tune(
     model: str | None,
     max_increase: float,
     keep_ratios: tuple[float, ...],
+    read_ratios: tuple[float, ...],
+    weights: str,
     part: range,
     limit: int,
     max_tokens: int | None,
@@ -73,10 +94,11 @@ def tune(
     """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
 
     SETS hold prompts and completions, as for evaluate. Take other rows than those that you build on or
-    report. Each keep ratio is tried with plain sets and, where the index has some, with compensated ones; what is hopeless
-    on the first quarter of each set's rows is not tried on the others.
+    report. Tokens that choose what they read are tried at each read ratio; held sets at each keep ratio, plain and, where the
+    index has some, compensated. What is hopeless on the first quarter of each set's rows is not tried on the others.
     """
     from coreinfer_sim.base.files import check_folder
+    from coreinfer_sim.engines.registry import check_engine
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.summary import summarise
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
@@ -91,11 +113,13 @@ def tune(
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
     loaded = SemanticIndex.load(index)
     loaded.check_writable()
-    contenders = candidates(loaded, keep_ratios)
     rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
     check_rows((row.set_name for row in rows), part)
     with status("Loading the model"):
         language_model = open_model(loaded, model, loading, decode, ConsoleProgress())
+    kinds = _kinds(language_model, weights)
+    engine = check_engine(language_model.model, decode)[0][0]
+    contenders = candidates(loaded, keep_ratios, read_ratios, list(kinds), engine.reads_by_token)
     # 2) all on the first rows, the hopeful ones on the others
     score = partial(
         score_with_log, language_model, index=loaded, decode=decode, seed=seed, max_tokens=max_tokens, log=log
@@ -113,19 +137,43 @@ def tune(
     check_rows((set_name for set_name, _ in scored), part)  # some were too short
     # 3) the profile
     summary = summarise(results, seed)
-    profile = choose_profile(contenders, summary, max_increase, dense_bytes(language_model.layers))
+    layouts = {
+        kind: engine.layout_by_token(language_model.model, language_model.layers, replace(decode, weights=named))
+        for kind, named in kinds.items()
+    }
+    profile = choose_profile(contenders, summary, max_increase, dense_bytes(language_model.layers), layouts)
     loaded.write_profile(profile)
     if as_json:
         print_json({"profile": asdict(profile), "contenders": summary})
         return
     print_table(summary)
-    if profile.keep_ratio == 1.0:
+    of_weights = "" if profile.weights == "stored" else f" with {profile.weights} weights"
+    if profile.read_ratio < 1:
         click.echo(
-            f"No keep ratio keeps the promise of at most {profile.max_increase:.1%}: {index} decodes densely by default now."
+            f"{index} decodes{of_weights} at read ratio {profile.read_ratio:g} by default now: perplexity "
+            f"{profile.ratio - 1:+.1%}, {profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
+        )
+    elif profile.keep_ratio == 1.0 and of_weights:
+        click.echo(
+            f"{index} decodes densely{of_weights} by default now: perplexity {profile.ratio - 1:+.1%}, "
+            f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
+        )
+    elif profile.keep_ratio == 1.0:
+        click.echo(
+            f"Nothing sparse keeps the promise of at most {profile.max_increase:.1%}: {index} decodes densely by default now."
         )
     else:
         click.echo(
-            f"{index} decodes with {'compensated' if profile.compensated else 'plain'} sets at keep ratio "
+            f"{index} decodes{of_weights} with {'compensated' if profile.compensated else 'plain'} sets at keep ratio "
             f"{profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "
             f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
         )
+
+
+def _kinds(language_model: LanguageModel, weights: str) -> dict[str, Weights]:
+    """Return the types of weights to try, by the names that contenders have for them."""
+    from coreinfer_sim.base.settings import Weights
+
+    own = "stored" if getattr(language_model.model, "own_codes", {}) else "16bit"
+    every = {own: Weights.STORED, "int8": Weights.INT8, "int4": Weights.INT4}
+    return every if weights == "any" else {name: each for name, each in every.items() if each.value == weights}

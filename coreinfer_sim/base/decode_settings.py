@@ -92,8 +92,9 @@ class DecodeConfig:
 
     engine: str = "auto"
     """Name of a registered engine, or auto: the first that can run the model."""
-    weights: Weights = Weights.STORED
-    """Type of the weights that decode reads; all but stored need the lean engine."""
+    weights: Weights | None = None
+    """Type of the weights that decode reads; all but stored need the lean engine. None: the one that the index was tuned to, or
+    stored."""
     prefill: Prefill = Prefill.DENSE
     """Which MLPs read the prompt."""
     cache_bytes: int = 2 * GIB
@@ -109,12 +110,18 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         """Turn names into choices and check ranges."""
-        object.__setattr__(self, "weights", choice("weights", self.weights, Weights))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", choice("weights", self.weights, Weights))
         object.__setattr__(self, "prefill", choice("prefill", self.prefill, Prefill))
         for name, least in (("cache_bytes", 0), ("memory_budget", 1), ("memory_limit", 1), ("context", 8)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}, expected {least} or more.")
+
+    @property
+    def weights_type(self) -> Weights:
+        """Type of the weights, stored where none is named."""
+        return self.weights or Weights.STORED
 
 
 @dataclass(frozen=True)

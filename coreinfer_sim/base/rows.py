@@ -72,6 +72,8 @@ class CorpusReport:
     """Rows that held what is no Unicode text, read as U+FFFD."""
     n_refused: int = 0
     """Conversations that the model's chat template refuses."""
+    n_held_out: int = 0
+    """Texts that are left out of the statistics, to measure on what the index promises."""
     n_other_parts: int = 0
     """Rows with parts of messages that are no text, such as images."""
     first_mended: str = ""
@@ -109,6 +111,8 @@ class CorpusReport:
         ]
         if self.n_duplicate:
             parts.append(f"{counted(self.n_duplicate, 'duplicate')} dropped")
+        if self.n_held_out:
+            parts.append(f"{counted(self.n_held_out, 'text')} held out, to measure what is promised")
         parts += self.remarks()
         if self.n_cut:
             parts.append(f"{counted(self.n_cut, 'text')} cut, {counted(self.n_tokens_cut, 'token')} lost")

@@ -127,7 +127,7 @@ class OwnProgram:
             raise ConfigError(f"the contender {spec.text!r} decodes elsewhere, expected an engine of this process.")
         generator.take_over()  # nobody else knows the model
         self._generator = generator
-        return {"dtype": generator.language_model.dtype_name, "weights": generator.decode.weights.value}
+        return {"dtype": generator.language_model.dtype_name, "weights": generator.decode.weights_type.value}
 
     def run(self, prompt: Prompt, n_new: int) -> Timing:
         """Generate exactly ``n_new`` tokens, greedily."""

@@ -20,6 +20,7 @@ from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
 from coreinfer_sim.building.plan import BuildPlan
+from coreinfer_sim.building.promise import measure_promise
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.building.stages import add_up, cluster, draw, embed, record
 from coreinfer_sim.building.writing import BuiltParts, write_index
@@ -100,7 +101,8 @@ def build_index(
     )
     with build_folder(folder):
         begin_or_continue(folder, _settings(source, corpus, language_model, sentence_encoder), force, progress)
-        _run_stages(out, source, corpus, language_model, sentence_encoder, workers, progress)
+        lay_out = isinstance(model, str) and dtype in ("auto", "stored") and kind == "cpu"
+        _run_stages(out, source, corpus, language_model, sentence_encoder, workers, lay_out, progress)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
 
@@ -140,6 +142,7 @@ def _run_stages(
     language_model: LanguageModel,
     encoder: SentenceEncoder,
     n_workers: int | None,
+    lay_out: bool,
     progress: Progress,
 ) -> None:
     """Run all stages of a build that are not finished, in its folder."""
@@ -164,8 +167,12 @@ def _run_stages(
     # 4) compensated sets
     settings = config.compensation
     sets = None if settings is None else make_sets(workers, settings, _statistics(sums))
-    # 5) the index
-    write_index(out, BuiltParts(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets))
+    # 5) what it promises
+    with torch_threads(n_cores()):
+        profile = measure_promise(folder, language_model, config.seed, lay_out, progress)
+    # 6) the index
+    parts = BuiltParts(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, profile)
+    write_index(out, parts)
 
 
 def _statistics(sums: Callable[[], PartialSums]) -> Statistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import CorpusReport, Row, load_rows, read_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import SHARDS_FOLDER
+from coreinfer_sim.building.promise import hold_out
 from coreinfer_sim.building.shards import PartialSums, cut_into_shards, run_shard
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.workers import CLUSTERING_FILE, SENTENCES_FILE, Workers, read_clustering
@@ -51,19 +52,27 @@ def draw(folder: Path, corpus: CorpusConfig, tokenizer: Any, progress: Progress)
         progress.start("Reading the corpus", corpus.limit, "prompts")
 
         def write(part: Path) -> None:
-            with part.open("w", encoding="utf-8") as file:
-                for sentence in drawn:
-                    file.write(json.dumps(asdict(sentence), ensure_ascii=False) + "\n")
-                    progress.advance(1)
+            _write_rows(drawn, part, progress)
 
         try:
             write_atomic(path, write)
         finally:
             progress.finish()
+        left = hold_out(report, load_rows(path), folder)
+        if report.n_held_out:
+            write_atomic(path, partial(_write_rows, left))
         write_json(report_path, report.as_dict())
     report = CorpusReport(**json.loads(report_path.read_text(encoding="utf-8")))
     progress.say(f"Corpus: {report}.")
     return DrawnCorpus(load_rows(path), report)
+
+
+def _write_rows(rows: Iterable[Row], path: Path, progress: Progress | None = None) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            if progress is not None:
+                progress.advance(1)
 
 
 def embed(folder: Path, sentences: Sequence[Row], encoder: SentenceEncoder, progress: Progress) -> np.ndarray:

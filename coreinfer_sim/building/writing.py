@@ -25,6 +25,7 @@ from coreinfer_sim.index.manifest import (
     EncoderInfo,
     Manifest,
     ModelInfo,
+    ProfileInfo,
     SettingsInfo,
 )
 from coreinfer_sim.index.places import places_of
@@ -50,6 +51,7 @@ class BuiltParts:
     sums: PartialSums
     """Of all clusters."""
     sets: CompensatedSets | None
+    profile: ProfileInfo | None
 
 
 def write_index(out: Path, parts: BuiltParts) -> None:
@@ -127,6 +129,6 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
             n_threads=parts.n_threads,
         ),
         compensation=compensation,
-        profile=None,
+        profile=parts.profile,
         files={},
     )

@@ -17,13 +17,14 @@ def wanted_sets(index: SemanticIndex, keep_ratio: float | None = None, compensat
 
     Args:
         index: that the sets come from.
-        keep_ratio: None uses the profile's; without a profile, that of the first compensated sets, else the build's γ.
+        keep_ratio: None uses the profile's if it is of sets; without such a one, that of the first compensated sets, else the
+            build's γ.
         compensated: False: plain sets; None uses `Manifest.plain_keep_ratio` then.
     """
     manifest = index.manifest
     if keep_ratio is not None:
         return keep_ratio, compensated and manifest.holds_sets(keep_ratio)
-    if compensated and manifest.profile is not None:
+    if compensated and manifest.profile is not None and manifest.profile.of_sets:
         return manifest.profile.keep_ratio, manifest.profile.compensated
     if compensated and manifest.compensation:
         return manifest.compensation[0].keep_ratio, True

@@ -197,6 +197,16 @@ class Engine(ABC):
 
         return [self.cache.get(selection, make) for selection in selections]
 
+    @classmethod
+    def is_faster_by_token(cls, layout: str) -> bool:
+        """Return whether tokens that choose among rows of a layout decode faster than dense ones on processors of this kind."""
+        return False
+
+    @classmethod
+    def layout_by_token(cls, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> str:
+        """Return what the rows would be that tokens choose among."""
+        return ""
+
     def check_by_token(self) -> None:
         """Raise ConfigError unless tokens may read a share of what is held."""
         if not self.reads_by_token:

@@ -38,7 +38,7 @@ class TransformersEngine(Engine):
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
         """Refuse weights of another type than the checkpoint's."""
-        return None if config.weights is Weights.STORED else "it multiplies weights as they are stored"
+        return None if config.weights_type is Weights.STORED else "it multiplies weights as they are stored"
 
     @classmethod
     def warm_up(cls, model: Any) -> None:

@@ -7,6 +7,7 @@ call by the next one where the first cannot serve that call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
@@ -53,13 +54,14 @@ def check_engine(model: Any, config: DecodeConfig) -> tuple[list[type[Engine]], 
     Raises:
         ConfigError: the engine that was named, or each of ``auto``, refuses.
     """
+    config = replace(config, weights=config.weights_type)
     names = AUTO if config.engine == "auto" else (config.engine,)
     refusals = {name: engine_class(name).refuses(model, config) for name in names}
     able = [engine_class(name) for name in names if refusals[name] is None]
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise ConfigError(
-            f"engine {config.engine} with {config.weights.value} weights was asked for, but {reasons}; leave the engine at "
+            f"engine {config.engine} with {config.weights_type.value} weights was asked for, but {reasons}; leave the engine at "
             "auto and the weights as stored."
         )
     first = next(iter(refusals.items()))  # what comes after the engine that decodes was not needed
@@ -69,5 +71,6 @@ def check_engine(model: Any, config: DecodeConfig) -> tuple[list[type[Engine]], 
 
 def choose_engines(model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> tuple[list[Engine], str | None]:
     """Return the engines that may decode a model, and what `check_engine` says; errors as for that."""
+    config = replace(config, weights=config.weights_type)
     able, refused = check_engine(model, config)
     return [engine(model, layers, config) for engine in able], refused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
@@ -14,6 +14,8 @@ from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import ProfileInfo
 
+READ_RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
+"""Tried with every type of weights."""
 KEEP_RATIOS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Tried beside those of the index's compensated sets."""
 _FIRST_SHARE = 4
@@ -51,28 +53,44 @@ def check_rows(set_names: Iterable[str], part: range) -> None:
         )
 
 
-def candidates(index: SemanticIndex, keep_ratios: Sequence[float] = ()) -> list[Contender]:
-    """Return similarity mode at each keep ratio, with plain sets and where there are some compensated ones.
+def candidates(
+    index: SemanticIndex,
+    keep_ratios: Sequence[float] = (),
+    read_ratios: Sequence[float] = (),
+    kinds: Sequence[str] = ("16bit",),
+    by_token: bool = True,
+) -> list[Contender]:
+    """Return what may decode: of each type of weights, sets at each keep ratio, and tokens that choose at each read ratio.
 
-    Each has the fallback that `make_predictor` takes by default. Compensation that was fitted to few tokens may do more harm
-    than good where few neurons are dropped.
+    Sets are plain and, where there are some, compensated: compensation that was fitted to few tokens may do more harm than good
+    where few neurons are dropped. Each has the fallback that `make_predictor` takes by default.
 
     Args:
         index: to choose for.
-        keep_ratios: to try; none: those of the compensated sets and KEEP_RATIOS.
+        keep_ratios: of sets to try; none: those of the compensated sets and KEEP_RATIOS, unless read ratios are named.
+        read_ratios: to try; none: READ_RATIOS, unless keep ratios are named.
+        kinds: of weights, as contenders name them; rounded ones are tried densely too.
+        by_token: whether the engine lets tokens choose.
 
     Raises:
-        ConfigError: a keep ratio of 1 or more.
+        ConfigError: a ratio of 1 or more.
     """
-    whole = [ratio for ratio in keep_ratios if ratio >= 1]
-    if whole:
-        raise ConfigError(f"the keep ratio {whole[0]:g} is dense decode, expected one below 1; leave it out.")
-    fitted = [info.keep_ratio for info in index.manifest.compensation]
+    for what, ratios in (("keep", keep_ratios), ("read", read_ratios)):
+        whole = [ratio for ratio in ratios if ratio >= 1]
+        if whole:
+            raise ConfigError(f"the {what} ratio {whole[0]:g} is dense decode, expected one below 1; leave it out.")
+    if not keep_ratios and not read_ratios:
+        keep_ratios = [*KEEP_RATIOS, *(info.keep_ratio for info in index.manifest.compensation)]
+        read_ratios = READ_RATIOS if by_token else ()
     found = []
-    for ratio in sorted({*keep_ratios} or {*fitted, *KEEP_RATIOS}):
-        if index.manifest.holds_sets(ratio):
-            found.append(Contender("similarity", ratio, fallback=Fallback.GLOBAL, compensated=True))
-        found.append(Contender("similarity", ratio, fallback=Fallback.HYBRID))
+    for kind in kinds:
+        for ratio in sorted({*keep_ratios}):
+            if index.manifest.holds_sets(ratio):
+                found.append(Contender("similarity", ratio, weights=kind, fallback=Fallback.GLOBAL, compensated=True))
+            found.append(Contender("similarity", ratio, weights=kind, fallback=Fallback.HYBRID))
+        found += [Contender("all", weights=kind, read_ratio=ratio) for ratio in sorted({*read_ratios})]
+        if kind not in ("16bit", "stored"):
+            found.append(Contender("dense", weights=kind))
     return found
 
 
@@ -95,9 +113,13 @@ def hopeful(contenders: Sequence[Contender], summary: Sequence[dict[str, Any]], 
 
 
 def choose_profile(
-    contenders: Sequence[Contender], summary: Sequence[dict[str, Any]], max_increase: float, dense_bytes: int
+    contenders: Sequence[Contender],
+    summary: Sequence[dict[str, Any]],
+    max_increase: float,
+    dense_bytes: int,
+    layouts: Mapping[str, str] | None = None,
 ) -> ProfileInfo:
-    """Return the contender with the fewest MLP bytes whose whole 95 % interval keeps the promise, or dense decode.
+    """Return the contender with the fewest bytes whose whole 95 % interval keeps the promise, or dense decode.
 
     Of those with about as few, it is the one of the lowest ratio.
 
@@ -106,10 +128,11 @@ def choose_profile(
         summary: of `summarise`, for them, on rows that `check_rows` has passed.
         max_increase: allowed increase of perplexity, as a share of the dense model's.
         dense_bytes: MLP bytes a token of the dense model.
+        layouts: by kinds of weights, what `Engine.layout_by_token` says.
     """
     by_name = {row["contender"]: row for row in summary}
     kept = [
-        (row["mlp_bytes_per_token"], row["ratio"], contender)
+        (row["total_bytes_per_token"], row["ratio"], contender)
         for contender in contenders
         if (row := by_name[str(contender)])["ratio_interval"][1] <= 1 + max_increase
     ]
@@ -117,7 +140,19 @@ def choose_profile(
         n_rows = max(row["n_rows"] for row in summary)
         return ProfileInfo(1.0, False, max_increase, 1.0, 1.0, 1.0, dense_bytes, n_rows)
     fewest = min(n_bytes for n_bytes, _, _ in kept)
-    n_bytes, ratio, chosen = min((f for f in kept if f[0] <= _SAME_BYTES * fewest), key=lambda found: found[1])
+    _, ratio, chosen = min((f for f in kept if f[0] <= _SAME_BYTES * fewest), key=lambda found: found[1])
     row = by_name[str(chosen)]
     low, high = row["ratio_interval"]
-    return ProfileInfo(chosen.keep_ratio, chosen.compensated, max_increase, ratio, low, high, n_bytes, row["n_rows"])
+    return ProfileInfo(
+        chosen.keep_ratio,
+        chosen.compensated,
+        max_increase,
+        ratio,
+        low,
+        high,
+        row["mlp_bytes_per_token"],
+        row["n_rows"],
+        chosen.read_ratio,
+        "stored" if chosen.weights == "16bit" else chosen.weights,
+        (layouts or {}).get(chosen.weights, "") if chosen.read_ratio < 1 else "",
+    )

@@ -56,10 +56,10 @@ def load_within_budget(
         BudgetError: the budget is too small; nothing has been loaded then.
         ConfigError: settings that have no plan.
     """
-    if decode.weights is not Weights.STORED:
+    if decode.weights_type is not Weights.STORED:
         raise ConfigError(
-            f"{decode.weights.value} weights are made from the stored ones, for which a memory budget has no plan; leave out "
-            "the weights or the budget."
+            f"{decode.weights_type.value} weights are made from the stored ones, for which a memory budget has no plan; leave "
+            "out the weights or the budget."
         )
     assert decode.memory_budget is not None
     modes = [Mode(mode) for mode in longest.modes or (selection.mode.value,)]

@@ -11,7 +11,8 @@ from coreinfer_sim.base.errors import ConfigError, MissingModelError, ModelError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Fallback
 from coreinfer_sim.choosing.compatibility import check_model
-from coreinfer_sim.engines.registry import AUTO, EXPORTED, engine_class
+from coreinfer_sim.choosing.promised import promised
+from coreinfer_sim.engines.registry import AUTO, EXPORTED, check_engine, engine_class
 from coreinfer_sim.generation.budget import Longest, load_within_budget
 from coreinfer_sim.generation.exported import ExportedGenerator
 from coreinfer_sim.generation.in_process import TextGenerator
@@ -70,6 +71,9 @@ def load(
     given = [name for name in _OF_LLAMACPP if getattr(decode, name) != getattr(DecodeConfig(), name)]
     if given:
         raise ConfigError(f"{given[0]} is of the engine llamacpp, but {decode.engine} was asked for; leave it out.")
+    was_asked = selection.by_token
+    is_faster = engine_class(_first(decode)).is_faster_by_token
+    selection, decode, why_dense = promised(selection, decode, opened, is_faster)
     # 3) the model
     if isinstance(model, LanguageModel):
         loaded = model
@@ -89,6 +93,13 @@ def load(
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
     selection = selection.resolved(opened is not None)
+    if selection.by_token and not was_asked:
+        engine = check_engine(loaded.model, decode)[0][0]
+        if not engine.reads_by_token:
+            selection = replace(selection, read_ratio=None)
+            why_dense = f"Decode is dense, as the engine {engine.name} reads all neurons."
+    if why_dense is not None and progress is not None:
+        progress.say(why_dense)
     generator = TextGenerator(loaded, opened, selection, decode, progress=progress)
     if not isinstance(model, LanguageModel):  # nobody else knows it
         generator.take_over()
@@ -153,11 +164,15 @@ def laid_out_model(
     """
     if loading.dtype not in ("auto", "stored") or usable_device(loading.device) != "cpu":
         return None
-    engine = engine_class(AUTO[0] if decode.engine == "auto" else decode.engine)
-    loaded = engine.load(name, decode, by_token, progress)
+    loaded = engine_class(_first(decode)).load(name, decode, by_token, progress)
     if loaded is not None:
         _say_notes(loaded, progress)
     return loaded
+
+
+def _first(decode: DecodeConfig) -> str:
+    """Return the name of the engine that decodes if it can run the model."""
+    return AUTO[0] if decode.engine == "auto" else decode.engine
 
 
 def _say_notes(loaded: LanguageModel, progress: Progress | None) -> None:

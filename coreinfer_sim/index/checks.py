@@ -100,7 +100,9 @@ def _compensation(raw: dict[str, Any]) -> CompensationInfo:
 def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
     """Make the profile from JSON; where it does not say so, it is of compensated sets if there are some of its keep ratio."""
     there = any(math.isclose(info.keep_ratio, raw["keep_ratio"]) for info in compensation)
-    profile: ProfileInfo = _typed(ProfileInfo, {"compensated": there, **raw}, "profile")
+    profile: ProfileInfo = _typed(
+        ProfileInfo, {"compensated": there, "read_ratio": 1.0, "weights": "stored", "layout": "", **raw}, "profile"
+    )
     if profile.compensated and not there:
         raise TypeError(f"profile.keep_ratio is {profile.keep_ratio}, of which there are no compensated sets")
     return profile
@@ -122,7 +124,8 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
-        "profile": manifest.profile is None or 0 < manifest.profile.keep_ratio <= 1,
+        "profile": manifest.profile is None
+        or (0 < manifest.profile.keep_ratio <= 1 and 0 < manifest.profile.read_ratio <= 1),
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,

@@ -123,6 +123,17 @@ class ProfileInfo:
     mlp_bytes: int
     """MLP bytes that a decoded token reads."""
     n_rows: int
+    read_ratio: float = 1.0
+    """Share of d_ff that a token reads, on average, where all neurons are held; 1: whatever is held."""
+    weights: str = "stored"
+    """Type of the weights that it was measured with."""
+    layout: str = ""
+    """What the rows are that tokens choose among, as the engine names them; empty where all are read."""
+
+    @property
+    def of_sets(self) -> bool:
+        """Whether it speaks of sets that are held, rather than of what tokens read."""
+        return self.read_ratio == 1
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,8 @@ class Manifest:
     def plain_keep_ratio(self) -> float:
         """The keep ratio of plain sets where none is named: the profile's if it is of such, else the build's γ."""
         profile = self.profile
-        return self.settings.gamma if profile is None or profile.compensated else profile.keep_ratio
+        plain = profile is not None and profile.of_sets and not profile.compensated
+        return profile.keep_ratio if profile is not None and plain else self.settings.gamma
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON types, with its own checksum."""

@@ -39,7 +39,8 @@ def test_options_that_a_mode_does_not_look_at_are_named(index):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_in_every_mode(index, mode):
-    found = generated(index, "--mode", mode, *setting("select.fallback", "none"))
+    keep = ["--keep-ratio", 0.5] if mode == "similarity" else []  # else it is dense, as nothing is promised
+    found = generated(index, "--mode", mode, *keep, *setting("select.fallback", "none"))
     assert set(found) == FIELDS
     assert found["mode"] == mode and found["n_new_tokens"] == 8 and found["prompt"] == "How do stars form?"
     assert (
@@ -54,7 +55,7 @@ def test_generate_in_every_mode(index, mode):
 
     text = succeeded(
         *("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--mode", mode),
-        *(setting("select.fallback", "none") if mode == "similarity" else ()),
+        *([*keep, *setting("select.fallback", "none")] if mode == "similarity" else ()),
     )
     assert text.stdout == f"> How do stars form?\n{found['text']}\n"
     assert re.match(
@@ -80,12 +81,13 @@ def test_keep_ratio_score_and_layers_change_what_is_kept(index, dense_text):
 
 @pytest.mark.parametrize("fallback", [None, "hybrid", "dense", "global", "none"])
 def test_what_an_unfamiliar_prompt_gets(index, fallback):
-    options = [] if fallback is None else setting("select.fallback", fallback)
+    options = ["--keep-ratio", 0.5, *([] if fallback is None else setting("select.fallback", fallback))]
     found = generated(index, *options, prompt="zzz qqq 0x3f")
     mode = {None: "hybrid", "none": "similarity"}.get(fallback, fallback)
     assert (found["mode"], found["confident"]) == (mode, False) and found["confidence"] < 0.05
     assert found["cluster"] is not None
-    other = generated(index, "--mode", mode, *setting("select.fallback", "none"), prompt="zzz qqq 0x3f")
+    plain = "--keep-ratio", 0.5, *setting("select.fallback", "none")
+    other = generated(index, "--mode", mode, *plain, prompt="zzz qqq 0x3f")
     assert found["text"] == other["text"] and found["keep_ratio"] == other["keep_ratio"]
     text = succeeded("generate", "zzz qqq 0x3f", "--index", index, "--max-new-tokens", 2, *options).stderr
     assert re.match(rf"  {mode} · cluster .* · unfamiliar prompt · ", text)
@@ -109,10 +111,11 @@ def test_modes_without_an_index(tiny_checkpoint):
 
 
 def test_compare_decodes_densely_too(index, dense_text):
-    sparse, dense = generated(index, "--compare")
-    assert sparse == {**generated(index), **{name: sparse[name] for name in sparse if "second" in name}}
+    keep = "--keep-ratio", 0.5
+    sparse, dense = generated(index, *keep, "--compare")
+    assert sparse == {**generated(index, *keep), **{name: sparse[name] for name in sparse if "second" in name}}
     assert (dense["mode"], dense["text"], dense["cluster"]) == ("dense", dense_text, None)
-    text = succeeded("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, "--compare")
+    text = succeeded("generate", "How do stars form?", "--index", index, "--max-new-tokens", 8, *keep, "--compare")
     assert re.search(rf"^> How do stars form\?\n\[similarity\]\n.*\n  {sparse['mode']} · ", text.stdout)
     assert f"\n[dense]\n{dense_text}\n  dense · holds 1.00 · engine lean · 8 tokens" in text.stdout
     assert text.stderr == ""
@@ -153,7 +156,8 @@ def test_one_line_in_a_file_is_still_a_list(index, tmp_path):
 
 def test_a_line_that_fails_does_not_take_the_others_along(index, tmp_path):
     (tmp_path / "prompts.txt").write_text("stars\n" + "stars " * 2000 + "\nbread\n", encoding="utf-8")
-    result = call("generate", "--index", index, "--file", tmp_path / "prompts.txt", "--max-new-tokens", 2, "--json")
+    given = "--index", index, "--file", tmp_path / "prompts.txt", "--max-new-tokens", 2, "--keep-ratio", 0.5
+    result = call("generate", *given, "--json")
     assert result.exit_code == 1
     assert [row["prompt"] for row in json.loads(result.stdout)] == ["stars", "bread"]
     read, first, last = result.stderr.splitlines()
@@ -237,3 +241,14 @@ def test_a_model_without_a_template_does_not_chat(index, tiny_checkpoint, tmp_pa
     refused(
         call("generate", "stars", "--index", index, "--model", copy, "--chat"), "has no chat template", "plain text"
     )
+
+
+def test_without_a_promise_decode_is_dense_and_says_so(index, dense_text):
+    assert generated(index)["text"] == dense_text
+    found = generated(index, prompt=f"What do {NOUNS[0]} tell us about space, case 0?")
+    assert (found["keep_ratio"], found["read_ratio"], found["mode"]) == (1.0, 1.0, "similarity")
+    assert "space" in found["label"]  # it is looked up all the same
+    said = succeeded("generate", "stars", "--index", index, "--max-new-tokens", 2).stderr
+    assert "promises nothing yet; 'coreinfer-sim tune' measures" in said
+    unfamiliar = generated(index, prompt="zzz qqq 0x3f")
+    assert (unfamiliar["mode"], unfamiliar["keep_ratio"]) == ("dense", 1.0)

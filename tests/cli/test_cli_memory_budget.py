@@ -14,14 +14,14 @@ MORE_OR_LESS = ("lookup_seconds", "prepare_seconds", "prefill_seconds", "decode_
 @pytest.mark.parametrize(
     "options",
     [
-        ["--mode", "similarity"],
+        ["--mode", "similarity", "--keep-ratio", 0.5],
         ["--mode", "similarity", *setting("decode.prefill", "sparse")],
         ["--mode", "hybrid"],
         ["--mode", "global", *setting("select.sparse_layers", "1:")],
         ["--mode", "random", *setting("decode.prefill", "sparse"), "--chat", *setting("sample.num_beams", 2)],
         ["--mode", "dense", *setting("decode.prefill", "sparse")],
     ],
-    ids=" ".join,
+    ids=lambda options: " ".join(map(str, options)),
 )
 def test_generate_gives_the_same_under_a_memory_budget(index, stores, options):
     plain = generated(index, *options)

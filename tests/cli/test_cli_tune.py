@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from commands import call, generated, parsed, refused, setting, succeeded, write_rows
 
+from coreinfer_sim.engines.lean.engine import LeanEngine
 from coreinfer_sim.index.index import SemanticIndex
+
+FAMILIAR = "What do stars tell us about space, case 0?"
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_the_profile_is_what_decode_takes(copied, rows):
     other = parsed(*given, "--max-perplexity-increase", "9000%", *setting("decode.engine", "transformers"))
     assert other["profile"]["ratio"] == pytest.approx(found["profile"]["ratio"], abs=1e-3)
     strict = succeeded(*given, "--max-perplexity-increase", "1e-9", "--log", rows.with_name("log.jsonl"))
-    assert "No keep ratio keeps the promise" in strict.stdout or "keep ratio 0.25 by default now" in strict.stdout
+    assert "Nothing sparse keeps the promise" in strict.stdout or "keep ratio 0.25 by default now" in strict.stdout
     assert generated(copied)["keep_ratio"] == SemanticIndex.load(copied).manifest.profile.keep_ratio
     line = refused(
         call(*given, "--log", rows.with_name("log.jsonl"), *setting("decode.engine", "transformers")), "engine"
@@ -54,3 +57,39 @@ def test_what_cannot_be_tuned_on(copied, rows, tmp_path):
     refused(call(*given, "--log", tmp_path / "none" / "log.jsonl"), "there is no folder")
     refused(call(*given, *setting("decode.engine", "best")), "no engine 'best'", code=2)
     assert SemanticIndex.load(copied).manifest.profile is None
+
+
+def test_tokens_read_what_was_tuned(copied, rows, monkeypatch):
+    given = ("tune", rows, "--index", copied, "--part", "0:100", "--max-perplexity-increase", "9000%")
+    found = parsed(*given, "--read-ratio", 0.3)
+    profile = found["profile"]
+    assert (profile["read_ratio"], profile["weights"], profile["layout"]) == (0.3, "stored", "float32")
+    assert [row["contender"] for row in found["contenders"]] == ["all 1 read 0.3"]
+    assert "read ratio 0.3: perplexity" in succeeded("info", copied).stdout
+    named = generated(copied, "--read-ratio", 0.3, prompt=FAMILIAR)
+    monkeypatch.setattr(LeanEngine, "is_faster_by_token", lambda layout: layout == "float32")
+    read = generated(copied, prompt=FAMILIAR)
+    assert read["text"] == named["text"] and 0.2 < read["read_ratio"] < 0.4 and read["keep_ratio"] == 1.0
+    other = succeeded("generate", "stars", "--index", copied, "--max-new-tokens", 2, "--weights", "int4")
+    assert "was measured with stored weights, and not with int4 ones" in other.stderr
+    monkeypatch.setattr(LeanEngine, "is_faster_by_token", lambda layout: False)
+    assert generated(copied, prompt=FAMILIAR)["read_ratio"] == 1.0
+    slow = succeeded("generate", "stars", "--index", copied, "--max-new-tokens", 2)
+    assert "not found to be faster" in slow.stderr
+
+
+def test_an_engine_that_reads_all_neurons_decodes_densely(copied, rows):
+    given = ("tune", rows, "--index", copied, "--part", "0:100", "--max-perplexity-increase", "9000%")
+    succeeded(*given, "--read-ratio", 0.3)
+    options = setting("decode.engine", "transformers")
+    assert generated(copied, *options, prompt=FAMILIAR)["read_ratio"] == 1.0
+    succeeded(*given, *options, "--limit", 10)
+    assert SemanticIndex.load(copied).manifest.profile.of_sets
+
+
+def test_any_type_of_weights_may_win(copied, rows):
+    given = ("tune", rows, "--index", copied, "--part", "0:100", "--max-perplexity-increase", "9000%")
+    result = succeeded(*given, "--read-ratio", 0.5, "--weights", "any")
+    profile = SemanticIndex.load(copied).manifest.profile
+    assert profile.weights in ("int8", "int4") and f"with {profile.weights} weights" in result.stdout
+    assert generated(copied)["n_new_tokens"] == 8

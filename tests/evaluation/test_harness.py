@@ -154,7 +154,7 @@ def test_every_engine_scores(harness, weights):
 
 @pytest.mark.parametrize("mode", ["similarity", "stability", "global", "dense"])
 def test_every_mode_scores(harness, index, mode):
-    lm = harness(index=str(index), mode=mode)
+    lm = harness(index=str(index), mode=mode, keep_ratio=0.5)
     dense = harness(mode="dense")
     asked = pairs((QUESTIONS[0], CHOICES[0]), (QUESTIONS[1], CHOICES[0]))
     found, wanted = lm.loglikelihood(asked), dense.loglikelihood(asked)

@@ -7,7 +7,15 @@ import pytest
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.rows import Row
 from coreinfer_sim.evaluation.contenders import Contender
-from coreinfer_sim.evaluation.tune import check_rows, choose_profile, first_and_further, hopeful
+from coreinfer_sim.evaluation.tune import (
+    KEEP_RATIOS,
+    READ_RATIOS,
+    candidates,
+    check_rows,
+    choose_profile,
+    first_and_further,
+    hopeful,
+)
 
 
 def test_tuning_wants_rows_of_every_set():
@@ -20,7 +28,8 @@ def test_tuning_wants_rows_of_every_set():
 
 def summary_of(**bounds):
     return [
-        {"contender": name, "ratio": high - 0.01, "ratio_interval": [1.0, high], "mlp_bytes_per_token": n, "n_rows": 5}
+        {"contender": name, "ratio": high - 0.01, "ratio_interval": [1.0, high], "n_rows": 5}
+        | {"mlp_bytes_per_token": n, "total_bytes_per_token": n + 7}
         for name, (high, n) in bounds.items()
     ]
 
@@ -56,3 +65,44 @@ def test_hopeless_keep_ratios_are_dropped_early():
     for row, low in zip(summary, (1.101, 1.09, 1.0), strict=True):
         row["ratio_interval"] = [low, 1.3]
     assert hopeful(tried, summary, 0.05) == tried[1:]
+
+
+def test_candidates_are_sets_and_tokens_that_choose(wide_index):
+    found = candidates(wide_index)
+    fitted = [info.keep_ratio for info in wide_index.manifest.compensation]
+    assert {c.keep_ratio for c in found if c.name == "similarity"} == {*KEEP_RATIOS, *fitted}
+    assert [c.read_ratio for c in found if c.name == "all"] == list(READ_RATIOS)
+    assert not any(c.name == "all" for c in candidates(wide_index, by_token=False))
+    assert {c.name for c in candidates(wide_index, keep_ratios=[0.5])} == {"similarity"}
+    assert [str(c) for c in candidates(wide_index, read_ratios=[0.5, 0.3])] == ["all 1 read 0.3", "all 1 read 0.5"]
+    for named in ({"keep_ratios": [1.0]}, {"read_ratios": [0.5, 1.0]}):
+        with pytest.raises(ConfigError, match="ratio 1 is dense decode"):
+            candidates(wide_index, **named)
+
+
+def test_rounded_weights_are_tried_densely_too(wide_index):
+    found = candidates(wide_index, read_ratios=[0.5], kinds=["16bit", "int8", "int4"])
+    assert [str(c) for c in found] == [
+        *("all 1 read 0.5", "all 1 read 0.5 int8", "dense int8"),
+        *("all 1 read 0.5 int4", "dense int4"),
+    ]
+
+
+def test_the_profile_names_ratio_type_and_layout():
+    tried = [
+        Contender("all", read_ratio=0.4),
+        Contender("all", weights="int8", read_ratio=0.5),
+        Contender("dense", weights="int4"),
+    ]
+    layouts = {"16bit": "bfloat16", "int8": "Q8_0 high"}
+    for highs, expected in (
+        ((1.01, 1.2, 1.3), (0.4, "stored", "bfloat16")),
+        ((1.01, 1.02, 1.3), (0.5, "int8", "Q8_0 high")),
+        ((1.01, 1.02, 1.02), (1.0, "int4", "")),
+        ((1.2, 1.2, 1.2), (1.0, "stored", "")),
+    ):
+        numbers = zip(tried, highs, (60, 40, 20), strict=True)
+        summary = summary_of(**{str(each): (high, n_bytes) for each, high, n_bytes in numbers})
+        found = choose_profile(tried, summary, 0.05, 100, layouts)
+        assert (found.read_ratio, found.weights, found.layout) == expected
+        assert found.keep_ratio == 1.0 and found.of_sets == (expected[0] == 1.0)

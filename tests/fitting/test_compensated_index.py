@@ -42,7 +42,7 @@ def test_an_index_brings_its_compensated_sets(built, tiny_checkpoint, encoder):
 
 
 def test_a_compensated_index_generates(built, tiny_checkpoint):
-    with load(built, tiny_checkpoint) as generator:
+    with load(built, tiny_checkpoint, keep_ratio=0.5) as generator:
         run = generator.generate("Tell me of bread.", max_new_tokens=5)
     assert run.selection.compensation is not None and run.selection.mode in ("similarity", "global")
 
@@ -165,8 +165,9 @@ WIDE = ["--keep-ratio", "0.7", "--max-perplexity-increase", "1e-9"]
 
 def test_tune_tries_compensated_sets(asked):
     index, arguments = asked
+    ratios = ["--keep-ratio", "0.5", "--keep-ratio", "0.7"]
     arguments = [*arguments, "--part", "0:100"]
-    tuned = call("tune", *arguments, "--max-perplexity-increase", "9000%")
+    tuned = call("tune", *arguments, *ratios, "--max-perplexity-increase", "9000%")
     assert tuned.exit_code == 0, tuned.stderr
     assert json.loads(tuned.stdout)["profile"]["keep_ratio"] == 0.5
     assert wanted_sets(SemanticIndex.load(index))[0] == 0.5

@@ -11,8 +11,10 @@ import torch
 
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.engines.lean.compact import GatedMLP
+from coreinfer_sim.engines.lean.formats import HIGH
 from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
 from coreinfer_sim.engines.lean.intrinsics import RELU, SILU
+from coreinfer_sim.engines.lean.kernels import float_name
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, from_codes, vector
 from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP, of_stored, of_weights
 from coreinfer_sim.models.mlps import MLPLayer
@@ -57,6 +59,20 @@ def unsupported(model: Any) -> str | None:
 def rounded_kind(name: str, weights: Weights) -> str | None:
     """Return the format to which a module's weights are rounded; None: they are not."""
     return (_HEAD if name == "lm_head" else _ROUNDED).get(weights)
+
+
+def token_layout(model: Any, layers: Sequence[MLPLayer], weights: Weights) -> str:
+    """Return the types of the rows that tokens choose among, as `TokenMLP.kind` names them."""
+    kind = TOKEN_KINDS.get(weights)
+    if kind is not None:
+        return HIGH[kind]
+    floating = "bfloat16" if weights is Weights.BF16 else float_name(model.dtype)
+    own = getattr(model, "own_codes", {}) if weights is Weights.STORED else {}
+    found = set()
+    for layer in layers:
+        gate, up = (own.get(f"model.layers.{layer.number}.mlp.{name}") for name in layer.projections[:2])
+        found.add(floating if gate is None or up is None or gate.kind != up.kind else HIGH[gate.kind])
+    return " and ".join(sorted(found))
 
 
 class LeanModel:

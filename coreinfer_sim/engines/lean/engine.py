@@ -22,11 +22,13 @@ from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
 from coreinfer_sim.engines.lean.attention import cache_loops
-from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, unsupported
+from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, token_layout, unsupported
 from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
+from coreinfer_sim.engines.lean.instructions import Products
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
+from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out
 from coreinfer_sim.engines.lean.matrix import Array, Matrix
@@ -45,6 +47,11 @@ from coreinfer_sim.models.mlps import MLPLayer
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
 LeanMLP = GatedMLP | TokenMLP
+FASTER_BY_TOKEN = {
+    Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
+}
+"""Layouts of which half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
+was not measured is not there."""
 _FIRST = 8  # positions of a passage that are left out
 
 
@@ -59,7 +66,7 @@ class LeanEngine(Engine):
         """See `Engine`. Packed weights are held beside the model's own."""
         super().__init__(model, layers, config)
         warm_up(model.dtype)  # now, rather than within the first text
-        self._weights = LeanModel(model, layers, config.weights)
+        self._weights = LeanModel(model, layers, config.weights_type)
         self._ready: dict[int, tuple[Prepared, list[LeanMLP], Array, Array]] = {}
         """By prepared selection: all layers' MLPs, their words, int64 [n_layers, 3, N_WORDS], and thresholds."""
         self._cache = GrowingCache()
@@ -81,7 +88,17 @@ class LeanEngine(Engine):
         cls, name: str, config: DecodeConfig, by_token: bool = False, progress: Progress | None = None
     ) -> LanguageModel | None:
         """Load a model whose weights are packed, or lie by neuron."""
-        return load_laid_out(name, config.weights, by_token, progress)
+        return load_laid_out(name, config.weights_type, by_token, progress)
+
+    @classmethod
+    def is_faster_by_token(cls, layout: str) -> bool:
+        """Return what was measured for the instructions of this processor."""
+        return layout in FASTER_BY_TOKEN.get(host_products(), ())
+
+    @classmethod
+    def layout_by_token(cls, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> str:
+        """Return the types of the rows."""
+        return token_layout(model, layers, config.weights_type)
 
     def calibrate(self, passages: Callable[[], Sequence[torch.Tensor]], progress: Progress | None = None) -> None:
         """Measure how much each neuron is estimated to count at the positions of some texts."""
