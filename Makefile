@@ -37,7 +37,7 @@ $(DEMO_INDEX)/manifest.json: demo/corpus.jsonl $(MODEL) | $(VENV)/.demo
 		--template '{prompt}\n{completion}' --clusters 10 --out $(DEMO_INDEX) --force
 
 demo: $(VENV)/.demo $(DEMO_INDEX)/manifest.json
-	$(BIN)/coreinfer-sim generate --index $(DEMO_INDEX) --model $(MODEL) --mode similarity --keep-ratio 0.8 \
+	$(BIN)/coreinfer-sim generate --index $(DEMO_INDEX) --model $(MODEL) --mode similarity --read-ratio 0.6 \
 		--chat --compare --max-new-tokens 64 --file demo/prompts.txt
 
 test: $(VENV)/.dev

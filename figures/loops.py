@@ -19,11 +19,8 @@ from figures.table import REQUIRED, Given, figure
 from figures.tools import coreinfer, in_turns, output_of, python, sets_of, spread
 
 FILE = "figures-loops.json"
-_PEERS = {
-    "ours-dense:weights=bf16": "llamacpp:bf16",
-    "ours-dense:int8": "llamacpp:q8_0",
-    "ours-dense:int4": "llamacpp:q4_0",
-}
+_OURS = {"bf16": "ours-dense:weights=bf16", "int8": "ours-dense:int8", "int4": "ours-dense:int4"}
+_PEERS = {"bf16": "llamacpp:bf16", "int8": "llamacpp:q8_0", "int4": "llamacpp:q4_0"}
 
 
 @figure(
@@ -31,10 +28,11 @@ _PEERS = {
     model=REQUIRED, name=None, prompt_tokens=128, new_tokens=32, rounds=3,
 )  # fmt: skip
 @click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
-def dense(given: Given, llama_bench: Path) -> None:
+@click.option("--weights", "kinds", multiple=True, type=click.Choice(list(_PEERS)), help="Of a checkpoint; each by default.")
+def dense(given: Given, llama_bench: Path, kinds: tuple[str, ...]) -> None:
     """Dense decode, first token and memory over those of llama.cpp; of a GGUF file, on that same file."""
     of_file = given.model.endswith(".gguf")
-    pairs = {"ours-dense": "llamacpp:file"} if of_file else _PEERS
+    pairs = {"ours-dense": "llamacpp:file"} if of_file else {_OURS[kind]: _PEERS[kind] for kind in kinds or _PEERS}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "bench.json")
         sizes = ("--prompt-tokens", given.prompt_tokens, "--new-tokens", given.new_tokens, "--rounds", given.rounds)

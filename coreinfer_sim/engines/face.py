@@ -271,6 +271,10 @@ class Engine(ABC):
         """Return the bytes that a step reads in a layer that stays dense."""
         return layer.n_bytes
 
+    def whole_bytes(self) -> int:
+        """Return the MLP bytes that a dense step reads."""
+        return sum(layer.n_bytes if layer.away else self.dense_bytes(layer) for layer in self.layers)
+
     def mlp_bytes(self, held: Sequence[Prepared]) -> int:
         """Return the MLP bytes that a step reads; a layer that several selections leave dense is read once."""
         dense = [layer for layer in self.layers if any(layer.number not in each.layers for each in held)]

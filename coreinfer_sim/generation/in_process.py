@@ -28,7 +28,6 @@ from coreinfer_sim.generation.streaming import Detokenizer, TextOutput
 from coreinfer_sim.generation.text import Generation, Generator, Request
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.mlps import dense_bytes
 from coreinfer_sim.models.prompts import prompt_ids, within
 
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -130,6 +129,7 @@ class TextGenerator(Generator):
         first = watch.first_token or end
         selection = facts.selections[0]
         counted = facts.read.n_steps > 0
+        engine = next(engine for engine in self.engines if engine.name == facts.engine)
         return Generation(
             prompt=request.routed_by,
             text=text,
@@ -143,7 +143,7 @@ class TextGenerator(Generator):
             prefill_seconds=first - begin,
             decode_seconds=end - first - (facts.prepare_seconds if facts.prepared_in_decode else 0.0),
             mlp_bytes_per_token=facts.read.mlp_per_step if counted else None,
-            dense_mlp_bytes_per_token=dense_bytes(sparse.layers),
+            dense_mlp_bytes_per_token=engine.whole_bytes(),
             total_bytes_per_token=facts.read.per_step if counted else None,
             lookup_seconds=facts.lookup_seconds,
             prepare_seconds=facts.prepare_seconds,

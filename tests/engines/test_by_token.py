@@ -75,6 +75,11 @@ def expected_outputs(mlp, x, kind, reads):
     return out if mlp.bias is None else out + mlp.bias[: mlp.d_model]
 
 
+def near(mlp):
+    """How near outputs are to `expected_outputs`: with codes, what four neurons give is rounded to 8 bits before it is added."""
+    return 1e-2 if mlp.packed else 1e-5
+
+
 def in_a_gap(scores, share):
     """A threshold that about a share of the scores reach, in the middle of the widest gap thereabouts."""
     ordered = scores.flatten().unique()
@@ -101,7 +106,7 @@ def test_neurons_whose_estimate_reaches_the_threshold_are_read_and_no_others(kin
         found, n_read = mlp.outputs(x, activation, threshold)
         expected = expected_outputs(mlp, x, activation, reads)
         assert n_read == reads.sum()
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (found - expected).abs().max() <= near(mlp) * expected.abs().max()
         alone, n_read = mlp.outputs(x[-1:], activation, threshold)
         assert n_read == reads[-1].sum()
         assert (alone[0] - found[-1]).abs().max() <= 1e-6 * expected.abs().max()
@@ -116,7 +121,7 @@ def test_threshold_0_reads_all_and_infinity_none(kind, activation):
     everything = torch.ones(5, 53, dtype=torch.bool)
     expected = expected_outputs(mlp, x, activation, everything)
     assert n_read == 5 * 53  # those too that ReLU has set to nothing
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - expected).abs().max() <= near(mlp) * expected.abs().max()
     if not mlp.packed:
         gate, up, down = ((w.float(), b.float()) for w, b in zip(weights, biases, strict=True))
         dense = F.linear(activated((F.linear(x, *gate), F.linear(x, *up)), activation), *down)
@@ -137,7 +142,7 @@ def test_threads_share_the_neurons(kind, n_ff):
     for n_threads in (1, 2, 3, 7):
         out, n_read = torch.full_like(x, 7.0), np.array([100, 1000])  # counts are added to what is there
         outputs_by_token(x.numpy(), mlp.words, SILU, n_threads, np.float32(threshold), n_read, out.numpy())
-        assert (out - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (out - expected).abs().max() <= (near(mlp) if mlp.packed else 1e-6) * expected.abs().max()
         assert n_read[1] - 1000 == n_all >= n_read[0] - 100
         counts.add(int(n_read[0]))
     assert len(counts) == 1
@@ -212,7 +217,7 @@ def test_codes_of_a_file_are_kept_to_the_bit(kind, n_rows):
     reads = scores >= threshold
     found, n_read = mlp.outputs(x, SILU, threshold)
     made = expected_outputs(mlp, x, SILU, reads)
-    assert n_read == reads.sum() and (found - made).abs().max() <= 1e-5 * made.abs().max()
+    assert n_read == reads.sum() and (found - made).abs().max() <= near(mlp) * made.abs().max()
 
 
 @pytest.mark.parametrize("kind", GGUF_KINDS)
@@ -281,7 +286,7 @@ def test_compensation_is_merged(kind, biased):
     x = inputs(4, 77)
     everything = torch.ones(4, len(ids), dtype=torch.bool)
     made = expected_outputs(held, x, SILU, everything)
-    assert (held.outputs(x, SILU)[0] - made).abs().max() <= 1e-5 * made.abs().max()
+    assert (held.outputs(x, SILU)[0] - made).abs().max() <= near(mlp) * made.abs().max()
     assert torch.equal(rows_of(mlp.held(ids), 2), rows_of(plain, 2))  # what is whole stays as it was
 
 
@@ -297,6 +302,10 @@ def test_parts_are_linear_maps(kind, d_model, n_ff):
         weight = rows.T if number == 2 else rows
         assert (part.n_out, part.n_in) == weight.shape and torch.equal(part.widened(), weight.T)
         x = inputs(9, part.n_in)
-        expected = x @ weight.T + biases[number][: part.n_out]
+        rounded = mlp.packed and number < 2
+        expected = (rounded_inputs(x) if rounded else x) @ weight.T + biases[number][: part.n_out]
+        most = 1e-5 if rounded or "32" in kind else 1e-3 if kind == "float16" else 1e-2  # what torch multiplies in
         for found in (part.times(x), part.of_few(x.numpy())):
-            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert (found - expected).abs().max() <= most * expected.abs().max()
+        many = part.times(x.repeat(40, 1))  # more rows than a tile is put together for
+        assert (many - found.repeat(40, 1)).abs().max() <= most * expected.abs().max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from contextlib import contextmanager
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -20,11 +21,14 @@ from coreinfer_sim.engines.lean.instructions import (
     Products,
     line_product,
     load,
+    offset_product,
     products_of_features,
+    transposed,
     vector,
     whole,
 )
-from coreinfer_sim.engines.lean.record_code import emit_add_codes, emit_add_floats, emit_float_rows, emit_low_rows
+from coreinfer_sim.engines.lean.output_code import emit_add_codes, emit_add_floats
+from coreinfer_sim.engines.lean.record_code import emit_float_rows, emit_low_rows
 from coreinfer_sim.engines.lean.rows import FLOATS
 from coreinfer_sim.engines.lean.tiles import Inputs, emit_product
 
@@ -103,24 +107,24 @@ def row_assembly(cpu, kind):
 
 
 def added_assembly(cpu, kind):
-    """Return what adds an output row to the outputs."""
+    """Return what adds four output rows to the outputs."""
 
-    def emit(builder, row, factor, n, out, following):
+    def emit(builder, places, factors, n, out):
         if kind in FLOATS:
-            emit_add_floats(builder, kind, row, factor, n, out, following)
+            emit_add_floats(builder, kind, places, factors, n, out)
         else:
-            emit_add_codes(builder, FORMATS[kind].bits, row, factor, n, out, following)
+            emit_add_codes(builder, FORMATS[kind].bits, TARGETS[cpu][1], places, factors, n, out)
 
-    return compiled(cpu, [I8.as_pointer(), F32, I64, *pointers(F32, I8)], emit)
+    return compiled(cpu, [*pointers(I64, F32), I64, *pointers(F32)], emit)
 
 
-def line(how):
+def line(how, product=line_product):
     """Return code that multiplies 64 codes with 64 inputs."""
 
     def emit(builder, codes, inputs, start, out):
         given = [load(builder, each, whole(0), I8, 64) for each in (codes, inputs)]
         begin = load(builder, builder.bitcast(start, I8.as_pointer()), whole(0), I32, 16)
-        made = line_product(builder, how, *given, begin)
+        made = product(builder, how, *given, begin)
         builder.store(made, builder.bitcast(out, vector(I32, 16).as_pointer()), align=4)
 
     return pointers(I8, I8, I32, I32), emit
@@ -188,25 +192,59 @@ def runs_here(how):
     return needed.get(how, {how.value} if how is not Products.PLAIN else set()) <= has
 
 
-@pytest.mark.parametrize("how", [how for how in Products if runs_here(how)])
-def test_sums_of_a_line_are_right(how):
-    """By every way that runs here, codes and inputs at their ends too."""
+@contextmanager
+def running(arguments, emit):
+    """Compile code for this processor; gives a function that takes arrays."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    arguments, emit = line(how)
     triple, host = llvm.get_process_triple(), {"cpu": llvm.get_host_cpu_name(), "features": get_host_cpu_features()}
     machine = llvm.Target.from_triple(triple).create_target_machine(opt=2, **host)
     engine = llvm.create_mcjit_compiler(module_of(arguments, emit, triple), machine)
     engine.finalize_object()
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4)(engine.get_function_address("made"))
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * len(arguments))(engine.get_function_address("made"))
+    yield lambda *arrays: function(*(each.ctypes.data for each in arrays))
+
+
+@pytest.mark.parametrize("how", [how for how in Products if runs_here(how)])
+def test_sums_of_a_line_are_right(how):
+    """By every way that runs here, codes and inputs at their ends too."""
     rng = np.random.default_rng(0)
-    for code, given in ((None, None), (30, 127), (30, -127), (30, -128), (0, -128)):
-        codes = rng.integers(0, 31, 64, np.uint8) if code is None else np.full(64, code, np.uint8)
-        x = rng.integers(-127, 128, 64, np.int8) if given is None else np.full(64, given, np.int8)
-        start, out = rng.integers(-(2**20), 2**20, 16, np.int32), np.zeros(16, np.int32)
-        function(*(each.ctypes.data for each in (codes, x, start, out)))
-        expected = (codes.astype(np.int32) * x).reshape(16, 4).sum(1) + start
-        assert (out == expected).all()
+    with running(*line(how)) as function:
+        for code, given in ((None, None), (30, 127), (30, -127), (30, -128), (0, -128)):
+            codes = rng.integers(0, 31, 64, np.uint8) if code is None else np.full(64, code, np.uint8)
+            x = rng.integers(-127, 128, 64, np.int8) if given is None else np.full(64, given, np.int8)
+            start, out = rng.integers(-(2**20), 2**20, 16, np.int32), np.zeros(16, np.int32)
+            function(codes, x, start, out)
+            expected = (codes.astype(np.int32) * x).reshape(16, 4).sum(1) + start
+            assert (out == expected).all()
+
+
+@pytest.mark.parametrize("how", [how for how in Products if runs_here(how)])
+def test_sums_of_whole_bytes_are_right(how):
+    """Which hold 1 to 255 about 128; pairs of their products do not fit into 16 bits."""
+    rng = np.random.default_rng(0)
+    with running(*line(how, offset_product)) as function:
+        for code, given in ((None, None), (255, 127), (255, -127), (1, 127), (1, -127), (128, 127)):
+            codes = rng.integers(1, 256, 64, np.uint8) if code is None else np.full(64, code, np.uint8)
+            x = rng.integers(-127, 128, 64, np.int8) if given is None else np.full(64, given, np.int8)
+            start, out = -128 * x.astype(np.int32).reshape(16, 4).sum(1), np.zeros(16, np.int32)
+            function(codes, x, np.ascontiguousarray(start, np.int32), out)
+            assert (out == ((codes.astype(np.int32) - 128) * x).reshape(16, 4).sum(1)).all()
+
+
+def test_rows_and_columns_are_exchanged():
+    """Of sixteen vectors of sixteen numbers."""
+
+    def emit(builder, given, out):
+        where, to = (builder.bitcast(each, I8.as_pointer()) for each in (given, out))
+        rows = [load(builder, where, whole(64 * k), I32, 16) for k in range(16)]
+        for k, row in enumerate(transposed(builder, rows)):
+            builder.store(row, builder.bitcast(builder.gep(to, [whole(64 * k)]), row.type.as_pointer()), align=4)
+
+    numbers, out = np.arange(256, dtype=np.int32).reshape(16, 16), np.zeros((16, 16), np.int32)
+    with running(pointers(I32, I32), emit) as function:
+        function(numbers, out)
+    assert (out == numbers.T).all()
 
 
 @pytest.mark.parametrize("cpu", FEATURES)

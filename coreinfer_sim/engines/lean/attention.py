@@ -9,6 +9,7 @@ from numba import prange
 from coreinfer_sim.engines.lean.intrinsics import (
     address,
     exp,
+    float_name,
     inline,
     narrowed,
     normalise,
@@ -19,7 +20,6 @@ from coreinfer_sim.engines.lean.kernels import (
     call_five,
     call_product,
     call_widened,
-    float_name,
     mixed_address,
     product_address,
     widened_address,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.engines.lean.compact import GatedMLP
-from coreinfer_sim.engines.lean.formats import HIGH
+from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH
 from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
-from coreinfer_sim.engines.lean.intrinsics import RELU, SILU
-from coreinfer_sim.engines.lean.kernels import float_name
+from coreinfer_sim.engines.lean.intrinsics import RELU, SILU, float_name
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, from_codes, vector
 from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP, of_stored, of_weights
+from coreinfer_sim.models.gguf_codes import QuantisedTensor
 from coreinfer_sim.models.mlps import MLPLayer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -153,6 +153,15 @@ class LeanModel:
             self._dense[number] = GatedMLP(*(self._matrix(f"model.layers.{number}.mlp.{name}") for name in projections))
         return self._dense[number]
 
+    def dense_bytes(self, layer: MLPLayer) -> int:
+        """Return the bytes of a dense MLP, without making it."""
+        made, kind = self._dense.get(layer.number), rounded_kind("", self._weights)
+        if made is not None:
+            return made.dense_bytes if isinstance(made, TokenMLP) else made.n_bytes
+        if kind is None:
+            return layer.n_bytes
+        return 3 * layer.d_ff * layer.d_model * (2 + BLOCK * FORMATS[kind].bits // 8) // BLOCK
+
     def token_mlp(self, number: int) -> TokenMLP:
         """Return the MLP of a layer of which tokens read a share, made when it is first used."""
         if number not in self._by_token:
@@ -167,7 +176,7 @@ class LeanModel:
             if self._weights is Weights.STORED:
                 own = getattr(self._model, "own_codes", {})
                 codes = [own.get(f"model.layers.{number}.mlp.{name}") for name in self._layers[number].projections]
-                mlp = of_stored(codes, lambda part, dtype: weights[part].to(dtype or weights[part].dtype), biases)
+                mlp = of_stored(codes, partial(_exact, weights, codes), biases)
             else:
                 mlp = of_weights((weights[0], weights[1], weights[2]), biases, TOKEN_KINDS.get(self._weights))
             self._by_token[number] = mlp
@@ -206,6 +215,14 @@ class LeanModel:
             every = torch.arange(max(2 * n, _SPARE))[None]
             self._angles = torch.stack(self._rotary(torch.zeros(1), every))[:, 0].contiguous()
         return self._angles[:, positions]
+
+
+def _exact(
+    weights: Sequence[torch.Tensor], codes: Sequence[QuantisedTensor | None], part: int, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Return one of an MLP's weights, in float32 from the file's codes rather than from what transformers made of them."""
+    own = codes[part]
+    return weights[part] if dtype is None or own is None else from_codes(own, None).widened().T.to(dtype)
 
 
 def _head_norms(attention: Any) -> Array:

@@ -11,6 +11,7 @@ from numba import prange
 
 from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, normalise, parallel, serial
 from coreinfer_sim.engines.lean.kernels import call_five, call_rows
+from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
 
 ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, MIDDLE, N_OUTPUTS, OUT_BIAS, OUT_NORMS = range(11)
@@ -59,25 +60,30 @@ def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gate
     """Add the chosen neurons to the outputs; ``scaled`` [n_rows, 2, 2 n_blocks, 16] is room for a tile's scales."""
     own = stack[2]
     n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[1]
-    room = np.zeros(2, np.float32)
-    where, tile_of_scales = address(room), -1
-    for c in range(n_chosen):
-        i = places[c]
-        n = first + i
-        record = own[RECORDS] + n * own[RECORD_BYTES]
-        after = own[RECORDS] + (first + places[min(c + _AHEAD, n_chosen - 1)]) * own[RECORD_BYTES]
-        if own[BY_CODES] and n // 16 != tile_of_scales:
-            tile_of_scales = n // 16
-            for r in range(x.shape[0]):
+    together = TOGETHER if own[BY_CODES] else 1
+    room, values = np.zeros(2, np.float32), np.zeros(TOGETHER, np.float32)
+    rows = np.empty(2 * TOGETHER, np.int64)
+    chosen = np.empty(n_chosen, np.int64)
+    base = own[RECORDS] + first * own[RECORD_BYTES]
+    for r in range(x.shape[0]):
+        n_own, tile_of_scales, n_waiting = 0, -1, 0
+        for c in range(n_chosen):
+            if reads[r, places[c]]:
+                chosen[n_own] = places[c]
+                n_own += 1
+        for c in range(n_own):
+            i = chosen[c]
+            n = first + i
+            record = base + i * own[RECORD_BYTES]
+            after = base + chosen[min(c + _AHEAD, n_own - 1)] * own[RECORD_BYTES]
+            if own[BY_CODES] and n // 16 != tile_of_scales:
+                tile_of_scales = n // 16
                 for part in range(2):
                     scales = stack[part, SCALES] + tile_of_scales * stack[part, SCALE_STEP]
                     of_tile = (scales, address(factors[r]), factors.shape[1], address(scaled[r, part]), 0)
                     call_five(own[SCALED], of_tile)
-        for r in range(x.shape[0]):
-            if not reads[r, i]:
-                continue
             # 1) gate and up, exactly
-            given = (address(x[r]), address(codes[r]), address(starts[r]), n_in, where, after)
+            given = (address(x[r]), address(codes[r]), address(starts[r]), n_in, address(room), after)
             call_rows(own[ROWS], (record, own[UP_AT], address(scaled[r]) + 4 * (n % 16), *given))
             gate, up = room[0], room[1]
             if own[BY_CODES]:
@@ -88,10 +94,18 @@ def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gate
                     gate += float_at(stack[0, BIAS] + 4 * n)
                 if stack[1, BIAS] != 0:
                     up += float_at(stack[1, BIAS] + 4 * n)
-            # 2) what they add
-            room[0] = activated(gate, kind) * up
-            at = own[OUT_AT]
-            call_five(own[ADDED], (record + at, where, own[N_OUTPUTS], address(out[r]), after + at))
+            values[n_waiting] = activated(gate, kind) * up
+            rows[n_waiting] = record + own[OUT_AT]
+            n_waiting += 1
+            # 2) what some of them add; what other rows of inputs read does not matter, so that one alone gives the same
+            if n_waiting == together or c == n_own - 1:
+                for k in range(n_waiting, together):
+                    values[k], rows[k] = np.float32(0.0), rows[0]
+                for k in range(together):
+                    following = chosen[min(c + (1 if together > 1 else _AHEAD) + k, n_own - 1)]
+                    rows[together + k] = base + following * own[RECORD_BYTES] + own[OUT_AT]
+                call_five(own[ADDED], (address(rows), address(values), own[N_OUTPUTS], address(out[r]), 0))
+                n_waiting = 0
 
 
 @parallel

@@ -192,7 +192,12 @@ class LeanEngine(Engine):
 
     def dense_bytes(self, layer: MLPLayer) -> int:
         """Return the bytes of a layer that stays dense."""
-        return self._weights.dense_mlp(layer.number).n_bytes
+        self._weights.dense_mlp(layer.number)
+        return self._weights.dense_bytes(layer)
+
+    def whole_bytes(self) -> int:
+        """Return the MLP bytes that a dense step reads; what nothing was made of yet is as large as its rounded weights."""
+        return sum(layer.n_bytes if layer.away else self._weights.dense_bytes(layer) for layer in self.layers)
 
     def other_bytes(self) -> int:
         """Return the bytes of attention, norms and the output head."""

@@ -50,7 +50,8 @@ class Scales(Enum):
     """signed 8-bit scale every 16 inputs, float16 scale of those every 256: d · scale · (code - offset)."""
 
 
-_CODE_BYTES = {2: 128, 3: 192, 4: 256, 5: 320, 6: 384, 8: 512}
+CODE_BYTES = {2: 128, 3: 192, 4: 256, 5: 320, 6: 384, 8: 512}
+"""Of a tile and block, by the bits of a code."""
 _SCALE_BYTES = {Scales.HALF: 32, Scales.HALF_MIN: 64, Scales.SUPER_MIN: 64 + 8 * 32, Scales.SUPER_HALVES: 32 + 16 * 16}
 
 
@@ -79,7 +80,7 @@ class Format:
     @property
     def code_bytes(self) -> int:
         """Bytes of the codes of a tile and block."""
-        return _CODE_BYTES[self.bits]
+        return CODE_BYTES[self.bits]
 
     @property
     def filled(self) -> int:
@@ -122,3 +123,5 @@ _PLANES = tuple(
 FORMATS = {format_.name: format_ for format_ in (*_WHOLE, *_PLANES)}
 HIGH = {whole.name: plane.name for whole, plane in zip(_WHOLE, _PLANES, strict=True)}
 """The formats of high planes, by those of whole codes."""
+WHOLE = {plane: whole for whole, plane in HIGH.items()}
+"""The other way round."""

@@ -86,6 +86,37 @@ def joined(builder: Builder, parts: Sequence[Value]) -> Value:
     return parts[0]
 
 
+def moved(builder: Builder, bytes_: Value, by: int) -> Value:
+    """Return bytes whose bits are some places higher, or lower where ``by`` is negative; none must leave its byte."""
+    if by == 0:
+        return bytes_
+    n = bytes_.type.count // 2
+    words = builder.bitcast(bytes_, vector(I16, n))  # no processor shifts bytes
+    shift = builder.shl if by > 0 else builder.lshr
+    return builder.bitcast(shift(words, constant(I16, n, abs(by))), bytes_.type)
+
+
+def field(builder: Builder, bytes_: Value, first: int, n: int, to: int) -> Value:
+    """Move ``n`` bits of every byte from place ``first`` to place ``to``, and clear the others."""
+    return builder.and_(moved(builder, bytes_, to - first), constant(I8, bytes_.type.count, ((1 << n) - 1) << to))
+
+
+def transposed(builder: Builder, rows: Sequence[Value]) -> list[Value]:
+    """Return sixteen vectors of sixteen numbers with rows and columns exchanged."""
+    rows, n = list(rows), 16
+    step = 1
+    while step < n:  # halves of each pair of rows that lie ``step`` apart change places
+        kept = ir.Constant(vector(I32, n), [i if not i & step else n + (i ^ step) for i in range(n)])
+        other = ir.Constant(vector(I32, n), [i ^ step if not i & step else n + i for i in range(n)])
+        made = list(rows)
+        for i in range(n):
+            if not i & step:
+                a, b = rows[i], rows[i | step]
+                made[i], made[i | step] = builder.shuffle_vector(a, b, kept), builder.shuffle_vector(a, b, other)
+        rows, step = made, 2 * step
+    return rows
+
+
 def load(builder: Builder, pointer: Value, offset: Value, kind: Any, n: int) -> Value:
     """Load ``n`` values from so many bytes behind a pointer to bytes."""
     where = builder.bitcast(builder.gep(pointer, [offset]), vector(kind, n).as_pointer())
@@ -173,7 +204,7 @@ def summed_products(
 def line_product(builder: Builder, how: Products, codes: Value, inputs: Value, start: Value) -> Value:
     """Return int32 [16]: of four unsigned bytes of ``codes`` and signed ones of ``inputs`` each the products' sum, plus start.
 
-    Codes are less than 128.
+    Codes are less than 128 on processors that multiply signed bytes, or sum pairs of products in 16 bits.
     """
     n = {Products.VNNI_512: 16, Products.VNNI_256: 8, Products.AVX2: 8, Products.DOT: 4, Products.PLAIN: 16}[how]
     made = []
@@ -183,6 +214,33 @@ def line_product(builder: Builder, how: Products, codes: Value, inputs: Value, s
             for each, k in ((codes, 4), (inputs, 4), (start, 1))
         ]
         made.append(_four_products(builder, how, n, *own))
+    return joined(builder, made)
+
+
+def offset_product(builder: Builder, how: Products, codes: Value, inputs: Value, start: Value) -> Value:
+    """Return int32 [16]: of four unsigned bytes of ``codes`` less 128, and signed ones of ``inputs``, the products' sum.
+
+    Args:
+        builder: where the code goes.
+        how: by which instructions.
+        codes: 64 bytes.
+        inputs: 64 bytes above -128.
+        start: int32 [16], -128 times the sum of each four inputs.
+    """
+    if how in (Products.VNNI_512, Products.VNNI_256, Products.PLAIN):
+        return line_product(builder, how, codes, inputs, start)
+    signed = builder.xor(codes, constant(I8, 64, -128))
+    if how is Products.DOT:
+        return line_product(builder, how, signed, inputs, constant(I32, 16, 0))
+    # AVX2: pairs of such products do not fit into 16 bits, unless the sign of an input goes to the code
+    bytes_ = vector(I8, 32)
+    sign = intrinsic(builder, "llvm.x86.avx2.psign.b", bytes_, [bytes_, bytes_])
+    magnitude = intrinsic(builder, "llvm.abs.v32i8", bytes_, [bytes_, I1])
+    made = []
+    for p in range(2):
+        own, x = _part(builder, signed, p, 2), _part(builder, inputs, p, 2)
+        of_x = builder.call(magnitude, [x, ir.Constant(I1, 0)])
+        made.append(_four_products(builder, how, 8, of_x, builder.call(sign, [own, x]), constant(I32, 8, 0)))
     return joined(builder, made)
 
 

@@ -176,3 +176,16 @@ def set_threads() -> int:
     if torch.get_num_threads() != n:  # numba starts its threads with OpenMP's number, which is torch's too
         torch.set_num_threads(n)
     return n
+
+
+_FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def float_name(dtype: torch.dtype) -> str:
+    """Return what a floating type is called here."""
+    return str(dtype).removeprefix("torch.")
+
+
+def float_type(name: str) -> torch.dtype:
+    """Return the floating type of a name."""
+    return _FLOAT_TYPES[name]

@@ -11,30 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from coreinfer_sim.engines.lean import formats, instructions, record_code, rows, tiles
+from coreinfer_sim.engines.lean import formats, instructions, output_code, record_code, rows, tiles, whole_code
 from coreinfer_sim.engines.lean.formats import FORMATS
 from coreinfer_sim.engines.lean.instructions import F32, I8, I32, I64, products_of_features
-from coreinfer_sim.engines.lean.record_code import (
-    emit_add_codes,
-    emit_add_floats,
-    emit_float_rows,
-    emit_low_rows,
-)
+from coreinfer_sim.engines.lean.output_code import emit_add_codes, emit_add_floats
+from coreinfer_sim.engines.lean.record_code import emit_float_rows, emit_low_rows
 from coreinfer_sim.engines.lean.rows import FLOATS, emit_mixed, emit_rows, emit_widened
 from coreinfer_sim.engines.lean.tiles import Inputs, emit_product, emit_scales, emit_unpacked
+from coreinfer_sim.engines.lean.whole_code import emit_whole_tile, emit_widened_row
 
 MANY = 4
 """Rows of inputs that one reading of a tile serves."""
 _PRODUCT = types.void(*[types.int64] * 10)
 _FIVE = types.void(*[types.int64] * 5)
 _NAMES = (*FORMATS, *FLOATS)
-_SOURCES = (formats, instructions, record_code, rows, tiles)
+_SOURCES = (formats, instructions, output_code, record_code, rows, tiles, whole_code)
 
 
 def host_products() -> Any:
@@ -136,21 +132,46 @@ def _scaled(_context, number, scales, factors, n_blocks, out):
 
 
 @intrinsic(prefer_literal=True)
-def _added(_context, number, row, factor, n, out, following):
+def _added(_context, number, places, factors, n, out):
     name = _NAMES[number.literal_value]
 
     def code(context, builder, _signature, args):
-        row, factor, n, out, following = args[1:]
-        row, following = (builder.inttoptr(each, I8.as_pointer()) for each in (row, following))
-        by = builder.load(builder.inttoptr(factor, F32.as_pointer()))
-        result = builder.inttoptr(out, F32.as_pointer())
+        places, factors, n, out = args[1:]
+        rows = builder.inttoptr(places, I64.as_pointer())
+        by, result = (builder.inttoptr(each, F32.as_pointer()) for each in (factors, out))
         if name in FLOATS:
-            emit_add_floats(builder, name, row, by, n, result, following)
+            emit_add_floats(builder, name, rows, by, n, result)
         else:
-            emit_add_codes(builder, FORMATS[name].bits, row, by, n, result, following)
+            emit_add_codes(builder, FORMATS[name].bits, host_products(), rows, by, n, result)
         return context.get_dummy_value()
 
-    return types.void(number, *[types.int64] * 5), code
+    return types.void(number, *[types.int64] * 4), code
+
+
+@intrinsic(prefer_literal=True)
+def _whole_tile(_context, number, high, low, stride, n_rows, n_in, out):
+    format_ = FORMATS[_NAMES[number.literal_value]]
+
+    def code(context, builder, _signature, args):
+        high, low, stride, n_rows, n_in, out = args[1:]
+        of_high, of_low, to = (builder.inttoptr(each, I8.as_pointer()) for each in (high, low, out))
+        emit_whole_tile(builder, format_, of_high, of_low, stride, n_rows, n_in, to)
+        return context.get_dummy_value()
+
+    return types.void(number, *[types.int64] * 6), code
+
+
+@intrinsic(prefer_literal=True)
+def _widened_row(_context, number, size, row, n, out):
+    n_bits, n_bytes = FORMATS[_NAMES[number.literal_value]].bits, size.literal_value
+
+    def code(context, builder, _signature, args):
+        row, n, out = args[2:]
+        where, to = (builder.inttoptr(each, I8.as_pointer()) for each in (row, out))
+        emit_widened_row(builder, n_bits, where, n, to, n_bytes)
+        return context.get_dummy_value()
+
+    return types.void(number, size, *[types.int64] * 3), code
 
 
 def _calling(n: int) -> Any:
@@ -172,9 +193,11 @@ def _calling(n: int) -> Any:
 call_product = _calling(10)
 """Call what `product_address` has named with a tuple of its ten arguments."""
 call_widened = _calling(3)
-"""Call what `widened_address` has named with a tuple of its three arguments."""
+"""Call what `widened_address` or `widened_row_address` has named with a tuple of its three arguments."""
 call_five = _calling(5)
 """Call what `unpacked_address`, `mixed_address` or `added_address` has named with a tuple of its five arguments."""
+call_whole_tile = _calling(6)
+"""Call what `whole_tile_address` has named with a tuple of its six arguments."""
 call_rows = _calling(9)
 """Call what `rows_address` has named with a tuple of its nine arguments."""
 
@@ -284,24 +307,33 @@ def scales_address(name: str) -> int:
 
 
 @functools.cache
-def added_address(name: str) -> int:
-    """Return the address of what adds a row to the outputs: addresses of the row and its factor, n, the outputs, next row."""
+def whole_tile_address(name: str) -> int:
+    """Return the address of `whole_code.emit_whole_tile`: addresses of planes, stride, n_rows, n_in, address of the result."""
     number = _NAMES.index(name)
 
-    def added(row, factor, n, out, following):
-        _added(number, row, factor, n, out, following)
+    def whole_tile(high, low, stride, n_rows, n_in, out):
+        _whole_tile(number, high, low, stride, n_rows, n_in, out)
+
+    return _kept(types.void(*[types.int64] * 6), whole_tile, name)
+
+
+@functools.cache
+def widened_row_address(name: str, size: int) -> int:
+    """Return the address of `whole_code.emit_widened_row` for values of ``size`` bytes: addresses of the row, n, the result."""
+    number = _NAMES.index(name)
+
+    def widened_row(row, n, out):
+        _widened_row(number, size, row, n, out)
+
+    return _kept(types.void(*[types.int64] * 3), widened_row, name, size)
+
+
+@functools.cache
+def added_address(name: str) -> int:
+    """Return the address of what adds four output rows: addresses of their places and factors, n, address of the outputs; 0."""
+    number = _NAMES.index(name)
+
+    def added(places, factors, n, out, _):
+        _added(number, places, factors, n, out)
 
     return _kept(_FIVE, added, name)
-
-
-_FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def float_name(dtype: torch.dtype) -> str:
-    """Return what a floating type is called here."""
-    return str(dtype).removeprefix("torch.")
-
-
-def float_type(name: str) -> torch.dtype:
-    """Return the floating type of a name."""
-    return _FLOAT_TYPES[name]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from coreinfer_sim.engines.lean.formats import FORMATS, TILE
-from coreinfer_sim.engines.lean.intrinsics import set_threads
-from coreinfer_sim.engines.lean.kernels import MANY, float_name, float_type, product_address, unpacked_address
+from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
+from coreinfer_sim.engines.lean.kernels import MANY, product_address, unpacked_address
 from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
 from coreinfer_sim.engines.lean.products import N_WORDS, product, unpack, unpack_rows
 from coreinfer_sim.models.gguf_codes import QuantisedTensor

@@ -18,9 +18,10 @@ from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean import by_token
 from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.compact import of_gates
-from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, TILE, Scales
-from coreinfer_sim.engines.lean.intrinsics import set_threads
-from coreinfer_sim.engines.lean.kernels import added_address, float_name, float_type, rows_address, scales_address
+from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, TILE, WHOLE, Scales
+from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
+from coreinfer_sim.engines.lean.kernels import added_address, rows_address, scales_address
+from coreinfer_sim.engines.lean.many_rows import planes_product, widened_codes
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias
 from coreinfer_sim.engines.lean.packing import lay, room, rounded_codes
 from coreinfer_sim.engines.lean.products import N_WORDS
@@ -28,6 +29,7 @@ from coreinfer_sim.engines.lean.record_rows import ROWS, n_outputs, output_rows,
 from coreinfer_sim.engines.lean.rows import FLOATS
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
+from coreinfer_sim.models.loading import usable
 
 _ESTIMATE = "Q4_0"  # of floats
 _LINE = 64
@@ -111,6 +113,11 @@ class TokenMLP:
         """Bytes in memory."""
         return self.estimate_bytes + self.records.nbytes
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that a token reads which reads all neurons: those of floats need no estimate."""
+        return self.n_bytes if self.packed else self.records.nbytes
+
     def rows(self, part: int, first: int, last: int) -> torch.Tensor:
         """Return gate (0), up (1) or output rows (2) of the neurons first … last, float32 [n, d_model].
 
@@ -179,18 +186,42 @@ class RecordPart:
         return torch.cat(rows) if self.part == 2 else torch.cat(rows).T
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply float32 rows [n_rows, n_in], some weights at a time."""
-        mlp = self.mlp
-        out = torch.zeros(len(x), self.n_out)
-        for first in range(0, mlp.n_ff, ROWS):
-            last = min(mlp.n_ff, first + ROWS)
-            rows = mlp.rows(self.part, first, last)
-            if self.part == 2:
-                out.addmm_(x[:, first:last], rows)
-            else:
-                torch.mm(x, rows.T, out=out[:, first:last])
+        """Multiply float32 rows [n_rows, n_in]: gate and up of codes by the loops of decode, all else in torch."""
+        mlp, begin = self.mlp, self.part * self.mlp._row_bytes
+        if mlp.packed and self.part < 2:
+            estimate = (mlp.gate, mlp.up)[self.part]
+            return planes_product(estimate, WHOLE[mlp.kind], mlp.records, begin, x.contiguous())
+        if mlp.output_kind not in FLOATS:
+            out = self._outputs(x)
+        elif usable(dtype := float_type(mlp.kind), "cpu") is dtype:
+            rows = mlp.records[:, begin : begin + mlp._row_bytes].view(dtype)  # as they lie
+            out = (x.to(dtype) @ (rows if self.part == 2 else rows.T)).float()
+        else:
+            out = self._widened_product(x)
         bias = (mlp.gate.bias, mlp.up.bias, mlp.bias)[self.part]
         return out if bias is None else out.add_(bias[: self.n_out])
+
+    def _outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by output rows of codes, some of which are widened at a time, to a short type, as inputs of codes are."""
+        mlp, dtype = self.mlp, usable(torch.bfloat16, "cpu")
+        n = n_outputs(mlp.output_kind, mlp.d_model)
+        given, out, room = x.to(dtype), torch.zeros(len(x), n), torch.empty(ROWS, n, dtype=dtype)
+        begin = 2 * mlp._row_bytes
+        for first in range(0, mlp.n_ff, ROWS):
+            stored = mlp.records[first : first + ROWS, begin:]
+            out += given[:, first : first + ROWS] @ widened_codes(stored, mlp.output_kind, room[: len(stored)])
+        return out[:, : mlp.d_model]
+
+    def _widened_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by floats for whose type the processor has no products, some widened at a time."""
+        mlp, out = self.mlp, torch.zeros(len(x), self.n_out)
+        for first in range(0, mlp.n_ff, ROWS):
+            rows = mlp.rows(self.part, first, min(mlp.n_ff, first + ROWS))
+            if self.part == 2:
+                out.addmm_(x[:, first : first + ROWS], rows)
+            else:
+                torch.mm(x, rows.T, out=out[:, first : first + ROWS])
+        return out
 
     def of_few(self, x: Array) -> torch.Tensor:
         """Multiply few rows in the same way."""

@@ -1,4 +1,4 @@
-"""Code for the parts of one neuron's record: products of a single row with the inputs, and adding a row to the outputs.
+"""Code for the gate and up rows of one neuron's record: their products with the inputs.
 
 Rows that a token chooses lie anywhere, so that the processor cannot foresee them: while one is read, the next is asked for.
 """
@@ -12,24 +12,19 @@ from numba.core import cgutils
 
 from coreinfer_sim.engines.lean.formats import BLOCK, GROUP, Format, Scales
 from coreinfer_sim.engines.lean.instructions import (
-    F16,
     F32,
     I8,
-    I16,
     I32,
     Builder,
     Products,
     Value,
     add_product,
-    constant,
-    fused,
+    field,
     joined,
     line_product,
     load,
     picked,
     prefetch,
-    repeated,
-    store,
     vector,
     whole,
     zeroed,
@@ -39,7 +34,8 @@ from coreinfer_sim.engines.lean.rows import FLOAT_BYTES, total_of, widened_float
 _WIDE = 16
 _SUMS = 4
 _LINE = 64
-_CACHE = 2  # into which the next record is asked for: the first one has room for too few requests
+CACHE = 2
+"""Into which the next record is asked for: the first one has room for too few requests."""
 
 
 def emit_float_rows(
@@ -58,7 +54,7 @@ def emit_float_rows(
             for line in range(0, n * _WIDE * size, _LINE):
                 at = builder.add(builder.mul(first, whole(size)), whole(line))
                 for place in (at, builder.add(at, second)):
-                    prefetch(builder, following, place, _CACHE)
+                    prefetch(builder, following, place, CACHE)
             for k in range(n):
                 at = builder.add(first, whole(k * _WIDE))
                 given = load(builder, x, builder.mul(at, whole(4)), F32, _WIDE)
@@ -138,19 +134,19 @@ def emit_low_rows(
     def read(place: Value) -> tuple[Value, Value]:
         both = place, builder.add(place, second)
         for each in both:
-            prefetch(builder, following, each, _CACHE)
+            prefetch(builder, following, each, CACHE)
         return both
 
     def twice(line: Value, part: int) -> Value:
-        return _part(builder, line, format_.low_bits, part, 1)
+        return part_of_line(builder, line, format_.low_bits, part, 1)
 
-    _over_groups(builder, format_.low_bits, n_in, rows, read, twice, group)
+    over_groups(builder, format_.low_bits, n_in, rows, read, twice, group)
     for number, of_row in enumerate(sums):
         total = builder.fadd(*(builder.load(each) for each in of_row))
         builder.store(total_of(builder, total), builder.gep(out, [whole(number)]))
 
 
-def _over_groups(
+def over_groups(
     builder: Builder,
     n_bits: int,
     n: Value,
@@ -188,95 +184,6 @@ def _over_groups(
         group(builder.mul(number, whole(GROUP)), codes, 0)
 
 
-def _part(builder: Builder, line: Value, n_bits: int, number: int, to: int) -> Value:
+def part_of_line(builder: Builder, line: Value, n_bits: int, number: int, to: int) -> Value:
     """Return one of the parts of some bytes of codes, its bits from place ``to`` on."""
-    n, first = line.type.count, n_bits * number
-    if first != to:
-        words = builder.bitcast(line, vector(I16, n // 2))  # no processor shifts bytes
-        shift = builder.lshr if first > to else builder.shl
-        line = builder.bitcast(shift(words, constant(I16, n // 2, abs(first - to))), vector(I8, n))
-    return builder.and_(line, constant(I8, n, ((1 << n_bits) - 1) << to))
-
-
-def emit_add_floats(
-    builder: Builder, kind: str, row: Value, factor: Value, n: Value, out: Value, following: Value
-) -> None:
-    """Add a factor times a row of ``n`` floats to float32 outputs."""
-    size = FLOAT_BYTES[kind]
-
-    def add(begin: Value, n_steps: Value, width: int) -> Value:
-        by = repeated(builder, factor, width)
-        with cgutils.for_range(builder, n_steps) as loop:
-            at = builder.add(begin, builder.mul(loop.index, whole(width)))
-            if width > 1:
-                prefetch(builder, following, builder.mul(at, whole(size)), _CACHE)
-            _add(builder, out, at, widened_floats(builder, kind, row, builder.mul(at, whole(size)), width), by)
-        return builder.add(begin, builder.mul(n_steps, whole(width)))
-
-    width = max(_WIDE, _LINE // size)
-    done = add(whole(0), builder.udiv(n, whole(width)), width)
-    add(done, builder.sub(n, done), 1)
-
-
-def emit_add_codes(
-    builder: Builder, n_bits: int, row: Value, factor: Value, n: Value, out: Value, following: Value
-) -> None:
-    """Add a factor times a row of ``n`` codes to outputs, a multiple of 64.
-
-    Codes of 8 bits are signed, and float16 scales, one for each 32, lie behind them. Those of 4 bits are not, and minima lie
-    behind their scales.
-    """
-    n_parts = 8 // n_bits
-    n_blocks = builder.udiv(n, whole(BLOCK))
-    n_bytes = builder.udiv(n, whole(n_parts))
-    n_behind = builder.mul(n_blocks, whole(n_parts))
-    scales = _behind(builder, row, n_bytes, factor, n_behind)
-    with cgutils.for_range(builder, builder.add(builder.udiv(n_behind, whole(_LINE // 2)), whole(1))) as loop:
-        prefetch(builder, following, builder.add(n_bytes, builder.mul(loop.index, whole(_LINE))), _CACHE)
-
-    def read(place: Value) -> tuple[Value]:
-        prefetch(builder, following, place, _CACHE)
-        return (place,)
-
-    def part_of(line: Value, part: int) -> Value:
-        return line if n_bits == 8 else _part(builder, line, n_bits, part, 0)
-
-    def number_of(place: Value) -> Value:
-        return repeated(builder, builder.load(builder.gep(scales, [place])), _WIDE)
-
-    def group(first: Value, codes: Sequence[Value], _: int) -> None:
-        for k in range(GROUP // BLOCK):
-            block = builder.add(builder.udiv(first, whole(BLOCK)), whole(k))
-            by = number_of(block)
-            added = number_of(builder.add(block, n_blocks)) if n_bits == 4 else None
-            for begin in range(BLOCK * k, BLOCK * (k + 1), _WIDE):
-                own = picked(builder, codes[0], range(begin, begin + _WIDE))
-                extend = builder.zext if n_bits == 4 else builder.sext
-                wide = builder.sitofp(extend(own, vector(I32, _WIDE)), vector(F32, _WIDE))
-                _add(builder, out, builder.add(first, whole(begin)), wide, by, added)
-
-    _over_groups(builder, n_bits, n, row, read, part_of, group)
-
-
-def _behind(builder: Builder, row: Value, n_bytes: Value, factor: Value, n: Value) -> Value:
-    """Return where the ``n`` float16 behind the codes of a row lie as float32, times a factor; ``n`` is even."""
-    made = builder.alloca(F32, size=n)
-
-    def convert(begin: Value, n_steps: Value, width: int) -> Value:
-        by = repeated(builder, factor, width)
-        with cgutils.for_range(builder, n_steps) as loop:
-            at = builder.add(begin, builder.mul(loop.index, whole(width)))
-            halves = load(builder, row, builder.add(n_bytes, builder.mul(at, whole(2))), F16, width)
-            store(builder, builder.fmul(builder.fpext(halves, vector(F32, width)), by), made, at)
-        return builder.add(begin, builder.mul(n_steps, whole(width)))
-
-    done = convert(whole(0), builder.udiv(n, whole(_WIDE)), _WIDE)
-    convert(done, builder.udiv(builder.sub(n, done), whole(2)), 2)
-    return made
-
-
-def _add(builder: Builder, out: Value, at: Value, values: Value, by: Value, added: Value | None = None) -> None:
-    before = load(builder, builder.bitcast(out, I8.as_pointer()), builder.mul(at, whole(4)), F32, values.type.count)
-    if added is not None:
-        before = builder.fadd(before, added)
-    store(builder, fused(builder, values, by, before), out, at)
+    return field(builder, line, n_bits * number, n_bits, to)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, GROUP
-from coreinfer_sim.engines.lean.kernels import float_type
+from coreinfer_sim.engines.lean.formats import FORMATS, GROUP
+from coreinfer_sim.engines.lean.intrinsics import float_type
+from coreinfer_sim.engines.lean.many_rows import widened_codes
 from coreinfer_sim.engines.lean.matrix import Array
 from coreinfer_sim.engines.lean.packing import rounded_codes
 from coreinfer_sim.engines.lean.rows import FLOATS
@@ -76,7 +77,9 @@ def output_rows(down: torch.Tensor, kind: str) -> torch.Tensor:
     rows = []
     for begin in range(0, down.shape[1], ROWS):
         codes, parts = rounded_codes(down[:, begin : begin + ROWS].T, kind, n)
-        codes = codes ^ 128 if bits == 8 else packed(codes, bits)  # 128 less, as signed bytes
+        # fours of 64 codes change places, so that four rows interleave in the outputs' order: `whole_code.emit_widened_row`
+        codes = codes.reshape(len(codes), -1, 4, 4, 4).swapaxes(2, 3).reshape(codes.shape)
+        codes = codes if bits == 8 else packed(codes, bits)
         rows.append(np.concatenate([codes, *(part.view(np.uint8) for part in parts.values())], 1))
     return torch.from_numpy(np.concatenate(rows))
 
@@ -86,12 +89,4 @@ def widened_outputs(stored: torch.Tensor, kind: str, d_model: int) -> torch.Tens
     if kind in FLOATS:
         dtype = float_type(kind)
         return stored[:, : d_model * dtype.itemsize].view(dtype).float()
-    bits, n = FORMATS[kind].bits, n_outputs(kind, d_model)
-    n_bytes, n_scales = n * bits // 8, n // BLOCK
-    codes = stored[:, :n_bytes]
-    wide = codes.view(torch.int8).float() if bits == 8 else unpacked(codes, bits).float()
-    behind = stored[:, n_bytes : n_bytes + 2 * n_scales * (8 // bits)].contiguous().view(torch.float16).float()
-    wide.mul_(behind[:, :n_scales].repeat_interleave(BLOCK, 1))
-    if bits == 4:
-        wide.add_(behind[:, n_scales:].repeat_interleave(BLOCK, 1))
-    return wide[:, :d_model]
+    return widened_codes(stored, kind, torch.empty(len(stored), n_outputs(kind, d_model)))[:, :d_model]

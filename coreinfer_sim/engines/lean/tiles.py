@@ -14,13 +14,13 @@ from coreinfer_sim.engines.lean.instructions import (
     F16,
     F32,
     I8,
-    I16,
     I32,
     Builder,
     Products,
     Value,
     add_product,
     constant,
+    field,
     load,
     prefetch,
     repeated,
@@ -73,7 +73,7 @@ def emit_product(
         ahead, cache = _AHEAD[format_.bits]
         for line in range(0, format_.code_bytes, 64):
             prefetch(builder, weights, builder.add(place, whole(line + ahead)), cache)
-        codes = _codes(builder, format_, weights, place)
+        codes = codes_of(builder, format_, weights, place)
         factors, minimum = _factors(builder, format_, scales, record, small)
         for r in range(n_x):
             own = builder.add(number, builder.mul(n_blocks, whole(r)))
@@ -126,7 +126,7 @@ def emit_unpacked(
 ) -> None:
     """Set ``out`` [n_in, 16], rows ``stride`` floats apart, to a tile's weights, transposed."""
     with cgutils.for_range(builder, builder.udiv(n_in, whole(BLOCK))) as loop:
-        codes = _codes(builder, format_, weights, builder.mul(loop.index, whole(format_.code_bytes)))
+        codes = codes_of(builder, format_, weights, builder.mul(loop.index, whole(format_.code_bytes)))
         n_within = whole(format_.span // BLOCK)
         record = builder.mul(builder.udiv(loop.index, n_within), whole(format_.scale_bytes))
         small = record
@@ -189,7 +189,7 @@ def _item(builder: Builder, array: Value, block: Value, n: int, place: int) -> V
     return builder.load(builder.gep(array, [builder.add(builder.mul(block, whole(n)), whole(place))]))
 
 
-def _codes(builder: Builder, format_: Format, weights: Value, place: Value) -> list[Value]:
+def codes_of(builder: Builder, format_: Format, weights: Value, place: Value) -> list[Value]:
     """Return a block's codes, eight vectors of 64 bytes."""
 
     def line(number: int) -> Value:
@@ -199,30 +199,20 @@ def _codes(builder: Builder, format_: Format, weights: Value, place: Value) -> l
         return [line(j) for j in range(8)]
     if format_.bits < 4:
         pair = [line(0), line(1)]
-        codes = [_field(builder, pair[j // 4], 2 * (j % 4), 2, 0) for j in range(8)]
+        codes = [field(builder, pair[j // 4], 2 * (j % 4), 2, 0) for j in range(8)]
         if format_.bits == 3:
             rest = line(2)
-            codes = [builder.or_(code, _field(builder, rest, j, 1, 2)) for j, code in enumerate(codes)]
+            codes = [builder.or_(code, field(builder, rest, j, 1, 2)) for j, code in enumerate(codes)]
         return codes
     low = [line(j) for j in range(4)]
-    codes = [_field(builder, low[j % 4], 4 * (j // 4), 4, 0) for j in range(8)]
+    codes = [field(builder, low[j % 4], 4 * (j // 4), 4, 0) for j in range(8)]
     if format_.bits == 5:
         rest = line(4)
-        return [builder.or_(code, _field(builder, rest, j, 1, 4)) for j, code in enumerate(codes)]
+        return [builder.or_(code, field(builder, rest, j, 1, 4)) for j, code in enumerate(codes)]
     if format_.bits == 6:
         pair = [line(4), line(5)]
-        return [builder.or_(code, _field(builder, pair[j // 4], 2 * (j % 4), 2, 4)) for j, code in enumerate(codes)]
+        return [builder.or_(code, field(builder, pair[j // 4], 2 * (j % 4), 2, 4)) for j, code in enumerate(codes)]
     return codes
-
-
-def _field(builder: Builder, bytes_: Value, first: int, n: int, to: int) -> Value:
-    """Move ``n`` bits of every byte from place ``first`` to place ``to``, and clear the others."""
-    words = builder.bitcast(bytes_, vector(I16, 32))  # no processor shifts bytes
-    if first > to:
-        words = builder.lshr(words, constant(I16, 32, first - to))
-    elif to > first:
-        words = builder.shl(words, constant(I16, 32, to - first))
-    return builder.and_(builder.bitcast(words, vector(I8, 64)), constant(I8, 64, ((1 << n) - 1) << to))
 
 
 def _small(builder: Builder, format_: Format, record: Value, within: Value) -> Value:
