@@ -28,7 +28,9 @@ _PEERS = {"bf16": "llamacpp:bf16", "int8": "llamacpp:q8_0", "int4": "llamacpp:q4
     model=REQUIRED, name=None, prompt_tokens=128, new_tokens=32, rounds=3,
 )  # fmt: skip
 @click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
-@click.option("--weights", "kinds", multiple=True, type=click.Choice(list(_PEERS)), help="Of a checkpoint; each by default.")
+@click.option(
+    "--weights", "kinds", multiple=True, type=click.Choice(list(_PEERS)), help="Of a checkpoint; each by default."
+)
 def dense(given: Given, llama_bench: Path, kinds: tuple[str, ...]) -> None:
     """Dense decode, first token and memory over those of llama.cpp; of a GGUF file, on that same file."""
     of_file = given.model.endswith(".gguf")

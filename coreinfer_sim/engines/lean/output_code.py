@@ -72,7 +72,7 @@ def emit_add_floats(builder: Builder, kind: str, places: Value, factors: Value, 
 def emit_add_codes(
     builder: Builder, n_bits: int, how: Products, places: Value, factors: Value, n: Value, out: Value
 ) -> None:
-    """Do so with four rows of ``n`` codes, a multiple of 64, as `record_rows.output_rows` lays them.
+    """Add four rows of ``n`` codes, a multiple of 64, as `record_rows.output_rows` lays them; arguments as for `emit_add_floats`.
 
     A block's four factors, times the rows' scales, are rounded to 8 bits with a scale of their own, as inputs are, so that four
     codes of one output are multiplied at once.
