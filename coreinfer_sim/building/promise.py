@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
@@ -112,7 +112,6 @@ def _measure(
             "were held out: decode is dense."
         )
         return None
-    profile = replace(profile, weights="stored")
     progress.say(
         f"Tokens read {profile.read_ratio:g} of the neurons by default: perplexity {profile.ratio - 1:+.1%} "
         f"({profile.low - 1:+.1%} to {profile.high - 1:+.1%}) on {counted(len(rows), 'text')} that were held out, at most "

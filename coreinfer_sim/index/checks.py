@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import IndexFormatError
+from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -108,6 +109,14 @@ def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> P
     return profile
 
 
+def _is_sound_profile(profile: ProfileInfo) -> bool:
+    return (
+        0 < profile.keep_ratio <= 1
+        and 0 < profile.read_ratio <= 1
+        and profile.weights in {weights.value for weights in Weights}
+    )
+
+
 def _check_contents(manifest: Manifest, path: Path) -> None:
     """Raise IndexFormatError for values that no build writes."""
     model, settings, probe = manifest.model, manifest.settings, manifest.encoder.probe
@@ -124,8 +133,7 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
-        "profile": manifest.profile is None
-        or (0 < manifest.profile.keep_ratio <= 1 and 0 < manifest.profile.read_ratio <= 1),
+        "profile": manifest.profile is None or _is_sound_profile(manifest.profile),
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,

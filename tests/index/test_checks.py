@@ -237,3 +237,20 @@ def test_a_missing_entry_among_the_files_raises(index_folder, name):
     rewrite(index_folder, raw)
     with pytest.raises(IndexFormatError, match="lists the files"):
         SemanticIndex.load(index_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weights", "int3"), ("read_ratio", 0.0), ("read_ratio", 1.5), ("keep_ratio", 0.0)]
+)
+def test_a_profile_with_impossible_contents_raises(index_folder, name, value):
+    """And one that a release without read ratios has written is read."""
+    raw = raw_manifest(index_folder)
+    earlier = {"keep_ratio": 0.5, "compensated": False, "max_increase": 0.05, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    raw["profile"] = {**earlier, "mlp_bytes": 1, "n_rows": 10}
+    rewrite(index_folder, raw)
+    found = SemanticIndex.load(index_folder).manifest.profile
+    assert (found.read_ratio, found.weights, found.of_sets) == (1.0, "stored", True)
+    raw["profile"][name] = value
+    rewrite(index_folder, raw)
+    with pytest.raises(IndexFormatError, match="profile"):
+        SemanticIndex.load(index_folder)

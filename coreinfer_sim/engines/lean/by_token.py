@@ -15,8 +15,8 @@ from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
 
 ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, MIDDLE, N_OUTPUTS, OUT_BIAS, OUT_NORMS = range(11)
-"""Places in the words of a layer's records: addresses of the products with two rows and of what adds one to the outputs; address
-of the first record, and bytes of each; where its up row and its output row begin; of rows that complete the estimate's codes
+"""Places in the words of a layer's records: addresses of the products with two rows and of what adds output rows; address of
+the first record, and bytes of each; where its up row and its output row begin; of rows that complete the estimate's codes
 the address of what multiplies their scales (0: they are floats), and twice the middle of what they can add to a code; outputs
 that a record holds; addresses of the outputs' bias (0: none) and of ‖w_out‖."""
 BY_CODES = SCALED
