@@ -87,8 +87,9 @@ _NAMES = [
 @click.option(
     "--weights",
     multiple=True,
-    type=click.Choice(["16bit", "stored", "int8", "int4", "q8_0", "q4_0"]),
-    help="Precision of all weights; may be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
+    metavar="TYPE",
+    help="Precision of all weights: 16bit, stored, int8, int4, q8_0, q4_0, or a GGUF file of the same model, which stands in the "
+    "table densely; may be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
 )
 @options.part("0:100")
 @click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Rows of each set.")

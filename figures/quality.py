@@ -11,7 +11,6 @@ import math
 import re
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,8 @@ def frontier(given: Given, indexes: tuple[Path, ...], keep_ratios: tuple[float, 
     from coreinfer_sim.evaluation.plot import plot
 
     # 1) which index scores which keep ratios
-    stem, weights, left, parts = f"frontier-{given.name.lower()}", ("16bit", "int8", "q4_0"), list(keep_ratios), []
+    stem, left, parts = f"frontier-{given.name.lower()}", list(keep_ratios), []
+    weights = ("16bit", "int8", "q4_0", *(() if stored is None else (str(stored),)))
     for index in indexes:
         fitted = [ratio for ratio in left if SemanticIndex.load(index).manifest.holds_sets(ratio)]
         left = [ratio for ratio in left if ratio not in fitted]
@@ -168,12 +168,8 @@ def frontier(given: Given, indexes: tuple[Path, ...], keep_ratios: tuple[float, 
         summary.update({row["contender"]: row for row in _evaluated(part_stem, given, index, *arguments)})
         (RESULTS / f"{part_stem}.json").unlink()  # a part of what follows
         drawn.update({str(each): each for each in parse_contenders(names, ratios, (score,), weights)})
-    rows, marks = [summary[title] for title in drawn], {}
-    if stored is not None:
-        row = _as_stored(stored)
-        summary[row["contender"]], marks = row, {row["contender"]: (row["total_bytes_per_token"], row["ratio"])}
     # 3) draw and write
-    plot(rows, list(drawn.values()), RESULTS / f"{stem}.svg", marks)
+    plot([summary[title] for title in drawn], list(drawn.values()), RESULTS / f"{stem}.svg")
     points = sorted(summary.values(), key=lambda row: row["total_bytes_per_token"])
     write(f"{stem}.json", {"rows_per_set": given.rows, "points": points})
     best = {
@@ -184,24 +180,6 @@ def frontier(given: Given, indexes: tuple[Path, ...], keep_ratios: tuple[float, 
     of_sparse = [sum(not title.startswith("dense") for title in titles) for titles in (best, summary)]
     title = f"{given.name}: sparse contenders that no other one beats in both bytes a token and perplexity"
     record(title, of_sparse[0], f"of {of_sparse[1]}", at_least(1), frontier=best, rows_per_set=given.rows)
-
-
-def _as_stored(path: Path) -> dict[str, Any]:
-    """Return the row of a GGUF file whose weights, as they come back, are the dense model's; bytes are its own."""
-    from gguf import GGUFReader
-
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    mlp = [tensor for name, tensor in tensors.items() if ".ffn_" in name and "norm" not in name]
-    if "output.weight" in tensors:
-        del tensors["token_embd.weight"]  # a token reads one row of it
-    ((kind, _),) = Counter(tensor.tensor_type.name for tensor in mlp).most_common(1)
-    return {
-        "contender": f"dense, the file that it came from ({kind})",
-        "ratio": 1.0,
-        "ratio_interval": [1.0, 1.0],
-        "mlp_bytes_per_token": sum(int(tensor.n_bytes) for tensor in mlp),
-        "total_bytes_per_token": sum(int(tensor.n_bytes) for tensor in tensors.values()),
-    }
 
 
 @figure(

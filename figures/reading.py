@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from figures.record import Bar, at_least, at_most, record
+from figures.record import RESULTS, Bar, at_least, at_most, exactly, record, slug, write
 from figures.table import REQUIRED, Given, figure
 from figures.tools import coreinfer, output_of, sets_of
 
 FILE = "figures-token.json"
 _KINDS = ("16bit", "int8", "int4")
+_RATIOS = (0.3, 0.4, 0.5, 0.6)
 _PEERS = {"bf16": "llamacpp:bf16", "int8": "llamacpp:q8_0", "int4": "llamacpp:q4_0", "stored": "llamacpp:file"}
 _FASTER = {"bf16": 1.6, "int8": 1.25, "int4": 1.05, "stored": 1.8}
 
@@ -27,15 +29,10 @@ _FASTER = {"bf16": 1.6, "int8": 1.25, "int4": 1.05, "stored": 1.8}
 @click.option("--weights", "kinds", multiple=True, default=_KINDS, show_default=True)
 def quality(given: Given, read_ratios: tuple[float, ...], kinds: tuple[str, ...]) -> None:
     """KL per token and perplexity, to dense 16-bit weights, and the share of the dense MLP bytes that a token reads."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "evaluated.json")
-        named = [part for kind in kinds for part in ("--weights", kind)]
-        named += [part for ratio in read_ratios for part in ("--read-ratio", ratio)]
-        shared = ("--model", given.model, "--limit", given.rows, "--max-tokens", given.max_tokens, "--part", "85:100")
-        seen = sets_of(given.data, seen_only=True)
-        both = ("--contender", "dense", "--contender", "all")
-        output_of(coreinfer("evaluate", *seen, *shared, *named, *both, "--out", out))
-        rows = {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
+    named = [part for kind in kinds for part in ("--weights", kind)]
+    named += [part for ratio in read_ratios for part in ("--read-ratio", ratio)]
+    seen = sets_of(given.data, seen_only=True)
+    rows = _evaluated(given, seen, ["--contender", "dense", "--contender", "all", *named])
     facts = {"rows_per_set": given.rows, "n_sets": len(seen), "max_tokens": given.max_tokens}
     for kind in kinds:
         dense = rows[f"dense {kind}"]
@@ -56,6 +53,78 @@ def _record(title: str, row: dict[str, Any], dense: dict[str, Any], **facts: Any
         share_of_bytes=share, ratio=row["ratio"], ratio_interval=row["ratio_interval"], same_top=row["same_top"],
         mlp_bytes=row["mlp_bytes_per_token"], **facts,
     )  # fmt: skip
+
+
+@figure(
+    FILE, "DATA; GGUF files that llama-quantize has made of MODEL; matplotlib", "2 hours",
+    model=REQUIRED, name=None, index=None, data=REQUIRED, rows=2, max_tokens=256,
+)  # fmt: skip
+@click.option("--read-ratio", "read_ratios", type=float, multiple=True, default=_RATIOS, show_default=True)
+@click.option("--weights", "kinds", multiple=True, default=_KINDS, show_default=True)
+@click.option("--file", "files", type=click.Path(exists=True, dir_okay=False, path_type=Path), multiple=True)
+@click.option("--keep-ratio", "keep_ratios", type=float, multiple=True, default=(0.4, 0.6, 0.8), show_default=True)
+def frontier(
+    given: Given,
+    read_ratios: tuple[float, ...],
+    kinds: tuple[str, ...],
+    files: tuple[Path, ...],
+    keep_ratios: tuple[float, ...],
+) -> None:
+    """Quality over the bytes that a token reads: by token beside dense files, and with --index beside its static sets."""
+    from coreinfer_sim.evaluation.contenders import parse_contenders
+    from coreinfer_sim.evaluation.plot import plot
+
+    # 1) by token and densely, then static sets
+    seen, every = sets_of(given.data, seen_only=True), (*kinds, *(str(file) for file in files))
+    parts = [(("dense", "all"), every, ("--read-ratio", read_ratios), parse_contenders(
+        ("dense", "all"), (1.0,), ("energy",), every, read_ratios=read_ratios
+    ))]  # fmt: skip
+    if given.index is not None:
+        parts.append((("similarity",), kinds, ("--keep-ratio", keep_ratios), parse_contenders(
+            ("similarity",), keep_ratios, ("energy",), kinds
+        )))  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    for names, weights, ratios, _ in parts:
+        crossed = (("--contender", names), ("--weights", weights), ratios)
+        arguments = [part for option, values in crossed for value in values for part in (option, value)]
+        if names == ("similarity",):
+            arguments += ["--index", given.index]
+        rows |= _evaluated(given, seen, arguments)
+    # 2) draw and write
+    contenders = [contender for *_, own in parts for contender in own]
+    stem = f"reading-frontier-{slug(given.name)}"
+    plot(list(rows.values()), contenders, RESULTS / f"{stem}.svg")
+    points = sorted(rows.values(), key=lambda row: row["total_bytes_per_token"])
+    write(f"{stem}.json", {"rows_per_set": given.rows, "max_tokens": given.max_tokens, "points": points})
+    # 3) which of ours no dense point beats in bytes and KL
+    dense = [row for row in points if row["contender"].startswith("dense")]
+    for row in points:
+        if not row["contender"].startswith("all"):
+            continue
+        better = [
+            each["contender"]
+            for each in dense
+            if each["total_bytes_per_token"] <= row["total_bytes_per_token"] and each["kl"] <= row["kl"]
+        ]
+        record(
+            f"{given.name}: {row['contender']}: dense contenders with fewer bytes a token and a smaller KL", len(better),
+            f"of {len(dense)}", exactly(0) if row["total_bytes_per_token"] < _up_to_4_bits(dense) else None,
+            KL=row["kl"], bytes_per_token=row["total_bytes_per_token"], better=better, rows_per_set=given.rows,
+        )  # fmt: skip
+
+
+def _up_to_4_bits(dense: list[dict[str, Any]]) -> int:
+    """Return the bytes a token of dense int4 weights, above which a dense contender may win."""
+    return max((row["total_bytes_per_token"] for row in dense if row["contender"] == "dense int4"), default=0)
+
+
+def _evaluated(given: Given, sets: Sequence[Path], arguments: Sequence[object]) -> dict[str, dict[str, Any]]:
+    """Run `evaluate` on rows that nothing has seen, and return its summary by contender."""
+    shared = ("--model", given.model, "--limit", given.rows, "--max-tokens", given.max_tokens, "--part", "85:100")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "evaluated.json")
+        output_of(coreinfer("evaluate", *sets, *shared, *arguments, "--out", out))
+        return {row["contender"]: row for row in json.loads(out.read_text(encoding="utf-8"))["contenders"]}
 
 
 @figure(

@@ -80,16 +80,20 @@ def _groupings(content: dict[str, Any]) -> str:
 def _points(content: dict[str, Any]) -> str:
     """Return what `frontier` wrote: a row a point, by bytes; bold, what no point with fewer bytes does as well as."""
     lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
-    lines += ["| contender | MB a token | of the MLPs | perplexity ratio | 95 % interval |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "| contender | MB a token | of the MLPs | KL per token | perplexity ratio | 95 % interval |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     best = float("inf")
     for row in content["points"]:
         mark = "**" if row["ratio"] < best else ""
         best = min(best, row["ratio"])
         interval = row["ratio_interval"]
         spread = "–" if interval is None else f"{interval[0]:,.2f}–{interval[1]:,.2f}"
+        kl = "–" if row.get("kl") is None else f"{row['kl']:.3f}"
         lines.append(
             f"| {mark}{row['contender']}{mark} | {row['total_bytes_per_token'] / 1e6:,.0f} | "
-            f"{row['mlp_bytes_per_token'] / 1e6:,.0f} | {row['ratio']:,.3f} | {spread} |"
+            f"{row['mlp_bytes_per_token'] / 1e6:,.0f} | {kl} | {row['ratio']:,.3f} | {spread} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -61,6 +61,25 @@ def exported(wide_index, wide_checkpoint, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture
+def quantised_file(tmp_path):
+    """Writes a tiny Llama as a GGUF file of a type, beside its checkpoint in the folder ``source``."""
+    from coreinfer_sim.choosing.selection import NeuronSelection
+    from coreinfer_sim.engines.llamacpp.router import DENSE
+    from coreinfer_sim.export.gguf import export_gguf
+    from coreinfer_sim.export.weights import Source, compact_weights
+    from coreinfer_sim.models.loading import load_model
+
+    def written(kind):
+        loaded = load_model(save_tiny_checkpoint(tmp_path / "source", hidden_size=64, intermediate_size=96))
+        weights = compact_weights(loaded, NeuronSelection(DENSE), one_width=False)
+        source = Source("model", "none", "none", DENSE, 1.0, False, kind)
+        export_gguf(loaded, weights, source, tmp_path / "model.gguf", kind)
+        return tmp_path / "model.gguf"
+
+    return written
+
+
 @pytest.fixture(scope="session")
 def encoder() -> SentenceEncoder:
     """The packaged all-MiniLM-L6-v2."""

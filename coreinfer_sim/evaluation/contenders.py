@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Score, check_ratio
@@ -20,7 +21,10 @@ COMPENSATED = "compensated"
 """Stands where a score does for sets that were fitted with their compensation."""
 WEIGHTS = ("16bit", "stored", "int8", "int4", "q8_0", "q4_0")
 """Precision of the weights: 16bit as a checkpoint holds it, or as a GGUF file is widened to; stored is a GGUF file's own codes;
-int8 and int4 as the lean engine rounds; q8_0 and q4_0 are llama.cpp's formats."""
+int8 and int4 as the lean engine rounds; q8_0 and q4_0 are llama.cpp's formats. A GGUF file of the same model may stand here
+too."""
+READ_WHOLE = ("q8_0", "q4_0")
+"""Weights of which no token reads a share."""
 _WAY = re.compile(
     rf"(?P<name>[a-z-]+)(?:/(?P<score>{'|'.join([*Score, COMPENSATED])}))?"
     rf"(?: else (?P<fallback>{'|'.join(Fallback)}))?"
@@ -48,19 +52,32 @@ class Contender:
             raise ConfigError(f"there is no contender {self.name!r}, expected one of {', '.join(NAMES)}.")
         if self.compensated and self.name not in FITTED:
             raise ConfigError(f"{self.name} has no compensated sets, expected one of {', '.join(FITTED)}.")
-        if self.read_ratio < 1 and self.weights in ("q8_0", "q4_0"):
+        if self.of_file:
+            if self.name != "dense":
+                raise ConfigError(f"{self.weights} is another file, which is read densely; compare it as dense.")
+            if not Path(self.weights).is_file():
+                raise ConfigError(f"there is no file {self.weights}, expected a GGUF file of the same model.")
+            return
+        if self.read_ratio < 1 and self.weights in READ_WHOLE:
             raise ConfigError(
                 f"{self.weights} weights are read as a whole; give a read ratio to 16bit, int8 or int4 ones."
             )
         if self.weights not in WEIGHTS:
-            raise ConfigError(f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}.")
+            raise ConfigError(
+                f"there are no weights {self.weights!r}, expected one of {', '.join(WEIGHTS)}, or a GGUF file of the same model."
+            )
 
     def __str__(self) -> str:
         """Return a name that tells contenders apart, such as ``similarity/energy 0.4 q8_0``."""
         if self.name == "dense":
-            return f"dense {self.weights}"
+            return f"dense {Path(self.weights).name if self.of_file else self.weights}"
         reads = f" read {self.read_ratio:g}" if self.read_ratio < 1 else ""
         return f"{self.way} {self.keep_ratio:g}{reads}" + ("" if self.weights == "16bit" else f" {self.weights}")
+
+    @property
+    def of_file(self) -> bool:
+        """Whether the weights are those of another file."""
+        return is_file_name(self.weights)
 
     @property
     def reads_prompt(self) -> bool:
@@ -82,6 +99,11 @@ class Contender:
         if self.fallback is not Fallback.NONE:
             parts.append(f"else {self.fallback.value}")
         return " ".join(parts)
+
+
+def is_file_name(weights: str) -> bool:
+    """Return whether weights are named by a GGUF file rather than by a type."""
+    return weights.lower().endswith(".gguf")
 
 
 def check_known_before(contenders: Sequence[Contender]) -> None:
@@ -108,7 +130,7 @@ def parse_contenders(
     ratios and weights alone.
 
     Raises:
-        ConfigError: there is no such contender, or a keep ratio is no share.
+        ConfigError: there is no such contender, a keep ratio is no share, or two files have one name.
     """
     for ratio in keep_ratios:
         check_ratio("keep ratio", ratio)
@@ -117,12 +139,14 @@ def parse_contenders(
     found: dict[str, Contender] = {}
     for kind, given in itertools.product(weights, names):
         name, score, fallback = _parts(given)
+        if name != "dense" and (is_file_name(kind) or (name == "all" and kind in READ_WHOLE)):
+            continue
         whole = name != given
         crossed = itertools.product(
             keep_ratios if name not in ("dense", "all") else [1.0],
             [score] if whole else scores if name in NEED_INDEX else ["energy"],
             [fallback] if whole else fallbacks if name == "similarity" else ["none"],
-            (read_ratios if name != "dense" and kind not in ("q8_0", "q4_0") else []) or [1.0],
+            (read_ratios if name != "dense" and kind not in READ_WHOLE else []) or [1.0],
         )
         for ratio, score, fallback, reads in crossed:
             compensated = score == COMPENSATED
@@ -130,7 +154,9 @@ def parse_contenders(
                 continue
             rank_by = Score.ENERGY if compensated else Score(score)
             contender = Contender(name, ratio, rank_by, kind, Fallback(fallback), compensated, reads)
-            found.setdefault(str(contender), contender)
+            first = found.setdefault(str(contender), contender)
+            if first.weights != kind:
+                raise ConfigError(f"{first.weights} and {kind} have one name in the table; rename one of them.")
     return list(found.values())
 
 

@@ -1,6 +1,7 @@
 """Weights as they come back from llama.cpp's quantised formats: what one would take instead of sparsity.
 
-The model is rounded to a format and decodes through transformers, in the model's own type; bytes are those of the format.
+The model is rounded to a format, or read from another GGUF file of it, and decodes through transformers, in the model's own type;
+bytes are those of the format or file.
 """
 
 from __future__ import annotations
@@ -8,20 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.in_transformers import TransformersEngine
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.engines.registry import choose_engines
-from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.evaluation.contenders import is_file_name
+from coreinfer_sim.models.loading import LanguageModel, load_model
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps, module_bytes
 
 BITS = {"q8_0": 8.5, "q4_0": 4.5}
@@ -120,12 +125,55 @@ class FormatEngine(TransformersEngine):
         return BITS[kind] / (8 * int(self.model.dtype.itemsize))
 
 
+class FileEngine(TransformersEngine):
+    """Decodes another file of the same model, all of it; bytes are the file's."""
+
+    def __init__(self, of_file: LanguageModel, config: DecodeConfig) -> None:
+        """Decode ``of_file``, whose name is that of a GGUF file."""
+        super().__init__(of_file.model, of_file.layers, config)
+        self._mlp, self._other = file_bytes(Path(of_file.name))
+
+    def mlp_bytes(self, held: Sequence[Prepared]) -> int:
+        """Return the MLP bytes of a step in the file."""
+        return self._mlp
+
+    def other_bytes(self) -> int:
+        """Return the bytes outside the MLPs in the file."""
+        return self._other
+
+
+def file_bytes(path: Path) -> tuple[int, int]:
+    """Return the bytes of a GGUF file that a token reads, of the MLPs and of all else: of embeddings it reads a row."""
+    sizes = {str(tensor.name): int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    if "output.weight" in sizes:
+        sizes.pop("token_embd.weight", None)
+    mlp = sum(size for name, size in sizes.items() if ".ffn_" in name and "norm" not in name)
+    return mlp, sum(sizes.values()) - mlp
+
+
+def _of_file(whole: LanguageModel, name: str) -> LanguageModel:
+    """Load another file of a model, in the model's own type."""
+    found = load_model(name, whole.dtype_name, str(whole.model.device))
+    shapes = [{(layer.d_model, layer.d_ff) for layer in each.layers} for each in (whole, found)]
+    words = found.tokenizer.get_vocab()  # in which a file may have filled gaps
+    same = all(words.get(word) == number for word, number in whole.tokenizer.get_vocab().items())
+    if not same or (len(whole.layers), shapes[0]) != (len(found.layers), shapes[1]):
+        raise ConfigError(
+            f"{name} holds another model than {whole.name}: layers, widths or vocabulary differ; give a file that was made of "
+            f"{whole.name}."
+        )
+    return found
+
+
 def engine_for(language_model: LanguageModel, weights: str, config: DecodeConfig) -> tuple[LanguageModel, Engine]:
-    """Return what decodes a contender's weights: the engine that decode takes, or a rounded model for a file format.
+    """Return what decodes a contender's weights: the engine that decode takes, a rounded model for a file format, or a file.
 
     Raises:
-        ConfigError: no engine can run the model with these weights.
+        ConfigError: no engine can run the model with these weights, or a file holds another model.
     """
+    if is_file_name(weights):
+        model = _of_file(language_model, weights)
+        return model, FileEngine(model, replace(config, engine="transformers"))
     if weights in FORMATS:
         model = rounded_model(language_model, weights)
         return model, FormatEngine(language_model.layers, model, weights, replace(config, engine="transformers"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ _STYLES = {
     "q4_0": ("^", ":"),
 }
 """Marker and line by the weights' precision; the colour tells how the neurons were chosen."""
+_LEAST = 0.001
+"""KL that is drawn; the reference itself has 0, which no logarithmic axis shows."""
 
 
 def families(
@@ -32,25 +34,24 @@ def families(
     return dict(sorted(grouped.items(), key=lambda item: (item[0] != "dense", item[0])))
 
 
-def plot(
-    summary: Sequence[dict[str, Any]],
-    contenders: Sequence[Contender],
-    path: Path,
-    marks: Mapping[str, tuple[float, float]] | None = None,
-) -> None:
-    """Draw a line a family: perplexity ratio to dense with its 95 % interval over MB of weights read a token.
+def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], path: Path) -> None:
+    """Draw a line a family: KL per token to dense over MB of weights read a token.
 
     Args:
         summary: rows of `summarise`.
         contenders: those that the rows are of.
         path: a .png or .svg file; replaced in one step.
-        marks: further points by their names, bytes a token and ratio.
     """
     with drawing(path) as (figure, axes):
         _draw(families(summary, contenders), axes)
-        for name, (n_bytes, ratio) in (marks or {}).items():
-            axes.plot(n_bytes / 1e6, ratio, "*", color="black", markersize=9, linestyle="", label=name)
         figure.legend(loc="outside right upper", fontsize=8)
+
+
+def _text(contender: Contender) -> str:
+    """Return what stands beside a point: the weights of a dense one, or the ratio that its line varies."""
+    if contender.name == "dense":
+        return Path(contender.weights).stem if contender.of_file else contender.weights
+    return f"{contender.read_ratio if contender.read_ratio < 1 else contender.keep_ratio:g}"
 
 
 def _draw(grouped: dict[str, list[tuple[Contender, dict[str, Any]]]], axes: Any) -> None:
@@ -61,30 +62,15 @@ def _draw(grouped: dict[str, list[tuple[Contender, dict[str, Any]]]], axes: Any)
         contender = points[0][0]
         marker, line = _STYLES["16bit" if family == "dense" else contender.weights]
         x = [row["total_bytes_per_token"] / 1e6 for _, row in points]
-        y = [row["ratio"] for _, row in points]
-        intervals = [row["ratio_interval"] or [row["ratio"]] * 2 for _, row in points]
-        bars = [
-            [max(0.0, at - low) for at, (low, _) in zip(y, intervals, strict=True)],
-            [max(0.0, high - at) for at, (_, high) in zip(y, intervals, strict=True)],
-        ]
-        axes.errorbar(
-            x,
-            y,
-            bars,
-            label=family,
-            marker=marker,
-            linestyle=line,
-            color="black" if family == "dense" else f"C{ways.index(contender.way) % 10}",
-            capsize=3,
-        )
+        y = [max(_LEAST, row["kl"]) for _, row in points]
+        color = "black" if family == "dense" else f"C{ways.index(contender.way) % 10}"
+        axes.plot(x, y, label=family, marker=marker, linestyle=line, color=color)
         for (contender, _), at in zip(points, zip(x, y, strict=True), strict=True):
-            text = contender.weights if contender.name == "dense" else f"{contender.keep_ratio:g}"
-            axes.annotate(text, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(_text(contender), at, xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.axhline(1.0, color="grey", linewidth=0.8, zorder=0)
     axes.set_xlabel("weights read per decoded token (MB)")
-    axes.set_ylabel("perplexity ratio to dense (95 % bootstrap interval)")
+    axes.set_ylabel(f"KL per token to dense (nats; up to {_LEAST:g} drawn there)")
     axes.grid(alpha=0.3)

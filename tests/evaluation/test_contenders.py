@@ -77,7 +77,6 @@ def test_contenders_whose_tokens_choose():
         "griffin 0.5 read 0.3 int8",
         "griffin 0.5 read 0.5 int8",
         "dense q8_0",
-        "all 1 q8_0",
         "griffin 0.5 q8_0",
     ]
     assert found[6].family == "all by token int8" != Contender("all", weights="int8").family

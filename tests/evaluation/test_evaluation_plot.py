@@ -17,7 +17,7 @@ def _summary() -> list[dict]:
         {
             "contender": str(c),
             "ratio": 1 / (c.keep_ratio * BITS[c.weights] / 16),
-            "ratio_interval": [0.9, 12.0],
+            "kl": 16 / (c.keep_ratio * BITS[c.weights]) - 1,
             "total_bytes_per_token": 1e8 * c.keep_ratio * BITS[c.weights] / 16,
         }
         for c in CONTENDERS
@@ -39,10 +39,10 @@ def test_a_plot_has_a_line_a_family():
 
 def test_a_plot_is_written_whole_and_names_what_it_shows(tmp_path):
     plot(_summary(), CONTENDERS, tmp_path / "a.png")
-    plot(_summary(), CONTENDERS, tmp_path / "a.svg", {"as it came": (5e7, 1.0)})
+    plot(_summary(), CONTENDERS, tmp_path / "a.svg")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
     text = (tmp_path / "a.svg").read_text()
-    for shown in ("dense", "similarity/energy q4_0", "as it came", "weights read per decoded token (MB)"):
+    for shown in ("dense", "similarity/energy q4_0", "16bit", "0.4", "weights read per decoded token (MB)"):
         assert f"<!-- {shown} -->" in text  # matplotlib draws text as paths and keeps it in a comment
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg"]

@@ -5,16 +5,21 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from scored import ROWS
 from tiny_models import tiny_model
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
+from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.predictors import random_selection
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import compact_model
-from coreinfer_sim.evaluation.formats import engine_for, rounded, rounded_model
-from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.evaluation.contenders import Contender, parse_contenders
+from coreinfer_sim.evaluation.formats import engine_for, file_bytes, rounded, rounded_model
+from coreinfer_sim.evaluation.run import evaluate
+from coreinfer_sim.evaluation.summary import summarise
+from coreinfer_sim.models.loading import LanguageModel, load_model
 from coreinfer_sim.models.mlps import dense_bytes, find_mlps, other_bytes
 
 
@@ -89,3 +94,33 @@ def test_of_4_bits_all_matrices_but_the_head_have_4(key):
     assert engine.other_bytes() == round(others * 4.5 / 32 + head * 8.5 / 32)
     _, in_8_bits = engine_for(whole, "q8_0", DecodeConfig())
     assert in_8_bits.other_bytes() == pytest.approx((others + head) * 8.5 / 32, abs=1)
+
+
+def test_another_file_of_the_model_stands_beside_it(quantised_file, tmp_path):
+    path = quantised_file("q8_0")
+    whole = load_model(str(tmp_path / "source"), "float32")
+    contenders = parse_contenders(["dense", "all", "griffin"], [0.5], ["energy"], ["16bit", "q8_0", str(path)])
+    assert [str(each) for each in contenders if each.of_file] == ["dense model.gguf"]
+    found = {row["contender"]: row for row in summarise(evaluate(whole, contenders, ROWS))}
+    of_file, rounded_here = found["dense model.gguf"], found["dense q8_0"]
+    assert 1 / 3 < of_file["kl"] / rounded_here["kl"] < 3  # the file rounds embeddings too
+    mlp, other = file_bytes(path)
+    sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors}
+    assert mlp == sum(size for name, size in sizes.items() if "ffn_up" in name) * 3
+    assert (of_file["mlp_bytes_per_token"], of_file["total_bytes_per_token"]) == (mlp, mlp + other)
+    assert mlp + other == sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+
+
+def test_files_that_cannot_stand_beside_a_model(quantised_file, language_model, tmp_path):
+    path = quantised_file("q8_0")
+    with pytest.raises(ConfigError, match=r"holds another model than .*: layers, widths or vocabulary differ"):
+        engine_for(language_model, str(path), DecodeConfig())
+    with pytest.raises(ConfigError, match=r"no file .*none\.gguf, expected a GGUF file of the same model"):
+        Contender("dense", weights=str(tmp_path / "none.gguf"))
+    with pytest.raises(ConfigError, match="another file, which is read densely"):
+        Contender("griffin", weights=str(path))
+    second = tmp_path / "again" / path.name
+    second.parent.mkdir()
+    second.write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match="have one name in the table"):
+        parse_contenders(["dense"], [1.0], ["energy"], [str(path), str(second)])
