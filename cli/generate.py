@@ -260,6 +260,8 @@ def _facts(run: Generation) -> str:
         parts.append(f"holds {run.keep_ratio:.2f}")
     if run.read_ratio is not None and selection.read_ratio < 1:
         parts.append(f"reads {run.read_ratio:.2f}")
+    elif run.read_ratio is not None and run.skips_zeros:
+        parts.append(f"reads {run.read_ratio:.2f}, as the others are zero: nothing is left out")
     parts.append(f"engine {run.engine}" + ("" if run.file is None else f", {run.file}"))
     parts.append(counted(run.n_new_tokens, "token") + ("" if speed is None else f" at {speed:.1f} tokens/s"))
     if run.mlp_bytes_per_token is not None and run.dense_mlp_bytes_per_token is not None:

@@ -23,6 +23,7 @@ AS_SET = {
     "prefill": "decode.prefill",
     "fallback": "select.fallback",
     "min_new_tokens": "sample.min_new_tokens",
+    "ignore_eos": "sample.ignore_eos",
     "batch_size": "build.batch_size",
 }
 """Settings that have no option of their own in this tree, each with the name that ``--set`` knows it by."""

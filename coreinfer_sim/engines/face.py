@@ -121,6 +121,11 @@ class Engine(ABC):
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
         """Return why a model cannot be decoded under these settings, or None if it can."""
 
+    @property
+    def skips_zeros(self) -> bool:
+        """Whether neurons that are zero are not read, though nothing says that tokens read a share: nothing is left out."""
+        return False
+
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Return why decode cannot go on from this cache in this call, or None if it can.
 

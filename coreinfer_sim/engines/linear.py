@@ -23,7 +23,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from coreinfer_sim.engines.lean.matrix import Matrix
-from coreinfer_sim.engines.lean.planes import RecordPart
+from coreinfer_sim.engines.lean.record_part import RecordPart
 from coreinfer_sim.models.loading import usable
 
 FEW = 8

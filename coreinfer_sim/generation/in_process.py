@@ -149,6 +149,7 @@ class TextGenerator(Generator):
             prepare_seconds=facts.prepare_seconds,
             not_first=facts.not_first or self.refused,
             read_ratio=facts.read.read_ratio if counted else None,
+            skips_zeros=engine.skips_zeros and selection.read_ratio == 1,
         )
 
     @property

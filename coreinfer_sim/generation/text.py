@@ -59,6 +59,8 @@ class Generation:
     """Exported file that decoded."""
     read_ratio: float | None = None
     """Neurons that a token read in full, on average, over all neurons of the model; None where the engine cannot tell."""
+    skips_zeros: bool = False
+    """Whether the held neurons that a token did not read were zero, as ReLU makes them: nothing was left out."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -80,6 +82,7 @@ class Generation:
             "confident": selection.confident,
             "keep_ratio": None if self.keep_ratio is None else round(self.keep_ratio, 4),
             "read_ratio": None if self.read_ratio is None else round(self.read_ratio, 4),
+            "skips_zeros": self.skips_zeros,
             "engine": self.engine,
             "file": self.file,
             "ended": self.ended,

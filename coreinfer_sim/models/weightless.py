@@ -83,6 +83,11 @@ def stored_dtype(name: str) -> torch.dtype:
     return main_dtype(Checkpoint(Path(name)))
 
 
+def stored_config(name: str) -> Any:
+    """Return the configuration of a checkpoint folder."""
+    return read_config(name, name, {})
+
+
 @read_once()
 def open_weightless(name: str, families: Container[str]) -> Weightless | None:
     """Return a model without its weights, or None if its type is not among some.

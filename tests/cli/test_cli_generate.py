@@ -12,6 +12,7 @@ from commands import MODES, NOUNS, call, generated, parsed, refused, setting, su
 FIELDS = {
     *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
     "read_ratio",
+    "skips_zeros",
     *(
         "engine",
         "file",

@@ -14,7 +14,8 @@ from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.formats import FORMATS, HIGH
 from coreinfer_sim.engines.lean.intrinsics import RELU, SILU
 from coreinfer_sim.engines.lean.matrix import Matrix
-from coreinfer_sim.engines.lean.planes import RecordPart, of_stored, of_weights
+from coreinfer_sim.engines.lean.planes import of_stored, of_weights
+from coreinfer_sim.engines.lean.record_part import RecordPart
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 

@@ -15,7 +15,10 @@ from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH
 from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
 from coreinfer_sim.engines.lean.intrinsics import RELU, SILU, float_name
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, from_codes, vector
-from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP, of_stored, of_weights
+from coreinfer_sim.engines.lean.planes import Biases, TokenMLP, of_stored, of_weights
+from coreinfer_sim.engines.lean.planes import Weights as MLPWeights
+from coreinfer_sim.engines.lean.record_part import RecordPart
+from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, fits, of_relu
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -28,6 +31,7 @@ _ROUNDED = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_0"}
 TOKEN_KINDS = {Weights.INT8: "Q8_0", Weights.INT4: "Q4_1"}
 """The formats to which MLPs are rounded that tokens read by neuron: two bits tell more of a code above a minimum."""
 _HEAD = {Weights.INT8: "Q8_0", Weights.INT4: "Q6_0"}  # an output head loses most by few bits
+DenseMLP = GatedMLP | TokenMLP | ReluMLP
 _SPARE = 256  # positions by which the table of angles grows
 
 
@@ -59,6 +63,12 @@ def unsupported(model: Any) -> str | None:
 def rounded_kind(name: str, weights: Weights) -> str | None:
     """Return the format to which a module's weights are rounded; None: they are not."""
     return (_HEAD if name == "lm_head" else _ROUNDED).get(weights)
+
+
+def skips_zeros(config: Any, weights: Weights) -> bool:
+    """Return whether dense decode passes over neurons that are zero: those of ReLU, which it reads by neuron."""
+    is_relu = config.model_type in FAMILIES and _ACTIVATIONS.get(config.hidden_act) == RELU
+    return is_relu and fits(config.hidden_size, rounded_kind("", weights))
 
 
 def token_layout(model: Any, layers: Sequence[MLPLayer], weights: Weights) -> str:
@@ -105,8 +115,10 @@ class LeanModel:
         self.kind = _ACTIVATIONS[model.config.hidden_act]
         # 3) words, which the loops read
         self.products = np.stack([np.stack([part.words for part in parts]) for parts in self.attention])
-        self._dense: dict[int, GatedMLP | TokenMLP] = dict(getattr(model, "laid_out_mlps", {}))
-        self._by_token: dict[int, TokenMLP] = dict(getattr(model, "laid_out_mlps", {}))
+        laid_out: dict[int, TokenMLP | ReluMLP] = getattr(model, "laid_out_mlps", {})
+        self._dense: dict[int, DenseMLP] = dict(laid_out)
+        self._by_token = {number: mlp for number, mlp in laid_out.items() if isinstance(mlp, TokenMLP)}
+        self.skips_zeros = not self._by_token and not layers[0].away and skips_zeros(model.config, weights)
         self._rotary, self._angles = base.rotary_emb, torch.zeros(2, 0, 0)
 
     def _matrix(self, name: str) -> Matrix:
@@ -146,9 +158,11 @@ class LeanModel:
                     yield f"model.layers.{number}.mlp.{name}", own
         yield "lm_head", self.head
 
-    def dense_mlp(self, number: int) -> GatedMLP | TokenMLP:
+    def dense_mlp(self, number: int) -> DenseMLP:
         """Return the MLP of a layer that stays dense, made when it is first used."""
-        if number not in self._dense:
+        if number not in self._dense and self.skips_zeros:
+            self._dense[number] = of_relu(*self._weights_of(number), rounded_kind("", self._weights))
+        elif number not in self._dense:
             projections = self._layers[number].projections
             self._dense[number] = GatedMLP(*(self._matrix(f"model.layers.{number}.mlp.{name}") for name in projections))
         return self._dense[number]
@@ -165,22 +179,24 @@ class LeanModel:
     def token_mlp(self, number: int) -> TokenMLP:
         """Return the MLP of a layer of which tokens read a share, made when it is first used."""
         if number not in self._by_token:
-            modules = [
-                self._model.get_submodule(f"model.layers.{number}.mlp.{name}")
-                for name in self._layers[number].projections
-            ]
-            weights = [module.weight for module in modules]
-            if self._weights is Weights.BF16:
-                weights = [weight.to(torch.bfloat16) for weight in weights]
-            biases = (modules[0].bias, modules[1].bias, modules[2].bias)
+            weights, biases = self._weights_of(number)
             if self._weights is Weights.STORED:
                 own = getattr(self._model, "own_codes", {})
                 codes = [own.get(f"model.layers.{number}.mlp.{name}") for name in self._layers[number].projections]
                 mlp = of_stored(codes, partial(_exact, weights, codes), biases)
             else:
-                mlp = of_weights((weights[0], weights[1], weights[2]), biases, TOKEN_KINDS.get(self._weights))
+                mlp = of_weights(weights, biases, TOKEN_KINDS.get(self._weights))
             self._by_token[number] = mlp
         return self._by_token[number]
+
+    def _weights_of(self, number: int) -> tuple[MLPWeights, Biases]:
+        """Return a layer's gate, up and down projection as they are read, and their biases."""
+        names = self._layers[number].projections
+        gate, up, down = (self._model.get_submodule(f"model.layers.{number}.mlp.{name}") for name in names)
+        weights = gate.weight, up.weight, down.weight
+        if self._weights is Weights.BF16:
+            weights = weights[0].to(torch.bfloat16), weights[1].to(torch.bfloat16), weights[2].to(torch.bfloat16)
+        return weights, (gate.bias, up.bias, down.bias)
 
     def hold_once(self) -> None:
         """Let what lies by neuron be the dense MLPs too, where there are none yet."""
@@ -190,7 +206,7 @@ class LeanModel:
         """Return why tokens cannot read a share of this model's neurons, or None if they can."""
         if any(layer.away for layer in self._layers):
             return "the MLP weights lie on the disk"
-        if getattr(self._model, "laid_out", {}) and not getattr(self._model, "laid_out_mlps", {}):
+        if getattr(self._model, "laid_out", {}) and not self._by_token:
             return "the model was opened without a read ratio"
         return None
 

@@ -20,12 +20,14 @@ the first record, and bytes of each; where its up row and its output row begin; 
 the address of what multiplies their scales (0: they are floats), and twice the middle of what they can add to a code; outputs
 that a record holds; addresses of the outputs' bias (0: none) and of ‖w_out‖."""
 BY_CODES = SCALED
-_TILES = 16  # whose neurons are estimated before the chosen among them are read
-_AHEAD = 2  # chosen neurons by which a record is asked for before it is read
+TILES = 16
+"""Whose neurons are estimated before the chosen among them are read."""
+AHEAD = 2
+"""Chosen neurons by which a record is asked for before it is read."""
 
 
 @parallel
-def _starts(codes, middle, out):
+def starts_of(codes, middle, out):
     """Set ``out`` [n_rows, n_in / 4] to what ``middle`` in place of each code makes of four inputs, negative."""
     for r in prange(out.shape[0]):
         for j in range(out.shape[1]):
@@ -56,11 +58,42 @@ def _chosen(gates, ups, norms, first, threshold, kind, reads, places):
 
 
 @inline
+def add_waiting(own, base, chosen, c, n_own, values, rows, n_waiting, out):
+    """Add what neurons give to the outputs, once as many wait as are added together, or none follows.
+
+    What other rows of inputs read does not matter, so that one alone gives the same.
+
+    Args:
+        own: words of the records.
+        base: address of the record of neuron 0 in ``chosen``.
+        chosen: neurons that are read, in order.
+        c: place of the latest one among them.
+        n_own: how many they are.
+        values: of those that wait, float32 [TOGETHER].
+        rows: addresses of their output rows, int64 [2 TOGETHER]; those that are read next come into the second half.
+        n_waiting: how many wait.
+        out: float32 [outputs].
+
+    Returns:
+        How many wait now.
+    """
+    together = TOGETHER if own[BY_CODES] else 1
+    if n_waiting < together and c < n_own - 1:
+        return n_waiting
+    for k in range(n_waiting, together):
+        values[k], rows[k] = np.float32(0.0), rows[0]
+    for k in range(together):
+        following = chosen[min(c + (1 if together > 1 else AHEAD) + k, n_own - 1)]
+        rows[together + k] = base + following * own[RECORD_BYTES] + own[OUT_AT]
+    call_five(own[ADDED], (address(rows), address(values), own[N_OUTPUTS], address(out), 0))
+    return 0
+
+
+@inline
 def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
     """Add the chosen neurons to the outputs; ``scaled`` [n_rows, 2, 2 n_blocks, 16] is room for a tile's scales."""
     own = stack[2]
     n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[1]
-    together = TOGETHER if own[BY_CODES] else 1
     room, values = np.zeros(2, np.float32), np.zeros(TOGETHER, np.float32)
     rows = np.empty(2 * TOGETHER, np.int64)
     chosen = np.empty(n_chosen, np.int64)
@@ -75,14 +108,14 @@ def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gate
             i = chosen[c]
             n = first + i
             record = base + i * own[RECORD_BYTES]
-            after = base + chosen[min(c + _AHEAD, n_own - 1)] * own[RECORD_BYTES]
+            after = base + chosen[min(c + AHEAD, n_own - 1)] * own[RECORD_BYTES]
             if own[BY_CODES] and n // 16 != tile_of_scales:
                 tile_of_scales = n // 16
                 for part in range(2):
                     scales = stack[part, SCALES] + tile_of_scales * stack[part, SCALE_STEP]
                     of_tile = (scales, address(factors[r]), factors.shape[1], address(scaled[r, part]), 0)
                     call_five(own[SCALED], of_tile)
-            # 1) gate and up, exactly
+            # gate and up, exactly
             given = (address(x[r]), address(codes[r]), address(starts[r]), n_in, address(room), after)
             call_rows(own[ROWS], (record, own[UP_AT], address(scaled[r]) + 4 * (n % 16), *given))
             gate, up = room[0], room[1]
@@ -96,16 +129,7 @@ def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gate
                     up += float_at(stack[1, BIAS] + 4 * n)
             values[n_waiting] = activated(gate, kind) * up
             rows[n_waiting] = record + own[OUT_AT]
-            n_waiting += 1
-            # 2) what some of them add; what other rows of inputs read does not matter, so that one alone gives the same
-            if n_waiting == together or c == n_own - 1:
-                for k in range(n_waiting, together):
-                    values[k], rows[k] = np.float32(0.0), rows[0]
-                for k in range(together):
-                    following = chosen[min(c + (1 if together > 1 else _AHEAD) + k, n_own - 1)]
-                    rows[together + k] = base + following * own[RECORD_BYTES] + own[OUT_AT]
-                call_five(own[ADDED], (address(rows), address(values), own[N_OUTPUTS], address(out[r]), 0))
-                n_waiting = 0
+            n_waiting = add_waiting(own, base, chosen, c, n_own, values, rows, n_waiting + 1, out[r])
 
 
 @parallel
@@ -114,17 +138,17 @@ def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts
     n_rows, n_ff = x.shape[0], stack[0, N_OUT]
     n_tiles = (n_ff + 15) // 16
     for thread in prange(n_threads):
-        gates = np.empty((n_rows, 16 * _TILES), np.float32)
-        ups = np.empty((n_rows, 16 * _TILES), np.float32)
-        places = np.empty(16 * _TILES, np.int64)
+        gates = np.empty((n_rows, 16 * TILES), np.float32)
+        ups = np.empty((n_rows, 16 * TILES), np.float32)
+        places = np.empty(16 * TILES, np.int64)
         scaled = np.empty((n_rows, 2, 2 * factors.shape[1], 16), np.float32)
         end = (thread + 1) * n_tiles // n_threads
-        for begin in range(thread * n_tiles // n_threads, end, _TILES):
-            first, last = 16 * begin, min(n_ff, 16 * min(end, begin + _TILES))
+        for begin in range(thread * n_tiles // n_threads, end, TILES):
+            first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
             reads = np.ones((n_rows, last - first), np.bool_)
             if threshold > np.float32(0.0) or stack[2, BY_CODES]:
                 for part in range(2):
-                    for tile in range(begin, min(end, begin + _TILES)):
+                    for tile in range(begin, min(end, begin + TILES)):
                         column = 16 * (tile - begin)
                         tile_product(stack[part], tile, x, codes, factors, sums, gates if part == 0 else ups, column)
                 n_chosen = _chosen(gates, ups, stack[2, OUT_NORMS], first, threshold, kind, reads, places)
@@ -168,26 +192,32 @@ def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
         n_read: int64 [2]; neurons that any row read, and the sum over rows of what each read, are added.
         out: float32.
     """
-    n, d_model = x.shape
+    n = x.shape[0]
     codes, factors, sums = rounded(stack[0], x)
     starts = np.empty((n, codes.shape[1] // 4), np.int32)
     if stack[2, BY_CODES]:
-        _starts(codes, stack[2, MIDDLE], starts)
+        starts_of(codes, stack[2, MIDDLE], starts)
     parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
     _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
-    for thread in range(n_threads):
+    summed(stack[2], parts, counts, n_read, out)
+
+
+@inline
+def summed(own, parts, counts, n_read, out):
+    """Set ``out`` [n_rows, d_model] to the sum of all threads' parts and the bias, and add up what they counted."""
+    for thread in range(parts.shape[0]):
         n_read[0] += counts[thread, 0]
         n_read[1] += counts[thread, 1]
-    for r in range(n):
-        for j in range(d_model):
+    for r in range(out.shape[0]):
+        for j in range(out.shape[1]):
             out[r, j] = parts[0, r, j]
-        for thread in range(1, n_threads):
-            for j in range(d_model):
+        for thread in range(1, parts.shape[0]):
+            for j in range(out.shape[1]):
                 out[r, j] += parts[thread, r, j]
-        if stack[2, OUT_BIAS] != 0:
-            for j in range(d_model):
-                out[r, j] += float_at(stack[2, OUT_BIAS] + 4 * j)
+        if own[OUT_BIAS] != 0:
+            for j in range(out.shape[1]):
+                out[r, j] += float_at(own[OUT_BIAS] + 4 * j)
 
 
 @serial

@@ -22,7 +22,7 @@ from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
 from coreinfer_sim.engines.lean.attention import cache_loops
-from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, token_layout, unsupported
+from coreinfer_sim.engines.lean.blocks import FAMILIES, DenseMLP, LeanModel, token_layout, unsupported
 from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
@@ -32,7 +32,9 @@ from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out
 from coreinfer_sim.engines.lean.matrix import Array, Matrix
-from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP
+from coreinfer_sim.engines.lean.record_part import RecordPart
+from coreinfer_sim.engines.lean.relu import ZEROS
+from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
 from coreinfer_sim.engines.lean.step import decode_step
 from coreinfer_sim.engines.lean.thresholds import Histograms, keep_histograms, kept_histograms
 from coreinfer_sim.engines.lean.warm_up import warm_up
@@ -46,7 +48,6 @@ from coreinfer_sim.models.mlps import MLPLayer
 
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
-LeanMLP = GatedMLP | TokenMLP
 FASTER_BY_TOKEN = {
     Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
 }
@@ -67,7 +68,7 @@ class LeanEngine(Engine):
         super().__init__(model, layers, config)
         warm_up(model.dtype)  # now, rather than within the first text
         self._weights = LeanModel(model, layers, config.weights_type)
-        self._ready: dict[int, tuple[Prepared, list[LeanMLP], Array, Array]] = {}
+        self._ready: dict[int, tuple[Prepared, list[DenseMLP], Array, Array]] = {}
         """By prepared selection: all layers' MLPs, their words, int64 [n_layers, 3, N_WORDS], and thresholds."""
         self._cache = GrowingCache()
         self._histograms: Histograms | None = None
@@ -163,7 +164,7 @@ class LeanEngine(Engine):
                 torch.zeros(1, dtype=torch.int64)
             )  # compiles its loops now, rather than within the first text
 
-    def cut(self, selection: NeuronSelection) -> Mapping[int, LeanMLP]:
+    def cut(self, selection: NeuronSelection) -> Mapping[int, DenseMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
         repairs, by_token = selection.compensation or {}, selection.read_ratio < 1
         return {
@@ -171,12 +172,17 @@ class LeanEngine(Engine):
             for number, ids in held_ids(self.layers, selection).items()
         }
 
-    def _held(self, number: int, ids: torch.Tensor, repair: LayerCompensation | None, by_token: bool) -> LeanMLP:
+    def _held(self, number: int, ids: torch.Tensor, repair: LayerCompensation | None, by_token: bool) -> DenseMLP:
         layer = self.layers[number]
         if layer.store is not None:
             return read_mlp(layer, ids, repair)
         whole = self._weights.token_mlp(number) if by_token else self._weights.dense_mlp(number)
-        return whole.held(ids, repair) if isinstance(whole, TokenMLP) else held_mlp(whole, ids, repair)
+        return held_mlp(whole, ids, repair) if isinstance(whole, GatedMLP) else whole.held(ids, repair)
+
+    @property
+    def skips_zeros(self) -> bool:
+        """Of ReLU, unless its weights lie on the disk."""
+        return self._weights.skips_zeros
 
     def check_by_token(self) -> None:
         """Refuse models whose neurons lie elsewhere, and those that were not measured."""
@@ -186,7 +192,7 @@ class LeanEngine(Engine):
         if reason is not None:
             raise ConfigError(f"a read ratio below 1 was asked for, but {reason}.")
 
-    def size(self, layers: Mapping[int, LeanMLP]) -> int:
+    def size(self, layers: Mapping[int, DenseMLP]) -> int:
         """Return the bytes of the compact MLPs."""
         return sum(mlp.n_bytes for mlp in layers.values())
 
@@ -250,7 +256,7 @@ class LeanEngine(Engine):
         self._read += BytesRead(other=n_exact * weights.head.n_bytes // weights.head.n_out)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=inputs.cache)
 
-    def _mlps(self, prepared: Prepared) -> tuple[list[LeanMLP], Array, Array]:
+    def _mlps(self, prepared: Prepared) -> tuple[list[DenseMLP], Array, Array]:
         """Return all layers' MLPs, their words and thresholds, made once a text."""
         if id(prepared) not in self._ready:
             whole = self._weights.token_mlp if prepared.selection.read_ratio < 1 else self._weights.dense_mlp
@@ -259,14 +265,16 @@ class LeanEngine(Engine):
             self._ready[id(prepared)] = prepared, mlps, words, self._thresholds(prepared, mlps)
         return self._ready[id(prepared)][1:]
 
-    def _thresholds(self, prepared: Prepared, mlps: Sequence[LeanMLP]) -> Array:
-        """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are; negative: of a whole MLP."""
+    def _thresholds(self, prepared: Prepared, mlps: Sequence[DenseMLP]) -> Array:
+        """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are; negative: see `decode_step`."""
         ratio = prepared.selection.read_ratio
         found = np.zeros(len(mlps), np.float32)
         if ratio < 1:
             assert self._histograms is not None
             found = self._histograms.thresholds(ratio)
-        return np.where([isinstance(mlp, TokenMLP) for mlp in mlps], found, np.float32(-1))
+        found[[isinstance(mlp, GatedMLP) for mlp in mlps]] = -1
+        found[[isinstance(mlp, ReluMLP) for mlp in mlps]] = ZEROS
+        return found
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""
@@ -275,7 +283,7 @@ class LeanEngine(Engine):
 
         def mlp(number: int, x: torch.Tensor) -> torch.Tensor:
             own = mlps[number]
-            if not isinstance(own, TokenMLP):
+            if isinstance(own, GatedMLP):
                 return own.outputs(x, self._weights.kind)
             made, n_read[number, :] = own.outputs(x, self._weights.kind, thresholds[number])
             return made
@@ -298,19 +306,18 @@ class LeanEngine(Engine):
             n_read: neurons of each layer that any row of a part has read, and the sum over its rows, [n_parts, n_layers, 2].
             n_steps: how many.
         """
-        if all(bool((self._mlps(prepared)[2] < 0).all()) for _, prepared in groups):
+        if all(isinstance(mlp, GatedMLP) for _, prepared in groups for mlp in self._mlps(prepared)[0]):
             self.count(groups, n_steps)
             return
         n_bytes, n_neurons, whole = 0, 0, {}
         for (rows, prepared), of_part in zip(parts, n_read.tolist(), strict=True):
             for mlp, (by_any, by_all) in zip(self._mlps(prepared)[0], of_part, strict=True):
-                if isinstance(mlp, TokenMLP):
-                    estimated = mlp.packed or prepared.selection.read_ratio < 1
-                    n_bytes += mlp.estimate_bytes * n_steps * estimated + by_any * mlp.record_bytes
-                    n_neurons += by_all
-                else:
+                if isinstance(mlp, GatedMLP):
                     whole[id(mlp)] = mlp.n_bytes * n_steps  # what several leave dense is read once
                     n_neurons += mlp.gate.n_out * len(rows) * n_steps
+                else:
+                    n_bytes += mlp.bytes_read(by_any, n_steps, prepared.selection.read_ratio)
+                    n_neurons += by_all
         n_all = sum(layer.d_ff for layer in self.layers) * sum(len(rows) for rows, _ in parts)
         self.count_read(groups, n_bytes + sum(whole.values()), n_neurons / n_all, n_steps)
 
@@ -320,7 +327,7 @@ class LeanEngine(Engine):
         self._ready = {}
         super().release()
 
-    def _modules(self, layers: Mapping[int, LeanMLP]) -> dict[int, Projections]:
+    def _modules(self, layers: Mapping[int, DenseMLP]) -> dict[int, Projections]:
         """Return compact MLPs as linear modules over the same memory."""
         made: dict[int, Projections] = {}
         for number, mlp in layers.items():

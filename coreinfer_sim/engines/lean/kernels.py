@@ -20,7 +20,7 @@ from coreinfer_sim.engines.lean import formats, instructions, output_code, recor
 from coreinfer_sim.engines.lean.formats import FORMATS
 from coreinfer_sim.engines.lean.instructions import F32, I8, I32, I64, products_of_features
 from coreinfer_sim.engines.lean.output_code import emit_add_codes, emit_add_floats
-from coreinfer_sim.engines.lean.record_code import emit_float_rows, emit_low_rows
+from coreinfer_sim.engines.lean.record_code import emit_code_row, emit_float_rows, emit_low_rows
 from coreinfer_sim.engines.lean.rows import FLOATS, emit_mixed, emit_rows, emit_widened
 from coreinfer_sim.engines.lean.tiles import Inputs, emit_product, emit_scales, emit_unpacked
 from coreinfer_sim.engines.lean.whole_code import emit_whole_tile, emit_widened_row
@@ -99,23 +99,26 @@ def _widened(_context, number, values, n, out):
 
 
 @intrinsic(prefer_literal=True)
-def _rows(_context, number, rows, second, scales, x, codes, starts, n_in, out, following):
-    name = _NAMES[number.literal_value]
+def _rows(_context, number, n_rows, rows, second, scales, x, codes, starts, n_in, out, following):
+    name, n = _NAMES[number.literal_value], n_rows.literal_value
 
     def code(context, builder, _signature, args):
-        rows, second, scales, x, codes, starts, n_in, out, following = args[1:]
+        rows, second, scales, x, codes, starts, n_in, out, following = args[2:]
         rows, scales, x, codes, starts, following = (
             builder.inttoptr(each, I8.as_pointer()) for each in (rows, scales, x, codes, starts, following)
         )
         result = builder.inttoptr(out, F32.as_pointer())
         if name in FLOATS:
-            emit_float_rows(builder, name, rows, second, x, n_in, result, following)
-        else:
-            how, format_ = host_products(), FORMATS[name]
+            emit_float_rows(builder, name, rows, second if n == 2 else None, x, n_in, result, following)
+            return context.get_dummy_value()
+        how, format_ = host_products(), FORMATS[name]
+        if n == 2:
             emit_low_rows(builder, format_, how, rows, second, scales, codes, starts, n_in, result, following)
+        else:
+            emit_code_row(builder, format_, how, rows, scales, codes, starts, n_in, result, following)
         return context.get_dummy_value()
 
-    return types.void(number, *[types.int64] * 9), code
+    return types.void(number, n_rows, *[types.int64] * 9), code
 
 
 @intrinsic(prefer_literal=True)
@@ -281,18 +284,19 @@ def widened_address(name: str) -> int:
 
 
 @functools.cache
-def rows_address(name: str) -> int:
-    """Return the address of the products with two rows of a record: of floats, or the lower bits beside a high plane.
+def rows_address(name: str, n_rows: int = 2) -> int:
+    """Return the address of products with rows of a record: two of floats, or of the lower bits beside a high plane.
 
-    Its arguments: address of the first row, and bytes to the second; addresses of scales, of x, its codes and starts; n_in;
-    addresses of the two results and of the record that is read next. See `record_code`.
+    Or one, of floats or whole codes. Its arguments: address of the first row, and bytes to the second; addresses of scales, of
+    one row of codes those of its inputs; of x, its codes and starts; n_in; addresses of the results and of the record that is
+    read next. See `record_code`.
     """
     number = _NAMES.index(name)
 
     def products(rows, second, scales, x, codes, starts, n_in, out, following):
-        _rows(number, rows, second, scales, x, codes, starts, n_in, out, following)
+        _rows(number, n_rows, rows, second, scales, x, codes, starts, n_in, out, following)
 
-    return _kept(types.void(*[types.int64] * 9), products, name)
+    return _kept(types.void(*[types.int64] * 9), products, name, n_rows)
 
 
 @functools.cache

@@ -18,10 +18,12 @@ from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Weights
-from coreinfer_sim.engines.lean.blocks import FAMILIES, TOKEN_KINDS, rounded_kind, unsupported
+from coreinfer_sim.engines.lean.blocks import FAMILIES, TOKEN_KINDS, rounded_kind, skips_zeros, unsupported
 from coreinfer_sim.engines.lean.head import CoarseHead
 from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
+from coreinfer_sim.engines.lean.record_part import RecordPart
+from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, of_relu
 from coreinfer_sim.engines.linear import hand_over, hand_over_table
 from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
 from coreinfer_sim.models.layout_file import (
@@ -40,10 +42,13 @@ from coreinfer_sim.models.weightless import (
     files_of,
     is_gguf,
     open_weightless,
+    stored_config,
     stored_dtype,
 )
 
 _TABLE = "model.embed_tokens"
+_MATRICES, _TENSORS = ("gate", "up"), ("records", "norms", "up_bias", "bias")
+"""What an MLP that lies by neuron consists of."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,13 @@ class Wanted:
 
     weights: Weights
     by_token: bool
+    zeros: bool = False
+    """By neuron, as tokens pass over those that are zero."""
+
+    @property
+    def by_neuron(self) -> str:
+        """What MLPs lie by neuron for; empty: they do not."""
+        return "by token" if self.by_token else "by neuron" if self.zeros else ""
 
 
 @dataclass
@@ -59,7 +71,7 @@ class _Parts:
     """A model's weights: matrices by the names of their modules, other parameters by their own."""
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
-    mlps: dict[int, TokenMLP] = field(default_factory=dict)
+    mlps: dict[int, TokenMLP | ReluMLP] = field(default_factory=dict)
     """MLPs that lie by neuron, in place of their matrices."""
     head: CoarseHead | None = None
     others: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -82,16 +94,18 @@ def load_laid_out(
         ModelError: as `load_model`.
     """
     progress = progress or Progress()
-    if weights is Weights.STORED and not is_gguf(name) and not by_token:
-        return None
     files = files_of(name)
-    as_stored = weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16
-    if not files or (as_stored and not by_token):
+    zeros = bool(files) and not by_token and not is_gguf(name) and skips_zeros(stored_config(name), weights)
+    wanted = Wanted(weights, by_token, zeros)
+    as_stored = weights is Weights.STORED and not is_gguf(name)
+    as_stored |= weights is Weights.BF16 and bool(files) and not is_gguf(name) and stored_dtype(name) is torch.bfloat16
+    if not files or (as_stored and not wanted.by_neuron):
         return None
-    kind = f"{'stored' if as_stored else weights.value}{'-by-token' if by_token else ''}"
+    of_neurons = wanted.by_neuron and f"-{wanted.by_neuron.replace(' ', '-')}"
+    kind = f"{'stored' if as_stored else weights.value}{of_neurons}"
     place = layout_folder(files, kind, progress)
     keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
-    return _kept(name, place, progress) or _made(name, place, Wanted(weights, by_token), progress)
+    return _kept(name, place, progress) or _made(name, place, wanted, progress)
 
 
 def _kept(name: str, place: Path, progress: Progress) -> LanguageModel | None:
@@ -119,10 +133,14 @@ def _from_layout(name: str, place: Path) -> LanguageModel:
         if "head:copy" in parts.matrices:
             parts.head = CoarseHead(parts.matrices.pop("head:copy"), tensors.pop("head:bounds"))
         for number, (kind, of_outputs) in facts.get("mlps", {}).items():  # not named by earlier versions
-            gate, up = (parts.matrices.pop(f"{number}:{what}") for what in ("gate", "up"))
-            records, norms, bias = (tensors.pop(f"{number}:{what}", None) for what in ("records", "norms", "bias"))
-            assert records is not None and norms is not None
-            parts.mlps[int(number)] = TokenMLP(gate, up, kind, of_outputs, records, norms, bias)
+            gate, up = parts.matrices.pop(f"{number}:gate"), parts.matrices.pop(f"{number}:up", None)
+            records, norms, up_bias, bias = (tensors.pop(f"{number}:{what}", None) for what in _TENSORS)
+            assert records is not None
+            if up is None:
+                parts.mlps[int(number)] = ReluMLP(gate, kind, of_outputs, records, up_bias, bias)
+            else:
+                assert norms is not None
+                parts.mlps[int(number)] = TokenMLP(gate, up, kind, of_outputs, records, norms, bias)
         settings = place if (place / "config.json").is_file() else Path(name)
         dtype, tied, notes = getattr(torch, facts["dtype"]), facts["tied"], facts["notes"]
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -142,7 +160,7 @@ def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> Languag
         try:
             made = _kept(name, place, progress)  # another process may have made it meanwhile
             if made is None:
-                layout = Layout(name, f"{wanted.weights.value}{' by token' if wanted.by_token else ''}")
+                layout = Layout(name, f"{wanted.weights.value} {wanted.by_neuron}".rstrip())
                 with writing(place, layout) as writer:
                     _write(empty, wanted, writer, progress)
                 progress.say(f"The weights were laid out in {place}, once: {readable_size(layout.n_bytes)}.")
@@ -174,12 +192,13 @@ def _write(empty: Weightless, wanted: Wanted, writer: LayoutWriter, progress: Pr
     for name, part in _parts(empty, wanted, sketch, progress):
         if isinstance(part, Matrix):
             write(name, part)
-        elif isinstance(part, TokenMLP):
+        elif isinstance(part, TokenMLP | ReluMLP):
             mlps[name] = part.kind, part.output_kind
-            for what in ("gate", "up"):  # estimates; they become matrices of the MLP again
-                write(f"{name}:{what}", getattr(part, what))
-            for what in ("records", "norms", "bias"):
-                tensor = getattr(part, what)
+            for what in _MATRICES:  # they become matrices of the MLP again
+                if hasattr(part, what):
+                    write(f"{name}:{what}", getattr(part, what))
+            for what in _TENSORS:
+                tensor = getattr(part, what, None)
                 if tensor is not None:
                     writer.add(f"{name}:{what}", tensor)
         elif isinstance(part, CoarseHead):
@@ -206,7 +225,7 @@ def _in_memory(empty: Weightless, wanted: Wanted, progress: Progress) -> Languag
     for name, part in _parts(empty, wanted, parts.sketch, progress):
         if isinstance(part, Matrix):
             parts.matrices[name] = part
-        elif isinstance(part, TokenMLP):
+        elif isinstance(part, TokenMLP | ReluMLP):
             parts.mlps[int(name)] = part
         elif isinstance(part, CoarseHead):
             parts.head = part
@@ -217,7 +236,7 @@ def _in_memory(empty: Weightless, wanted: Wanted, progress: Progress) -> Languag
 
 def _parts(
     empty: Weightless, wanted: Wanted, sketch: list[list[float]], progress: Progress
-) -> Iterator[tuple[str, Matrix | TokenMLP | CoarseHead | torch.Tensor]]:
+) -> Iterator[tuple[str, Matrix | TokenMLP | ReluMLP | CoarseHead | torch.Tensor]]:
     """Read a model's weights in the order in which decode reads them, one at a time, and sample them for the sketch.
 
     MLPs that lie by neuron are named by the numbers of their layers.
@@ -231,9 +250,9 @@ def _parts(
     for name in linears:
         layer, own = owners.get(name), empty.codes(name)
         sampled = places[layer.number] if layer is not None and name.endswith(layer.family.output) else None
-        if layer is not None and wanted.by_token:
+        if layer is not None and wanted.by_neuron:
             if sampled is not None:  # the last of the three
-                mlp, down = _by_token(empty, layer, weights)
+                mlp, down = _by_neuron(empty, layer, wanted)
                 sketch.append(down[sampled].float().tolist())
                 yield str(layer.number), mlp
             progress.advance(1)
@@ -271,8 +290,9 @@ def _parts(
     progress.finish()
 
 
-def _by_token(empty: Weightless, layer: MLPLayer, weights: Weights) -> tuple[TokenMLP, torch.Tensor]:
+def _by_neuron(empty: Weightless, layer: MLPLayer, wanted: Wanted) -> tuple[TokenMLP | ReluMLP, torch.Tensor]:
     """Return a layer's MLP by neuron, and its down projection."""
+    weights = wanted.weights
     names = [f"{empty.names.modules[id(layer.owner)]}.{name}" for name in layer.projections]
     biases = (empty.bias(names[0]), empty.bias(names[1]), empty.bias(names[2]))
     codes = [empty.codes(name) for name in names]
@@ -281,6 +301,9 @@ def _by_token(empty: Weightless, layer: MLPLayer, weights: Weights) -> tuple[Tok
     def read(part: int, dtype: torch.dtype | None) -> torch.Tensor:
         return empty.read(f"{names[part]}.weight", dtype or floating)
 
+    if wanted.zeros:
+        gate, up, down = (read(part, None) for part in range(3))
+        return of_relu((gate, up, down), biases, rounded_kind("", weights)), down
     if weights is Weights.STORED:
         down = read(2, torch.float32 if codes[2] is not None else None)
         return of_stored(codes, lambda part, dtype: down if part == 2 else read(part, dtype), biases), down
@@ -299,10 +322,8 @@ def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Part
         module = model.get_submodule(place)
         if isinstance(module, nn.Embedding):
             hand_over_table(module, matrix)
-        elif matrix.weight.dtype is model.dtype:
-            module.weight = nn.Parameter(matrix.weight, requires_grad=False)
         else:
-            hand_over(module, matrix)
+            _hand_over(module, matrix, model.dtype)
     if model.config.tie_word_embeddings:
         table, head = model.get_input_embeddings(), parts.matrices["lm_head"]
         if head.weight.dtype is model.dtype:
@@ -312,9 +333,18 @@ def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Part
     compact_head_inputs(model)
     layers = find_mlps(model)
     for number, mlp in parts.mlps.items():
-        for projection, part in zip(layers[number].projections, mlp.parts, strict=True):
-            hand_over(getattr(layers[number].owner, projection), part)
+        own: tuple[Matrix | RecordPart, ...] = mlp.parts
+        for projection, part in zip(layers[number].projections, own, strict=True):
+            _hand_over(getattr(layers[number].owner, projection), part, model.dtype)
     model.laid_out, model.laid_out_mlps, model.laid_out_head = parts.matrices, parts.mlps, parts.head
     for layer, values in zip(layers, parts.sketch, strict=True):
         layer.output.sketch = torch.tensor(values)
     return LanguageModel(model.eval(), tokenizer, name, layers, notes=notes)
+
+
+def _hand_over(module: Any, part: Matrix | RecordPart, dtype: torch.dtype) -> None:
+    """Let a linear layer multiply by its weights as they are laid out, which its own code does if they lie as it knows them."""
+    if isinstance(part, Matrix) and part.weight.dtype is dtype:
+        module.weight = nn.Parameter(part.weight, requires_grad=False)
+    else:
+        hand_over(module, part)

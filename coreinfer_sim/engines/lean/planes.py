@@ -21,15 +21,15 @@ from coreinfer_sim.engines.lean.compact import of_gates
 from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, TILE, WHOLE, Scales
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import added_address, rows_address, scales_address
-from coreinfer_sim.engines.lean.many_rows import planes_product, widened_codes
+from coreinfer_sim.engines.lean.many_rows import planes_product
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias
 from coreinfer_sim.engines.lean.packing import lay, room, rounded_codes
 from coreinfer_sim.engines.lean.products import N_WORDS
+from coreinfer_sim.engines.lean.record_part import RecordPart
 from coreinfer_sim.engines.lean.record_rows import ROWS, n_outputs, output_rows, packed, unpacked, widened_outputs
 from coreinfer_sim.engines.lean.rows import FLOATS
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
-from coreinfer_sim.models.loading import usable
 
 _ESTIMATE = "Q4_0"  # of floats
 _LINE = 64
@@ -118,12 +118,30 @@ class TokenMLP:
         """Bytes that a token reads which reads all neurons: those of floats need no estimate."""
         return self.n_bytes if self.packed else self.records.nbytes
 
+    def bytes_read(self, n_read: int, n_steps: int, read_ratio: float) -> int:
+        """Return the bytes that steps read which have read so many records; to read all floats, nothing is estimated."""
+        estimated = self.packed or read_ratio < 1
+        return self.estimate_bytes * n_steps * estimated + n_read * self.record_bytes
+
+    def begin_of(self, part: int) -> int:
+        """Return where the gate (0), up (1) or output row (2) begins in a record."""
+        return part * self._row_bytes
+
+    def bias_of(self, part: int) -> torch.Tensor | None:
+        """Return the bias of a projection."""
+        return (self.gate.bias, self.up.bias, self.bias)[part]
+
+    def times_codes(self, part: int, x: torch.Tensor) -> torch.Tensor:
+        """Multiply rows of inputs with gate (0) or up (1) of codes, put together from both planes; see `planes_product`."""
+        estimate = (self.gate, self.up)[part]
+        return planes_product(estimate, WHOLE[self.kind], self.records, self.begin_of(part), x)
+
     def rows(self, part: int, first: int, last: int) -> torch.Tensor:
         """Return gate (0), up (1) or output rows (2) of the neurons first … last, float32 [n, d_model].
 
         ``first`` is a multiple of 16.
         """
-        begin = part * self._row_bytes
+        begin = self.begin_of(part)
         if part == 2:
             return widened_outputs(self.records[first:last, begin:], self.output_kind, self.d_model)
         if not self.packed:
@@ -159,73 +177,6 @@ class TokenMLP:
             records[:, 2 * self._row_bytes : 2 * self._row_bytes + ends.shape[1]] = ends
             norms = outputs.norm(dim=0)
         return replace(self, gate=gate, up=up, records=records, norms=norms, bias=bias)
-
-
-@dataclass(frozen=True, eq=False)
-class RecordPart:
-    """Gate (0), up (1) or down projection (2) of such an MLP as a linear map for many rows of inputs."""
-
-    mlp: TokenMLP
-    part: int
-
-    packed = False
-
-    @property
-    def n_out(self) -> int:
-        """Outputs."""
-        return self.mlp.d_model if self.part == 2 else self.mlp.n_ff
-
-    @property
-    def n_in(self) -> int:
-        """Inputs."""
-        return self.mlp.n_ff if self.part == 2 else self.mlp.d_model
-
-    def widened(self) -> torch.Tensor:
-        """Return the weights, float32 [n_in, n_out]."""
-        rows = [self.mlp.rows(self.part, n, min(self.mlp.n_ff, n + ROWS)) for n in range(0, self.mlp.n_ff, ROWS)]
-        return torch.cat(rows) if self.part == 2 else torch.cat(rows).T
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply float32 rows [n_rows, n_in]: gate and up of codes by the loops of decode, all else in torch."""
-        mlp, begin = self.mlp, self.part * self.mlp._row_bytes
-        if mlp.packed and self.part < 2:
-            estimate = (mlp.gate, mlp.up)[self.part]
-            return planes_product(estimate, WHOLE[mlp.kind], mlp.records, begin, x.contiguous())
-        if mlp.output_kind not in FLOATS:
-            out = self._outputs(x)
-        elif usable(dtype := float_type(mlp.kind), "cpu") is dtype:
-            rows = mlp.records[:, begin : begin + mlp._row_bytes].view(dtype)  # as they lie
-            out = (x.to(dtype) @ (rows if self.part == 2 else rows.T)).float()
-        else:
-            out = self._widened_product(x)
-        bias = (mlp.gate.bias, mlp.up.bias, mlp.bias)[self.part]
-        return out if bias is None else out.add_(bias[: self.n_out])
-
-    def _outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by output rows of codes, some of which are widened at a time, to a short type, as inputs of codes are."""
-        mlp, dtype = self.mlp, usable(torch.bfloat16, "cpu")
-        n = n_outputs(mlp.output_kind, mlp.d_model)
-        given, out, room = x.to(dtype), torch.zeros(len(x), n), torch.empty(ROWS, n, dtype=dtype)
-        begin = 2 * mlp._row_bytes
-        for first in range(0, mlp.n_ff, ROWS):
-            stored = mlp.records[first : first + ROWS, begin:]
-            out += given[:, first : first + ROWS] @ widened_codes(stored, mlp.output_kind, room[: len(stored)])
-        return out[:, : mlp.d_model]
-
-    def _widened_product(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply by floats for whose type the processor has no products, some widened at a time."""
-        mlp, out = self.mlp, torch.zeros(len(x), self.n_out)
-        for first in range(0, mlp.n_ff, ROWS):
-            rows = mlp.rows(self.part, first, min(mlp.n_ff, first + ROWS))
-            if self.part == 2:
-                out.addmm_(x[:, first : first + ROWS], rows)
-            else:
-                torch.mm(x, rows.T, out=out[:, first : first + ROWS])
-        return out
-
-    def of_few(self, x: Array) -> torch.Tensor:
-        """Multiply few rows in the same way."""
-        return self.times(torch.from_numpy(x))
 
 
 def of_weights(weights: Weights, biases: Biases, rounded: str | None = None) -> TokenMLP:

@@ -12,6 +12,7 @@ from numba.core import cgutils
 
 from coreinfer_sim.engines.lean.formats import BLOCK, GROUP, Format, Scales
 from coreinfer_sim.engines.lean.instructions import (
+    F16,
     F32,
     I8,
     I32,
@@ -23,6 +24,7 @@ from coreinfer_sim.engines.lean.instructions import (
     joined,
     line_product,
     load,
+    offset_product,
     picked,
     prefetch,
     vector,
@@ -39,28 +41,30 @@ CACHE = 2
 
 
 def emit_float_rows(
-    builder: Builder, kind: str, rows: Value, second: Value, x: Value, n_in: Value, out: Value, following: Value
+    builder: Builder, kind: str, rows: Value, second: Value | None, x: Value, n_in: Value, out: Value, following: Value
 ) -> None:
-    """Set two numbers of ``out`` to the products of float32 inputs with two rows of floats, the other ``second`` bytes behind.
+    """Set numbers of ``out`` to the products of float32 inputs with two rows of floats, the other ``second`` bytes behind.
 
-    The two rows of the record ``following`` are read into the cache.
+    Without ``second`` there is one row. The same rows of the record ``following`` are read into the cache.
     """
     size = FLOAT_BYTES[kind]
-    sums = [[zeroed(builder, _WIDE) for _ in range(_SUMS)] for _ in range(2)]
+    begins = [whole(0)] if second is None else [whole(0), second]
+    sums = [[zeroed(builder, _WIDE) for _ in range(_SUMS)] for _ in begins]
 
     def products(begin: Value, n_steps: Value, n: int) -> Value:
         with cgutils.for_range(builder, n_steps) as loop:
             first = builder.add(begin, builder.mul(loop.index, whole(n * _WIDE)))
             for line in range(0, n * _WIDE * size, _LINE):
                 at = builder.add(builder.mul(first, whole(size)), whole(line))
-                for place in (at, builder.add(at, second)):
-                    prefetch(builder, following, place, CACHE)
+                for row in begins:
+                    prefetch(builder, following, builder.add(at, row), CACHE)
             for k in range(n):
                 at = builder.add(first, whole(k * _WIDE))
                 given = load(builder, x, builder.mul(at, whole(4)), F32, _WIDE)
                 place = builder.mul(at, whole(size))
-                for of_row, where in zip(sums, (place, builder.add(place, second)), strict=True):
-                    add_product(builder, of_row[k], widened_floats(builder, kind, rows, where, _WIDE), given)
+                for of_row, row in zip(sums, begins, strict=True):
+                    values = widened_floats(builder, kind, rows, builder.add(place, row), _WIDE)
+                    add_product(builder, of_row[k], values, given)
         return builder.add(begin, builder.mul(n_steps, whole(n * _WIDE)))
 
     done = products(whole(0), builder.udiv(n_in, whole(_SUMS * _WIDE)), _SUMS)
@@ -74,8 +78,8 @@ def emit_float_rows(
         at = builder.add(done, loop.index)
         given = load(builder, x, builder.mul(at, whole(4)), F32, 1)
         place = builder.mul(at, whole(size))
-        for number, where in enumerate((place, builder.add(place, second))):
-            one = builder.fmul(widened_floats(builder, kind, rows, where, 1), given)
+        for number, row in enumerate(begins):
+            one = builder.fmul(widened_floats(builder, kind, rows, builder.add(place, row), 1), given)
             into = builder.gep(out, [whole(number)])
             builder.store(builder.fadd(builder.load(into), builder.extract_element(one, ir.Constant(I32, 0))), into)
 
@@ -144,6 +148,72 @@ def emit_low_rows(
     for number, of_row in enumerate(sums):
         total = builder.fadd(*(builder.load(each) for each in of_row))
         builder.store(total_of(builder, total), builder.gep(out, [whole(number)]))
+
+
+def emit_code_row(
+    builder: Builder,
+    format_: Format,
+    how: Products,
+    row: Value,
+    factors: Value,
+    codes: Value,
+    starts: Value,
+    n_in: Value,
+    out: Value,
+    following: Value,
+) -> None:
+    """Set ``out`` to the product of rounded inputs with a row of whole codes, as `record_rows.code_rows` lays it.
+
+    Args:
+        builder: where the code goes.
+        format_: Q8_0 or Q4_0.
+        how: by which instructions integers are multiplied.
+        row: codes, and their scales behind them.
+        factors: of the inputs, float32, one every 32.
+        codes: inputs, int8 [n_in].
+        starts: int32 [n_in / 4], the offset of the codes times the sum of four inputs, negative.
+        n_in: inputs, a multiple of 64.
+        out: float32.
+        following: the record whose row is read into the cache.
+    """
+    sums = [zeroed(builder, _WIDE) for _ in range(2)]
+    n_parts = 8 // format_.bits
+    behind = builder.udiv(n_in, whole(n_parts))
+    of_dots = ir.Constant(vector(I32, _WIDE), [place * 2 // _WIDE for place in range(_WIDE)])
+
+    def group(first: Value, number: int) -> None:
+        place = builder.udiv(first, whole(n_parts))
+        prefetch(builder, following, place, CACHE)
+        line = load(builder, row, place, I8, GROUP // n_parts)
+        if n_parts == 1:
+            product = offset_product
+        else:  # sixteen codes of a block in the lower halves of bytes, sixteen in the upper ones
+            product = line_product
+            both = joined(builder, [part_of_line(builder, line, format_.bits, part, 0) for part in range(2)])
+            line = picked(builder, both, [k for part in (0, 32, 16, 48) for k in range(part, part + 16)])
+        x = load(builder, codes, first, I8, GROUP)
+        dots = product(builder, how, line, x, load(builder, starts, first, I32, _WIDE))
+        block = builder.udiv(first, whole(BLOCK))
+        scales = load(builder, row, builder.add(behind, builder.mul(block, whole(2))), F16, 2)
+        by = builder.fmul(
+            builder.fpext(scales, vector(F32, 2)), load(builder, factors, builder.mul(block, whole(4)), F32, 2)
+        )
+        own = builder.shuffle_vector(by, by, of_dots)
+        add_product(builder, sums[number], builder.sitofp(dots, vector(F32, _WIDE)), own)
+
+    n_lines = builder.udiv(n_in, whole(BLOCK // 2 * _LINE))
+    with cgutils.for_range(builder, builder.add(n_lines, whole(1))) as loop:
+        prefetch(builder, following, builder.add(behind, builder.mul(loop.index, whole(_LINE))), CACHE)
+    n_pairs = builder.udiv(n_in, whole(2 * GROUP))
+    with cgutils.for_range(builder, n_pairs) as loop:
+        for number in range(2):
+            first = builder.add(builder.mul(loop.index, whole(2 * GROUP)), whole(number * GROUP))
+            group(first, number)
+    done = builder.mul(n_pairs, whole(2 * GROUP))
+    with cgutils.for_range(builder, builder.udiv(builder.sub(n_in, done), whole(GROUP))):
+        group(done, 0)
+    total = builder.fadd(*(builder.load(each) for each in sums))
+    builder.store(total_of(builder, total), out)
 
 
 def over_groups(

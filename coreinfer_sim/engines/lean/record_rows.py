@@ -1,15 +1,15 @@
-"""Rows of one neuron as a record holds them: lower bits of codes, and output rows of codes with scales behind them."""
+"""Rows of one neuron as a record holds them: whole codes or their lower bits, and output rows of codes, with scales behind."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from coreinfer_sim.engines.lean.formats import FORMATS, GROUP
+from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, GROUP, TILE
 from coreinfer_sim.engines.lean.intrinsics import float_type
 from coreinfer_sim.engines.lean.many_rows import widened_codes
-from coreinfer_sim.engines.lean.matrix import Array
-from coreinfer_sim.engines.lean.packing import rounded_codes
+from coreinfer_sim.engines.lean.matrix import Array, Matrix
+from coreinfer_sim.engines.lean.packing import n_tiles, rounded_codes
 from coreinfer_sim.engines.lean.rows import FLOATS
 
 ROWS = 2048
@@ -57,6 +57,30 @@ def _unpacked(bytes_: torch.Tensor, n_bits: int, n_together: int) -> torch.Tenso
     lines = bytes_.reshape(len(bytes_), bytes_.shape[1] // n_together, 1, n_together)
     shifts = torch.arange(0, 8, n_bits, dtype=torch.uint8)[:, None]
     return ((lines >> shifts) & ((1 << n_bits) - 1)).flatten(1)
+
+
+def code_rows(matrix: Matrix) -> torch.Tensor:
+    """Return the rows of a matrix of Q8_0 or Q4_0 codes, taken out of their tiles, uint8 [n_out, …]: codes, and scales behind."""
+    assert matrix.scales is not None
+    parts = []
+    for tiles, unit in ((matrix.weight, torch.int32), (matrix.scales, torch.int16)):
+        lanes = tiles.view(unit).reshape(len(tiles), -1, TILE)
+        parts.append(lanes.transpose(1, 2).flatten(0, 1)[: matrix.n_out].contiguous().view(torch.uint8))
+    return torch.cat(parts, 1)
+
+
+def in_tiles(rows: torch.Tensor, kind: str, n_in: int, bias: torch.Tensor | None) -> Matrix:
+    """Return the matrix that `code_rows` has taken apart; more bytes may lie behind. ``n_in`` is a multiple of 64."""
+    format_, begin, made = FORMATS[kind], 0, []
+    n_blocks = n_in // BLOCK
+    for of_tile, unit in ((format_.code_bytes, torch.int32), (format_.scale_bytes, torch.int16)):
+        end = begin + n_blocks * of_tile // TILE
+        lanes = torch.zeros(n_tiles(len(rows)) * TILE, (end - begin) // unit.itemsize, dtype=unit)
+        lanes[: len(rows)] = rows[:, begin:end].contiguous().view(unit)
+        tiles = lanes.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+        made.append(tiles.view(torch.uint8).reshape(len(tiles), n_blocks, of_tile))
+        begin = end
+    return Matrix(kind, len(rows), n_in, *made, bias)
 
 
 def n_outputs(kind: str, d_model: int) -> int:

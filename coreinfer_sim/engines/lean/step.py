@@ -9,6 +9,7 @@ from coreinfer_sim.engines.lean.by_token import mlp_by_token
 from coreinfer_sim.engines.lean.head import logits_of
 from coreinfer_sim.engines.lean.intrinsics import array_at, normalise, serial
 from coreinfer_sim.engines.lean.mlp import gated_mlp
+from coreinfer_sim.engines.lean.relu import ZEROS, relu_mlp
 
 
 @serial
@@ -51,8 +52,10 @@ def decode_step(
         head_norms: see `attention`, [n_layers, 2 or 0, head_dim].
         eps: of the norms, [n_layers + 1, 2].
         products: words of q, k, v and o, int64 [n_layers, 4, N_WORDS].
-        mlps: words of gate, up and down of each group of rows, or those of `by_token`, int64 [n_groups, n_layers, 3, N_WORDS].
-        thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; negative: the words are of whole matrices.
+        mlps: words of gate, up and down of each group of rows, or those of `by_token` or `relu`, int64
+            [n_groups, n_layers, 3, N_WORDS].
+        thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; negative: the words are of whole matrices,
+            or those of `relu`.
         n_read: see `by_token.mlp_by_token`, int64 [n_groups, n_layers, 2].
         n_of_group: how many rows each group has.
         places: those rows, group by group.
@@ -83,7 +86,9 @@ def decode_step(
         for group in range(mlps.shape[0]):
             last = first + n_of_group[group]
             given = (hidden, places[first:last], norms[layer, 1], eps[layer, 1], mlps[group, layer], kind, n_threads)
-            if thresholds[group, layer] < np.float32(0.0):
+            if thresholds[group, layer] == ZEROS:
+                relu_mlp(*given, n_read[group, layer])
+            elif thresholds[group, layer] < np.float32(0.0):
                 gated_mlp(*given)
             else:
                 mlp_by_token(*given, thresholds[group, layer], n_read[group, layer])

@@ -1,0 +1,132 @@
+"""MLPs with ReLU of which each token reads the neurons that are not zero: nothing is left out.
+
+The gate rows are read whole. Where a gate is positive, its neuron's record is read: the up row and the output row. Everywhere
+else the neuron is zero, whatever its up row holds. An MLP without up rows has records of output rows alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from coreinfer_sim.engines.lean.by_token import (
+    AHEAD,
+    BY_CODES,
+    MIDDLE,
+    N_OUTPUTS,
+    OUT_AT,
+    RECORD_BYTES,
+    RECORDS,
+    ROWS,
+    TILES,
+    add_waiting,
+    starts_of,
+    summed,
+)
+from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, normalise, parallel, serial
+from coreinfer_sim.engines.lean.kernels import call_rows
+from coreinfer_sim.engines.lean.output_code import TOGETHER
+from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, rounded, tile_product
+
+ZEROS = np.float32(-2)
+"""In place of a threshold: the words are those of an MLP that is read here."""
+
+
+@inline
+def _add(stack, first, positive, n_own, gates, x, codes, factors, starts, kind, room, values, rows, out):
+    """Add neurons to the outputs of one row of inputs; ``positive`` names them, from ``first`` on, in order."""
+    own = stack[2]
+    n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[0]
+    base = own[RECORDS] + first * own[RECORD_BYTES]
+    n_waiting = 0
+    for c in range(n_own):
+        i = positive[c]
+        record = base + i * own[RECORD_BYTES]
+        value = activated(gates[i], kind)
+        if own[ROWS] != 0:
+            after = base + positive[min(c + AHEAD, n_own - 1)] * own[RECORD_BYTES]
+            given = (address(factors), address(x), address(codes), address(starts), n_in, address(room), after)
+            call_rows(own[ROWS], (record, 0, *given))
+            up = room[0]
+            if stack[1, BIAS] != 0:
+                up += float_at(stack[1, BIAS] + 4 * (first + i))
+            value *= up
+        values[n_waiting] = value
+        rows[n_waiting] = record + own[OUT_AT]
+        n_waiting = add_waiting(own, base, positive, c, n_own, values, rows, n_waiting + 1, out)
+
+
+@parallel
+def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_read):
+    """Set ``out`` [n_threads, n_rows, outputs] to parts of the outputs; count neurons in ``n_read`` [n_threads, 2]."""
+    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
+    n_tiles = (n_ff + 15) // 16
+    for thread in prange(n_threads):
+        gates = np.empty((n_rows, 16 * TILES), np.float32)
+        positive = np.empty(16 * TILES, np.int64)
+        room, values = np.zeros(1, np.float32), np.zeros(TOGETHER, np.float32)
+        rows = np.empty(2 * TOGETHER, np.int64)
+        end = (thread + 1) * n_tiles // n_threads
+        for begin in range(thread * n_tiles // n_threads, end, TILES):
+            first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
+            for tile in range(begin, min(end, begin + TILES)):
+                tile_product(stack[0], tile, x, codes, factors, sums, gates, 16 * (tile - begin))
+            by_any = np.zeros(last - first, np.bool_)
+            for r in range(n_rows):
+                n_own = 0
+                for i in range(last - first):
+                    if gates[r, i] > np.float32(0.0):
+                        positive[n_own] = i
+                        n_own += 1
+                        by_any[i] = True
+                n_read[thread, 1] += n_own
+                given = (x[r], codes[r], factors[r], starts[r])
+                _add(stack, first, positive, n_own, gates[r], *given, kind, room, values, rows, out[thread, r])
+            n_read[thread, 0] += by_any.sum()
+
+
+@serial
+def outputs_of_nonzero(x, stack, kind, n_threads, n_read, out):
+    """Set ``out`` [n_rows, d_model] to what an MLP with ReLU adds.
+
+    Args:
+        x: normalised inputs, float32 [n_rows, d_model].
+        stack: words of the gate rows, of the up rows' bias, and of the records, int64 [3, N_WORDS].
+        kind: of the activation, which is zero wherever its input is not positive.
+        n_threads: that share the neurons.
+        n_read: int64 [2]; neurons that are not zero in any row, and the sum over rows of those of each, are added.
+        out: float32.
+    """
+    n = x.shape[0]
+    codes, factors, sums = rounded(stack[0], x)
+    starts = np.empty((n, codes.shape[1] // 4), np.int32)
+    if stack[2, MIDDLE] != 0:
+        starts_of(codes, stack[2, MIDDLE], starts)
+    parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
+    counts = np.zeros((n_threads, 2), np.int64)
+    _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, parts, counts)
+    summed(stack[2], parts, counts, n_read, out)
+
+
+@serial
+def relu_mlp(hidden, rows, norm, eps, stack, kind, n_threads, n_read):
+    """Add such an MLP to some rows of ``hidden``, the residual stream [n_rows, d_model].
+
+    Args:
+        hidden: float32.
+        rows: which rows, [n].
+        norm: weight of the norm before, [d_model].
+        eps: of the norm.
+        stack: see `outputs_of_nonzero`, as are the others.
+        kind: as stack.
+        n_threads: as stack.
+        n_read: as stack.
+    """
+    x = np.empty((rows.shape[0], hidden.shape[1]), np.float32)
+    for r in range(rows.shape[0]):
+        normalise(hidden[rows[r]], norm, eps, x[r])
+    added = np.empty(x.shape, np.float32)
+    outputs_of_nonzero(x, stack, kind, n_threads, n_read, added)
+    for r in range(rows.shape[0]):
+        for j in range(hidden.shape[1]):
+            hidden[rows[r], j] += added[r, j]
