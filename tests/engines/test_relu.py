@@ -88,6 +88,17 @@ def test_nothing_is_left_out(kind, shape, biased):
         assert (found - dense).abs().max() <= 1e-5 * dense.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "Q4_0"])
+def test_mlps_without_up_rows_have_records_of_output_rows(kind):
+    (gate, _, down), (of_gate, _, of_down), _ = gated(kind, 192, 600)
+    mlp, x = of_relu((gate, down), (of_gate, of_down), KINDS[kind][1]), inputs(5, 192)
+    given = rounded_inputs(x) if KINDS[kind][1] else x
+    expected = F.relu(given @ mlp.rows(0, 0, 600).T + of_gate.float()) @ mlp.rows(2, 0, 600) + of_down.float()
+    found, n_read = mlp.outputs(x, RELU)
+    assert (found - expected).abs().max() <= 1.5e-2 * expected.abs().max() and n_read < 5 * 600
+    assert [part.n_out for part in mlp.parts] == [600, 192] and mlp.record_bytes < 192 * 2 + 64
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_dense_decode(kind):
     """Gate and up rows to the bit; so are output rows of floats. The others are rounded along the row."""

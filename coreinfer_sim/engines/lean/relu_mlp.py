@@ -1,11 +1,13 @@
-"""A gated MLP with ReLU as `relu` reads it: gate rows that every token reads, and up and output row of each neuron in one record.
+"""An MLP with ReLU as `relu` reads it: gate rows that every token reads, and up and output row of each neuron in one record.
 
-Gate and up rows are what dense decode reads. Output rows of 16-bit weights are so too; those of packed weights are rounded along
-the row, as the blocks of a down projection run across neurons.
+One that is not gated has input rows in place of gate rows, and no up rows. Gate and up rows are what dense decode reads. Output
+rows of 16-bit weights are so too; those of packed weights are rounded along the row, as the blocks of a down projection run
+across neurons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -32,11 +34,12 @@ _OUTPUTS = {"Q8_0": "Q8_0", "Q4_0": "Q4_1"}
 
 @dataclass(frozen=True, eq=False)
 class ReluMLP:
-    """Gate and up [n_ff, d_model] and down [d_model, n_ff], by neuron."""
+    """Gate and up [n_ff, d_model], or input rows alone, and down [d_model, n_ff], by neuron."""
 
     gate: Matrix
+    """Or the input rows."""
     kind: str
-    """Of the records' up rows: a floating type, Q8_0 or Q4_0."""
+    """Of the records' up rows: a floating type, Q8_0 or Q4_0; empty: there are none."""
     output_kind: str
     """Of their output rows: a floating type, or the format to which they are rounded."""
     records: torch.Tensor
@@ -57,20 +60,21 @@ class ReluMLP:
         return self.gate.n_in
 
     @property
-    def parts(self) -> tuple[Matrix, RecordPart, RecordPart]:
-        """Gate, up and down projection."""
-        return self.gate, RecordPart(self, 1), RecordPart(self, 2)
+    def parts(self) -> tuple[Matrix | RecordPart, ...]:
+        """Gate, up and down projection, or input and output projection."""
+        return self.gate, *([RecordPart(self, 1)] if self.kind else []), RecordPart(self, 2)
 
     @cached_property
     def words(self) -> Array:
         """What `relu.relu_mlp` reads, int64 [3, N_WORDS]."""
         up, words = np.zeros((2, N_WORDS), np.int64)
         up[BIAS] = 0 if self.up_bias is None else self.up_bias.data_ptr()
-        words[by_token.ROWS], words[by_token.ADDED] = rows_address(self.kind, 1), added_address(self.output_kind)
+        words[by_token.ROWS] = rows_address(self.kind, 1) if self.kind else 0
+        words[by_token.ADDED] = added_address(self.output_kind)
         words[by_token.RECORDS], words[by_token.RECORD_BYTES] = self.records.data_ptr(), self.record_bytes
         words[by_token.OUT_AT] = self._row_bytes
         words[by_token.BY_CODES] = int(self.output_kind not in FLOATS)
-        words[by_token.MIDDLE] = 0 if self.kind in FLOATS else FORMATS[self.kind].offset
+        words[by_token.MIDDLE] = FORMATS[self.kind].offset if self.kind in FORMATS else 0
         words[by_token.N_OUTPUTS] = n_outputs(self.output_kind, self.d_model)
         words[by_token.OUT_BIAS] = 0 if self.bias is None else self.bias.data_ptr()
         return np.stack([self.gate.words, up, words])
@@ -80,6 +84,8 @@ class ReluMLP:
         """Of the up projection's part of a record."""
         if self.kind in FLOATS:
             return self.d_model * float_type(self.kind).itemsize
+        if not self.kind:
+            return 0
         return _filled_row(self.d_model * FORMATS[self.kind].bits // 8 + self.d_model // 16)
 
     @property
@@ -158,29 +164,28 @@ def fits(d_model: int, rounded: str | None) -> bool:
 
 
 def of_relu(
-    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    rounded: str | None = None,
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], rounded: str | None = None
 ) -> ReluMLP:
-    """Lay out a gated MLP whose weights stay as they are, or are rounded.
+    """Lay out an MLP whose weights stay as they are, or are rounded.
 
     Args:
-        weights: gate and up [n_ff, d_model], down [d_model, n_ff].
-        biases: of the three.
+        weights: gate and up [n_ff, d_model], or input rows alone, and down [d_model, n_ff].
+        biases: of each.
         rounded: Q8_0 or Q4_0, see `fits`; None: they stay.
     """
-    gate, up, down = (weight.detach() for weight in weights)
-    kind = float_name(up.dtype) if rounded is None else rounded
+    gate, *ups, down = (weight.detach() for weight in weights)
+    kind = float_name(down.dtype) if rounded is None else rounded
     outputs = kind if rounded is None else _OUTPUTS[rounded]
-    rows = up.contiguous().view(torch.uint8) if rounded is None else code_rows(Matrix.of(up, None, rounded))
-    parts = [rows, output_rows(down, outputs)]
-    if rounded is not None:
-        parts.insert(1, _zeros(rows))
+    parts: list[torch.Tensor] = []
+    for up in ups:
+        parts.append(up.contiguous().view(torch.uint8) if rounded is None else code_rows(Matrix.of(up, None, rounded)))
+        if rounded is not None:
+            parts.append(_zeros(*parts))
+    parts.append(output_rows(down, outputs))
     parts.append(_zeros(*parts))
-    records = torch.cat(parts, 1)
-    return ReluMLP(
-        Matrix.of(gate, biases[0], rounded), kind, outputs, records, filled_bias(biases[1]), filled_bias(biases[2])
-    )
+    up_bias, bias = filled_bias(biases[1]) if ups else None, filled_bias(biases[-1])
+    of_gate = Matrix.of(gate, biases[0], rounded)
+    return ReluMLP(of_gate, kind if ups else "", outputs, torch.cat(parts, 1), up_bias, bias)
 
 
 def _filled_row(n_bytes: int) -> int:
