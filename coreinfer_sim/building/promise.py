@@ -86,6 +86,9 @@ def _measure(
     if not engine.reads_by_token:
         progress.say(f"Nothing is promised, as the engine {engine.name} reads all neurons: decode is dense.")
         return None
+    if engine.is_sparse_by_itself(language_model.model, language_model.layers, config):
+        progress.say("Nothing is promised, as decode reads only what ReLU does not set to zero, which loses nothing.")
+        return None
     if not texts:
         progress.say(
             f"Nothing is promised, which takes {_FEWEST_TEXTS} texts, some of them of {_SHORTEST} tokens or more: decode is "

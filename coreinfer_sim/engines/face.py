@@ -212,6 +212,11 @@ class Engine(ABC):
         """Return what the rows would be that tokens choose among."""
         return ""
 
+    @classmethod
+    def is_sparse_by_itself(cls, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> bool:
+        """Return whether dense decode of a model will skip neurons that are zero, so that nothing has to be estimated."""
+        return False
+
     def check_by_token(self) -> None:
         """Raise ConfigError unless tokens may read a share of what is held."""
         if not self.reads_by_token:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from builds import TOPICS, write_rows
+from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import Row
@@ -86,6 +87,13 @@ def test_few_texts_promise_nothing_and_all_are_counted(corpus, tiny_checkpoint, 
     assert index.manifest.profile is None and index.manifest.corpus.n_sentences == 30
     (line,) = [line for line in lines if line.startswith("Nothing is promised")]
     assert "takes 200 texts" in line and line.endswith("what it may leave out.")
+
+
+def test_models_that_skip_zeros_need_no_promise(corpus, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(promise, "_FEWEST_TEXTS", 30)
+    index, lines = built(corpus, save_tiny_checkpoint(tmp_path / "relu", hidden_act="relu"), encoder, tmp_path)
+    assert index.manifest.profile is None
+    assert any(line.endswith("what ReLU does not set to zero, which loses nothing.") for line in lines)
 
 
 def test_what_was_measured_is_not_measured_again(corpus, tiny_checkpoint, encoder, tmp_path, monkeypatch):

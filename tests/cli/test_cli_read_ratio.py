@@ -8,6 +8,7 @@ import re
 import pytest
 from commands import NOUNS, call, generated, parsed, refused, setting, succeeded
 from scored import ROWS
+from tiny_models import save_tiny_checkpoint
 
 HALF = ("--read-ratio", 0.5)
 
@@ -123,3 +124,9 @@ def test_evaluate_compares_all_only_where_tokens_choose(tiny_checkpoint, rows):
     names = [row["contender"] for row in parsed(*command, "--read-ratio", 0.4)]
     assert "all 1 read 0.4" in names and "random 0.4 read 0.4" in names
     refused(call(*command, "--read-ratio", 2), "read ratio is 2.0, expected a number above 0 and at most 1")
+
+
+def test_what_is_zero_is_said_to_be_skipped(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "model", hidden_act="relu")
+    shown = succeeded("generate", "How do stars form?", "--model", folder, "--mode", "dense", "--max-new-tokens", 4)
+    assert re.search(r"reads 0\.[3-7]\d, as the others are zero: nothing is left out", shown.stderr)

@@ -22,7 +22,7 @@ from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
 from coreinfer_sim.engines.lean.attention import cache_loops
-from coreinfer_sim.engines.lean.blocks import FAMILIES, DenseMLP, LeanModel, token_layout, unsupported
+from coreinfer_sim.engines.lean.blocks import FAMILIES, DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
 from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
@@ -100,6 +100,11 @@ class LeanEngine(Engine):
     def layout_by_token(cls, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> str:
         """Return the types of the rows."""
         return token_layout(model, layers, config.weights_type)
+
+    @classmethod
+    def is_sparse_by_itself(cls, model: Any, layers: Sequence[MLPLayer], config: DecodeConfig) -> bool:
+        """Return whether it has ReLU, with weights in memory."""
+        return not layers[0].away and skips_zeros(model.config, config.weights_type)
 
     def calibrate(self, passages: Callable[[], Sequence[torch.Tensor]], progress: Progress | None = None) -> None:
         """Measure how much each neuron is estimated to count at the positions of some texts."""
