@@ -35,6 +35,7 @@ from coreinfer_sim.engines.lean import kv_cache
 from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp
 from coreinfer_sim.engines.lean.engine import LeanEngine
 from coreinfer_sim.engines.lean.matrix import Matrix
+from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import find_mlps
@@ -171,6 +172,9 @@ def test_few_bits_are_near(model, weights, most):
     assert 0 < gap <= most * expected.logits[1].abs().max()
     engine = LeanEngine(model, find_mlps(model), DecodeConfig(weights=weights))
     mlps = engine.cut(chosen).values()
+    if all(isinstance(mlp, ReluMLP) for mlp in mlps):  # they lie by neuron, and what is zero is not read
+        assert sparse.latest.read.mlp_per_step < 0.95 * sum(mlp.n_bytes for mlp in mlps)
+        return
     kinds = {"bf16": ["bfloat16"] * 3, "int8": ["Q8_0"] * 3, "int4": ["Q4_0", "Q4_0", "Q6_0"]}[weights]
     assert all([part.kind for part in mlp.parts] == kinds for mlp in mlps)
     assert sparse.latest.read.mlp_per_step == sum(part.n_bytes for mlp in mlps for part in mlp.parts)
