@@ -1,4 +1,4 @@
-"""The lean engine: a decode step for Llama-like models on a CPU, without transformers' Python around the weights.
+"""The lean engine: a decode step for the models of `architectures` on a CPU, without transformers' Python around the weights.
 
 transformers spends about a millisecond a layer and token on its own code, and its products read some weight shapes at a
 third of the memory's speed. Here a step is one compiled call. Weights are the checkpoint's memory, or packed into few bits; the
@@ -21,9 +21,10 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
+from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
 from coreinfer_sim.engines.lean.attention import cache_loops
-from coreinfer_sim.engines.lean.blocks import FAMILIES, LeanModel, token_layout, unsupported
-from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
+from coreinfer_sim.engines.lean.blocks import LeanModel, token_layout, unsupported
+from coreinfer_sim.engines.lean.compact import WholeMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.instructions import Products
@@ -31,8 +32,8 @@ from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out
-from coreinfer_sim.engines.lean.matrix import Array, Matrix
-from coreinfer_sim.engines.lean.planes import RecordPart, TokenMLP
+from coreinfer_sim.engines.lean.matrix import Array, Matrix, by_projection
+from coreinfer_sim.engines.lean.planes import TokenMLP
 from coreinfer_sim.engines.lean.step import decode_step
 from coreinfer_sim.engines.lean.thresholds import Histograms, keep_histograms, kept_histograms
 from coreinfer_sim.engines.lean.warm_up import warm_up
@@ -46,7 +47,7 @@ from coreinfer_sim.models.mlps import MLPLayer
 
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
-LeanMLP = GatedMLP | TokenMLP
+LeanMLP = WholeMLP | TokenMLP
 FASTER_BY_TOKEN = {
     Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
 }
@@ -74,13 +75,13 @@ class LeanEngine(Engine):
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
-        """Refuse models that are not Llama-like."""
+        """Refuse models that the loops do not know."""
         return unsupported(model)
 
     @classmethod
     def warm_up(cls, model: Any) -> None:
         """Compile the loops, if the model is of a family that they decode."""
-        if model.config.model_type in FAMILIES:
+        if model.config.model_type in ARCHITECTURES:
             warm_up(model.dtype)
 
     @classmethod
@@ -138,7 +139,7 @@ class LeanEngine(Engine):
             return "the attention mask has gaps"
         if any(given.get(name) for name in ("output_attentions", "output_hidden_states")):
             return "attentions or hidden states were asked for"
-        return refuses_cache(cache)
+        return refuses_cache(cache, self._weights.windows)
 
     @property
     def pass_tokens(self) -> int | None:
@@ -155,13 +156,11 @@ class LeanEngine(Engine):
         self._weights.hold_once()
         for name, matrix in self._weights.matrices():
             layer = self.model.get_submodule(name)
-            if isinstance(matrix, RecordPart) or layer.weight.data_ptr() != matrix.weight.data_ptr():
+            if not isinstance(matrix, Matrix) or layer.weight.data_ptr() != matrix.weight.data_ptr():
                 hand_over(layer, matrix)
         if table is not None:
             hand_over_table(self.model.get_input_embeddings(), table)
-            self._weights.embedded(
-                torch.zeros(1, dtype=torch.int64)
-            )  # compiles its loops now, rather than within the first text
+            table.rows(torch.zeros(1, dtype=torch.int64))  # compiles its loops now, rather than within the first text
 
     def cut(self, selection: NeuronSelection) -> Mapping[int, LeanMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
@@ -210,6 +209,11 @@ class LeanEngine(Engine):
 
     def step(self, inputs: StepInputs, groups: Sequence[Group]) -> CausalLMOutputWithPast:
         """Decode one token in every row that has not finished; the others' logits are zero."""
+        if inputs.ids.shape[1] > 1:  # transformers reads a text anew where it grows out of its rotary positions
+            with self.mounted(groups):
+                output: CausalLMOutputWithPast = inputs.forward(**inputs.given)
+            self.count(groups)
+            return output
         n_threads, weights = set_threads(), self._weights
         # 1) the rows that go on, and the places of each group's among them
         n = inputs.n_copies
@@ -225,23 +229,22 @@ class LeanEngine(Engine):
         # 2) all layers
         n_past = self._cache.adopt(inputs.cache, 1)
         picked = torch.from_numpy(rows)
-        hidden = weights.embedded(inputs.ids[picked, 0]).numpy().copy()
-        cos, sin = (part.numpy() for part in weights.angles(inputs.positions[picked]))
+        hidden = weights.embedded(inputs.ids[picked, 0], inputs.positions[picked]).numpy()
+        cos, sin = (part.numpy() for part in weights.angles(inputs.positions)[:, :, picked])
         of_parts, thresholds = (np.stack(each) for each in zip(*(self._mlps(own)[1:] for _, own in parts), strict=True))
         n_read = np.zeros((*thresholds.shape, 2), np.int64)
         n_rows = len(inputs.ids)
         made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
         n_exact = decode_step(
-            *(cache_loops(self.model.dtype), hidden, weights.norms, weights.head_norms, weights.eps),
-            *(weights.products, of_parts, thresholds, n_read),
+            *(cache_loops(self.model.dtype), hidden, weights.description, of_parts, thresholds, n_read),
             *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
-            *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.addresses, self._cache.shape),
-            *(rows, inputs.starts[rows], n_past, weights.scaling, weights.kind),
+            *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.places, self._cache.shape),
+            *(rows, inputs.starts[rows], n_past),
             *(weights.head.words[None], weights.head_loops, made, n_threads),
         )
         self._cache.hand_back(inputs.cache, n_past + 1)
         # 3) logits
-        logits = torch.from_numpy(made)[:, : weights.head.n_out]
+        logits = weights.logits(torch.from_numpy(made)[:, : weights.head.n_out])
         if len(rows) < n_rows:
             whole = torch.zeros(n_rows, weights.head.n_out)
             whole[picked] = logits
@@ -282,7 +285,7 @@ class LeanEngine(Engine):
 
         with torch.inference_mode():
             states = forced_states(self._weights, self.model.dtype, ids[0], cache, mlp)
-            logits = self._weights.head.times(states)
+            logits = self._weights.logits(self._weights.head.times(states))
         group: Group = [0], prepared
         self._count([group], [group], n_read[None], ids.shape[1])
         return logits
@@ -310,7 +313,7 @@ class LeanEngine(Engine):
                     n_neurons += by_all
                 else:
                     whole[id(mlp)] = mlp.n_bytes * n_steps  # what several leave dense is read once
-                    n_neurons += mlp.gate.n_out * len(rows) * n_steps
+                    n_neurons += mlp.n_ff * len(rows) * n_steps
         n_all = sum(layer.d_ff for layer in self.layers) * sum(len(rows) for rows, _ in parts)
         self.count_read(groups, n_bytes + sum(whole.values()), n_neurons / n_all, n_steps)
 
@@ -324,9 +327,7 @@ class LeanEngine(Engine):
         """Return compact MLPs as linear modules over the same memory."""
         made: dict[int, Projections] = {}
         for number, mlp in layers.items():
-            parts: tuple[Matrix | RecordPart, ...] = mlp.parts
-            names = self.layers[number].projections
-            made[number] = {
-                name: matrix_module(part, self.model.dtype) for name, part in zip(names, parts, strict=True)
-            }
+            layer = self.layers[number]
+            parts = by_projection(layer.projections, mlp.parts, layer.family.fused)
+            made[number] = {name: matrix_module(part, self.model.dtype) for name, part in parts.items()}
         return made
