@@ -21,7 +21,22 @@ from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.mlps import find_mlps
 
 N_NEW = 34
-NOT_FOUND = ("smollm3", "granite", "olmo3", "glm4", "cohere", "cohere2", "nemotron", "arcee")
+NOT_FOUND = (
+    *(
+        "smollm3",
+        "granite",
+        "olmo3",
+        "glm4",
+        "cohere",
+        "cohere2",
+        "nemotron",
+        "arcee",
+        "vaultgemma",
+        "ministral",
+        "cwm",
+    ),
+    *("seed_oss", "glm", "helium", "ernie4_5", "olmo", "exaone4", "stablelm", "stablelm-parallel"),
+)
 """Types whose MLPs `find_mlps` may not know."""
 
 

@@ -70,7 +70,7 @@ LLAMA = Architecture()
 
 def _gemma2(config: Any) -> Architecture:
     return Architecture(
-        norms=SANDWICH,
+        norms=SANDWICH if config.model_type == "gemma2" else (SANDWICH[0], None, SANDWICH[2], None),
         logits_cap=config.final_logit_softcapping or 0.0,
         scores_cap=config.attn_logit_softcapping or 0.0,
     )
@@ -171,18 +171,39 @@ def _phi(config: Any) -> Architecture:
     )
 
 
+def _olmo(config: Any) -> Architecture | str:
+    return LLAMA if config.clip_qkv is None else "its queries, keys and values are clipped"
+
+
+def _stablelm(config: Any) -> Architecture | str:
+    if config.qk_layernorm:
+        return "its queries and keys have a norm for each head"
+    return Architecture(parallel=config.use_parallel_residual)
+
+
 def _same(architecture: Architecture) -> Callable[[Any], Architecture | str]:
     return lambda config: architecture
 
 
+_LIKE_LLAMA = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "starcoder2", "arcee", "nemotron"),
+    *("seed_oss", "cwm"),
+)
 ARCHITECTURES: dict[str, Callable[[Any], Architecture | str]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "starcoder2", "arcee", "nemotron"), _same(LLAMA)),
+    **dict.fromkeys(_LIKE_LLAMA, _same(LLAMA)),
+    **dict.fromkeys(("glm", "helium", "ernie4_5"), _same(Architecture(interleaved=True))),
     "gemma2": _gemma2,
+    "vaultgemma": _gemma2,
     "gemma3_text": _gemma3,
     "phi3": _same(Architecture(inputs=("qkv_proj",))),
     "smollm3": _same(Architecture(turns=lambda attention: bool(attention.use_rope))),
     "granite": _granite,
     **dict.fromkeys(("olmo2", "olmo3"), _same(Architecture(norms=POST))),
+    "olmo": _olmo,
+    "exaone4": _same(
+        Architecture(norms=POST, turns=lambda attention: attention.sliding_window is None or attention.is_sliding)
+    ),
+    "stablelm": _stablelm,
     "glm4": _same(
         Architecture(
             norms=(

@@ -84,13 +84,14 @@ def _weights(query, keys, n, scaling, cap, product, scores):
     given = (address(query), 0, 0, 0, query.shape[0], n, address(scores), n)
     call_product(product, (address(keys), 0, *given))
     highest = np.float32(-3.0e38)
-    for t in range(n):
-        scores[t] *= scaling
     if cap > np.float32(0.0):
         for t in range(n):
-            scores[t] = cap * tanh(scores[t] / cap)
-    for t in range(n):
-        highest = max(highest, scores[t])
+            scores[t] = cap * tanh(scores[t] * scaling / cap)
+            highest = max(highest, scores[t])
+    else:
+        for t in range(n):
+            scores[t] *= scaling
+            highest = max(highest, scores[t])
     total = np.float32(0.0)
     for t in range(n):
         scores[t] = exp(scores[t] - highest)

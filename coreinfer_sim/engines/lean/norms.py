@@ -12,9 +12,11 @@ from coreinfer_sim.engines.lean.attention import OF_CENTRED_HEADS, OF_HEADS, OF_
 from coreinfer_sim.engines.lean.matrix import Array, vector
 from coreinfer_sim.engines.lean.step import LAYER, NO_NORM, RMS
 
-_CENTRED = ("CohereLayerNorm", "Cohere2LayerNorm")
-_PLUS_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "NemotronLayerNorm1P")
+_CENTRED = ("CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm", "NemotronLayerNorm1P")
+_PLUS_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "VaultGemmaRMSNorm", "NemotronLayerNorm1P")
 """Those that multiply by one more than their weights."""
+_EPS = 1e-5
+"""Of OlmoLayerNorm, which has no attribute of it."""
 
 
 def norm_kind(norm: Any) -> int | None:
@@ -22,7 +24,7 @@ def norm_kind(norm: Any) -> int | None:
     name = type(norm).__name__
     if norm is None:
         return NO_NORM
-    if type(norm) is nn.LayerNorm or name in _CENTRED or name == "NemotronLayerNorm1P":
+    if type(norm) is nn.LayerNorm or name in _CENTRED:
         return LAYER
     return RMS if name.endswith("RMSNorm") else None
 
@@ -38,7 +40,8 @@ def norm_values(norm: Any, shape: tuple[int, ...]) -> tuple[Array, np.float32]:
             values[place] = vector(own).reshape(shape) if own.numel() == values[place].size else vector(own)
     if type(norm).__name__ in _PLUS_ONE:
         values[0] += 1
-    return values, np.float32(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or _EPS
+    return values, np.float32(eps)
 
 
 def head_norm_kind(norm: Any, head_dim: int, n_heads: int) -> int | None:

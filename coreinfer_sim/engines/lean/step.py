@@ -78,19 +78,27 @@ def _add(hidden, added, factor):
 
 
 @serial
+def _mlp(x, out, stack, threshold, n_read, kind, n_threads):
+    """Set ``out`` to what one MLP gives, which reads all neurons if the threshold is negative."""
+    if threshold < np.float32(0.0):
+        whole_mlp(x, stack, kind, n_threads, out)
+    else:
+        outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out)
+
+
+@serial
 def _mlps(x, out, layer, stacks, thresholds, n_read, n_of_group, places, kind, n_threads):
     """Set ``out`` to what the MLPs of a layer give, each to its group of rows; see `decode_step`."""
+    if stacks.shape[0] == 1:  # all rows, in order
+        _mlp(x, out, stacks[0, layer], thresholds[0, layer], n_read[0, layer], kind, n_threads)
+        return
     first = 0
     for group in range(stacks.shape[0]):
         n = n_of_group[group]
         own, made = np.empty((n, x.shape[1]), np.float32), np.empty((n, x.shape[1]), np.float32)
         for i in range(n):
             own[i] = x[places[first + i]]
-        if thresholds[group, layer] < np.float32(0.0):
-            whole_mlp(own, stacks[group, layer], kind, n_threads, made)
-        else:
-            threshold, counts = thresholds[group, layer], n_read[group, layer]
-            outputs_by_token(own, stacks[group, layer], kind, n_threads, threshold, counts, made)
+        _mlp(own, made, stacks[group, layer], thresholds[group, layer], n_read[group, layer], kind, n_threads)
         for i in range(n):
             out[places[first + i]] = made[i]
         first += n
