@@ -38,7 +38,7 @@ read_ratio = click.option(
 engine = click.option(
     "--engine",
     metavar="NAME",
-    help="What decodes: lean, our loops for Llama-like models on a CPU; transformers, the model's own code; compiled, that "
+    help="What decodes: lean, our loops for most model types on a CPU; transformers, the model's own code; compiled, that "
     "through torch.compile, for GPUs; llamacpp, on exported files.  [default: auto, lean if it can, else transformers]",
 )
 weights = click.option(

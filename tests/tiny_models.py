@@ -181,6 +181,11 @@ def _from_config(auto_class: Any, config: Any, seed: int) -> Any:
     return model
 
 
+def model_of(config: Any, seed: int = 0) -> Any:
+    """Build a causal model of a configuration with random weights, float32, never ending by itself."""
+    return _from_config(transformers.AutoModelForCausalLM, config, seed)
+
+
 def tiny_model(key: str, seed: int = 0) -> Any:
     """Build the tiny model of one of `TINY_FAMILIES`, float32, never ending by itself."""
     return _from_config(transformers.AutoModelForCausalLM, BY_KEY[key].config(), seed)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.engines.lean.matrix import Matrix
-from coreinfer_sim.engines.lean.record_part import RecordPart
+from coreinfer_sim.engines.lean.matrix import Linear, Matrix
 from coreinfer_sim.models.loading import usable
 
 FEW = 8
@@ -65,7 +65,7 @@ class Product:
 class MatrixProduct:
     """The forward code of a linear layer whose weights are a `Matrix`."""
 
-    def __init__(self, matrix: Matrix | RecordPart) -> None:
+    def __init__(self, matrix: Linear) -> None:
         """Multiply by a matrix."""
         self.matrix = matrix
 
@@ -76,28 +76,29 @@ class MatrixProduct:
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
 
 
-def matrix_module(matrix: Matrix | RecordPart, dtype: torch.dtype) -> nn.Linear:
+def matrix_module(matrix: Linear, dtype: torch.dtype) -> nn.Linear:
     """Return a linear layer that multiplies by a matrix; its own weight takes no memory."""
     layer = nn.Linear(matrix.n_in, matrix.n_out, bias=False, device="meta", dtype=dtype).requires_grad_(False).eval()
     layer.forward = MatrixProduct(matrix)  # type: ignore[assignment, method-assign]
     return layer
 
 
-def hand_over(layer: nn.Linear, matrix: Matrix | RecordPart) -> None:
+def hand_over(layer: nn.Linear, matrix: Linear) -> None:
     """Let a linear layer multiply by a matrix for good, and let go of its own weight."""
     layer.forward = MatrixProduct(matrix)  # type: ignore[assignment, method-assign]
-    dtype = layer.weight.dtype
-    layer.widened = lambda: matrix.widened().T.contiguous().to(dtype)  # type: ignore[assignment]
+    dtype, turned = layer.weight.dtype, isinstance(layer, Conv1D)  # which holds the transpose
+    layer.widened = lambda: (matrix.widened() if turned else matrix.widened().T).contiguous().to(dtype)  # type: ignore[assignment]
     layer.weight = _nothing_like(layer.weight)
 
 
 def hand_over_table(table: nn.Embedding, matrix: Matrix) -> None:
     """Let a table of embeddings take its rows from a matrix for good, and let go of its own."""
-    dtype = table.weight.dtype
+    dtype, scale = table.weight.dtype, getattr(table, "embed_scale", None)
 
     def rows(ids: torch.Tensor) -> torch.Tensor:
         kept, places = ids.unique(return_inverse=True)
-        return matrix.rows(kept).to(dtype)[places]
+        found = matrix.rows(kept).to(dtype)[places]
+        return found if scale is None else found * scale.to(dtype)
 
     table.forward = rows  # type: ignore[assignment, method-assign]
     table.weight = _nothing_like(table.weight)

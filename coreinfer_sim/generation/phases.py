@@ -164,7 +164,7 @@ class PhasedCall:
             if n_past < self._mask.shape[1]:
                 return self._prefill(original, args, kwargs, n_past)
             self._begin_decode(cache, kwargs)
-        ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")  # none where transformers reads a text anew
         if self._engine.skips_finished and len(ids) == len(
             self._mask
         ):  # among the beams of a prompt rows change places

@@ -1,4 +1,4 @@
-"""A model without weights whose tensors are read one at a time: from safetensors files, or a Llama-like model's GGUF file."""
+"""A model without weights whose tensors are read one at a time: from safetensors files, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def open_weightless(name: str, families: Container[str]) -> Weightless | None:
 
     Args:
         name: of a local checkpoint folder in safetensors format, or a GGUF file.
-        families: Llama-like model types.
+        families: model types.
 
     Raises:
         ModelError: it is not whole.

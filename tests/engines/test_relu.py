@@ -234,7 +234,8 @@ def test_a_layout_by_neuron_is_mapped_later_and_prefill_reads_it(weights, cache,
 
 
 def test_other_activations_are_read_whole(tmp_path):
-    assert not LeanEngine(tiny_model("llama"), find_mlps(tiny_model("llama")), DecodeConfig()).skips_zeros
+    model = tiny_model("llama")
+    assert not LeanEngine(model, find_mlps(model), DecodeConfig()).skips_zeros
     folder = save_tiny_checkpoint(tmp_path / "model")
     with coreinfer_sim.load(None, str(folder), mode="dense") as generator:
         run = generator.generate(PROMPT, max_new_tokens=4, ignore_eos=True)

@@ -128,10 +128,11 @@ def test_what_cannot_be_served_is_refused_before_anything_is_generated(language_
             coreinfer_sim.load(None, language_model, read_ratio=0.3, engine=engine)
     with pytest.raises(ConfigError, match="a memory budget leaves the MLP weights on the disk"):
         coreinfer_sim.load(None, tiny_checkpoint, read_ratio=0.3, memory_budget=2**31)
-    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match="the engine transformers reads all held neurons"):
-        coreinfer_sim.load(None, str(tmp_path / "gpt2"), read_ratio=0.3)
+    for key, reason in (("bloom", "the engine transformers reads all held neurons"), ("gpt2", "MLPs have no gates")):
+        tiny_model(key).save_pretrained(tmp_path / key)
+        tiny_tokenizer().save_pretrained(tmp_path / key)
+        with pytest.raises(ConfigError, match=reason):
+            coreinfer_sim.load(None, str(tmp_path / key), read_ratio=0.3)
     coreinfer_sim.load(None, language_model, mode="dense", read_ratio=0.3, engine="transformers").close()
 
 

@@ -1,1 +1,1 @@
-"""Compiled loops that decode Llama-like models on a CPU."""
+"""Compiled loops that decode on a CPU."""

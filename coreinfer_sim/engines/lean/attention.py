@@ -8,6 +8,7 @@ from numba import prange
 
 from coreinfer_sim.engines.lean.intrinsics import (
     address,
+    centre,
     exp,
     float_name,
     inline,
@@ -15,6 +16,7 @@ from coreinfer_sim.engines.lean.intrinsics import (
     normalise,
     parallel,
     serial,
+    tanh,
 )
 from coreinfer_sim.engines.lean.kernels import (
     call_five,
@@ -24,7 +26,10 @@ from coreinfer_sim.engines.lean.kernels import (
     product_address,
     widened_address,
 )
-from coreinfer_sim.engines.lean.products import N_OUT, multiply, rounded, width
+from coreinfer_sim.engines.lean.products import multiply, rounded, width
+
+OF_NONE, OF_HEADS, OF_CENTRED_HEADS, OF_WIDTH = range(4)
+"""Norms of queries and keys: none, RMSNorm or LayerNorm of each head, or RMSNorm over all heads together."""
 
 _CHUNK = 64  # positions that one task attends to; widened, they fit into the first-level cache
 
@@ -35,24 +40,58 @@ def cache_loops(dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 @inline
-def _rotate(x, cos, sin):
-    """Apply rotary position to one head, the halves of its features paired."""
-    half = x.shape[0] // 2
-    for j in range(half):
-        first, second = x[j], x[j + half]
-        x[j] = first * cos[j] - second * sin[j]
-        x[j + half] = second * cos[j + half] + first * sin[j + half]
+def _rotate(x, cos, sin, interleaved):
+    """Apply rotary positions to the first features of one head, pairs of neighbours or halves of them."""
+    half = cos.shape[0]
+    if interleaved:
+        for j in range(half):
+            first, second = x[2 * j], x[2 * j + 1]
+            x[2 * j] = first * cos[j] - second * sin[j]
+            x[2 * j + 1] = second * cos[j] + first * sin[j]
+    else:
+        for j in range(half):
+            first, second = x[j], x[j + half]
+            x[j] = first * cos[j] - second * sin[j]
+            x[j + half] = second * cos[j] + first * sin[j]
 
 
 @inline
-def _weights(query, keys, n, scaling, product, scores):
+def _heads(made, columns, first, kind, norms, eps, out):
+    """Set ``out`` [n, head_dim] to some heads of one row of products, normalised; see `attention`."""
+    n, head_dim = out.shape
+    for head in range(n):
+        begin = columns[first + head]
+        for j in range(head_dim):
+            out[head, j] = made[begin + j]
+        if kind == OF_HEADS:
+            normalise(out[head], norms[first + head, 0], eps, out[head])
+        elif kind == OF_CENTRED_HEADS:
+            centre(out[head], norms[first + head, 0], norms[first + head, 1], eps, out[head])
+    if kind == OF_WIDTH:
+        square = np.float32(0.0)
+        for head in range(n):
+            for j in range(head_dim):
+                square += out[head, j] * out[head, j]
+        factor = np.float32(1.0) / np.sqrt(square / np.float32(n * head_dim) + eps)
+        for head in range(n):
+            for j in range(head_dim):
+                out[head, j] *= factor * norms[first + head, 0, j]
+
+
+@inline
+def _weights(query, keys, n, scaling, cap, product, scores):
     """Set ``scores`` to e^(score - highest) of ``n`` keys; return the highest score and the sum."""
     given = (address(query), 0, 0, 0, query.shape[0], n, address(scores), n)
     call_product(product, (address(keys), 0, *given))
     highest = np.float32(-3.0e38)
-    for t in range(n):
-        scores[t] *= scaling
-        highest = max(highest, scores[t])
+    if cap > np.float32(0.0):
+        for t in range(n):
+            scores[t] = cap * tanh(scores[t] * scaling / cap)
+            highest = max(highest, scores[t])
+    else:
+        for t in range(n):
+            scores[t] *= scaling
+            highest = max(highest, scores[t])
     total = np.float32(0.0)
     for t in range(n):
         scores[t] = exp(scores[t] - highest)
@@ -61,7 +100,7 @@ def _weights(query, keys, n, scaling, product, scores):
 
 
 @parallel
-def over_cache(loops, queries, keys, values, rows, starts, end, scaling, out):
+def over_cache(loops, queries, keys, values, rows, starts, begin, end, scaling, cap, out):
     """Softmax attention of every query head over a cache.
 
     A task takes the query heads that share a key head, so that keys and values are read once for all of them, and some
@@ -74,18 +113,20 @@ def over_cache(loops, queries, keys, values, rows, starts, end, scaling, out):
         values: as keys.
         rows: each row's place in the cache's batch, [n_rows].
         starts: first position of each row that is no padding, [n_rows].
+        begin: the first position that any row attends to.
         end: one past the last position.
         scaling: of the scores.
+        cap: softly, of the scores; 0: none.
         out: float32 [n_rows, n_heads, head_dim].
     """
     n_rows, n_heads, head_dim = queries.shape
     n_keys = keys.shape[1]
-    n_shared, n_chunks = n_heads // n_keys, (end + _CHUNK - 1) // _CHUNK
+    n_shared, n_chunks = n_heads // n_keys, (end - begin + _CHUNK - 1) // _CHUNK
     parts = np.empty((n_rows, n_heads, n_chunks, head_dim), np.float32)
     weights = np.zeros((n_rows, n_heads, n_chunks, 2), np.float32)  # highest score, and sum
     for task in prange(n_rows * n_keys * n_chunks):
         chunk, r, key = task % n_chunks, task // n_chunks // n_keys, task // n_chunks % n_keys
-        first, last = max(starts[r], chunk * _CHUNK), min(end, (chunk + 1) * _CHUNK)
+        first, last = max(starts[r], begin + chunk * _CHUNK), min(end, begin + (chunk + 1) * _CHUNK)
         if first < last:
             scores = np.empty((n_shared, _CHUNK), np.float32)
             wide = np.empty((_CHUNK, head_dim), np.float32)  # of all query heads: keys first, values then
@@ -93,7 +134,7 @@ def over_cache(loops, queries, keys, values, rows, starts, end, scaling, out):
             call_widened(loops[2], (address(keys[own, key, first]), n, address(wide)))
             for i in range(n_shared):
                 head = key * n_shared + i
-                highest, total = _weights(queries[r, head], wide, last - first, scaling, loops[0], scores[i])
+                highest, total = _weights(queries[r, head], wide, last - first, scaling, cap, loops[0], scores[i])
                 weights[r, head, chunk, 0], weights[r, head, chunk, 1] = highest, total
             call_widened(loops[2], (address(values[own, key, first]), n, address(wide)))
             for i in range(n_shared):
@@ -127,77 +168,74 @@ def _join(parts, weights, out):
 @serial
 def attention(
     loops,
-    hidden,
-    norm,
-    head_norms,
-    eps,
+    x,
     stack,
+    columns,
+    norm_kind,
+    norms,
+    eps,
     cos,
     sin,
+    interleaved,
     keys,
     values,
     rows,
     starts,
+    begin,
     place,
     scaling,
+    cap,
     n_threads,
+    out,
 ):
-    """Add one layer's attention to ``hidden`` [n_rows, d_model] and put the new position into its cache.
+    """Set ``out`` to what one layer's attention gives, and put the new position into its cache.
 
     Args:
         loops: see `cache_loops`.
-        hidden: residual stream.
-        norm: weight of the norm before, [d_model].
-        head_norms: weights of the queries' and keys' own norms, [2, head_dim], or [0, head_dim] if there are none.
-        eps: of the norms.
-        stack: words of q, k, v and o; see `products`.
-        cos: of each row's position, [n_rows, head_dim].
+        x: its inputs, float32 [n_rows, d_model].
+        stack: words of q, k, v and o, or of one matrix for the first three, nothing, nothing and o; see `products`.
+        columns: where the outputs of each head begin, queries, keys and values one after the other, int64 [n_heads].
+        norm_kind: see `OF_NONE`.
+        norms: weights and biases of queries and keys, float32 [n_heads, 2, head_dim]; none if they have no norm.
+        eps: of those norms.
+        cos: of each row's position, float32 [n_rows, half of the features that are rotated]; none: no rotary positions.
         sin: as cos.
+        interleaved: whether rotated pairs are neighbours, rather than of two halves.
         keys: cache, [n_batch, n_key_heads, capacity, head_dim].
         values: as keys.
         rows: each row's place in the cache's batch, [n_rows].
         starts: first position of each row that is no padding, [n_rows].
-        place: where the new position goes; all before it are attended to.
+        begin: first position that is attended to.
+        place: where the new position goes; from there back to ``begin`` all are attended to.
         scaling: of the scores.
+        cap: softly, of the scores; 0: none.
         n_threads: that products use.
+        out: float32 [n_rows, outputs of o, filled up to a multiple of 16].
     """
-    n_rows, d_model = hidden.shape
+    n_rows = x.shape[0]
     n_keys, head_dim = keys.shape[1], keys.shape[3]
-    n_heads = stack[0, N_OUT] // head_dim
+    n_heads = columns.shape[0] - 2 * n_keys
     # 1) queries, keys and values
-    x = np.empty((n_rows, d_model), np.float32)
-    for r in range(n_rows):
-        normalise(hidden[r], norm, eps, x[r])
     codes, factors, sums = rounded(stack[0], x)
-    first_key = width(stack[0])
-    first_value = first_key + width(stack[1])
-    made = np.empty((n_rows, first_value + width(stack[2])), np.float32)
+    made = np.empty((n_rows, width(stack[0]) + width(stack[1]) + width(stack[2])), np.float32)
     multiply(n_threads, stack[:3], x, codes, factors, sums, made)
     # 2) the new position
     queries = np.empty((n_rows, n_heads, head_dim), np.float32)
+    fresh = np.empty((n_keys, head_dim), np.float32)
     for r in range(n_rows):
+        _heads(made[r], columns, 0, norm_kind, norms, eps, queries[r])
+        _heads(made[r], columns, n_heads, norm_kind, norms, eps, fresh)
         for head in range(n_heads):
-            queries[r, head] = made[r, head * head_dim : (head + 1) * head_dim]
-            if head_norms.shape[0] == 2:
-                normalise(queries[r, head], head_norms[0], eps, queries[r, head])
-            _rotate(queries[r, head], cos[r], sin[r])
+            _rotate(queries[r, head], cos[r], sin[r], interleaved)
         for head in range(n_keys):
-            new = made[r, first_key + head * head_dim : first_key + (head + 1) * head_dim]
-            if head_norms.shape[0] == 2:
-                normalise(new, head_norms[1], eps, new)
-            _rotate(new, cos[r], sin[r])
+            _rotate(fresh[head], cos[r], sin[r], interleaved)
+            first = columns[n_heads + n_keys + head]
             for j in range(head_dim):
-                keys[rows[r], head, place, j] = narrowed(keys[rows[r], head, place, j], new[j])
-                value = made[r, first_value + head * head_dim + j]
-                values[rows[r], head, place, j] = narrowed(values[rows[r], head, place, j], value)
+                keys[rows[r], head, place, j] = narrowed(keys[rows[r], head, place, j], fresh[head, j])
+                values[rows[r], head, place, j] = narrowed(values[rows[r], head, place, j], made[r, first + j])
     # 3) all positions
     mixed = np.empty((n_rows, n_heads * head_dim), np.float32)
-    over_cache(
-        *(loops, queries, keys, values, rows, starts, place + 1, scaling, mixed.reshape((n_rows, n_heads, head_dim)))
-    )
+    by_head = mixed.reshape((n_rows, n_heads, head_dim))
+    over_cache(loops, queries, keys, values, rows, starts, begin, place + 1, scaling, cap, by_head)
     codes, factors, sums = rounded(stack[3], mixed)
-    added = np.empty((n_rows, width(stack[3])), np.float32)
-    multiply(n_threads, stack[3:], mixed, codes, factors, sums, added)
-    for r in range(n_rows):
-        for j in range(d_model):
-            hidden[r, j] += added[r, j]
+    multiply(n_threads, stack[3:], mixed, codes, factors, sums, out)

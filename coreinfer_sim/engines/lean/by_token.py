@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, normalise, parallel, serial
+from coreinfer_sim.engines.lean.intrinsics import activate, activated, address, float_at, inline, parallel, serial
 from coreinfer_sim.engines.lean.kernels import call_five, call_rows
 from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
@@ -44,8 +44,9 @@ def _chosen(gates, ups, norms, first, threshold, kind, reads, places):
     scores = np.empty(n, np.float32)
     any_row = np.zeros(n, np.bool_)
     for r in range(n_rows):
+        activate(gates[r], kind, scores)
         for i in range(n):
-            scores[i] = abs(activated(gates[r, i], kind) * ups[r, i]) * float_at(norms + 4 * (first + i))
+            scores[i] = abs(scores[i] * ups[r, i]) * float_at(norms + 4 * (first + i))
         for i in range(n):
             reads[r, i] = scores[i] >= threshold
             any_row[i] |= reads[r, i]
@@ -218,28 +219,3 @@ def summed(own, parts, counts, n_read, out):
         if own[OUT_BIAS] != 0:
             for j in range(out.shape[1]):
                 out[r, j] += float_at(own[OUT_BIAS] + 4 * j)
-
-
-@serial
-def mlp_by_token(hidden, rows, norm, eps, stack, kind, n_threads, threshold, n_read):
-    """Add such an MLP to some rows of ``hidden``, the residual stream [n_rows, d_model].
-
-    Args:
-        hidden: float32.
-        rows: which rows, [n].
-        norm: weight of the norm before, [d_model].
-        eps: of the norm.
-        stack: see `outputs_by_token`, as are the others.
-        kind: as stack.
-        n_threads: as stack.
-        threshold: as stack.
-        n_read: as stack.
-    """
-    x = np.empty((rows.shape[0], hidden.shape[1]), np.float32)
-    for r in range(rows.shape[0]):
-        normalise(hidden[rows[r]], norm, eps, x[r])
-    added = np.empty(x.shape, np.float32)
-    outputs_by_token(x, stack, kind, n_threads, threshold, n_read, added)
-    for r in range(rows.shape[0]):
-        for j in range(hidden.shape[1]):
-            hidden[rows[r], j] += added[r, j]

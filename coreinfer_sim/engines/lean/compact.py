@@ -1,4 +1,4 @@
-"""Gated MLPs as the compiled loops read them: dense, or cut down to held neurons."""
+"""MLPs as the compiled loops read them: dense, or cut down to held neurons."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean.formats import FORMATS
-from coreinfer_sim.engines.lean.intrinsics import RELU, bits, set_threads
+from coreinfer_sim.engines.lean.intrinsics import GELU, GELU_TANH, RELU, RELU2, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, float_type
 from coreinfer_sim.engines.lean.packing import gather_inputs
+from coreinfer_sim.engines.lean.products import N_WORDS
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -21,22 +22,30 @@ _READ_BYTES = 1 << 20  # of neurons that are read from the disk at a time
 
 
 @dataclass(frozen=True, eq=False)
-class GatedMLP:
-    """Gate and up [n_ff, d_model], and down [d_model, n_ff]."""
+class WholeMLP:
+    """An MLP whose neurons are all read."""
 
-    gate: Matrix
-    up: Matrix
+    inputs: tuple[Matrix, ...]
+    """Gate and up [n_ff, d_model], or up alone."""
     down: Matrix
+    """[d_model, n_ff]."""
 
     @property
-    def parts(self) -> tuple[Matrix, Matrix, Matrix]:
-        """The three matrices in the order in which they are read."""
-        return self.gate, self.up, self.down
+    def parts(self) -> tuple[Matrix, ...]:
+        """The matrices in the order in which they are read."""
+        return *self.inputs, self.down
+
+    @property
+    def n_ff(self) -> int:
+        """Neurons."""
+        return self.inputs[0].n_out
 
     @cached_property
     def words(self) -> Array:
-        """What `mlp.gated_mlp` reads, int64 [3, N_WORDS]."""
-        return np.stack([part.words for part in self.parts])
+        """What `mlp.whole_mlp` reads, int64 [3, N_WORDS]."""
+        nothing = np.zeros(N_WORDS, np.int64)
+        up = self.inputs[1].words if len(self.inputs) == 2 else nothing
+        return np.stack([self.inputs[0].words, up, self.down.words])
 
     @cached_property
     def n_bytes(self) -> int:
@@ -44,16 +53,23 @@ class GatedMLP:
         return sum(part.n_bytes for part in self.parts)
 
     def outputs(self, x: torch.Tensor, kind: int) -> torch.Tensor:
-        """Return what the MLP adds for normalised inputs [n_rows, d_model]; ``kind`` is of the activation."""
-        return self.down.times(of_gates(self.gate.times(x), kind).mul_(self.up.times(x)))
+        """Return what the MLP gives for normalised inputs [n_rows, d_model]; ``kind`` is of the activation."""
+        inner = of_gates(self.inputs[0].times(x), kind)
+        if len(self.inputs) == 2:
+            inner *= self.inputs[1].times(x)
+        return self.down.times(inner)
 
 
 def of_gates(gates: torch.Tensor, kind: int) -> torch.Tensor:
-    """Return φ of gates: ReLU or SiLU."""
+    """Return φ of gates; see `intrinsics.SILU` and the others."""
+    if kind == RELU2:
+        return F.relu(gates).square_()
+    if kind in (GELU, GELU_TANH):
+        return F.gelu(gates, approximate="tanh" if kind == GELU_TANH else "none")
     return F.relu(gates) if kind == RELU else F.silu(gates)
 
 
-def held_mlp(dense: GatedMLP, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> GatedMLP:
+def held_mlp(dense: WholeMLP, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> WholeMLP:
     """Cut a dense MLP down to the neurons ``ids`` [n_kept] and merge the compensation.
 
     Rows of gate and up stay as they are. The blocks of a packed down projection run across neurons, so that those of the held
@@ -66,28 +82,27 @@ def held_mlp(dense: GatedMLP, ids: torch.Tensor, compensation: LayerCompensation
         columns = torch.empty(down.n_out, len(ids), dtype=float_type(down.kind))
         set_threads()
         gather_inputs(bits(down.weight), ids.numpy(), bits(columns))
-    return GatedMLP(dense.gate.outputs(ids), dense.up.outputs(ids), _down(down, columns, compensation))
+    return WholeMLP(tuple(part.outputs(ids) for part in dense.inputs), _down(down, columns, compensation))
 
 
-def read_mlp(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> GatedMLP:
+def read_mlp(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> WholeMLP:
     """Read the neurons ``ids`` of a layer whose weights are on the disk."""
     store = layer.store
     assert store is not None
-    n, d_model = len(ids), layer.d_model
-    inputs = torch.empty(2, n, d_model, dtype=store.dtype)
+    n, d_model, n_inputs = len(ids), layer.d_model, 2 if layer.family.gated else 1
+    inputs = torch.empty(n_inputs, n, d_model, dtype=store.dtype)
     columns = torch.empty(d_model, n, dtype=store.dtype)
     step = max(64, _READ_BYTES // (3 * d_model * store.dtype.itemsize))
     for begin in range(0, n, step):  # which lie neuron by neuron there; a whole layer is never held twice
         part = slice(begin, begin + step)
         neurons = store.read_neurons(ids[part])
-        inputs[:, part] = neurons[:, :2].transpose(0, 1)
-        columns[:, part] = neurons[:, 2].T
+        inputs[:, part] = neurons[:, :n_inputs].transpose(0, 1)
+        columns[:, part] = neurons[:, n_inputs].T
     biases = [getattr(layer.owner, name).bias for name in layer.projections]
-    gate, up = (
-        Matrix.of(weight, None if bias is None else bias.detach()[ids])
-        for weight, bias in zip(inputs, biases, strict=False)
-    )
-    return GatedMLP(gate, up, _down(Matrix.of(columns[:, :0], biases[2]), columns, compensation))
+    halves = [ids, ids + layer.d_ff] if layer.family.fused else [ids]
+    offsets = [None if bias is None else bias.detach()[rows] for bias in biases[:-1] for rows in halves]
+    parts = tuple(Matrix.of(weight, bias) for weight, bias in zip(inputs, offsets, strict=True))
+    return WholeMLP(parts, _down(Matrix.of(columns[:, :0], biases[-1]), columns, compensation))
 
 
 def _down(whole: Matrix, columns: torch.Tensor, compensation: LayerCompensation | None) -> Matrix:

@@ -1,4 +1,4 @@
-"""The lean engine: a decode step for Llama-like models on a CPU, without transformers' Python around the weights.
+"""The lean engine: a decode step for the models of `architectures` on a CPU, without transformers' Python around the weights.
 
 transformers spends about a millisecond a layer and token on its own code, and its products read some weight shapes at a
 third of the memory's speed. Here a step is one compiled call. Weights are the checkpoint's memory, or packed into few bits; the
@@ -21,9 +21,10 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, held_ids
 from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
+from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
 from coreinfer_sim.engines.lean.attention import cache_loops
-from coreinfer_sim.engines.lean.blocks import FAMILIES, DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
-from coreinfer_sim.engines.lean.compact import GatedMLP, held_mlp, read_mlp
+from coreinfer_sim.engines.lean.blocks import DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
+from coreinfer_sim.engines.lean.compact import WholeMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.instructions import Products
@@ -31,8 +32,7 @@ from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out
-from coreinfer_sim.engines.lean.matrix import Array, Matrix
-from coreinfer_sim.engines.lean.record_part import RecordPart
+from coreinfer_sim.engines.lean.matrix import Array, Matrix, by_projection
 from coreinfer_sim.engines.lean.relu import ZEROS
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
 from coreinfer_sim.engines.lean.step import decode_step
@@ -75,13 +75,13 @@ class LeanEngine(Engine):
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
-        """Refuse models that are not Llama-like."""
+        """Refuse models that the loops do not know."""
         return unsupported(model)
 
     @classmethod
     def warm_up(cls, model: Any) -> None:
         """Compile the loops, if the model is of a family that they decode."""
-        if model.config.model_type in FAMILIES:
+        if model.config.model_type in ARCHITECTURES:
             warm_up(model.dtype)
 
     @classmethod
@@ -144,7 +144,7 @@ class LeanEngine(Engine):
             return "the attention mask has gaps"
         if any(given.get(name) for name in ("output_attentions", "output_hidden_states")):
             return "attentions or hidden states were asked for"
-        return refuses_cache(cache)
+        return refuses_cache(cache, self._weights.windows)
 
     @property
     def pass_tokens(self) -> int | None:
@@ -161,13 +161,11 @@ class LeanEngine(Engine):
         self._weights.hold_once()
         for name, matrix in self._weights.matrices():
             layer = self.model.get_submodule(name)
-            if isinstance(matrix, RecordPart) or layer.weight.data_ptr() != matrix.weight.data_ptr():
+            if not isinstance(matrix, Matrix) or layer.weight.data_ptr() != matrix.weight.data_ptr():
                 hand_over(layer, matrix)
         if table is not None:
             hand_over_table(self.model.get_input_embeddings(), table)
-            self._weights.embedded(
-                torch.zeros(1, dtype=torch.int64)
-            )  # compiles its loops now, rather than within the first text
+            table.rows(torch.zeros(1, dtype=torch.int64))  # compiles its loops now, rather than within the first text
 
     def cut(self, selection: NeuronSelection) -> Mapping[int, DenseMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
@@ -182,7 +180,7 @@ class LeanEngine(Engine):
         if layer.store is not None:
             return read_mlp(layer, ids, repair)
         whole = self._weights.token_mlp(number) if by_token else self._weights.dense_mlp(number)
-        return held_mlp(whole, ids, repair) if isinstance(whole, GatedMLP) else whole.held(ids, repair)
+        return held_mlp(whole, ids, repair) if isinstance(whole, WholeMLP) else whole.held(ids, repair)
 
     @property
     def skips_zeros(self) -> bool:
@@ -221,6 +219,11 @@ class LeanEngine(Engine):
 
     def step(self, inputs: StepInputs, groups: Sequence[Group]) -> CausalLMOutputWithPast:
         """Decode one token in every row that has not finished; the others' logits are zero."""
+        if inputs.ids.shape[1] > 1:  # transformers reads a text anew where it grows out of its rotary positions
+            with self.mounted(groups):
+                output: CausalLMOutputWithPast = inputs.forward(**inputs.given)
+            self.count(groups)
+            return output
         n_threads, weights = set_threads(), self._weights
         # 1) the rows that go on, and the places of each group's among them
         n = inputs.n_copies
@@ -236,23 +239,22 @@ class LeanEngine(Engine):
         # 2) all layers
         n_past = self._cache.adopt(inputs.cache, 1)
         picked = torch.from_numpy(rows)
-        hidden = weights.embedded(inputs.ids[picked, 0]).numpy().copy()
-        cos, sin = (part.numpy() for part in weights.angles(inputs.positions[picked]))
+        hidden = weights.embedded(inputs.ids[picked, 0], inputs.positions[picked]).numpy()
+        cos, sin = (part.numpy() for part in weights.angles(inputs.positions)[:, :, picked])
         of_parts, thresholds = (np.stack(each) for each in zip(*(self._mlps(own)[1:] for _, own in parts), strict=True))
         n_read = np.zeros((*thresholds.shape, 2), np.int64)
         n_rows = len(inputs.ids)
         made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
         n_exact = decode_step(
-            *(cache_loops(self.model.dtype), hidden, weights.norms, weights.head_norms, weights.eps),
-            *(weights.products, of_parts, thresholds, n_read),
+            *(cache_loops(self.model.dtype), hidden, weights.description, of_parts, thresholds, n_read),
             *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
-            *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.addresses, self._cache.shape),
-            *(rows, inputs.starts[rows], n_past, weights.scaling, weights.kind),
+            *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.places, self._cache.shape),
+            *(rows, inputs.starts[rows], n_past),
             *(weights.head.words[None], weights.head_loops, made, n_threads),
         )
         self._cache.hand_back(inputs.cache, n_past + 1)
         # 3) logits
-        logits = torch.from_numpy(made)[:, : weights.head.n_out]
+        logits = weights.logits(torch.from_numpy(made)[:, : weights.head.n_out])
         if len(rows) < n_rows:
             whole = torch.zeros(n_rows, weights.head.n_out)
             whole[picked] = logits
@@ -277,7 +279,7 @@ class LeanEngine(Engine):
         if ratio < 1:
             assert self._histograms is not None
             found = self._histograms.thresholds(ratio)
-        found[[isinstance(mlp, GatedMLP) for mlp in mlps]] = -1
+        found[[isinstance(mlp, WholeMLP) for mlp in mlps]] = -1
         found[[isinstance(mlp, ReluMLP) for mlp in mlps]] = ZEROS
         return found
 
@@ -288,14 +290,14 @@ class LeanEngine(Engine):
 
         def mlp(number: int, x: torch.Tensor) -> torch.Tensor:
             own = mlps[number]
-            if isinstance(own, GatedMLP):
+            if isinstance(own, WholeMLP):
                 return own.outputs(x, self._weights.kind)
             made, n_read[number, :] = own.outputs(x, self._weights.kind, thresholds[number])
             return made
 
         with torch.inference_mode():
             states = forced_states(self._weights, self.model.dtype, ids[0], cache, mlp)
-            logits = self._weights.head.times(states)
+            logits = self._weights.logits(self._weights.head.times(states))
         group: Group = [0], prepared
         self._count([group], [group], n_read[None], ids.shape[1])
         return logits
@@ -311,15 +313,15 @@ class LeanEngine(Engine):
             n_read: neurons of each layer that any row of a part has read, and the sum over its rows, [n_parts, n_layers, 2].
             n_steps: how many.
         """
-        if all(isinstance(mlp, GatedMLP) for _, prepared in groups for mlp in self._mlps(prepared)[0]):
+        if all(isinstance(mlp, WholeMLP) for _, prepared in groups for mlp in self._mlps(prepared)[0]):
             self.count(groups, n_steps)
             return
         n_bytes, n_neurons, whole = 0, 0, {}
         for (rows, prepared), of_part in zip(parts, n_read.tolist(), strict=True):
             for mlp, (by_any, by_all) in zip(self._mlps(prepared)[0], of_part, strict=True):
-                if isinstance(mlp, GatedMLP):
+                if isinstance(mlp, WholeMLP):
                     whole[id(mlp)] = mlp.n_bytes * n_steps  # what several leave dense is read once
-                    n_neurons += mlp.gate.n_out * len(rows) * n_steps
+                    n_neurons += mlp.n_ff * len(rows) * n_steps
                 else:
                     n_bytes += mlp.bytes_read(by_any, n_steps, prepared.selection.read_ratio)
                     n_neurons += by_all
@@ -336,9 +338,7 @@ class LeanEngine(Engine):
         """Return compact MLPs as linear modules over the same memory."""
         made: dict[int, Projections] = {}
         for number, mlp in layers.items():
-            parts: tuple[Matrix | RecordPart, ...] = mlp.parts
-            names = self.layers[number].projections
-            made[number] = {
-                name: matrix_module(part, self.model.dtype) for name, part in zip(names, parts, strict=True)
-            }
+            layer = self.layers[number]
+            parts = by_projection(layer.projections, mlp.parts, layer.family.fused)
+            made[number] = {name: matrix_module(part, self.model.dtype) for name, part in parts.items()}
         return made

@@ -1,4 +1,4 @@
-"""Loading a Llama-like model as the loops read it: from the user's cache, or tensor by tensor from its checkpoint.
+"""Loading a model as the loops read it: from the user's cache, or tensor by tensor from its checkpoint.
 
 The model never lies in memory as transformers would load it, and no weight twice.
 """
@@ -18,11 +18,11 @@ from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Weights
-from coreinfer_sim.engines.lean.blocks import FAMILIES, TOKEN_KINDS, rounded_kind, skips_zeros, unsupported
+from coreinfer_sim.engines.lean.architectures import ARCHITECTURES, Architecture, architecture_of
+from coreinfer_sim.engines.lean.blocks import HEAD, TOKEN_KINDS, rounded_kind, skips_zeros, unsupported
 from coreinfer_sim.engines.lean.head import CoarseHead
-from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
+from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection, from_codes
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
-from coreinfer_sim.engines.lean.record_part import RecordPart
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, of_relu
 from coreinfer_sim.engines.linear import hand_over, hand_over_table
 from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
@@ -46,7 +46,8 @@ from coreinfer_sim.models.weightless import (
     stored_dtype,
 )
 
-_TABLE = "model.embed_tokens"
+_GGUF = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose GGUF files are read here; transformers reads the others, and widens them."""
 _MATRICES, _TENSORS = ("gate", "up"), ("records", "norms", "up_bias", "bias")
 """What an MLP that lies by neuron consists of."""
 
@@ -151,8 +152,11 @@ def _from_layout(name: str, place: Path) -> LanguageModel:
 
 def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> LanguageModel | None:
     # 1) the model without weights
-    empty = open_weightless(name, FAMILIES)
+    empty = open_weightless(name, _GGUF if is_gguf(name) else ARCHITECTURES)
     if empty is None or unsupported(empty.model) is not None:
+        return None
+    found = architecture_of(empty.model.config)
+    if isinstance(found, str) or not found.packs or (wanted.by_token and not empty.layers[0].family.gated):
         return None
     # 2) its weights, on the disk or, where they find no room, in memory
     try:
@@ -242,6 +246,8 @@ def _parts(
     MLPs that lie by neuron are named by the numbers of their layers.
     """
     model, layers, weights = empty.model, empty.layers, wanted.weights
+    table, found = empty.names.modules[id(model.get_input_embeddings())], architecture_of(model.config)
+    plain_logits = isinstance(found, Architecture) and found.logits == 1 and not found.logits_cap
     owners = {f"{empty.names.modules[id(layer.owner)]}.{name}": layer for layer in layers for name in layer.projections}
     places = sketch_places(layers[0].d_model, layers[0].d_ff, len(layers))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -251,7 +257,7 @@ def _parts(
         layer, own = owners.get(name), empty.codes(name)
         sampled = places[layer.number] if layer is not None and name.endswith(layer.family.output) else None
         if layer is not None and wanted.by_neuron:
-            if sampled is not None:  # the last of the three
+            if sampled is not None:  # the last of them
                 mlp, down = _by_neuron(empty, layer, wanted)
                 sketch.append(down[sampled].float().tolist())
                 yield str(layer.number), mlp
@@ -273,17 +279,17 @@ def _parts(
                 sketch.append(weight[sampled].float().tolist())
             matrix = Matrix.of(weight, bias, kind)
             yield name, matrix
-            if name == "lm_head" and wanted.by_token and not matrix.packed and bias is None:
+            if name == HEAD and wanted.by_token and not matrix.packed and bias is None and plain_logits:
                 yield name, CoarseHead.of(matrix)
         progress.advance(1)
     # 2) embeddings of their own
-    codes = empty.codes(_TABLE)
+    codes = empty.codes(table)
     if not model.config.tie_word_embeddings and weights is Weights.STORED and codes is not None:
-        yield _TABLE, from_codes(codes, None)
+        yield table, from_codes(codes, None)
     elif not model.config.tie_word_embeddings:
-        yield f"{_TABLE}.weight", empty.read(f"{_TABLE}.weight", model.dtype)
+        yield f"{table}.weight", empty.read(f"{table}.weight", model.dtype)
     # 3) norms and biases
-    done = {f"{name}.weight" for name in (*linears, _TABLE)}
+    done = {f"{name}.weight" for name in (*linears, table)}
     for name, parameter in model.named_parameters():
         if name not in done:
             yield name, empty.read(name, parameter.dtype)
@@ -294,23 +300,27 @@ def _by_neuron(empty: Weightless, layer: MLPLayer, wanted: Wanted) -> tuple[Toke
     """Return a layer's MLP by neuron, and its down projection."""
     weights = wanted.weights
     names = [f"{empty.names.modules[id(layer.owner)]}.{name}" for name in layer.projections]
-    biases = (empty.bias(names[0]), empty.bias(names[1]), empty.bias(names[2]))
-    codes = [empty.codes(name) for name in names]
+    biases, codes = [empty.bias(name) for name in names], [empty.codes(name) for name in names]
+    if layer.family.fused:
+        names[:1], codes[:1] = names[:1] * 2, codes[:1] * 2
+        biases[:1] = [None, None] if biases[0] is None else list(biases[0].split(layer.d_ff))
     floating = torch.bfloat16 if weights is Weights.BF16 else empty.model.dtype
 
     def read(part: int, dtype: torch.dtype | None) -> torch.Tensor:
-        return empty.read(f"{names[part]}.weight", dtype or floating)
+        found = empty.read(f"{names[part]}.weight", dtype or floating)
+        return found.split(layer.d_ff)[part] if layer.family.fused and part < 2 else found
 
     if wanted.zeros:
-        gate, up, down = (read(part, None) for part in range(3))
-        return of_relu((gate, up, down), biases, rounded_kind("", weights)), down
+        every = [read(part, None) for part in range(len(names))]
+        return of_relu(every, biases, rounded_kind("", weights)), every[-1]
+    of_three = biases[0], biases[1], biases[2]
     if weights is Weights.STORED:
         down = read(2, torch.float32 if codes[2] is not None else None)
-        return of_stored(codes, lambda part, dtype: down if part == 2 else read(part, dtype), biases), down
+        return of_stored(codes, lambda part, dtype: down if part == 2 else read(part, dtype), of_three), down
     kind = TOKEN_KINDS.get(weights)
     # what was rounded once is not rounded to 16 bits before it is rounded again
     gate, up, down = (read(part, torch.float32 if kind and codes[part] is not None else None) for part in range(3))
-    return of_weights((gate, up, down), biases, kind), down
+    return of_weights((gate, up, down), of_three, kind), down
 
 
 def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Parts) -> LanguageModel:
@@ -325,7 +335,7 @@ def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Part
         else:
             _hand_over(module, matrix, model.dtype)
     if model.config.tie_word_embeddings:
-        table, head = model.get_input_embeddings(), parts.matrices["lm_head"]
+        table, head = model.get_input_embeddings(), parts.matrices[HEAD]
         if head.weight.dtype is model.dtype:
             table.weight = model.lm_head.weight
         else:
@@ -333,16 +343,16 @@ def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Part
     compact_head_inputs(model)
     layers = find_mlps(model)
     for number, mlp in parts.mlps.items():
-        own: tuple[Matrix | RecordPart, ...] = mlp.parts
-        for projection, part in zip(layers[number].projections, own, strict=True):
-            _hand_over(getattr(layers[number].owner, projection), part, model.dtype)
+        layer = layers[number]
+        for projection, part in by_projection(layer.projections, mlp.parts, layer.family.fused).items():
+            _hand_over(getattr(layer.owner, projection), part, model.dtype)
     model.laid_out, model.laid_out_mlps, model.laid_out_head = parts.matrices, parts.mlps, parts.head
     for layer, values in zip(layers, parts.sketch, strict=True):
         layer.output.sketch = torch.tensor(values)
     return LanguageModel(model.eval(), tokenizer, name, layers, notes=notes)
 
 
-def _hand_over(module: Any, part: Matrix | RecordPart, dtype: torch.dtype) -> None:
+def _hand_over(module: Any, part: Linear, dtype: torch.dtype) -> None:
     """Let a linear layer multiply by its weights as they are laid out, which its own code does if they lie as it knows them."""
     if isinstance(part, Matrix) and part.weight.dtype is dtype:
         module.weight = nn.Parameter(part.weight, requires_grad=False)

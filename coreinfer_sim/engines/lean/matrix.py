@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +18,47 @@ from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, roo
 from coreinfer_sim.engines.lean.products import N_WORDS, product, unpack, unpack_rows
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
-__all__ = ["Array", "Matrix", "filled_bias", "float_type", "from_codes", "vector", "warm_up_products"]
+__all__ = [
+    "Array",
+    "Joined",
+    "Linear",
+    "Matrix",
+    "by_projection",
+    "filled_bias",
+    "float_type",
+    "from_codes",
+    "vector",
+    "warm_up_products",
+]
 Array = np.ndarray[Any, Any]
 _BLOCK = 1 << 21  # weights that are widened at a time
 _ROWS = 64  # of packed products, whose inputs then stay in the caches
+
+
+class Linear(Protocol):
+    """What a linear layer of a model may multiply by."""
+
+    @property
+    def n_out(self) -> int:
+        """Outputs."""
+        ...
+
+    @property
+    def n_in(self) -> int:
+        """Inputs."""
+        ...
+
+    def widened(self) -> torch.Tensor:
+        """Return the weights, float32 [n_in, n_out]."""
+        ...
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply many float32 rows [n_rows, n_in]."""
+        ...
+
+    def of_few(self, x: Array) -> torch.Tensor:
+        """Multiply few float32 rows [n_rows, n_in]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +164,51 @@ class Matrix:
             return Matrix(self.kind, len(ids), self.n_in, self.weight[ids], None, filled_bias(bias))
         weight, scales = gathered(FORMATS[self.kind], self.weight, self.scales, ids)
         return Matrix(self.kind, len(ids), self.n_in, weight, scales, filled_bias(bias))
+
+    def part(self, first: int, last: int) -> Matrix:
+        """Return the map to the outputs first … last alone: over the same memory, but for a packed one that cuts a tile."""
+        bias = None if self.bias is None else filled_bias(self.bias[first:last])
+        if self.scales is None:
+            return Matrix(self.kind, last - first, self.n_in, self.weight[first:last], None, bias)
+        if first % TILE or (last % TILE and last < self.n_out):
+            return self.outputs(torch.arange(first, last))
+        tiles = slice(first // TILE, -(-last // TILE))
+        return Matrix(self.kind, last - first, self.n_in, self.weight[tiles], self.scales[tiles], bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Maps whose outputs follow each other: one linear layer that holds gate and up."""
+
+    parts: tuple[Linear, ...]
+
+    @property
+    def n_out(self) -> int:
+        """Outputs of all."""
+        return sum(part.n_out for part in self.parts)
+
+    @property
+    def n_in(self) -> int:
+        """Inputs, which are common."""
+        return self.parts[0].n_in
+
+    def widened(self) -> torch.Tensor:
+        """Return the weights, float32 [n_in, n_out]."""
+        return torch.cat([part.widened() for part in self.parts], 1)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply many float32 rows [n_rows, n_in]."""
+        return torch.cat([part.times(x) for part in self.parts], 1)
+
+    def of_few(self, x: Array) -> torch.Tensor:
+        """Multiply few float32 rows [n_rows, n_in]."""
+        return torch.cat([part.of_few(x) for part in self.parts], 1)
+
+
+def by_projection(names: Sequence[str], parts: Sequence[Linear], fused: bool) -> dict[str, Linear]:
+    """Return an MLP's maps by the names of a model's projections, of which one may hold gate and up."""
+    own = [Joined(tuple(parts[:2])), parts[2]] if fused else parts
+    return dict(zip(names, own, strict=True))
 
 
 def from_codes(tensor: QuantisedTensor, bias: torch.Tensor | None) -> Matrix:

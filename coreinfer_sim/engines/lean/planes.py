@@ -79,7 +79,7 @@ class TokenMLP:
 
     @cached_property
     def words(self) -> Array:
-        """What `by_token.mlp_by_token` reads, int64 [3, N_WORDS]."""
+        """What `by_token.outputs_by_token` reads, int64 [3, N_WORDS]."""
         words = np.zeros(N_WORDS, np.int64)
         words[by_token.ROWS], words[by_token.ADDED] = rows_address(self.kind), added_address(self.output_kind)
         words[by_token.RECORDS], words[by_token.RECORD_BYTES] = self.records.data_ptr(), self.record_bytes

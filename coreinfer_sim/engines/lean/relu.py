@@ -23,7 +23,7 @@ from coreinfer_sim.engines.lean.by_token import (
     starts_of,
     summed,
 )
-from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, normalise, parallel, serial
+from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, parallel, serial
 from coreinfer_sim.engines.lean.kernels import call_rows
 from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, rounded, tile_product
@@ -106,27 +106,3 @@ def outputs_of_nonzero(x, stack, kind, n_threads, n_read, out):
     counts = np.zeros((n_threads, 2), np.int64)
     _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, parts, counts)
     summed(stack[2], parts, counts, n_read, out)
-
-
-@serial
-def relu_mlp(hidden, rows, norm, eps, stack, kind, n_threads, n_read):
-    """Add such an MLP to some rows of ``hidden``, the residual stream [n_rows, d_model].
-
-    Args:
-        hidden: float32.
-        rows: which rows, [n].
-        norm: weight of the norm before, [d_model].
-        eps: of the norm.
-        stack: see `outputs_of_nonzero`, as are the others.
-        kind: as stack.
-        n_threads: as stack.
-        n_read: as stack.
-    """
-    x = np.empty((rows.shape[0], hidden.shape[1]), np.float32)
-    for r in range(rows.shape[0]):
-        normalise(hidden[rows[r]], norm, eps, x[r])
-    added = np.empty(x.shape, np.float32)
-    outputs_of_nonzero(x, stack, kind, n_threads, n_read, added)
-    for r in range(rows.shape[0]):
-        for j in range(hidden.shape[1]):
-            hidden[rows[r], j] += added[r, j]

@@ -66,7 +66,7 @@ class ReluMLP:
 
     @cached_property
     def words(self) -> Array:
-        """What `relu.relu_mlp` reads, int64 [3, N_WORDS]."""
+        """What `relu.outputs_of_nonzero` reads, int64 [3, N_WORDS]."""
         up, words = np.zeros((2, N_WORDS), np.int64)
         up[BIAS] = 0 if self.up_bias is None else self.up_bias.data_ptr()
         words[by_token.ROWS] = rows_address(self.kind, 1) if self.kind else 0

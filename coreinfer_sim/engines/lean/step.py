@@ -2,24 +2,116 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from coreinfer_sim.engines.lean.attention import attention
-from coreinfer_sim.engines.lean.by_token import mlp_by_token
+from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.head import logits_of
-from coreinfer_sim.engines.lean.intrinsics import array_at, normalise, serial
-from coreinfer_sim.engines.lean.mlp import gated_mlp
-from coreinfer_sim.engines.lean.relu import ZEROS, relu_mlp
+from coreinfer_sim.engines.lean.intrinsics import array_at, centre, normalise, serial
+from coreinfer_sim.engines.lean.mlp import whole_mlp
+from coreinfer_sim.engines.lean.products import width
+from coreinfer_sim.engines.lean.relu import ZEROS, outputs_of_nonzero
+
+NO_NORM, RMS, LAYER = range(3)
+"""Norms of the residual stream: none, RMSNorm, LayerNorm."""
+BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP = range(4)
+"""Where a layer may have norms: of what attention or MLP read, and of what they add."""
+N_NORMS = 4
+KEYS, VALUES, CAPACITY, FIRST = range(4)
+"""Of a layer's cache: addresses, positions that it has room for, and the position that lies first in it."""
+
+
+class Layers(NamedTuple):
+    """What the loops read of a model's layers; so they decode any model that this describes."""
+
+    norm_kinds: np.ndarray
+    """NO_NORM, RMS or LAYER at each place, and last before the head, int64 [n_layers + 1, N_NORMS]."""
+    norms: np.ndarray
+    """Weights and biases, float32 [n_layers + 1, N_NORMS, 2, d_model]."""
+    eps: np.ndarray
+    """Of these norms, and of those of queries and keys, float32 [n_layers + 1, N_NORMS + 1]."""
+    head_kinds: np.ndarray
+    """Of the norms of queries and keys, see `attention.OF_NONE`, int64 [n_layers]."""
+    head_norms: np.ndarray
+    """See `attention`, float32 [n_layers, n_heads or 0, 2, head_dim]."""
+    columns: np.ndarray
+    """See `attention`, int64 [n_layers, n_heads]."""
+    products: np.ndarray
+    """Words of q, k, v and o, see `attention`, int64 [n_layers, 4, N_WORDS]."""
+    windows: np.ndarray
+    """Latest positions that attention sees, int64 [n_layers]; 0: all."""
+    turns: np.ndarray
+    """Which table of angles turns queries and keys, int64 [n_layers]."""
+    scores: np.ndarray
+    """Factor and soft cap of attention scores, float32 [n_layers, 2]; a cap of 0: none."""
+    interleaved: int
+    """Whether rotated pairs are neighbours."""
+    parallel: int
+    """Whether the MLP reads the stream as it was before attention."""
+    added: np.float32
+    """Factor of what attention and MLP add."""
+    activation: int
+    """Of the MLPs, see `intrinsics`."""
+
+
+@serial
+def _norm_rows(kind, weights, eps, x, out):
+    """Set ``out`` to the normalised rows ``x``, or to themselves; both may be one array."""
+    d_model = weights.shape[1]
+    for r in range(x.shape[0]):
+        if kind == RMS:
+            normalise(x[r, :d_model], weights[0], eps, out[r, :d_model])
+        elif kind == LAYER:
+            centre(x[r, :d_model], weights[0], weights[1], eps, out[r, :d_model])
+        else:
+            for j in range(d_model):
+                out[r, j] = x[r, j]
+
+
+@serial
+def _add(hidden, added, factor):
+    """Add rows, times a factor, to the residual stream."""
+    for r in range(hidden.shape[0]):
+        for j in range(hidden.shape[1]):
+            hidden[r, j] += factor * added[r, j]
+
+
+@serial
+def _mlp(x, out, stack, threshold, n_read, kind, n_threads):
+    """Set ``out`` to what one MLP gives, which reads all neurons, or all that are not zero, if the threshold is negative."""
+    if threshold == ZEROS:
+        outputs_of_nonzero(x, stack, kind, n_threads, n_read, out)
+    elif threshold < np.float32(0.0):
+        whole_mlp(x, stack, kind, n_threads, out)
+    else:
+        outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out)
+
+
+@serial
+def _mlps(x, out, layer, stacks, thresholds, n_read, n_of_group, places, kind, n_threads):
+    """Set ``out`` to what the MLPs of a layer give, each to its group of rows; see `decode_step`."""
+    if stacks.shape[0] == 1:  # all rows, in order
+        _mlp(x, out, stacks[0, layer], thresholds[0, layer], n_read[0, layer], kind, n_threads)
+        return
+    first = 0
+    for group in range(stacks.shape[0]):
+        n = n_of_group[group]
+        own, made = np.empty((n, x.shape[1]), np.float32), np.empty((n, x.shape[1]), np.float32)
+        for i in range(n):
+            own[i] = x[places[first + i]]
+        _mlp(own, made, stacks[group, layer], thresholds[group, layer], n_read[group, layer], kind, n_threads)
+        for i in range(n):
+            out[places[first + i]] = made[i]
+        first += n
 
 
 @serial
 def decode_step(
     loops,
     hidden,
-    norms,
-    head_norms,
-    eps,
-    products,
+    layers,
     mlps,
     thresholds,
     n_read,
@@ -33,8 +125,6 @@ def decode_step(
     rows,
     starts,
     place,
-    scaling,
-    kind,
     head,
     head_loops,
     logits,
@@ -47,53 +137,66 @@ def decode_step(
     Args:
         loops: see `attention.cache_loops`.
         hidden: float32 [n_rows, d_model]; it is overwritten.
-        norms: weights of the norms before attention and MLP of each layer, and twice that before the head,
-            [n_layers + 1, 2, d_model].
-        head_norms: see `attention`, [n_layers, 2 or 0, head_dim].
-        eps: of the norms, [n_layers + 1, 2].
-        products: words of q, k, v and o, int64 [n_layers, 4, N_WORDS].
-        mlps: words of gate, up and down of each group of rows, or those of `by_token` or `relu`, int64
-            [n_groups, n_layers, 3, N_WORDS].
+        layers: see `Layers`.
+        mlps: words of each group of rows, see `mlp.whole_mlp`, `by_token.outputs_by_token` or
+            `relu.outputs_of_nonzero`, int64 [n_groups, n_layers, 3, N_WORDS].
         thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; negative: the words are of whole matrices,
-            or those of `relu`.
-        n_read: see `by_token.mlp_by_token`, int64 [n_groups, n_layers, 2].
+            or `relu.ZEROS`.
+        n_read: see `by_token.outputs_by_token`, int64 [n_groups, n_layers, 2].
         n_of_group: how many rows each group has.
         places: those rows, group by group.
-        cos: of each row's position, [n_rows, head_dim].
+        cos: of each row's position, float32 [n_tables, n_rows, half of the features that are rotated].
         sin: as cos.
         like: an array of the cache's type.
-        caches: addresses of keys and values of each layer, int64 [n_layers, 2].
-        cache_shape: n_batch, n_key_heads, capacity, head_dim.
+        caches: of each layer, see `KEYS`, int64 [n_layers, 4].
+        cache_shape: n_batch, n_key_heads, head_dim.
         rows: each row's place in the cache's batch.
         starts: first position of each row that is no padding.
         place: where the new position goes.
-        scaling: of the attention's scores.
-        kind: of the activation.
         head: words of the output head, [1, N_WORDS].
         head_loops: see `head.CoarseHead.loops`.
         logits: float32 [n_rows, vocabulary, filled up to a multiple of 16].
         n_threads: that products use.
     """
-    n_layers = products.shape[0]
+    n_layers = layers.products.shape[0]
+    x, added = np.empty(hidden.shape, np.float32), np.empty(hidden.shape, np.float32)
+    own_starts = np.empty(starts.shape, np.int64)
     for layer in range(n_layers):
-        keys = array_at(caches[layer, 0], like, cache_shape)
-        values = array_at(caches[layer, 1], like, cache_shape)
+        kinds, norms, eps = layers.norm_kinds[layer], layers.norms[layer], layers.eps[layer]
+        # 1) attention
+        first = caches[layer, FIRST]
+        shape = (cache_shape[0], cache_shape[1], caches[layer, CAPACITY], cache_shape[2])
+        begin = max(0, place + 1 - layers.windows[layer]) if layers.windows[layer] > 0 else 0
+        begin = max(first, begin)
+        for r in range(starts.shape[0]):
+            own_starts[r] = max(0, starts[r] - first)
+        turn, scores = layers.turns[layer], layers.scores[layer]
+        made = np.empty((hidden.shape[0], width(layers.products[layer, 3])), np.float32)
+        _norm_rows(kinds[BEFORE_ATTENTION], norms[BEFORE_ATTENTION], eps[BEFORE_ATTENTION], hidden, x)
         attention(
-            *(loops, hidden, norms[layer, 0], head_norms[layer], eps[layer, 0], products[layer], cos, sin),
-            *(keys, values, rows, starts, place, scaling, n_threads),
+            *(loops, x, layers.products[layer], layers.columns[layer]),
+            *(
+                layers.head_kinds[layer],
+                layers.head_norms[layer],
+                eps[N_NORMS],
+                cos[turn],
+                sin[turn],
+                layers.interleaved,
+            ),
+            *(array_at(caches[layer, KEYS], like, shape), array_at(caches[layer, VALUES], like, shape)),
+            *(rows, own_starts, begin - first, place - first, scores[0], scores[1], n_threads, made),
         )
-        first = 0
-        for group in range(mlps.shape[0]):
-            last = first + n_of_group[group]
-            given = (hidden, places[first:last], norms[layer, 1], eps[layer, 1], mlps[group, layer], kind, n_threads)
-            if thresholds[group, layer] == ZEROS:
-                relu_mlp(*given, n_read[group, layer])
-            elif thresholds[group, layer] < np.float32(0.0):
-                gated_mlp(*given)
-            else:
-                mlp_by_token(*given, thresholds[group, layer], n_read[group, layer])
-            first = last
-    x = np.empty(hidden.shape, np.float32)
-    for r in range(hidden.shape[0]):
-        normalise(hidden[r], norms[n_layers, 0], eps[n_layers, 0], x[r])
+        _norm_rows(kinds[AFTER_ATTENTION], norms[AFTER_ATTENTION], eps[AFTER_ATTENTION], made, made)
+        # 2) MLP
+        if not layers.parallel:
+            _add(hidden, made, layers.added)
+            _norm_rows(kinds[BEFORE_MLP], norms[BEFORE_MLP], eps[BEFORE_MLP], hidden, x)
+        elif kinds[BEFORE_MLP] != NO_NORM:
+            _norm_rows(kinds[BEFORE_MLP], norms[BEFORE_MLP], eps[BEFORE_MLP], hidden, x)
+        _mlps(x, added, layer, mlps, thresholds, n_read, n_of_group, places, layers.activation, n_threads)
+        _norm_rows(kinds[AFTER_MLP], norms[AFTER_MLP], eps[AFTER_MLP], added, added)
+        if layers.parallel:
+            _add(hidden, made, layers.added)
+        _add(hidden, added, layers.added)
+    _norm_rows(layers.norm_kinds[n_layers, 0], layers.norms[n_layers, 0], layers.eps[n_layers, 0], hidden, x)
     return logits_of(head, head_loops, x, logits, n_threads)

@@ -7,11 +7,11 @@ import functools
 import numpy as np
 import torch
 
-from coreinfer_sim.engines.lean.attention import cache_loops
+from coreinfer_sim.engines.lean.attention import OF_NONE, cache_loops
 from coreinfer_sim.engines.lean.head import whole_head
 from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Matrix
-from coreinfer_sim.engines.lean.step import decode_step
+from coreinfer_sim.engines.lean.step import N_NORMS, NO_NORM, Layers, decode_step
 
 
 @functools.cache
@@ -25,16 +25,26 @@ def warm_up(dtype: torch.dtype) -> None:
     words = matrix.words
     one, rows = np.ones((1, 8), np.float32), np.zeros(1, np.int64)
     keys, values = (torch.zeros(1, 1, 1, 8, dtype=dtype) for _ in range(2))
+    layers = Layers(
+        np.full((2, N_NORMS), NO_NORM),
+        np.ones((2, N_NORMS, 2, 8), np.float32),
+        np.ones((2, N_NORMS + 1), np.float32),
+        np.full(1, OF_NONE),
+        np.zeros((1, 0, 2, 8), np.float32),
+        np.array([[0, 16, 32]]),
+        np.stack([words] * 4)[None],
+        rows,
+        rows,
+        np.array([[1, 0]], np.float32),
+        0,
+        0,
+        np.float32(1),
+        SILU,
+    )
+    angles = np.ones((1, 1, 4), np.float32)
     decode_step(
-        *(
-            cache_loops(dtype),
-            one.copy(),
-            np.ones((2, 2, 8), np.float32),
-            np.zeros((1, 0, 8), np.float32),
-            np.ones((2, 2), np.float32),
-        ),
-        *(np.stack([words] * 4)[None], np.stack([words] * 3)[None, None]),
-        *(np.full((1, 1), -1, np.float32), np.zeros((1, 1, 2), np.int64), np.ones(1, np.int64), rows, one, one),
-        *(bits(keys), np.array([[keys.data_ptr(), values.data_ptr()]], np.int64), tuple(keys.shape), rows, rows, 0),
-        *(np.float32(1), SILU, words[None], whole_head(matrix), np.zeros((1, 16), np.float32), set_threads()),
+        *(cache_loops(dtype), one.copy(), layers, np.stack([words] * 3)[None, None]),
+        *(np.full((1, 1), -1, np.float32), np.zeros((1, 1, 2), np.int64), np.ones(1, np.int64), rows, angles, angles),
+        *(bits(keys), np.array([[keys.data_ptr(), values.data_ptr(), 1, 0]], np.int64), (1, 1, 8), rows, rows, 0),
+        *(words[None], whole_head(matrix), np.zeros((1, 16), np.float32), set_threads()),
     )
