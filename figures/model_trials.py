@@ -239,7 +239,16 @@ def llamacpp_json(case: Trial) -> Found:
     done = case.run("export", *of_index, "--cluster", "global", "--cluster", "dense", "--out", exported)
     if done.returncode:
         return False, done.stderr.splitlines()[-1]
-    asked = ["generate", "--chat", "--index", case.index, "--engine", "llamacpp", "--exported", exported]
+    asked = [
+        "generate",
+        "--chat",
+        "--index",
+        case.index,
+        "--engine",
+        "llamacpp",
+        "--set",
+        f"decode.exported={exported}",
+    ]
     asked += ["--mode", "global", "--max-new-tokens", 60]
     found = []
     for more in ([], ["--stop", "."]):

@@ -184,7 +184,7 @@ def test_an_index_is_described_without_torch():
     loaded = (
         run_python(
             "import sys; from coreinfer_sim_cli.main import main\n"
-            f"main(['info', {str(ROOT / 'indexes' / 'smollm2-135m-demo')!r}], standalone_mode=False)\n"
+            f"main(['info', {'demo'!r}], standalone_mode=False)\n"
             "print(*sys.modules)"
         )
         .splitlines()[-1]

@@ -16,7 +16,9 @@ from commands import PROCESS, call, refused, succeeded
 
 from coreinfer_sim.index.index import SemanticIndex
 
-COMMANDS = ["build-index", "info", "verify", "lookup", "generate", "evaluate", "tune", "bench", "export", "serve"]
+WORK = ["build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
+INDEXES = ["list", "show", "check", "rm", "info", "lookup"]
+COMMANDS = [*WORK, *INDEXES, "cache"]
 
 
 def test_help_does_not_import_torch():
@@ -50,8 +52,8 @@ def test_no_commands_help_imports_torch():
 def test_every_command_has_help(command, option):
     result = succeeded(command, option)
     assert f"{command} [OPTIONS]" in result.stdout
-    assert ("--json" in result.stdout) is (command != "serve")
-    assert ("--set GROUP.NAME=VALUE" in result.stdout) is (command not in ("info", "lookup"))
+    assert ("--json" in result.stdout) is (command not in ("serve", "rm"))
+    assert ("--set GROUP.NAME=VALUE" in result.stdout) is (command in (*WORK, "check"))
     assert result.stderr == ""
 
 
@@ -65,7 +67,6 @@ def test_the_version_is_that_of_the_package():
         ["no-such-command"],
         ["build-index"],
         ["build-index", "corpus.jsonl", "--out", "x"],
-        ["build-index", "corpus.jsonl", "--model", "m"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--clusters", "many"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--clusters", "²"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--limit", "0"],
@@ -73,7 +74,9 @@ def test_the_version_is_that_of_the_package():
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--set", "build.batch=3"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--set", "build.batch_size=many"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--limit", "3", "--set", "corpus.limit=4"],
-        ["info"],
+        ["config", "set", "serve.port", "many"],
+        ["config", "set", "sample.top_k", "many"],
+        ["config", "set", "sample.topk", "4"],
         ["lookup", "index"],
         ["lookup", "index", "prompt", "-k", "0"],
         ["lookup", "index", "prompt", "--score", "best"],
@@ -106,7 +109,7 @@ def test_a_prompt_and_a_file_are_too_much(tmp_path):
     refused(call("generate", "prompt", "--file", tmp_path / "prompts.txt"), "PROMPT or --file, not both", code=2)
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "lookup", "generate"])
+@pytest.mark.parametrize("command", ["info", "show", "check", "lookup", "generate"])
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -146,7 +149,7 @@ def test_ctrl_c_in_every_command_ends_with_130(index, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SemanticIndex, "load", interrupt)
-    for command in (["info", index], ["verify", index], ["lookup", index, "x"], ["generate", "x", "--index", index]):
+    for command in (["info", index], ["check", index], ["lookup", index, "x"], ["generate", "x", "--index", index]):
         refused(call(*command), "interrupted", code=130)
 
 
