@@ -16,6 +16,7 @@ from .bench import bench
 from .build_index import build_index
 from .cache import cache
 from .config import config, default_map, name_variables
+from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
@@ -111,6 +112,6 @@ def main(ctx: click.Context) -> None:
 
 _WORK = (run, build_index, generate, evaluate, tune, bench, export, serve)
 _INDEXES = (list_, show, check, rm, info, lookup, verify)
-for _command in (*_WORK, *_INDEXES, config, cache):
+for _command in (demo, *_WORK, *_INDEXES, config, cache):
     main.add_command(_command)
 name_variables(main)
