@@ -12,6 +12,7 @@ import click
 
 from coreinfer_sim.base.errors import CoreInferSimError, MissingModelError, UnknownEngineError, as_out_of_memory
 
+from .about import print_version
 from .bench import bench
 from .build_index import build_index
 from .cache import cache
@@ -34,15 +35,15 @@ class _Group(click.Group):
     """Runs `run` where no command is named, and turns the errors that a user can meet into one line and an exit code."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not ctx.resilient_parsing and self._means_run(args):
+        if not ctx.resilient_parsing and self._means_run(ctx, args):
             args = [str(run.name), *args]
         return super().parse_args(ctx, args)
 
-    def _means_run(self, args: list[str]) -> bool:
+    def _means_run(self, ctx: click.Context, args: list[str]) -> bool:
         """Tell whether arguments begin with a prompt or an option of `run`; one word is the name of a command."""
         if not args:
             return True
-        own = {text for param in self.get_params(click.Context(self)) for text in param.opts}
+        own = {text for param in self.get_params(ctx) for text in param.opts}
         return args[0] not in own if args[0].startswith("-") else len(args[0].split()) > 1
 
     def resolve_command(
@@ -95,10 +96,15 @@ def _fail(ctx: click.Context, message: str, code: int) -> None:
     ctx.exit(code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="coreinfer-sim", prog_name="coreinfer-sim")
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.option("--version", "wants_version", is_flag=True, help="Show the version and exit.")
+@click.option("-v", "--verbose", is_flag=True, help="With --version: also torch, the processor's features and folders.")
 @click.pass_context
-def main(ctx: click.Context) -> None:
+def main(ctx: click.Context, wants_version: bool, verbose: bool) -> None:
     """Decode large language models from the core neurons of the prompt's semantic cluster.
 
     \b
@@ -106,6 +112,11 @@ def main(ctx: click.Context) -> None:
     coreinfer-sim "How do stars form?"
     coreinfer-sim
     """
+    if wants_version:
+        print_version(verbose)
+        ctx.exit()
+    if verbose:
+        raise click.UsageError("-v is of --version; give both.")
     if ctx.invoked_subcommand != config.name:  # which mends the file
         ctx.default_map = default_map(main)
 

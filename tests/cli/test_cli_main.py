@@ -16,9 +16,9 @@ from commands import PROCESS, call, refused, succeeded
 
 from coreinfer_sim.index.index import SemanticIndex
 
-WORK = ["build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
+WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
 INDEXES = ["list", "show", "check", "rm", "info", "lookup"]
-COMMANDS = [*WORK, *INDEXES, "cache"]
+COMMANDS = ["demo", *WORK, *INDEXES, "cache"]
 
 
 def test_help_does_not_import_torch():
@@ -26,7 +26,7 @@ def test_help_does_not_import_torch():
     assert script, "the command is not installed; run 'pip install -e .'"
     run = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
     assert run.returncode == 0
-    assert run.stdout.startswith("Usage: coreinfer-sim [OPTIONS] COMMAND")
+    assert run.stdout.startswith("Usage: coreinfer-sim [OPTIONS] [COMMAND]")
     for command in COMMANDS:
         assert re.search(rf"^  {command} ", run.stdout, re.MULTILINE)
     imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
@@ -59,6 +59,21 @@ def test_every_command_has_help(command, option):
 
 def test_the_version_is_that_of_the_package():
     assert succeeded("--version").stdout.strip() == f"coreinfer-sim, version {version('coreinfer-sim')}"
+
+
+def test_the_version_with_what_it_stands_on(tmp_path, monkeypatch):
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "COREINFER_SIM_CACHE", "COREINFER_SIM_MODELS"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for arguments in (["--version", "-v"], ["-v", "--version"]):
+        first, *lines = succeeded(*arguments).stdout.splitlines()
+        found = dict(line.split(maxsplit=1) for line in lines)
+        assert first == succeeded("--version").stdout.strip() and found["torch"] == version("torch")
+        assert found["processor"] and found["features"] and found["cache"] == str(tmp_path / "COREINFER_SIM_CACHE")
+        assert found["indexes"].startswith(str(tmp_path / "XDG_DATA_HOME")) and found["settings"].endswith(
+            "config.toml"
+        )
+        assert found["models"].split(", ")[0] == str(tmp_path / "COREINFER_SIM_MODELS")
+    refused(call("-v"), "-v is of --version", code=2)
 
 
 @pytest.mark.parametrize(
