@@ -34,7 +34,7 @@ def demo(as_json: bool) -> None:
     """
     from coreinfer_sim.generation.opening import load
     from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.index.names import DEMO_FOLDER
+    from coreinfer_sim.index.names import DEMO_FOLDER, own_indexes
 
     from .demo_model import fetch
 
@@ -62,7 +62,10 @@ def demo(as_json: bool) -> None:
     if as_json:
         print_json(answers)
         return
-    click.echo('Next: coreinfer-sim "Why is the sky blue?" asks the same model, and coreinfer-sim alone chats with it.')
+    others = " --index demo" if own_indexes() else ""
+    click.echo(
+        f'Next: coreinfer-sim{others} "Why is the sky blue?" asks the same model, and coreinfer-sim{others} alone chats.'
+    )
 
 
 def _show(question: str, sparse: Generation, dense: Generation) -> None:
