@@ -103,7 +103,7 @@ def build_index(
     from coreinfer_sim.index.names import indexes_folder, name_for, place_of_new
 
     quiet_libraries()
-    place = place_of_new(name_for(corpus) if out is None else out)
+    place = indexes_folder() / name_for(corpus) if out is None else place_of_new(out)
     is_named = place.parent == indexes_folder()
     progress = ConsoleProgress(quiet)
     if is_named:

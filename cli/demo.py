@@ -47,7 +47,8 @@ def demo(as_json: bool) -> None:
         model = index.model_place
     except MissingModelError:
         model = str(fetch(progress))
-    with progress.waiting("Loading the model; the first time this compiles the decode loops"):
+    progress.say("Loading the model. The first start also compiles the decode loops, which takes a minute or two.")
+    with progress.waiting("Loading the model"):
         generator = load(index, model, read_ratio=READ_RATIO, progress=progress)
     answers = []
     with generator:

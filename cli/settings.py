@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SamplingConfig, SelectionConfig
@@ -67,12 +68,18 @@ class Settings:
         group = next(name for name, each in GROUPS.items() if each is kind)
         named = {name: value for name, value in given.items() if value is not None}
         ours = self._values.get(group, {})
-        twice = sorted(set(named) & set(ours))
+        twice = [name for name in sorted(set(named) & set(ours)) if _is_typed(name)]
         if twice:
             raise click.UsageError(
                 f"{twice[0]} was given as an option and by --set {group}.{twice[0]}; give one of them."
             )
         return kind(**{**(unless or {}), **self._defaults.get(group, {}), **named, **ours})
+
+
+def _is_typed(name: str) -> bool:
+    """Tell whether an option was typed, rather than taken from a variable or the user's file, above which ``--set`` stands."""
+    context = click.get_current_context(silent=True)
+    return context is None or context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def set_option(*groups: str) -> Callable[[F], F]:

@@ -176,7 +176,7 @@ def another_folder(case: Trial) -> Found:
     (work / "models").mkdir(parents=True)
     shutil.copytree(case.tiny("tiny"), work / "models" / "tiny")
     (work / "four.txt").write_text(FOUR, encoding="utf-8")
-    built = case.run("build-index", "four.txt", "--model", "models/tiny", "--out", "index", "--clusters", 1, cwd=work)
+    built = case.run("build-index", "four.txt", "--model", "models/tiny", "--out", "./index", "--clusters", 1, cwd=work)
     before = _elsewhere(case, work / "index")
     work.rename(case.scratch / "moved")
     after = _elsewhere(case, case.scratch / "moved" / "index")

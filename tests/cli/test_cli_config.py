@@ -47,7 +47,7 @@ def test_option_variable_file_default(index, monkeypatch):
     assert tokens() == 5
     monkeypatch.setenv("COREINFER_SIM_GENERATE_MAX_NEW_TOKENS", "4")
     assert tokens() == 4
-    assert tokens("--max-new-tokens", 3) == 3
+    assert tokens("--max-new-tokens", 3) == tokens(*setting("sample.max_new_tokens", 3)) == 3
     assert shown()["generate.max-new-tokens"] == ("4", "variable")
     monkeypatch.delenv("COREINFER_SIM_GENERATE_MAX_NEW_TOKENS")
     succeeded("config", "unset", "generate.max_new_tokens")  # either spelling

@@ -130,6 +130,13 @@ def test_a_damaged_one_is_listed_as_such(install):
     assert "manifest.json" in succeeded("list").stdout
 
 
+def test_a_corpus_folder_of_the_same_name_is_not_in_the_way(home, corpus, tiny_checkpoint):
+    (Path.cwd() / "rows").mkdir()
+    shutil.copy(corpus, Path.cwd() / "rows")
+    succeeded("build-index", "rows", "--model", tiny_checkpoint, "--clusters", 2, *ONE_PROCESS, "--quiet")
+    assert (home / "rows" / "manifest.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("out", "where"), [([], "prompts"), (["--out", "mine"], "mine"), (["--out", "./mine"], None)], ids=str
 )
