@@ -3,13 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct-q4_1.gguf
-DEMO_INDEX := indexes/demo
 
 .PHONY: help demo test test-slow test-oldest lint check clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       install, fetch a small model, build an index, decode from it"
+	@echo "make demo       install, fetch a small model, answer three questions, sparse beside dense"
 	@echo "make test       install and run the tests"
 	@echo "make test-slow  also the tests that run a real language model or thousands of examples"
 	@echo "make test-oldest  a quick look with the oldest Python that is promised"
@@ -29,16 +28,12 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(MODEL): | $(VENV)/.base
-	$(BIN)/python demo/fetch_model.py $@
+demo: $(VENV)/.demo
+	$(BIN)/coreinfer-sim demo
 
-$(DEMO_INDEX)/manifest.json: demo/corpus.jsonl $(MODEL) | $(VENV)/.demo
-	$(BIN)/coreinfer-sim build-index demo/corpus.jsonl --model $(MODEL) --prompt-column prompt \
-		--template '{prompt}\n{completion}' --clusters 10 --out $(DEMO_INDEX) --force
-
-demo: $(VENV)/.demo $(DEMO_INDEX)/manifest.json
-	$(BIN)/coreinfer-sim generate --index $(DEMO_INDEX) --model $(MODEL) --mode similarity --read-ratio 0.6 \
-		--chat --compare --max-new-tokens 64 --file demo/prompts.txt
+$(MODEL): | $(VENV)/.dev
+	mkdir -p $(@D)
+	cp "$$($(BIN)/python -m coreinfer_sim_cli.demo_model)" $@
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
@@ -58,4 +53,4 @@ lint: $(VENV)/.dev
 check: lint test
 
 clean:
-	rm -rf $(VENV) $(VENV)-* models $(DEMO_INDEX) build *.egg-info
+	rm -rf $(VENV) $(VENV)-* models build *.egg-info

@@ -18,7 +18,9 @@ from .settings import Settings, set_option
 @click.command()
 @click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
 @click.option("--shape", metavar="NAME[:layers=N]", help="Random weights of a real architecture, for speed only.")
-@click.option("--index", type=click.Path(), help="Index folder; sparse, hybrid and global need it.")
+@click.option(
+    "--index", type=options.INDEX, metavar="NAME", help="Index by name or folder; sparse, hybrid and global need it."
+)
 @click.option(
     "--contender",
     "contenders",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from coreinfer_sim.base.decode_settings import ModelConfig
@@ -26,7 +24,11 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str | None) -
 @click.command("build-index")
 @click.argument("corpus")
 @click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Index folder to make.")
+@click.option(
+    "--out",
+    metavar="NAME",
+    help="A name, under which the index goes into your data folder, or a path with a separator.  [default: named after CORPUS]",
+)
 @click.option(
     "--prompt-column", metavar="COLUMN", help="Column to embed.  [default: prompt, text, the only one, or the template]"
 )
@@ -37,7 +39,6 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str | None) -
     help="What the language model reads, such as 'Question: {question}\\nAnswer: {answer}'.  [default: the prompt]",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Use at most N prompts.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Cut longer texts; the report counts them.  [default: 512]")
 @click.option("--clusters", callback=_clusters, metavar="N|auto", help="Semantic clusters.  [default: auto]")
 @click.option(
     "--compensate", is_flag=True, help="Fit each cluster's held neurons so that they make up for the dropped ones."
@@ -60,11 +61,10 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str | None) -
 def build_index(
     corpus: str,
     model: str,
-    out: Path,
+    out: str | None,
     prompt_column: str | None,
     template: str | None,
     limit: int | None,
-    max_tokens: int | None,
     clusters: int | str | None,
     compensate: bool,
     keep_ratios: tuple[float, ...],
@@ -80,9 +80,9 @@ def build_index(
     A build that was broken off is continued by the same command.
 
     \b
-    coreinfer-sim build-index prompts.jsonl --model ./my-model --out my-index
+    coreinfer-sim build-index prompts.jsonl --model ./my-model
     coreinfer-sim build-index rajpurkar/squad --prompt-column question \\
-        --template 'Question: {question}\\nContext: {context}' --limit 2000 --model ./my-model --out squad-index
+        --template 'Question: {question}\\nContext: {context}' --limit 2000 --model ./my-model --out ./squad-index
     """
     if not compensate and (keep_ratios or settings.given("compensate")):
         named = "--keep-ratio" if keep_ratios else f"compensate.{settings.given('compensate')[0]}"
@@ -93,7 +93,6 @@ def build_index(
         prompt_column=prompt_column,
         template=template,
         limit=limit,
-        max_tokens=max_tokens,
     )
     compensation = settings.make(CompensationConfig, keep_ratios=keep_ratios or None) if compensate else None
     config = settings.make(BuildConfig, clusters=clusters, compensation=compensation)
@@ -101,12 +100,19 @@ def build_index(
 
     from coreinfer_sim.building.build import build_index as build
     from coreinfer_sim.index.encoder import DEFAULT_ENCODER
+    from coreinfer_sim.index.names import indexes_folder, name_for, place_of_new
 
     quiet_libraries()
+    place = indexes_folder() / name_for(corpus) if out is None else place_of_new(out)
+    is_named = place.parent == indexes_folder()
+    progress = ConsoleProgress(quiet)
+    if is_named:
+        progress.say(f"The index is called {place.name}, and goes to {place}.")
+        place.parent.mkdir(parents=True, exist_ok=True)
     index = build(
         model,
         of_corpus,
-        out,
+        place,
         config,
         encoder=loading.encoder or DEFAULT_ENCODER,
         dtype=loading.dtype,
@@ -114,12 +120,13 @@ def build_index(
         workers=workers,
         threads=threads,
         force=force,
-        progress=ConsoleProgress(quiet),
+        progress=progress,
     )
     from .inspect import index_summary, print_clusters
 
     if as_json:
         print_json(index_summary(index))
         return
-    click.echo(f"{out}: {counted(len(index), 'cluster')} over {counted(index.manifest.corpus.n_sentences, 'prompt')}")
+    shown = place.name if is_named else place
+    click.echo(f"{shown}: {counted(len(index), 'cluster')} over {counted(index.manifest.corpus.n_sentences, 'prompt')}")
     print_clusters(index)

@@ -14,7 +14,8 @@ from .console import print_json
 def cache(clear: bool, as_json: bool) -> None:
     """List what is kept for later starts, or clear it.
 
-    Everything in it is made anew when it is needed. The folder is ~/.cache/coreinfer_sim, or COREINFER_SIM_CACHE.
+    Everything in it is made anew when it is needed. The folder is ~/.cache/coreinfer_sim (elsewhere than on Linux the
+    system's), or COREINFER_SIM_CACHE.
     """
     from coreinfer_sim.base.files import cache_folder, remove
     from coreinfer_sim.base.progress import counted, readable_size

@@ -163,6 +163,7 @@ def evaluate(
         check_text_scores()
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
     rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
+    index = options.index_of(index, model)
     opened = open_index(index, loading.encoder)
     name = model_name(opened, model)
     # 2) who is compared

@@ -23,7 +23,7 @@ def _sets(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...])
 
 
 @click.command()
-@click.argument("index", type=click.Path())
+@click.argument("index", type=options.INDEX)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the models.")
 @click.option(
     "--cluster",
@@ -68,7 +68,7 @@ def export(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Write clusters of INDEX as ordinary, smaller models.
+    """Write clusters of INDEX, a name or a folder, as ordinary, smaller models.
 
     \b
     coreinfer-sim export my-index --cluster 3 --out exported
@@ -76,7 +76,7 @@ def export(
     """
     if kind == "hf" and weights is not None:
         raise click.UsageError("--type is of GGUF files; give --format gguf, or --set model.dtype=… for a checkpoint.")
-    loading = settings.make(ModelConfig, dtype=None if "dtype" in settings.given("model") else "stored")
+    loading = settings.make(ModelConfig, {"dtype": "stored"})
 
     from coreinfer_sim.export.export import export as write
     from coreinfer_sim.generation.opening import open_model

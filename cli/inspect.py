@@ -1,9 +1,8 @@
-"""`coreinfer-sim info`, `verify` and `lookup`."""
+"""`coreinfer-sim show`, `info`, `lookup` and `check`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +17,8 @@ from .settings import Settings, set_option
 if TYPE_CHECKING:
     from coreinfer_sim.index.index import SemanticIndex
 
-_INDEX = click.argument("index", type=click.Path())
+_INDEX = click.argument("index", type=options.INDEX)
+_ONE_OR_THE_ONLY = click.argument("index", type=options.INDEX, required=False, metavar="[NAME]")
 
 
 def index_summary(index: SemanticIndex) -> dict[str, Any]:
@@ -40,18 +40,38 @@ def print_clusters(index: SemanticIndex) -> None:
 
 
 @click.command()
-@_INDEX
+@_ONE_OR_THE_ONLY
+@click.argument("prompt", required=False)
+@click.option("-k", default=3, show_default=True, type=click.IntRange(1), help="Number of clusters to show for PROMPT.")
 @options.as_json
-def info(index: str, as_json: bool) -> None:
+@click.pass_context
+def show(ctx: click.Context, index: str | None, prompt: str | None, k: int, as_json: bool) -> None:
+    """Show what is in an index, or with PROMPT its nearest clusters; NAME is the only index unless it is given.
+
+    \b
+    coreinfer-sim show my-index
+    coreinfer-sim show my-index "How do stars form?"
+    """
+    name = options.needed_index(index)
+    if prompt is None:
+        ctx.invoke(info, index=name, as_json=as_json)
+    else:
+        ctx.invoke(lookup, index=name, prompt=prompt, k=k, as_json=as_json)
+
+
+@click.command()
+@_ONE_OR_THE_ONLY
+@options.as_json
+def info(index: str | None, as_json: bool) -> None:
     """Show what is in an index."""
     from coreinfer_sim.index.index import SemanticIndex
 
-    loaded = SemanticIndex.load(index)
+    loaded = SemanticIndex.load(options.needed_index(index))
     if as_json:
         print_json(index_summary(loaded))
         return
     m = loaded.manifest
-    click.echo(f"{index}: format version {m.format_version}")
+    click.echo(f"{loaded.name}: format version {m.format_version}")
     click.echo(
         f"  model     {m.model.name} ({m.model.family}, {m.model.n_layers} layers, d_model {m.model.d_model}, "
         f"d_ff {m.model.d_ff}, {m.model.dtype})"
@@ -103,20 +123,20 @@ def _ranges(numbers: list[int]) -> str:
 
 
 @click.command()
-@_INDEX
+@_ONE_OR_THE_ONLY
 @click.option("--model", metavar="NAME", help="Also check that the index belongs to this model.")
 @set_option("model")
 @options.as_json
-def verify(index: str, model: str | None, settings: Settings, as_json: bool) -> None:
+def check(index: str | None, model: str | None, settings: Settings, as_json: bool) -> None:
     """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
     from coreinfer_sim.index.checks import verified_files
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.index.manifest import INDEX_FILES
 
     quiet_libraries()
-    loaded = SemanticIndex.load(index)
+    loaded = SemanticIndex.load(options.needed_index(index))
     with status("Checking the files"):  # loading leaves those of compensated sets until they are needed
-        verified_files(Path(index), loaded.manifest, loaded.manifest.files.keys() - set(INDEX_FILES))
+        verified_files(loaded.folder, loaded.manifest, loaded.manifest.files.keys() - set(INDEX_FILES))
     checks = ["format version", "file sizes", "checksums"]
     with status("Checking the encoder"):
         _ = loaded.encoder
@@ -131,9 +151,14 @@ def verify(index: str, model: str | None, settings: Settings, as_json: bool) -> 
         check_model(loaded, language_model.layers, tokenizer_hash(language_model.tokenizer))
         checks += ["sampled model weights", "tokenizer"]
     if as_json:
-        print_json({"index": index, "valid": True, "checked": checks})
+        print_json({"index": loaded.name, "valid": True, "checked": checks})
     else:
-        click.echo(f"{index} is valid: {', '.join(checks)}")
+        click.echo(f"{loaded.name} is valid: {', '.join(checks)}")
+
+
+verify = click.Command(
+    "verify", params=check.params, callback=check.callback, hidden=True, help="The former name of check."
+)
 
 
 @click.command()

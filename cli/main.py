@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import sys
@@ -11,13 +12,18 @@ import click
 
 from coreinfer_sim.base.errors import CoreInferSimError, MissingModelError, UnknownEngineError, as_out_of_memory
 
+from .about import print_version
 from .bench import bench
 from .build_index import build_index
 from .cache import cache
+from .config import config, default_map, name_variables
+from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
-from .inspect import info, lookup, verify
+from .inspect import check, info, lookup, show, verify
+from .library import list_, rm
+from .run import run
 from .serve import serve
 from .tune import tune
 
@@ -26,7 +32,30 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when
 
 
 class _Group(click.Group):
-    """Turns the errors that a user can meet into one line and an exit code."""
+    """Runs `run` where no command is named, and turns the errors that a user can meet into one line and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing and self._means_run(ctx, args):
+            args = [str(run.name), *args]
+        return super().parse_args(ctx, args)
+
+    def _means_run(self, ctx: click.Context, args: list[str]) -> bool:
+        """Tell whether arguments begin with a prompt or an option of `run`; one word is the name of a command."""
+        if not args:
+            return True
+        own = {text for param in self.get_params(ctx) for text in param.opts}
+        return args[0] not in own if args[0].startswith("-") else len(args[0].split()) > 1
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 3, 0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            ctx.fail(
+                f"There is no command {args[0]!r}{hint}. A prompt of one word is asked by: coreinfer-sim run {args[0]}"
+            )
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -67,17 +96,33 @@ def _fail(ctx: click.Context, message: str, code: int) -> None:
     ctx.exit(code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="coreinfer-sim", prog_name="coreinfer-sim")
-def main() -> None:
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.option("--version", "wants_version", is_flag=True, help="Show the version and exit.")
+@click.option("-v", "--verbose", is_flag=True, help="With --version: also torch, the processor's features and folders.")
+@click.pass_context
+def main(ctx: click.Context, wants_version: bool, verbose: bool) -> None:
     """Decode large language models from the core neurons of the prompt's semantic cluster.
 
     \b
-    coreinfer-sim build-index prompts.jsonl --model MODEL --out my-index
-    coreinfer-sim lookup my-index "How do stars form?"
-    coreinfer-sim generate --index my-index --model MODEL "How do stars form?"
+    coreinfer-sim build-index prompts.jsonl --model MODEL
+    coreinfer-sim "How do stars form?"
+    coreinfer-sim
     """
+    if wants_version:
+        print_version(verbose)
+        ctx.exit()
+    if verbose:
+        raise click.UsageError("-v is of --version; give both.")
+    if ctx.invoked_subcommand != config.name:  # which mends the file
+        ctx.default_map = default_map(main)
 
 
-for _command in (build_index, info, verify, lookup, generate, evaluate, tune, bench, export, serve, cache):
+_WORK = (run, build_index, generate, evaluate, tune, bench, export, serve)
+_INDEXES = (list_, show, check, rm, info, lookup, verify)
+for _command in (demo, *_WORK, *_INDEXES, config, cache):
     main.add_command(_command)
+name_variables(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from coreinfer_sim.base.corpus_files import check_there
 from coreinfer_sim.base.errors import ConfigError, CorpusError, PromptError
@@ -14,8 +15,31 @@ from coreinfer_sim.base.settings import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+class IndexName(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """The name of an index, or the path of an index folder; names are completed."""
+
+    name = "index"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the names that begin so, and beside them paths."""
+        from coreinfer_sim.index.names import known_indexes
+
+        names = [CompletionItem(name) for name in known_indexes() if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="dir")]
+
+
+INDEX = IndexName()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-index = click.option("--index", type=click.Path(), help="Index folder; similarity, hybrid and global need it.")
+index = click.option(
+    "--index",
+    type=INDEX,
+    metavar="NAME",
+    help="Index by name or folder; similarity, hybrid and global need one.  [default: the only one, unless --model is given]",
+)
+index_that_is_needed = click.option(
+    "--index", type=INDEX, metavar="NAME", help="Index by name or folder.  [default: the only one]"
+)
 model = click.option(
     "--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]"
 )
@@ -39,18 +63,12 @@ engine = click.option(
     "--engine",
     metavar="NAME",
     help="What decodes: lean, our loops for most model types on a CPU; transformers, the model's own code; compiled, that "
-    "through torch.compile, for GPUs; llamacpp, on exported files.  [default: auto, lean if it can, else transformers]",
+    "through torch.compile, for GPUs; llamacpp, on decode.exported.  [default: auto, lean if it can, else transformers]",
 )
 weights = click.option(
     "--weights",
     type=click.Choice(["stored", "bf16", "int8", "int4"]),
     help="Type of the weights that decode reads; all but stored need the lean engine.  [default: stored, the checkpoint's own]",
-)
-exported = click.option(
-    "--exported",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="For llamacpp: what 'export --format gguf --manifest' wrote.",
 )
 log = click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Keep every score here; a rerun goes on."
@@ -84,6 +102,41 @@ def part(default: str) -> Callable[[F], F]:
         metavar="LOW:HIGH",
         help="Rows whose id hashes into these of 100 parts; keep them apart from what the index was built on.",
     )
+
+
+def index_of(given: str | None, model: str | None = None) -> str | None:
+    """Return the index that a command uses: the one that was given, the one that is set, or the only one.
+
+    Args:
+        given: its name or folder; None: none was given.
+        model: the model that was given; with one, nothing is looked up without an index of one's own choice.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if given is not None or model is not None:
+        return given
+    from coreinfer_sim.index.names import DEMO, own_indexes
+
+    from .config import given_by_user
+
+    found = given_by_user("index")
+    if found is not None:
+        return str(found[0])
+    own = list(own_indexes())
+    if len(own) > 1:
+        raise ConfigError(
+            f"no index was named, and there are {len(own)} ({', '.join(own)}), expected one of them; name it, or choose one for "
+            f"good with 'coreinfer-sim config set index {own[0]}'."
+        )
+    return own[0] if own else DEMO
+
+
+def needed_index(given: str | None) -> str:
+    """Return the index of a command that works on one, whatever the model."""
+    found = index_of(given)
+    assert found is not None
+    return found
 
 
 def existing(_ctx: click.Context, _param: click.Parameter, value: Any) -> Any:

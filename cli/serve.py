@@ -21,7 +21,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 
 
 @click.command()
-@click.option("--index", required=True, type=click.Path(), help="Index folder.")
+@options.index_that_is_needed
 @options.model
 @click.option("--name", help="What clients call the model.  [default: the last part of its name]")
 @options.mode
@@ -62,10 +62,9 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 )
 @options.engine
 @options.weights
-@options.exported
 @set_option("select", "decode", "model")
 def serve(
-    index: str,
+    index: str | None,
     model: str | None,
     name: str | None,
     mode: str | None,
@@ -81,7 +80,6 @@ def serve(
     body_limit: int,
     engine: str | None,
     weights: str | None,
-    exported: Path | None,
     settings: Settings,
 ) -> None:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; also /health, /metrics, and a page at /.
@@ -109,15 +107,14 @@ def serve(
     from coreinfer_sim.serving.backends import Backend
 
     quiet_libraries()
-    folder = None if exported is None else str(exported)
     selection = settings.make(SelectionConfig, mode=mode, keep_ratio=keep_ratio, read_ratio=read_ratio)
-    decode = settings.make(DecodeConfig, engine=engine, weights=weights, exported=folder)
+    decode = settings.make(DecodeConfig, engine=engine, weights=weights)
     if decode.memory_budget is not None:
         raise ConfigError("a memory budget is planned for one text, but a server generates many; leave it out.")
     progress = ConsoleProgress()
     with progress.waiting("Loading the model"):
         generator = load(
-            index,
+            options.needed_index(index),
             model,
             selection=selection,
             decode=decode,

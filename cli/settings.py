@@ -11,10 +11,14 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig, parse_size
+
+from .config import config_path, given_by_user, variable_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -35,18 +39,27 @@ _BYTES = ("cache_bytes", "memory_budget", "memory_limit")
 
 
 class Settings:
-    """What ``--set`` was given, by group."""
+    """What ``--set`` was given, by group, and below it the user's variables and file."""
 
-    def __init__(self, values: dict[str, dict[str, Any]]) -> None:
-        """Hold values that have been read."""
-        self._values = values
+    def __init__(self, values: dict[str, dict[str, Any]], defaults: dict[str, dict[str, Any]]) -> None:
+        """Hold values that have been read, and those that stand in where none was given."""
+        self._values, self._defaults = values, defaults
 
     def given(self, group: str) -> list[str]:
-        """Return the names that were given in a group."""
+        """Return the names that were given in a group on the command line."""
         return list(self._values.get(group, {}))
 
-    def make(self, kind: type[T], **given: Any) -> T:
+    def given_alone(self) -> Settings:
+        """Return the settings without the user's variables and file."""
+        return Settings(self._values, {})
+
+    def make(self, kind: type[T], unless: dict[str, Any] | None = None, **given: Any) -> T:
         """Return settings of a kind, from ``--set`` and from the command's own options; None: not given.
+
+        Args:
+            kind: one of `GROUPS`.
+            unless: this command's own defaults, where the user has none.
+            **given: the command's options.
 
         Raises:
             UsageError: one was given both ways.
@@ -55,12 +68,18 @@ class Settings:
         group = next(name for name, each in GROUPS.items() if each is kind)
         named = {name: value for name, value in given.items() if value is not None}
         ours = self._values.get(group, {})
-        twice = sorted(set(named) & set(ours))
+        twice = [name for name in sorted(set(named) & set(ours)) if _is_typed(name)]
         if twice:
             raise click.UsageError(
                 f"{twice[0]} was given as an option and by --set {group}.{twice[0]}; give one of them."
             )
-        return kind(**named, **ours)
+        return kind(**{**(unless or {}), **self._defaults.get(group, {}), **named, **ours})
+
+
+def _is_typed(name: str) -> bool:
+    """Tell whether an option was typed, rather than taken from a variable or the user's file, above which ``--set`` stands."""
+    context = click.get_current_context(silent=True)
+    return context is None or context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def set_option(*groups: str) -> Callable[[F], F]:
@@ -74,19 +93,64 @@ def set_option(*groups: str) -> Callable[[F], F]:
             if name in own:
                 raise click.BadParameter(f"{group}.{name} was given twice; leave one out.")
             own[name] = value
-        return Settings(found)
+        return Settings(found, _of_user(groups))
+
+    def complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(f"{name}=") for name in names(groups) if name.startswith(incomplete)]
 
     return click.option(
         "--set",
         "settings",
         multiple=True,
         callback=read,
+        shell_complete=complete,
         metavar="GROUP.NAME=VALUE",
-        help=f"A setting that has no option here, of {', '.join(groups)}; may be repeated. A wrong name lists them.",
+        help=f"A setting that has no option here, of {', '.join(groups)}; may be repeated. 'config show' lists them.",
     )
 
 
-def names(groups: tuple[str, ...]) -> list[str]:
+def _of_user(groups: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Return what the user's variables and file say of some groups."""
+    found: dict[str, dict[str, Any]] = {}
+    for full in names(groups):
+        given = given_by_user(full)
+        if given is None:
+            continue
+        try:
+            group, name, value = _parsed(f"{full}={_as_text(given[0])}", groups)
+        except click.BadParameter as error:
+            where = f"the variable {variable_of(full)}" if given[1] == "variable" else config_path()
+            raise ConfigError(f"{where}: {error.message}") from error
+        found.setdefault(group, {})[name] = value
+    return found
+
+
+def _as_text(value: Any) -> str:
+    """Write a value as ``--set`` reads it."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return str(value.value)
+    return ",".join(map(_as_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def check_setting(full: str, text: str) -> Any:
+    """Return what the user's file holds for a setting of the library, or raise BadParameter if it cannot have that value."""
+    group, name, value = _parsed(f"{full}={text}", tuple(GROUPS))
+    try:
+        GROUPS[group](**{"source": "any"} if group == "corpus" else {}, **{name: value})
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
+    return value if isinstance(value, bool | int | float) else text
+
+
+def default_text(full: str) -> str:
+    """Return the built-in default of a setting of the library, as ``--set`` reads it."""
+    group, _, name = full.partition(".")
+    return _as_text(next(field.default for field in dataclasses.fields(GROUPS[group]) if field.name == name))
+
+
+def names(groups: tuple[str, ...] = tuple(GROUPS)) -> list[str]:
     """Return every name that --set knows, such as ``sample.top_k``."""
     return [
         f"{group}.{field.name}"

@@ -36,7 +36,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 
 @click.command()
 @click.argument("sets", nargs=-1, required=True, callback=options.existing)
-@click.option("--index", required=True, type=click.Path(), help="Index folder, which gets the profile.")
+@options.index_that_is_needed
 @options.model
 @click.option(
     "--max-perplexity-increase",
@@ -77,7 +77,7 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 @options.as_json
 def tune(
     sets: tuple[str, ...],
-    index: str,
+    index: str | None,
     model: str | None,
     max_increase: float,
     keep_ratios: tuple[float, ...],
@@ -111,7 +111,7 @@ def tune(
     if log is not None:
         check_folder(log)
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
-    loaded = SemanticIndex.load(index)
+    loaded = SemanticIndex.load(options.needed_index(index))
     loaded.check_writable()
     rows = read_sets(sets, part, limit, settings.make(CorpusConfig, source=""), ConsoleProgress())
     check_rows((row.set_name for row in rows), part)
@@ -150,21 +150,22 @@ def tune(
     of_weights = "" if profile.weights == "stored" else f" with {profile.weights} weights"
     if profile.read_ratio < 1:
         click.echo(
-            f"{index} decodes{of_weights} at read ratio {profile.read_ratio:g} by default now: perplexity "
+            f"{loaded.name} decodes{of_weights} at read ratio {profile.read_ratio:g} by default now: perplexity "
             f"{profile.ratio - 1:+.1%}, {profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
         )
     elif profile.keep_ratio == 1.0 and of_weights:
         click.echo(
-            f"{index} decodes densely{of_weights} by default now: perplexity {profile.ratio - 1:+.1%}, "
+            f"{loaded.name} decodes densely{of_weights} by default now: perplexity {profile.ratio - 1:+.1%}, "
             f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
         )
     elif profile.keep_ratio == 1.0:
         click.echo(
-            f"Nothing sparse keeps the promise of at most {profile.max_increase:.1%}: {index} decodes densely by default now."
+            f"Nothing sparse keeps the promise of at most {profile.max_increase:.1%}: {loaded.name} decodes densely by "
+            "default now."
         )
     else:
         click.echo(
-            f"{index} decodes{of_weights} with {'compensated' if profile.compensated else 'plain'} sets at keep ratio "
+            f"{loaded.name} decodes{of_weights} with {'compensated' if profile.compensated else 'plain'} sets at keep ratio "
             f"{profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "
             f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
         )

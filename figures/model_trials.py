@@ -176,7 +176,7 @@ def another_folder(case: Trial) -> Found:
     (work / "models").mkdir(parents=True)
     shutil.copytree(case.tiny("tiny"), work / "models" / "tiny")
     (work / "four.txt").write_text(FOUR, encoding="utf-8")
-    built = case.run("build-index", "four.txt", "--model", "models/tiny", "--out", "index", "--clusters", 1, cwd=work)
+    built = case.run("build-index", "four.txt", "--model", "models/tiny", "--out", "./index", "--clusters", 1, cwd=work)
     before = _elsewhere(case, work / "index")
     work.rename(case.scratch / "moved")
     after = _elsewhere(case, case.scratch / "moved" / "index")
@@ -239,7 +239,16 @@ def llamacpp_json(case: Trial) -> Found:
     done = case.run("export", *of_index, "--cluster", "global", "--cluster", "dense", "--out", exported)
     if done.returncode:
         return False, done.stderr.splitlines()[-1]
-    asked = ["generate", "--chat", "--index", case.index, "--engine", "llamacpp", "--exported", exported]
+    asked = [
+        "generate",
+        "--chat",
+        "--index",
+        case.index,
+        "--engine",
+        "llamacpp",
+        "--set",
+        f"decode.exported={exported}",
+    ]
     asked += ["--mode", "global", "--max-new-tokens", 60]
     found = []
     for more in ([], ["--stop", "."]):

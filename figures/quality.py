@@ -56,7 +56,7 @@ def build(given: Given, further: tuple[str, ...]) -> None:
     resumed = given.out.with_name(f"{given.out.name}.build").exists()
     corpus = given.out.with_name(f"{given.out.name}.jsonl")  # a place that a second run finds again
     _seen_rows(given.data, given.rows, corpus)
-    shared = ("--prompt-column", "prompt", "--template", "{asked}{completion}", "--out", given.out)
+    shared = ("--prompt-column", "prompt", "--template", "{asked}{completion}", "--out", given.out.absolute())
     command = coreinfer("build-index", corpus, "--model", given.model, *shared, *further)
     begin = time.monotonic()
     subprocess.run(command, check=True)

@@ -11,7 +11,7 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL, DEMO_NAME = "models/smollm2-135m-instruct-q4_1.gguf", "SmolLM2-135M"
-DEMO_INDEX = ROOT / "indexes" / "smollm2-135m-demo"
+DEMO_INDEX = ROOT / "coreinfer_sim" / "index" / "demo"
 REQUIRED: Any = object()
 """Stands in place of a default that there is not."""
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

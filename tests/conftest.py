@@ -22,10 +22,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
-    """Nothing that tests measure or make lands in the user's cache."""
+def _own_folders(tmp_path_factory):
+    """Nothing that tests measure or make lands in the user's folders, and nothing there changes what they do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COREINFER_SIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("COREINFER_SIM_CACHE", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         yield
 
 

@@ -184,7 +184,7 @@ def test_an_index_is_described_without_torch():
     loaded = (
         run_python(
             "import sys; from coreinfer_sim_cli.main import main\n"
-            f"main(['info', {str(ROOT / 'indexes' / 'smollm2-135m-demo')!r}], standalone_mode=False)\n"
+            f"main(['info', {'demo'!r}], standalone_mode=False)\n"
             "print(*sys.modules)"
         )
         .splitlines()[-1]
@@ -246,7 +246,7 @@ def test_a_wheel_holds_every_module(wheel):
         names = set(archive.namelist())
     assert {path.relative_to(ROOT).as_posix() for path in SOURCES} <= names
     assert {f"coreinfer_sim_cli/{path.name}" for path in COMMANDS.glob("*.py")} <= names
-    assert "coreinfer_sim/py.typed" in names
+    assert {"coreinfer_sim/py.typed", "coreinfer_sim/index/demo/manifest.json"} <= names
 
 
 def test_a_wheel_installs_the_command(wheel):

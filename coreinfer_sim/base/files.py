@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from coreinfer_sim.base.errors import ConfigError
@@ -220,9 +221,9 @@ def link(source: str, target: str) -> None:
 
 
 def cache_folder(part: str) -> Path:
-    """Return where what can be made anew is kept: ``$COREINFER_SIM_CACHE`` or ``~/.cache/coreinfer_sim``, in it ``part``."""
+    """Return where what can be made anew is kept: ``$COREINFER_SIM_CACHE`` or the user's cache folder, in it ``part``."""
     base = os.environ.get("COREINFER_SIM_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "coreinfer_sim") / part
+    return (Path(base) if base else platformdirs.user_cache_path("coreinfer_sim", appauthor=False)) / part
 
 
 def locked(folder: Path, progress: Progress) -> FileLock:

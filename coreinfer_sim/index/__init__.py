@@ -8,6 +8,7 @@ __all__ = [
     "encoder",
     "index",
     "manifest",
+    "names",
     "places",
     "ranking",
     "storage",

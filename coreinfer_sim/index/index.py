@@ -31,6 +31,7 @@ from coreinfer_sim.index.manifest import (
     ProfileInfo,
     compensation_file,
 )
+from coreinfer_sim.index.names import folder_of
 from coreinfer_sim.index.places import find
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
@@ -84,13 +85,15 @@ class SemanticIndex:
         """Load an index after its sizes and checksums have been verified.
 
         Args:
-            path: the index folder.
+            path: the index folder, or the name of an index; see `folder_of`.
             encoder: embeds prompts; None loads the manifest's encoder when it is first needed.
 
         Raises:
             IndexFormatError: no index, damaged, or of another format version.
         """
-        folder = Path(os.path.realpath(path))  # the same one, whatever the working directory and links become
+        folder = Path(
+            os.path.realpath(folder_of(path))
+        )  # the same one, whatever the working directory and links become
         manifest = read_manifest(folder)
         files = verified_files(folder, manifest, INDEX_FILES)  # those of compensated sets follow when they are read
         settings, model = manifest.settings, manifest.model
@@ -105,6 +108,12 @@ class SemanticIndex:
             encoder=encoder,
             folder=folder,
         )
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it was loaded from."""
+        assert self._folder is not None
+        return self._folder
 
     @property
     def model_place(self) -> str:

@@ -8,8 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from coreinfer_sim.base.errors import MissingEncoderError, MissingModelError
+from coreinfer_sim.base.files import cache_folder
 from coreinfer_sim.index.manifest import EncoderInfo, ModelInfo
 
+SEARCH_PATH = "COREINFER_SIM_MODELS"
+"""Environment variable with folders of models, parted as in PATH."""
+DEMO_MODEL = "smollm2-135m-instruct-q4_1.gguf"
+"""File of the model of the ready-made index."""
 _CONFIGS = ("config.json", "modules.json")
 
 
@@ -31,7 +36,8 @@ def places_of(name: str, folder: Path) -> dict[str, str]:
 def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
     """Return the place of the model that an index names, or the name as it is where that is of the hub.
 
-    It is looked for where it lay beside the index, then as it is named, then around the index, then where the build found it.
+    It is looked for where it lay beside the index, then as it is named, then around the index, then where the build found it,
+    then in the folders of models. That it is the same model is checked by its weights once it is loaded.
 
     Args:
         info: what the manifest says.
@@ -46,7 +52,8 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
     beside = [] if folder is None or info.relative_path is None else [os.path.normpath(folder / info.relative_path)]
     if any(_is_same(place, info.name) for place in beside):
         beside = []  # the name as it was given reads better
-    for place in (*beside, info.name, *([] if folder is None else _near(info, folder, local)), info.path):
+    near = [] if folder is None else _near(info, folder, local)
+    for place in (*beside, info.name, *near, info.path, *_searched(info)):
         if place is not None and _is_there(Path(place)):
             return str(place)
     if not local:
@@ -57,8 +64,19 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
     raise kind(
         f"{index} names the {what} {info.name}, which is neither in this folder nor beside or above the index"
         + ("" if info.path in (None, info.name) else f" nor at {info.path}")
-        + f", expected it at one of these; put it there, or give the {what}'s present place."
+        + f" nor in {' or '.join(map(str, model_folders()))}, expected it at one of these; "
+        + (
+            "'coreinfer-sim demo' fetches it."
+            if name.name == DEMO_MODEL
+            else f"put it there, name its folder in {SEARCH_PATH}, or give the {what}'s present place."
+        )
     )
+
+
+def model_folders() -> list[Path]:
+    """Return the folders of models that are searched: those of ``COREINFER_SIM_MODELS``, and the one that fetched ones lie in."""
+    named = os.environ.get(SEARCH_PATH, "").split(os.pathsep)
+    return [*(Path(each) for each in named if each), cache_folder("models")]
 
 
 def _near(info: ModelInfo | EncoderInfo, folder: Path, local: bool) -> Iterator[Path]:
@@ -67,6 +85,13 @@ def _near(info: ModelInfo | EncoderInfo, folder: Path, local: bool) -> Iterator[
         yield from (Path(os.path.normpath(each / info.name)) for each in (folder, *folder.parents))
     if local and Path(info.name).name:
         yield from (each / Path(info.name).name for each in (folder, folder.parent))
+
+
+def _searched(info: ModelInfo | EncoderInfo) -> Iterator[Path]:
+    """Yield places in the folders of models: by the name as it is, and by its last part."""
+    name = Path(info.name)
+    if name.name:
+        yield from (each / part for each in model_folders() for part in dict.fromkeys((name, Path(name.name))))
 
 
 def _is_same(place: str, name: str) -> bool:

@@ -50,7 +50,7 @@ def long_corpus(tmp_path_factory) -> str:
     return write_rows(tmp_path_factory.mktemp("corpus") / "long.jsonl", rows)
 
 
-LONG = ["--prompt-column", "prompt", "--template", "{prompt} {completion}", "--max-tokens", "1000"]
+LONG = ["--prompt-column", "prompt", "--template", "{prompt} {completion}", "--set", "corpus.max_tokens=1000"]
 
 
 def test_a_killed_build_is_finished_by_the_same_command(long_corpus, tiny_checkpoint, tmp_path, monkeypatch):

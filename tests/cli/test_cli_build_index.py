@@ -43,7 +43,16 @@ def test_every_setting_of_a_build_arrives(build, corpus, tmp_path):
     named = {"alpha": 0.3, "beta": 0.2, "gamma": 0.6, "seed": 5, "batch_size": 3, "shard_size": 7, "layers": "1:"}
     run = build(
         *(part for name, value in named.items() for part in setting(f"build.{name}", value)),
-        *("--clusters", 2, "--limit", 20, "--max-tokens", 9, *setting("model.dtype", "bfloat16"), "--threads", 2),
+        *(
+            "--clusters",
+            2,
+            "--limit",
+            20,
+            *setting("corpus.max_tokens", 9),
+            *setting("model.dtype", "bfloat16"),
+            "--threads",
+            2,
+        ),
         *("--prompt-column", "completion", "--template", "{prompt}\\n{completion}", "--json"),
     )
     assert run.exit_code == 0, run.output
@@ -164,7 +173,7 @@ def test_other_settings_than_those_of_a_broken_off_build(build, tmp_path, monkey
         ["--compensate", *setting("compensate.tokens", 0)],
         ["--template", "no column"],
         ["--template", "{prompt:d}"],
-        ["--max-tokens", "2000"],
+        setting("corpus.max_tokens", 2000),
         setting("model.encoder", "/nowhere/encoder"),
         setting("model.dtype", "int3"),
         pytest.param(
@@ -195,7 +204,13 @@ def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoin
     source = write_rows(tmp_path / "long.jsonl", rows)
     out = tmp_path / "out" / "index"
     arguments = ["build-index", source, "--model", tiny_checkpoint, "--out", out, "--clusters", 3, *ONE_PROCESS]
-    arguments += ["--prompt-column", "prompt", "--template", "{prompt} {completion}", "--max-tokens", 1000]
+    arguments += [
+        "--prompt-column",
+        "prompt",
+        "--template",
+        "{prompt} {completion}",
+        *setting("corpus.max_tokens", 1000),
+    ]
     shards = tmp_path / "out" / "index.build" / "shards"
     command = [*PROCESS, *map(str, arguments), *setting("build.shard_size", 2)]
     build = subprocess.Popen(

@@ -21,7 +21,6 @@ def test_a_model_that_is_not_there(build, index, tmp_path):
     refused(
         call("generate", "stars", "--index", index, "--model", tmp_path / "empty"), "no config.json", "check the path"
     )
-    refused(call("generate", "stars"), "neither a model nor an index", "expected a model")
 
 
 def test_weights_that_are_no_weights(index, tiny_checkpoint, tmp_path):
@@ -36,7 +35,7 @@ def test_weights_that_are_no_weights(index, tiny_checkpoint, tmp_path):
 
 def test_another_model_of_the_same_family(index, tmp_path):
     other = save_tiny_checkpoint(tmp_path / "other", seed=1)
-    for command in (["generate", "stars", "--index", index], ["verify", index]):
+    for command in (["generate", "stars", "--index", index], ["check", index]):
         refused(
             call(*command, "--model", other), r"\d+ of 96 sampled weights", "expected the same weights", "build-index"
         )
@@ -44,7 +43,7 @@ def test_another_model_of_the_same_family(index, tmp_path):
 
 def test_another_shape_of_the_same_family(index, tmp_path):
     other = save_tiny_checkpoint(tmp_path / "other", num_hidden_layers=2)
-    for command in (["generate", "stars", "--index", index], ["verify", index]):
+    for command in (["generate", "stars", "--index", index], ["check", index]):
         refused(call(*command, "--model", other), "Llama with 2 layers", "Llama with 3 layers", "build-index")
 
 

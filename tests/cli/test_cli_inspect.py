@@ -1,4 +1,4 @@
-"""`coreinfer-sim info`, `verify` and `lookup`."""
+"""`coreinfer-sim show`, `info`, `lookup` and `check`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,16 @@ def test_info(index, tiny_checkpoint):
     assert [cluster["size"] for cluster in found["clusters"]] == [15, 15, 15]
 
 
-def test_verify(index, tiny_checkpoint):
-    assert re.match(rf"{index} is valid: format version, .*checksums, encoder\n", succeeded("verify", index).stdout)
-    found = parsed("verify", index, "--model", tiny_checkpoint)
+def test_show_is_info_and_with_a_prompt_lookup(index):
+    assert succeeded("show", index).stdout == succeeded("info", index).stdout
+    assert parsed("show", index) == parsed("info", index)
+    assert succeeded("show", index, "comets", "-k", 2).stdout == succeeded("lookup", index, "comets", "-k", 2).stdout
+
+
+def test_check(index, tiny_checkpoint):
+    assert re.match(rf"{index} is valid: format version, .*checksums, encoder\n", succeeded("check", index).stdout)
+    assert succeeded("verify", index).stdout == succeeded("check", index).stdout  # its former name
+    found = parsed("check", index, "--model", tiny_checkpoint)
     assert found["index"] == str(index) and found["valid"] is True
     assert {"checksums", "encoder", "sampled model weights", "tokenizer"} <= set(found["checked"])
 

@@ -10,7 +10,7 @@ pytest.importorskip("xllamacpp", reason="needs the extra llamacpp")
 
 
 def test_the_command_runs_on_llama_cpp(wide_index, exported):
-    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", "--exported", exported)
+    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", *setting("decode.exported", exported))
     given += ("--max-new-tokens", 6, *setting("decode.context", 128))
     text = succeeded(*given, "--compare", PROMPTS[0]).stdout
     assert "[similarity]" in text and "engine llamacpp, cluster-" in text
@@ -24,7 +24,7 @@ def test_the_command_runs_on_llama_cpp(wide_index, exported):
 
 @pytest.mark.parametrize("more", [[], ["--stop", "o"], ["--chat", "--stop", "e", "--stop", "never"]], ids=str)
 def test_json_has_the_text_that_streams(wide_index, exported, more):
-    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", "--exported", exported)
+    given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", *setting("decode.exported", exported))
     given += ("--max-new-tokens", 24, "--temperature", 3.0, *setting("decode.context", 128), *more, PROMPTS[1])
     for seed in range(4):
         found = parsed(*given, *setting("sample.seed", seed))["text"]
@@ -37,7 +37,7 @@ def test_json_has_the_text_that_streams(wide_index, exported, more):
 def test_what_llama_cpp_has_not_is_refused(wide_index, exported):
     given = ("generate", "--index", wide_index.name, "--engine", "llamacpp", PROMPTS[0])
     refused(call(*given), "needs the models exported from the index")
-    given += ("--exported", exported)
+    given += (*setting("decode.exported", exported),)
     refused(call(*given, *setting("sample.num_beams", 2)), "num_beams does not apply to the engine llamacpp")
     refused(call(*given, "--keep-ratio", 0.5), "keep_ratio does not apply to the engine llamacpp")
     refused(call(*given, *setting("decode.memory_limit", "lots")), "expected a size", code=2)
@@ -48,4 +48,4 @@ def test_what_llama_cpp_has_not_is_refused(wide_index, exported):
 def test_what_is_of_llama_cpp_alone_is_refused_elsewhere(wide_index, exported, name):
     given = ("generate", "--index", wide_index.name, PROMPTS[0])
     refused(call(*given, *setting(f"decode.{name}", 640)), f"{name} is of the engine llamacpp")
-    refused(call(*given, "--exported", exported), "exported is of the engine llamacpp")
+    refused(call(*given, *setting("decode.exported", exported)), "exported is of the engine llamacpp")

@@ -16,7 +16,9 @@ from commands import PROCESS, call, refused, succeeded
 
 from coreinfer_sim.index.index import SemanticIndex
 
-COMMANDS = ["build-index", "info", "verify", "lookup", "generate", "evaluate", "tune", "bench", "export", "serve"]
+WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
+INDEXES = ["list", "show", "check", "rm", "info", "lookup"]
+COMMANDS = ["demo", *WORK, *INDEXES, "cache"]
 
 
 def test_help_does_not_import_torch():
@@ -24,7 +26,7 @@ def test_help_does_not_import_torch():
     assert script, "the command is not installed; run 'pip install -e .'"
     run = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
     assert run.returncode == 0
-    assert run.stdout.startswith("Usage: coreinfer-sim [OPTIONS] COMMAND")
+    assert run.stdout.startswith("Usage: coreinfer-sim [OPTIONS] [COMMAND]")
     for command in COMMANDS:
         assert re.search(rf"^  {command} ", run.stdout, re.MULTILINE)
     imported = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines()}
@@ -50,13 +52,28 @@ def test_no_commands_help_imports_torch():
 def test_every_command_has_help(command, option):
     result = succeeded(command, option)
     assert f"{command} [OPTIONS]" in result.stdout
-    assert ("--json" in result.stdout) is (command != "serve")
-    assert ("--set GROUP.NAME=VALUE" in result.stdout) is (command not in ("info", "lookup"))
+    assert ("--json" in result.stdout) is (command not in ("serve", "rm"))
+    assert ("--set GROUP.NAME=VALUE" in result.stdout) is (command in (*WORK, "check"))
     assert result.stderr == ""
 
 
 def test_the_version_is_that_of_the_package():
     assert succeeded("--version").stdout.strip() == f"coreinfer-sim, version {version('coreinfer-sim')}"
+
+
+def test_the_version_with_what_it_stands_on(tmp_path, monkeypatch):
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "COREINFER_SIM_CACHE", "COREINFER_SIM_MODELS"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for arguments in (["--version", "-v"], ["-v", "--version"]):
+        first, *lines = succeeded(*arguments).stdout.splitlines()
+        found = dict(line.split(maxsplit=1) for line in lines)
+        assert first == succeeded("--version").stdout.strip() and found["torch"] == version("torch")
+        assert found["processor"] and found["features"] and found["cache"] == str(tmp_path / "COREINFER_SIM_CACHE")
+        assert found["indexes"].startswith(str(tmp_path / "XDG_DATA_HOME")) and found["settings"].endswith(
+            "config.toml"
+        )
+        assert found["models"].split(", ")[0] == str(tmp_path / "COREINFER_SIM_MODELS")
+    refused(call("-v"), "-v is of --version", code=2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +82,6 @@ def test_the_version_is_that_of_the_package():
         ["no-such-command"],
         ["build-index"],
         ["build-index", "corpus.jsonl", "--out", "x"],
-        ["build-index", "corpus.jsonl", "--model", "m"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--clusters", "many"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--clusters", "²"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--limit", "0"],
@@ -73,7 +89,9 @@ def test_the_version_is_that_of_the_package():
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--set", "build.batch=3"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--set", "build.batch_size=many"],
         ["build-index", "corpus.jsonl", "--model", "m", "--out", "x", "--limit", "3", "--set", "corpus.limit=4"],
-        ["info"],
+        ["config", "set", "serve.port", "many"],
+        ["config", "set", "sample.top_k", "many"],
+        ["config", "set", "sample.topk", "4"],
         ["lookup", "index"],
         ["lookup", "index", "prompt", "-k", "0"],
         ["lookup", "index", "prompt", "--score", "best"],
@@ -106,7 +124,7 @@ def test_a_prompt_and_a_file_are_too_much(tmp_path):
     refused(call("generate", "prompt", "--file", tmp_path / "prompts.txt"), "PROMPT or --file, not both", code=2)
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "lookup", "generate"])
+@pytest.mark.parametrize("command", ["info", "show", "check", "lookup", "generate"])
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -146,7 +164,7 @@ def test_ctrl_c_in_every_command_ends_with_130(index, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SemanticIndex, "load", interrupt)
-    for command in (["info", index], ["verify", index], ["lookup", index, "x"], ["generate", "x", "--index", index]):
+    for command in (["info", index], ["check", index], ["lookup", index, "x"], ["generate", "x", "--index", index]):
         refused(call(*command), "interrupted", code=130)
 
 

@@ -53,7 +53,7 @@ COMMANDS = {
     "evaluate": lambda path, index, rows: ["evaluate", rows],
     "tune": lambda path, index, rows: ["tune", rows, "--index", index, "--part", "0:100"],
     "export": lambda path, index, rows: ["export", index, "--cluster", "dense", "--out", path / "new"],
-    "verify": lambda path, index, rows: ["verify", index],
+    "check": lambda path, index, rows: ["check", index],
 }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_a_model_that_is_nowhere_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     index = built(tmp_path / "index", name, recorded=False)
     with pytest.raises(
-        MissingModelError, match=rf"index names the model {name}, which is neither .*; put it there, or give"
+        MissingModelError, match=rf"index names the model {name}, which is neither .*; put it there, name its"
     ):
         model_name(index, None)
 

@@ -1,0 +1,176 @@
+"""A chat on the terminal: history, answers as they come, and commands that say where they came from."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from coreinfer_sim.base.decode_settings import SamplingConfig
+from coreinfer_sim.base.errors import ContextLengthError, CoreInferSimError, GenerationCancelledError
+from coreinfer_sim.base.progress import counted
+
+from . import options
+from .answering import facts
+
+if TYPE_CHECKING:
+    from coreinfer_sim.generation.text import Generation, Generator
+    from coreinfer_sim.models.prompts import Message
+
+_HELP = {
+    "/why": "the topic of the last question, and how near it was",
+    "/dense": "the last question once more, without sparsity",
+    "/stats": "what the answers took: tokens, speed, bytes",
+    "/help": "this list",
+    "/exit": "end, as Ctrl-D does; Ctrl-C ends an answer",
+}
+_COMMAND = re.compile(r"/[a-z]+")
+_NEAREST = 3
+"""Topics that /why shows."""
+
+
+class Chat:
+    """A conversation with a model; one without a chat template continues each text by itself."""
+
+    def __init__(self, generator: Generator, sampling: SamplingConfig, system: str | None, *, raw: bool) -> None:
+        """Begin a conversation.
+
+        Args:
+            generator: what answers.
+            sampling: how tokens are chosen.
+            system: the system message.
+            raw: leave the chat template out.
+        """
+        self._generator, self._sampling = generator, sampling
+        self._templated = generator.has_chat_template and not raw
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[Message] = []
+        """The user's messages and the answers, in turn."""
+        self._runs: list[Generation] = []
+
+    def talk(self, lines: Iterable[str]) -> None:
+        """Answer what is typed until /exit, or until the lines end."""
+        for line in lines:
+            text = line.strip()
+            try:
+                if text == "/exit":
+                    return
+                if _COMMAND.fullmatch(text):
+                    self._command(text)
+                elif text:
+                    self.ask(options.readable(text))
+            except CoreInferSimError as error:  # the chat goes on
+                click.echo(f"Error: {error}", err=True)
+
+    def ask(self, text: str) -> None:
+        """Answer a message."""
+        self._turns.append({"role": "user", "content": text})
+        try:
+            answer = self._generated(None)
+        except BaseException:
+            self._turns.pop()
+            raise
+        self._turns.append({"role": "assistant", "content": answer})
+
+    def _generated(self, mode: str | None) -> str:
+        """Answer the user's last message, and return what was said; of a text that Ctrl-C has ended, what came until then."""
+        pieces: list[str] = []
+
+        def write(piece: str) -> None:
+            pieces.append(piece)
+            click.echo(piece, nl=False)
+
+        with _interrupts() as stopped, suppress(GenerationCancelledError):
+            while True:
+                try:
+                    run = self._generator.generate(
+                        [*self._system, *self._turns] if self._templated else self._turns[-1]["content"],
+                        self._sampling,
+                        mode=mode,
+                        shorten=True,
+                        write=write,
+                        cancelled=stopped.is_set,
+                    )
+                    self._runs.append(run)
+                    break
+                except ContextLengthError:
+                    if not self._templated or len(self._turns) < 3:
+                        raise
+                    del self._turns[:2]
+                    click.echo("The conversation is longer than the context: its oldest turn is left out.", err=True)
+        click.echo("")
+        return "".join(pieces)
+
+    def _command(self, text: str) -> None:
+        known = {"/why": self._why, "/dense": self._dense, "/stats": self._stats, "/help": self._help}
+        if text not in known:
+            near = difflib.get_close_matches(text, _HELP, 1)
+            hint = f"; nearest: {near[0]}" if near else ""
+            click.echo(f"There is no command {text}{hint}; /help lists them.", err=True)
+        elif text != "/help" and not self._runs:
+            click.echo("Nothing has been asked yet.", err=True)
+        else:
+            known[text]()
+
+    def _why(self) -> None:
+        index, run = self._generator.index, self._runs[-1]
+        if index is None:
+            click.echo(f"There is no index: mode {run.selection.mode} looks nothing up.")
+            return
+        for match in self._generator.lookup(run.prompt, k=min(_NEAREST, len(index))):
+            familiar = "" if match.confident else "  (unfamiliar)"
+            click.echo(f"  similarity {match.similarity:.3f}  {match.label}{familiar}")
+        click.echo(f"  {facts(run)}")
+
+    def _dense(self) -> None:
+        """Show what the dense model says to the last message; the conversation keeps the first answer."""
+        said = self._turns.pop()
+        try:
+            self._generated("dense")
+        finally:
+            self._turns.append(said)
+        click.echo(f"  {facts(self._runs[-1])}")
+
+    def _stats(self) -> None:
+        n_tokens = sum(run.n_new_tokens for run in self._runs)
+        seconds = sum(run.prefill_seconds + run.decode_seconds + run.prepare_seconds for run in self._runs)
+        click.echo(f"  last: {facts(self._runs[-1])}")
+        click.echo(f"  all: {counted(len(self._runs), 'answer')}, {counted(n_tokens, 'token')} in {seconds:.1f} s")
+
+    def _help(self) -> None:
+        for name, what in _HELP.items():
+            click.echo(f"  {name:8s} {what}")
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield what is typed at the terminal until Ctrl-D, or Ctrl-C where nothing is being answered."""
+    with suppress(ImportError):  # without it, lines cannot be edited
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input(">>> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo("")
+            return
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Let Ctrl-C set an event within the block, so that an answer ends at a token and not in the middle of one."""
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
