@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +19,7 @@ from coreinfer_sim.models.gguf_codes import own_codes
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
-from coreinfer_sim.models.source import ADAPTER_FILE, check_no_adapter, load_errors, read_config, source_of
+from coreinfer_sim.models.source import ADAPTER_FILE, auto_class, check_no_adapter, load_errors, read_config, source_of
 from coreinfer_sim.models.whole import Found, check_whole, unread_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +95,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
     # 2) the weights
     with load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=wanted,

@@ -13,7 +13,8 @@ from typing import Any
 import transformers
 from gguf import GGUFReader, GGUFValueType
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coreinfer_sim.base.errors import CoreInferSimError, ModelError, UnsupportedModelError
@@ -78,6 +79,12 @@ def read_config(name: str, source: str, options: dict[str, str]) -> Any:
             content = _json(Path(name, file))
             raise quantised(name, _method(content.get("quantization", content), method) + f", as its {file} says")
     return config
+
+
+def auto_class(config: Any) -> Any:
+    """Return which of transformers' auto classes makes a model that writes text: one for texts alone if there is such."""
+    about_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if about_images else AutoModelForCausalLM
 
 
 def quantised(name: str, method: str) -> UnsupportedModelError:

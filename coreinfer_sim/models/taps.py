@@ -64,6 +64,6 @@ def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[Act
     missed = [layer.number for layer in layers if layer.number not in tap.seen]
     if missed:
         raise ModelError(
-            f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; the family's entry "
-            "in coreinfer_sim/models/mlps.py does not fit this model."
+            f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; these MLPs "
+            "are not the ones that the model runs."
         )

@@ -249,7 +249,7 @@ def _parts(
     progress.start("Laying out weights", len(linears), "matrices")
     for name in linears:
         layer, own = owners.get(name), empty.codes(name)
-        sampled = places[layer.number] if layer is not None and name.endswith(layer.family.output) else None
+        sampled = places[layer.number] if layer is not None and name.endswith(layer.output_name) else None
         if layer is not None and wanted.by_neuron:
             if sampled is not None:  # the last of the three
                 mlp, down = _by_neuron(empty, layer, wanted)
