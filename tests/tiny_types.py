@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from calls import Snapshot, everything, selection
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from coreinfer_sim.base.errors import UnsupportedModelError
+from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
 from coreinfer_sim.choosing.statistics import activation_statistics
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.generation.sparse_model import SparseModel
@@ -28,6 +30,7 @@ TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEX
 N_LAYERS = 2
 _LARGEST_N_LAYERS = 8
 IDS = torch.randint(4, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+MIXTURE = "a mixture of experts"
 SLOW = {"blt": "decodes bytes by four models of different widths"}
 """Types that are not even made small, and why."""
 _LAYERS = r"^(num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers)$"
@@ -80,7 +83,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "intermediate_size": 96},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 6},
+    "zamba": {"num_hidden_layers": 6, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+        "num_hidden_layers": 3,
+    },
 }
 """What the sizes of a type ask for."""
 _DERIVED = {"head_dim": 8, "num_key_value_heads": 2}
@@ -135,28 +142,46 @@ def tiny_of_type(model_type: str) -> Any:
         return auto_class(config).from_config(config, dtype=torch.float32).eval()
 
 
-def outcome(model_type: str) -> str | None:
-    """Return why a type is left out, or None if everything that is checked holds."""
+@dataclass(frozen=True)
+class Tried:
+    """What came of a type."""
+
+    reason: str | None
+    """Why it is left out; None: everything that is checked holds."""
+    text_part: str = ""
+    """The type of what reads text."""
+    layout: str = ""
+    """Of its MLPs."""
+
+
+def tried(model_type: str) -> Tried:
+    """Make a tiny model of a type and check it."""
     if model_type in SLOW:
-        return SLOW[model_type]
+        return Tried(SLOW[model_type])
     try:
         model = tiny_of_type(model_type)
     except Exception as error:
-        if any("experts" in name for name in CONFIG_MAPPING[model_type]().to_dict()):
-            return "a mixture of experts"
-        return f"transformers makes no model of its configuration: {_first_line(error)}"
+        fields = getattr(CONFIG_MAPPING[model_type], "__dataclass_fields__", ())
+        if any("experts" in name for name in fields):
+            return Tried(MIXTURE)
+        return Tried(f"no tiny model could be made of its configuration: {_first_line(error)}")
     try:
         layers = find_mlps(model)
     except UnsupportedModelError as error:
-        return _reason(error)
+        return Tried(MIXTURE if "mixture of experts" in str(error) else str(error).rpartition(";")[0])
     with torch.no_grad():
+        _enlarged(layers)
         try:
-            _enlarged(layers)
             model(input_ids=IDS, use_cache=False)
+            _generated(model)
         except Exception as error:
-            return f"it does not read text alone: {_first_line(error)}"
-        problem = checked(model, layers)
-    return problem
+            return Tried(f"transformers does not decode text alone with it: {_first_line(error)}")
+        return Tried(checked(model, layers), layers[0].family, _layout(layers[0]))
+
+
+def _layout(layer: MLPLayer) -> str:
+    kind = "gated in one matrix" if layer.fused else "gated" if layer.gated else "plain"
+    return kind + (", a norm behind" if layer.post_norm else "")
 
 
 def checked(model: Any, layers: list[MLPLayer]) -> str | None:
@@ -164,16 +189,17 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
     before = Snapshot(model)
     # 1) the activation site, and statistics of it
     seen: dict[int, list[torch.Tensor]] = {layer.number: [] for layer in layers}
-    with recorded_activations(layers, lambda number, z: seen[number].append(z.clone())) as tap:
-        tap.set_mask(torch.ones_like(IDS))
-        dense = _logits(model)
-    calls = {len(found) for found in seen.values()}
-    if calls != {1}:
-        return f"a layer runs {max(calls)} times for one token"
+    try:
+        with recorded_activations(layers, lambda number, z: seen[number].append(z.clone())) as tap:
+            tap.set_mask(torch.ones_like(IDS))
+            dense = _logits(model)
+    except ModelError as error:
+        return str(error).rpartition(";")[0]
     for layer in layers:
         statistics = activation_statistics(seen[layer.number][0], [0, IDS.numel()], 0.4)
         assert seen[layer.number][0].shape == (IDS.numel(), layer.d_ff)
         assert statistics.counts.shape == (1, layer.d_ff) and statistics.counts.sum() > 0
+    assert all(layer.post_norm is _norm_is_behind(model, layer) for layer in layers)
     # 2) a compact MLP, the masked one, and a whole one
     chosen = selection(model, 0.5)
     with installed(layers, chosen):
@@ -181,7 +207,8 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
     with _masked(layers, chosen.ids):
         masked = _logits(model)
     scale = float(dense.abs().max())
-    assert float((masked - dense).abs().max()) > 1e-3 * scale, "the MLPs do not matter: the check could not fail"
+    if float((masked - dense).abs().max()) < 1e-3 * scale:
+        return "the MLPs of a tiny model change its logits too little to be checked"
     if float((compact - masked).abs().max()) > 1e-4 * scale:
         return f"compact MLPs differ from masked ones by {float((compact - masked).abs().max()) / scale:.1g}"
     with installed(layers, selection(model, 1.0)):
@@ -190,11 +217,37 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
         return f"whole compact MLPs differ from dense ones by {float((whole - dense).abs().max()) / scale:.1g}"
     # 3) decode
     expected = _generated(model)
-    with SparseModel(model, everything(model), config=DecodeConfig(engine="transformers")) as sparse:
+    with SparseModel(model, everything(model), engine="transformers") as sparse:
         found = _generated(sparse)
     assert torch.equal(found, expected)
     before.check()
     return None
+
+
+def _norm_is_behind(model: Any, layer: MLPLayer) -> bool:
+    """Observe whether a norm reads what an MLP gives, or gives what the layer gives."""
+    names = {id(module): path for path, module in model.named_modules()}
+    block = model.get_submodule(re.split(r"(?<=\.\d)\.", names[id(layer.owner)])[0])
+    events: list[tuple[nn.Module, Any, Any]] = []
+    noted = [each for each in block.modules() if "Norm" in type(each).__name__ and not list(each.children())]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, given, out: events.append((module, given[0] if given else None, out))
+        )
+        for module in (*noted, layer.output, block)
+    ]
+    _logits(model)
+    for hook in hooks:
+        hook.remove()
+    first = next(place for place, event in enumerate(events) if event[0] is layer.output)
+    y, last = events[first][2], events[-1][2]
+    last = last[0] if isinstance(last, tuple | list) else last
+    norms = [event for event in events[first:] if event[0] in noted]
+    return any(_same(read, y) or _same(out, last) for _, read, out in norms)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
 
 
 def _logits(model: Any) -> torch.Tensor:
@@ -234,11 +287,3 @@ def _masked(layers: list[MLPLayer], ids: dict[int, torch.Tensor]) -> Iterator[No
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
-def _reason(error: Exception) -> str:
-    """Return the part of a refusal that says why."""
-    message = str(error)
-    if "mixture of experts" in message:
-        return "a mixture of experts"
-    return message

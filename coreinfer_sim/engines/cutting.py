@@ -46,9 +46,7 @@ def _input_modules(layer: MLPLayer, inputs: list[_Parameters]) -> dict[str, nn.L
     """Make modules of cut input projections, gate and up apart."""
     if layer.fused:
         inputs = [_stacked(*inputs)]
-    return {
-        name: _module(layer, weight, offset) for name, (weight, offset) in zip(layer.inputs, inputs, strict=True)
-    }
+    return {name: _module(layer, weight, offset) for name, (weight, offset) in zip(layer.inputs, inputs, strict=True)}
 
 
 def _module(layer: MLPLayer, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -31,8 +31,10 @@ from coreinfer_sim.models.structure import (
 
 _MIXTURE = re.compile(r"Experts$|SparseMoe|MoeBlock|MoEBlock|MoeMLP|MoE$|TopKRouter")
 """Class names of mixtures of experts. By name, as experts beside which dense MLPs stand must be refused, too."""
-_NORM_BEHIND = re.compile(r"post_?(feed_?forward|mlp|ffn|ff)_?\w*norm")
+_NORM_BEHIND = re.compile(r"post_?(feed_?forward|mlp|ffn)_?\w*norm|^post_norm2$")
 """Attributes of a layer whose norm stands behind its MLP. By name, as the layer alone does not run without its model."""
+_NORMS_SUMS = ("openai-gpt",)
+"""Types whose layers norm the sum of MLP and residual stream outside the MLP's module. By name for the same reason."""
 _PLACE = re.compile(r"^(.*?\.\d+)(\.|$)")
 """Of a module within a numbered layer."""
 
@@ -228,12 +230,14 @@ def _mlp_layer(number: int, family: str, owner: Any, arrangement: Arrangement, b
     d_model, d_ff = weight_shape(output)
     n_bytes = sum(module_bytes(owner.get_submodule(path)) for path in (*arrangement.inputs, arrangement.output))
     store = output.store if isinstance(output, StreamedLinear) else None
-    return MLPLayer(number, family, owner, arrangement, d_model, d_ff, n_bytes, _norm_follows(block), store)
-
-
-def _norm_follows(block: nn.Module) -> bool:
-    behind = any(_NORM_BEHIND.search(name) for name, _ in block.named_children())
-    return behind or not getattr(block, "do_layer_norm_before", True)
+    post_norm = (
+        arrangement.norm
+        or family in _NORMS_SUMS
+        or any(
+            _NORM_BEHIND.search(name) for name, module in block.named_children() if not isinstance(module, nn.Identity)
+        )
+    )
+    return MLPLayer(number, family, owner, arrangement, d_model, d_ff, n_bytes, post_norm, store)
 
 
 def dense_bytes(layers: Sequence[MLPLayer]) -> int:

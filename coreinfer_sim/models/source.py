@@ -83,7 +83,9 @@ def read_config(name: str, source: str, options: dict[str, str]) -> Any:
 
 def auto_class(config: Any) -> Any:
     """Return which of transformers' auto classes makes a model that writes text: one for texts alone if there is such."""
-    about_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    about_images = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
     return AutoModelForImageTextToText if about_images else AutoModelForCausalLM
 
 

@@ -11,6 +11,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import isfunction, signature
@@ -51,6 +52,8 @@ class Arrangement:
     """Path of the projection from d_ff to d_model."""
     fused: bool
     """The one input projection holds gate and up, one after the other."""
+    norm: bool = False
+    """The owner itself norms what the output projection gives, alone or added to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def verify(owner: nn.Module, arrangement: Arrangement) -> Arrangement | Mismatch
         projections = _narrow(owner, arrangement, generator)
         try:
             stand_in = _stand_in(owner, projections)
-            seen, _ = _run(stand_in, projections, x)
+            with _norms(stand_in) as norms:
+                seen, out = _run(stand_in, projections, x)
         except Exception as error:  # whatever a module's code raises that wants more than hidden states
             return Mismatch(f"it cannot be called on hidden states alone ({_first_line(error)})")
         found = _ordered(stand_in, arrangement, seen)
@@ -147,7 +151,24 @@ def verify(owner: nn.Module, arrangement: Arrangement) -> Arrangement | Mismatch
         difference = _difference(*outputs)
         if difference > _TOLERANCE:
             return Mismatch(f"without half of its neurons it differs by {difference:.2g} from one where those are zero")
-        return found
+        y = seen[found.output][0][1]
+        return replace(found, norm=any(torch.equal(read, y) or torch.equal(given, out) for read, given in norms))
+
+
+@contextmanager
+def _norms(stand_in: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Note within the block what the norms of a module read and give."""
+    noted: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, given, out: noted.append((given[0], out)))
+        for module in stand_in.modules()
+        if "Norm" in type(module).__name__ and not any(True for _ in module.children())
+    ]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _Seen = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
