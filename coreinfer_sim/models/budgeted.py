@@ -19,7 +19,7 @@ from coreinfer_sim.base.errors import ConfigError, ModelError, UnsupportedModelE
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
-from coreinfer_sim.models.loading import DTYPES, LanguageModel, load_model, usable, usable_device
+from coreinfer_sim.models.loading import DTYPES, LanguageModel, dtype_name, load_model, usable, usable_device
 from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters
 from coreinfer_sim.models.offload import HostLinear, Staging, in_host_memory
 from coreinfer_sim.models.parameters import ParameterNames, empty_model, main_dtype
@@ -81,7 +81,7 @@ def load_within(
         main_dtype(checkpoint),
         lambda each: ParameterNames(each, checkpoint).tied_as_stored(),
     )
-    if dtype not in ("auto", "stored") and DTYPES.get(dtype) is not model.dtype:
+    if dtype_name(dtype) not in ("auto", "stored") and DTYPES[dtype_name(dtype)] is not model.dtype:
         raise ConfigError(
             f"the dtype is {dtype}, but under a memory budget weights stay as {name} stores them, in "
             f"{str(model.dtype).removeprefix('torch.')}; leave dtype at auto."
