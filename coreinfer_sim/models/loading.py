@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
-from coreinfer_sim.models.gguf_codes import own_codes
+from coreinfer_sim.models.gguf_codes import main_dtype, own_codes
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
@@ -104,8 +104,8 @@ def load_model(
 
     Args:
         name: hub id, local checkpoint folder, or a ``.gguf`` file, which is dequantised.
-        dtype: float32, bfloat16, float16 in any spelling (`dtype_name`), stored (bfloat16 for GGUF), or auto: as stored, but float32 on a CPU that has
-            no instructions for the stored type and would be several times slower in it.
+        dtype: float32, bfloat16, float16 in any spelling (`dtype_name`), stored (bfloat16 for quantised GGUF), or auto: as
+            stored, but float32 on a CPU that has no instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
         as_stored: with ``auto``, weights stay as stored on any CPU, for engines whose products read 16 bits everywhere;
             GPT-2's transposed matrices are not among them.
@@ -120,9 +120,11 @@ def load_model(
     # 1) configuration and tokenizer
     source, options = source_of(name)
     config = read_config(name, source, options, fp8=True)
-    notes = mend_config(config) + _widened_fp8(name, config)
-    of_gguf = torch.bfloat16 if dtype == "stored" or as_stored else usable(torch.bfloat16, device)
-    wanted = DTYPES.get(dtype, of_gguf if options else "auto")
+    notes = mend_config(config) + _widened_fp8(name, config) + _text_part(name, config)
+    of_gguf = main_dtype(options["gguf_file"]) if options else None
+    if of_gguf is not None and not (dtype == "stored" or as_stored):
+        of_gguf = usable(of_gguf, device)
+    wanted = DTYPES.get(dtype, of_gguf or "auto")
     # 2) the weights
     with load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -163,6 +165,16 @@ def _widened_fp8(name: str, config: Any) -> list[str]:
     config.quantization_config = {**config.quantization_config, "dequantize": True}
     return [
         f"Note: the weights of {name} are FP8 with a scale for each {rows} × {columns}; they are widened to 16 bits."
+    ]
+
+
+def _text_part(name: str, config: Any) -> list[str]:
+    """Return a note on which part of a model is used, if it has further ones."""
+    text = config.get_text_config()
+    if text is config or type(text) is type(config):
+        return []
+    return [
+        f"Note: {name} is a {config.model_type} model, of which the part that reads text ({text.model_type}) is used."
     ]
 
 

@@ -104,7 +104,7 @@ def open_weightless(name: str, families: Container[str]) -> Weightless | None:
     if config.model_type not in families or holds_fp8(config):
         return None
     tensors = GGUFCheckpoint(options["gguf_file"], config) if options else Checkpoint(Path(name))
-    dtype = torch.bfloat16 if options else main_dtype(tensors)
+    dtype = main_dtype(tensors)
     model, tokenizer, mended = empty_model(
         name, config, source, options, dtype, lambda each: ParameterNames(each, tensors).tied_as_stored()
     )

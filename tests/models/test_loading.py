@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoints import saved, with_json, with_tensors
+from exportable import SOURCE
 from tiny_models import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.export.gguf import export_gguf
+from coreinfer_sim.export.weights import compact_weights
 from coreinfer_sim.models.budgeted import load_within
 from coreinfer_sim.models.loading import dtype_name, load_model, usable
 
@@ -94,3 +98,14 @@ def test_fp8_in_blocks_is_widened_with_a_note_and_saved_as_what_it_is(tmp_path):
     assert "quantization_config" not in (tmp_path / "again/config.json").read_text()
     with pytest.raises(UnsupportedModelError, match="quantised .FP8."):
         load_within(str(folder), lambda _model, _shape: 64)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("f32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_gguf_file_of_plain_weights_is_read_as_it_stands(kind, dtype, tiny_checkpoint, tmp_path):
+    original = load_model(tiny_checkpoint, "float32", "cpu")
+    weights = compact_weights(original, NeuronSelection("dense"), one_width=True)
+    export_gguf(original, weights, SOURCE, tmp_path / "model.gguf", kind)
+    loaded = load_model(str(tmp_path / "model.gguf"), "stored", "cpu")
+    assert loaded.model.dtype is dtype
+    found, expected = loaded.layers[1].output.weight, original.layers[1].output.weight
+    assert torch.equal(found, expected.to(dtype))
