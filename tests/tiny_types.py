@@ -104,8 +104,10 @@ def tiny_config(model_type: str) -> Any:
 def _small(config: Any) -> dict[str, Any]:
     given = config.to_dict()
     small: dict[str, Any] = {"tie_word_embeddings": False}
-    kinds = given.get("layer_types")
-    n_layers = _n_layers(kinds) if isinstance(kinds, list) and kinds else N_LAYERS
+    by_layer = [
+        value for name, value in given.items() if name.endswith("layer_types") and isinstance(value, list) and value
+    ]
+    n_layers = max((_n_layers(kinds) for kinds in by_layer), default=N_LAYERS)
     for name, value in given.items():
         if name in config.sub_configs and isinstance(value, dict):
             part = getattr(config, name)
@@ -114,13 +116,13 @@ def _small(config: Any) -> dict[str, Any]:
             continue
         elif value is None and name in _DERIVED:
             small[name] = _DERIVED[name]
-        elif isinstance(value, list) and kinds and len(value) == len(kinds):
+        elif isinstance(value, list) and by_layer and len(value) == len(by_layer[0]):
             small[name] = value[:n_layers]
         elif name in _IDS:
             small[name] = _IDS[name]
         elif isinstance(value, int) and not isinstance(value, bool):
             largest = next((size for pattern, size in _SIZES if re.search(pattern, name)), value)
-            small[name] = n_layers if kinds and re.search(_LAYERS, name) else min(value, largest)
+            small[name] = n_layers if by_layer and re.search(_LAYERS, name) else min(value, largest)
     if hasattr(config, "is_decoder"):
         small["is_decoder"] = True
     if "qk_rope_head_dim" in given:  # such attention has as many keys as queries
