@@ -9,7 +9,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from figures import clusters, engines, house, inputs, loops, memory, path, quality, reading, relu, speed  # noqa: F401 - each enters its figures into the table
+from figures import clusters, engines, house, inputs, loops, memory, models, path, quality, reading, relu, speed  # noqa: F401 - each enters its figures into the table
 from figures.table import TABLE
 
 

@@ -14,7 +14,8 @@ from coreinfer_sim.choosing.statistics import activation_statistics
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.ranking import n_kept, top_ids
-from coreinfer_sim.models.mlps import find_mlps, weight_shape
+from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.structure import weight_shape
 from coreinfer_sim.models.taps import recorded_activations
 
 N_NEW = 7

@@ -42,7 +42,7 @@ def tiny_index(
         model=ModelInfo(
             name="tiny",
             revision=None,
-            family=layers[0].family.name,
+            family=layers[0].family,
             dtype="float32",
             n_layers=len(layers),
             d_model=layers[0].d_model,

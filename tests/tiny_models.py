@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one of every supported family and a few that are refused, and a tiny checkpoint."""
+"""Tiny models with random weights, one of each layout and a few that are refused, and a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TinyFamily:
     key: str
     """Readable id of the test."""
     family: str
-    """Name in `architectures.FAMILIES`."""
+    """The type of its text part's configuration."""
     config: Callable[[], Any]
     d_model: int = 32
     d_ff: int = 48
@@ -130,23 +130,23 @@ def _bloom() -> Any:
 
 
 TINY_FAMILIES = (
-    TinyFamily("llama", "Llama", _llama_like("LlamaConfig"), gated=True),
+    TinyFamily("llama", "llama", _llama_like("LlamaConfig"), gated=True),
     TinyFamily(
         "llama-relu-bias",
-        "Llama",
+        "llama",
         _llama_like("LlamaConfig", hidden_act="relu", mlp_bias=True, attention_bias=True, intermediate_size=64),
         d_ff=64,
         gated=True,
         biases=True,
     ),
-    TinyFamily("mistral", "Mistral", _llama_like("MistralConfig", sliding_window=6), gated=True),
-    TinyFamily("qwen2", "Qwen2", _without_head_dim("Qwen2Config"), gated=True),
-    TinyFamily("qwen3", "Qwen3", _llama_like("Qwen3Config"), gated=True),
-    TinyFamily("gemma", "Gemma", _llama_like("GemmaConfig"), gated=True),
-    TinyFamily("gemma2", "Gemma 2", _llama_like("Gemma2Config", sliding_window=6, query_pre_attn_scalar=8), gated=True),
+    TinyFamily("mistral", "mistral", _llama_like("MistralConfig", sliding_window=6), gated=True),
+    TinyFamily("qwen2", "qwen2", _without_head_dim("Qwen2Config"), gated=True),
+    TinyFamily("qwen3", "qwen3", _llama_like("Qwen3Config"), gated=True),
+    TinyFamily("gemma", "gemma", _llama_like("GemmaConfig"), gated=True),
+    TinyFamily("gemma2", "gemma2", _llama_like("Gemma2Config", sliding_window=6, query_pre_attn_scalar=8), gated=True),
     TinyFamily(
         "gemma3",
-        "Gemma 3",
+        "gemma3_text",
         _llama_like(
             "Gemma3TextConfig",
             sliding_window=6,
@@ -155,15 +155,15 @@ TINY_FAMILIES = (
         ),
         gated=True,
     ),
-    TinyFamily("phi3", "Phi-3", _without_head_dim("Phi3Config"), gated=True),
-    TinyFamily("olmo2", "OLMo-2", _without_head_dim("Olmo2Config"), gated=True),
-    TinyFamily("opt", "OPT", _opt, d_ff=64, biases=True),
-    TinyFamily("gpt2", "GPT-2", _gpt2, d_ff=72, biases=True),
-    TinyFamily("gpt-neox", "GPT-NeoX", _gpt_neox, d_ff=64, biases=True),
-    TinyFamily("falcon", "Falcon", _falcon, d_ff=80, biases=True),
-    TinyFamily("bloom", "Bloom", _bloom, d_model=24, d_ff=96, biases=True),
-    TinyFamily("phi2", "Phi-2", _without_head_dim("PhiConfig"), biases=True),
-    TinyFamily("starcoder2", "StarCoder2", _without_head_dim("Starcoder2Config"), biases=True),
+    TinyFamily("phi3", "phi3", _without_head_dim("Phi3Config"), gated=True),
+    TinyFamily("olmo2", "olmo2", _without_head_dim("Olmo2Config"), gated=True),
+    TinyFamily("opt", "opt", _opt, d_ff=64, biases=True),
+    TinyFamily("gpt2", "gpt2", _gpt2, d_ff=72, biases=True),
+    TinyFamily("gpt-neox", "gpt_neox", _gpt_neox, d_ff=64, biases=True),
+    TinyFamily("falcon", "falcon", _falcon, d_ff=80, biases=True),
+    TinyFamily("bloom", "bloom", _bloom, d_model=24, d_ff=96, biases=True),
+    TinyFamily("phi2", "phi", _without_head_dim("PhiConfig"), biases=True),
+    TinyFamily("starcoder2", "starcoder2", _without_head_dim("Starcoder2Config"), biases=True),
 )
 BY_KEY = {tiny.key: tiny for tiny in TINY_FAMILIES}
 
@@ -205,10 +205,15 @@ def tiny_t5() -> Any:
     return _from_config(transformers.AutoModelForSeq2SeqLM, config, 0)
 
 
-def tiny_mpt() -> Any:
-    """Build a causal model of a family without an adapter."""
-    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=CONTEXT, **_special_ids())
+def tiny_mamba() -> Any:
+    """Build a causal model that has no MLP."""
+    config = transformers.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, **_special_ids())
     return _from_config(transformers.AutoModelForCausalLM, config, 0)
+
+
+def tiny_bitnet() -> Any:
+    """Build a causal model with a norm over the neurons of its MLPs."""
+    return _from_config(transformers.AutoModelForCausalLM, _without_head_dim("BitNetConfig")(), 0)
 
 
 _TEXT = (

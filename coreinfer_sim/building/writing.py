@@ -103,14 +103,14 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
         model=ModelInfo(
             name=language_model.name,
             revision=getattr(language_model.model.config, "_commit_hash", None),
-            family=layers[0].family.name,
+            family=layers[0].family,
             dtype=language_model.dtype_name,
             n_layers=len(language_model.layers),
             d_model=layers[0].d_model,
             d_ff=layers[0].d_ff,
             weight_sketch=weight_sketch(language_model.layers),
             tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
-            activation_site=f"input of {layers[0].family.output}",
+            activation_site=f"input of {layers[0].output_name}",
             **places_of(language_model.name, out),
         ),
         encoder=EncoderInfo(

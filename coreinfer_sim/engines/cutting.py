@@ -34,7 +34,7 @@ def compact_projections(
         merge_delta(output, compensation)
         added = compensation.bias.to(output, copy=True)  # a view would hold on to its file
         bias = added if bias is None else bias + added
-    return {**_input_modules(layer, inputs), layer.family.output: _module(layer, output, bias)}
+    return {**_input_modules(layer, inputs), layer.output_name: _module(layer, output, bias)}
 
 
 def compact_inputs(layer: MLPLayer, ids: torch.Tensor) -> Projections:
@@ -44,11 +44,9 @@ def compact_inputs(layer: MLPLayer, ids: torch.Tensor) -> Projections:
 
 def _input_modules(layer: MLPLayer, inputs: list[_Parameters]) -> dict[str, nn.Linear]:
     """Make modules of cut input projections, gate and up apart."""
-    if layer.family.fused:
+    if layer.fused:
         inputs = [_stacked(*inputs)]
-    return {
-        name: _module(layer, weight, offset) for name, (weight, offset) in zip(layer.family.inputs, inputs, strict=True)
-    }
+    return {name: _module(layer, weight, offset) for name, (weight, offset) in zip(layer.inputs, inputs, strict=True)}
 
 
 def _module(layer: MLPLayer, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -78,7 +76,7 @@ def _kept(layer: MLPLayer, ids: torch.Tensor) -> _Cut:
 def _kept_inputs(layer: MLPLayer, ids: torch.Tensor) -> list[_Parameters]:
     return [
         (part.index_select(0, rows), None if offset is None else offset[rows])
-        for part, offset in (linear_parameters(getattr(layer.owner, name)) for name in layer.family.inputs)
+        for part, offset in (linear_parameters(layer.projection(name)) for name in layer.inputs)
         for rows in _halves(layer, ids)
     ]
 
@@ -88,7 +86,7 @@ def _read(layer: MLPLayer, store: LayerStore, ids: torch.Tensor) -> _Cut:
     neurons = store.read_neurons(ids)
     offsets = [
         None if bias is None else bias.detach()[rows]
-        for bias in (getattr(layer.owner, name).bias for name in layer.family.inputs)
+        for bias in (layer.projection(name).bias for name in layer.inputs)
         for rows in _halves(layer, ids)
     ]
     bias = layer.output.bias
@@ -97,7 +95,7 @@ def _read(layer: MLPLayer, store: LayerStore, ids: torch.Tensor) -> _Cut:
 
 
 def _halves(layer: MLPLayer, ids: torch.Tensor) -> list[torch.Tensor]:
-    return [ids, ids + layer.d_ff] if layer.family.fused else [ids]
+    return [ids, ids + layer.d_ff] if layer.fused else [ids]
 
 
 def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:

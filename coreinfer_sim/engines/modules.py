@@ -15,7 +15,8 @@ from torch import nn
 
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, compact_model
-from coreinfer_sim.models.mlps import MLPLayer, weight_shape
+from coreinfer_sim.models.mlps import MLPLayer
+from coreinfer_sim.models.structure import weight_shape
 
 
 class GroupedLinear(nn.Module):
@@ -62,12 +63,10 @@ def grouped_model(
     grouped: dict[int, Projections] = {}
     for number in sorted(set().union(*compact)):
         layer = layers[number]
-        dense = {name: getattr(layer.owner, name) for name in layer.projections}
+        dense = {name: layer.projection(name) for name in layer.projections}
         parts = [group.get(number, dense) for group in compact]
         grouped[number] = {
-            name: GroupedLinear(
-                [part[name] for part in parts], rows, layer.family.fused and name in layer.family.inputs
-            )
+            name: GroupedLinear([part[name] for part in parts], rows, layer.fused and name in layer.inputs)
             for name in layer.projections
         }
     return grouped
@@ -79,10 +78,10 @@ def install(
     """Put projections into the model and return what they replace, which `install` puts back."""
     replaced: dict[int, Projections] = {}
     for number, modules in projections.items():
-        owner = layers[number].owner
-        replaced[number] = {name: getattr(owner, name) for name in modules}
+        layer = layers[number]
+        replaced[number] = {name: layer.projection(name) for name in modules}
         for name, module in modules.items():
-            setattr(owner, name, module)
+            layer.put(name, module)
     return replaced
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ def export_checkpoint(language_model: LanguageModel, weights: CompactWeights, so
     config.use_cache = True  # whatever training has left there
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=language_model.model.dtype)
-    model.load_state_dict(_fitting(model, weights), strict=True, assign=True)
+    fitting = _fitting(model, weights)
+    _check_shapes(model, fitting, language_model)
+    model.load_state_dict(fitting, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = copy.deepcopy(language_model.model.generation_config)
     model.generation_config.use_cache = True
@@ -79,6 +81,17 @@ def _fitting(model: Any, weights: CompactWeights) -> dict[str, torch.Tensor]:
     return fitting
 
 
+def _check_shapes(model: Any, fitting: Mapping[str, torch.Tensor], language_model: LanguageModel) -> None:
+    """Raise ExportError if a type's configuration has not set the width of its MLPs alone."""
+    family = language_model.layers[0].family
+    for name, expected in model.state_dict().items():
+        if fitting[name].shape != expected.shape:
+            raise ExportError(
+                f"the configuration of {family} models gives {name} the shape {list(expected.shape)}, but the compact model has "
+                f"{list(fitting[name].shape)}, so that it cannot hold compact MLPs; run the set with generate."
+            )
+
+
 @dataclass(frozen=True)
 class _Target:
     """How a family's configuration names the width, and which configuration lets the MLPs have biases."""
@@ -99,8 +112,8 @@ class _Target:
 
 
 def _target_of(language_model: LanguageModel) -> _Target:
-    family = language_model.layers[0].family.name
-    if family == "Bloom":
+    family = language_model.layers[0].family
+    if family == "bloom":
         raise ExportError(
             "Bloom's configuration in transformers fixes the width of the MLP to four times the hidden size, so that it "
             "cannot hold compact MLPs; run the set with generate."
@@ -137,12 +150,12 @@ def _with(name: str) -> Callable[[Any], Any]:
 
 
 _TARGETS = {
-    "Llama": _Target(with_bias=_with("mlp_bias")),
-    "Mistral": _Target(with_bias=_as_llama),
-    "Qwen2": _Target(with_bias=_as_llama),
-    "OPT": _Target(width="ffn_dim", with_bias=_with("enable_bias")),
-    "GPT-2": _Target(width="n_inner"),
-    "Falcon": _Target(width="ffn_hidden_size", with_bias=_with("bias")),
-    "StarCoder2": _Target(with_bias=_with("use_bias")),
+    "llama": _Target(with_bias=_with("mlp_bias")),
+    "mistral": _Target(with_bias=_as_llama),
+    "qwen2": _Target(with_bias=_as_llama),
+    "opt": _Target(width="ffn_dim", with_bias=_with("enable_bias")),
+    "gpt2": _Target(width="n_inner"),
+    "falcon": _Target(width="ffn_hidden_size", with_bias=_with("bias")),
+    "starcoder2": _Target(with_bias=_with("use_bias")),
 }
 """Families that are not named call the width intermediate_size and have no biases to switch on."""

@@ -34,7 +34,7 @@ _KINDS = {
     float: gguf.GGUFValueType.FLOAT64,
     bool: gguf.GGUFValueType.BOOL,
 }
-_LLAMA_LIKE = ("Llama", "Mistral", "Qwen2")
+_LLAMA_LIKE = ("llama", "mistral", "qwen2")
 _PRE_TOKENIZERS = {
     "llama-bpe": r"\p{N}{1,3}",
     "qwen2": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
@@ -66,7 +66,7 @@ def facts_of(source: Source) -> dict[str, Any]:
 
 def check_exportable(language_model: LanguageModel, kind: str) -> None:
     """Raise ExportError unless the model can be written as ``kind``."""
-    family, config = language_model.layers[0].family.name, language_model.model.config
+    family, config = language_model.layers[0].family, language_model.model.config
     if family not in _LLAMA_LIKE:
         raise ExportError(
             f"{family} models are not written as GGUF, expected {', '.join(_LLAMA_LIKE)}; export a checkpoint and convert "

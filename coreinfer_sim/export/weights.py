@@ -13,7 +13,8 @@ from coreinfer_sim.engines.cutting import Projections, compact_projections
 from coreinfer_sim.engines.llamacpp.router import DENSE, GLOBAL
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.mlps import MLPLayer, linear_parameters, weight_shape
+from coreinfer_sim.models.mlps import MLPLayer, linear_parameters
+from coreinfer_sim.models.structure import weight_shape
 
 WIDTH_STEP = 64
 """Widths are multiples of this, which kernels like."""
@@ -88,14 +89,14 @@ def compact_weights(language_model: LanguageModel, selection: NeuronSelection, o
     for layer in language_model.layers:
         ids = selection.ids.get(layer.number, torch.arange(layer.d_ff))
         compact[layer.number] = compact_projections(layer, ids, repairs.get(layer.number))
-    needed = [weight_shape(compact[layer.number][layer.family.output])[1] for layer in language_model.layers]
+    needed = [weight_shape(compact[layer.number][layer.output_name])[1] for layer in language_model.layers]
     widths = [min(_rounded_up(n), max(n, layer.d_ff)) for n, layer in zip(needed, language_model.layers, strict=True)]
     if one_width:
         widths = [max(widths)] * len(widths)
     parameters = _without_mlps(language_model)
     biased = any(module.bias is not None for modules in compact.values() for module in modules.values())
     had_bias = any(
-        getattr(layer.owner, name).bias is not None for layer in language_model.layers for name in layer.projections
+        layer.projection(name).bias is not None for layer in language_model.layers for name in layer.projections
     )
     mlp_weights = []
     for layer, width in zip(language_model.layers, widths, strict=True):
@@ -112,10 +113,10 @@ def _padded_parameters(layer: MLPLayer, modules: Projections, width: int) -> dic
     padded = {}
     for name, module in modules.items():
         weight, bias = linear_parameters(module)
-        if name == layer.family.output:
+        if name == layer.output_name:
             weight = _padded(weight, width, 1)
         else:
-            parts = 2 if layer.family.fused else 1
+            parts = 2 if layer.fused else 1
             weight = torch.cat([_padded(part, width, 0) for part in weight.chunk(parts)])
             bias = None if bias is None else torch.cat([_padded(part, width, 0) for part in bias.chunk(parts)])
         padded[f"{name}.weight"] = weight

@@ -104,7 +104,7 @@ def recorded(layer: MLPLayer) -> Iterator[Recording]:
         recording.z = inputs[0].reshape(-1, inputs[0].shape[-1])
         recording.y = output.reshape(-1, output.shape[-1]).clone()  # Falcon adds to it in place
 
-    hook = getattr(layer.owner, layer.family.output).register_forward_hook(read)
+    hook = layer.output.register_forward_hook(read)
     try:
         yield recording
     finally:

@@ -218,7 +218,7 @@ class Student:
         if not self._outputs:
             self._outputs = {number: self._layers[number].output(reader) for number in self._inputs}
         return {
-            number: {**self._inputs[number], self._layers[number].layer.family.output: output}
+            number: {**self._inputs[number], self._layers[number].layer.output_name: output}
             for number, output in self._outputs.items()
         }
 

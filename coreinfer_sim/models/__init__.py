@@ -14,6 +14,7 @@ __all__ = [
     "prompts",
     "store",
     "streaming",
+    "structure",
     "taps",
     "weightless",
 ]

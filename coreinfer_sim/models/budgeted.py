@@ -19,13 +19,14 @@ from coreinfer_sim.base.errors import ConfigError, ModelError, UnsupportedModelE
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
-from coreinfer_sim.models.loading import DTYPES, LanguageModel, load_model, usable, usable_device
-from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters, weight_shape
+from coreinfer_sim.models.loading import DTYPES, LanguageModel, dtype_name, load_model, usable, usable_device
+from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters
 from coreinfer_sim.models.offload import HostLinear, Staging, in_host_memory
 from coreinfer_sim.models.parameters import ParameterNames, empty_model, main_dtype
 from coreinfer_sim.models.source import read_config, source_of
 from coreinfer_sim.models.store import PartSource, StoreShape, open_or_make, store_path
 from coreinfer_sim.models.streaming import Scratch, StreamedEmbedding, StreamedLinear, StreamedMLP
+from coreinfer_sim.models.structure import weight_shape
 from coreinfer_sim.models.whole import check_whole
 
 
@@ -80,7 +81,7 @@ def load_within(
         main_dtype(checkpoint),
         lambda each: ParameterNames(each, checkpoint).tied_as_stored(),
     )
-    if dtype not in ("auto", "stored") and DTYPES.get(dtype) is not model.dtype:
+    if dtype_name(dtype) not in ("auto", "stored") and DTYPES[dtype_name(dtype)] is not model.dtype:
         raise ConfigError(
             f"the dtype is {dtype}, but under a memory budget weights stay as {name} stores them, in "
             f"{str(model.dtype).removeprefix('torch.')}; leave dtype at auto."
@@ -133,14 +134,14 @@ def keep_on_host(model: Any, layers: Sequence[MLPLayer], device: torch.device) -
     for layer in layers:
         parts.append([])
         for name in layer.projections:
-            weight, bias = linear_parameters(getattr(layer.owner, name))
+            weight, bias = linear_parameters(layer.projection(name))
             parts[-1].append((in_host_memory(weight, device), bias))
-            setattr(layer.owner, name, None)  # so that it is neither moved nor held twice
+            layer.put(name, None)  # so that it is neither moved nor held twice
     model.to(device)
     staging = Staging([[weight for weight, _ in layer] for layer in parts], device)
     for layer, kept in zip(layers, parts, strict=True):
         for place, (name, (weight, bias)) in enumerate(zip(layer.projections, kept, strict=True)):
-            setattr(layer.owner, name, HostLinear(staging, layer.number, place, weight, bias))
+            layer.put(name, HostLinear(staging, layer.number, place, weight, bias))
 
 
 def model_shape(model: Any, layers: list[MLPLayer], without_table: bool = False) -> ModelShape:
@@ -188,7 +189,7 @@ def _stream(
     shape = StoreShape(
         len(layers),
         layers[0].d_ff,
-        3 if layers[0].family.gated else 2,
+        3 if layers[0].gated else 2,
         layers[0].d_model,
         str(model.dtype).removeprefix("torch."),
     )
@@ -205,27 +206,27 @@ def _stream(
         mlp = StreamedMLP(own, scratch)
         streamed = {}
         for name in layer.projections:
-            dense = getattr(layer.owner, name)
+            dense = layer.projection(name)
             bias = None
             if dense.bias is not None:
                 bias = checkpoint.read(names.of(dense, "bias"), model.dtype)
-            place = None if name == layer.family.output else layer.family.inputs.index(name)
+            place = None if name == layer.output_name else layer.inputs.index(name)
             streamed[name] = StreamedLinear(mlp, place, weight_shape(dense), bias)
-        mlp.bind([streamed[name] for name in layer.family.inputs])
+        mlp.bind([streamed[name] for name in layer.inputs])
         for name, module in streamed.items():
-            setattr(layer.owner, name, module)
+            layer.put(name, module)
 
 
 def _sources(layer: MLPLayer, names: ParameterNames) -> list[PartSource]:
     """Return where the parts of a layer's neurons are."""
     sources = []
     for name in layer.projections:
-        module = getattr(layer.owner, name)
+        module = layer.projection(name)
         transposed = isinstance(module, Conv1D)
         tensor = names.of(module, "weight")
-        is_output = name == layer.family.output
+        is_output = name == layer.output_name
         sources.append(PartSource(tensor, in_columns=transposed is not is_output))
-        if layer.family.fused and not is_output:
+        if layer.fused and not is_output:
             sources.append(PartSource(tensor, first=layer.d_ff))
     return sources
 

@@ -9,14 +9,14 @@ import gguf
 import numpy as np
 import torch
 
-from coreinfer_sim.models.gguf_codes import QuantisedTensor, module_of, order_of, own_codes
+from coreinfer_sim.models.gguf_codes import QuantisedTensor, module_of, order_of, own_codes, stored_dtype
 
 _ROWS = 4096  # that are dequantised at a time
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """Where a tensor lies, and in which type it is read."""
+    """Where a tensor lies."""
 
     shape: tuple[int, ...]
     kind: Any
@@ -25,7 +25,11 @@ class GGUFTensor:
     """In the file's memory map."""
     order: Any = None
     """Which of the file's rows each output is; None: they are in order."""
-    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is read."""
+        return stored_dtype(self.kind.name)
 
 
 class GGUFCheckpoint:

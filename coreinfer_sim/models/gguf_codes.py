@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 
 Array = np.ndarray[Any, Any]
 Parts = dict[str, Array]
@@ -138,6 +139,20 @@ _OTHERS = {"token_embd": _EMBEDDINGS, "output": "lm_head", "output_norm": "model
 _IN_ORDER = ("qwen2", "qwen3")
 _ROTATED_BY_PAIRS = ("llama", "mistral")
 """Families whose files hold the features of a query's or key's head as pairs, where transformers holds them as halves."""
+
+
+def stored_dtype(kind: str) -> torch.dtype:
+    """Return the floating type in which a tensor of one of ggml's types is read: its own, or bfloat16 for quantised ones."""
+    return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+
+
+def main_dtype(path: str) -> torch.dtype:
+    """Return the floating type in which most weights of a file are read."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        dtype = stored_dtype(tensor.tensor_type.name)
+        sizes[dtype] = sizes.get(dtype, 0) + int(tensor.n_elements)
+    return max(sizes, key=lambda each: sizes[each], default=torch.bfloat16)
 
 
 def own_codes(path: str, config: Any) -> dict[str, QuantisedTensor]:

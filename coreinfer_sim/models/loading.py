@@ -10,19 +10,36 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
-from coreinfer_sim.models.gguf_codes import own_codes
+from coreinfer_sim.models.gguf_codes import main_dtype, own_codes
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
-from coreinfer_sim.models.source import ADAPTER_FILE, check_no_adapter, load_errors, read_config, source_of
+from coreinfer_sim.models.source import (
+    ADAPTER_FILE,
+    auto_class,
+    check_no_adapter,
+    holds_fp8,
+    load_errors,
+    read_config,
+    source_of,
+)
 from coreinfer_sim.models.whole import Found, check_whole, unread_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPELLINGS = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,19 @@ class LanguageModel:
         return str(self.model.dtype).removeprefix("torch.")
 
 
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """Return the name of a type in any spelling: ``bf16``, ``torch.bfloat16`` or torch's own object is ``bfloat16``.
+
+    Raises:
+        ModelError: it is none of auto, stored, float32, bfloat16 and float16.
+    """
+    given = str(dtype).lower().removeprefix("torch.")
+    name = _SPELLINGS.get(given, given)
+    if name not in ("auto", "stored", *DTYPES):
+        raise ModelError(f"dtype is {str(dtype)!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
+    return name
+
+
 def context_length(model: Any) -> int | None:
     """Return the largest number of positions of a model, or None where it states none."""
     config = model.config.get_text_config()
@@ -67,13 +97,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 @read_once()
-def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: bool = False) -> LanguageModel:
+def load_model(
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto", as_stored: bool = False
+) -> LanguageModel:
     """Load a model for inference.
 
     Args:
         name: hub id, local checkpoint folder, or a ``.gguf`` file, which is dequantised.
-        dtype: float32, bfloat16, float16, stored (bfloat16 for GGUF), or auto: as stored, but float32 on a CPU that has
-            no instructions for the stored type and would be several times slower in it.
+        dtype: float32, bfloat16, float16 in any spelling (`dtype_name`), stored (bfloat16 for quantised GGUF), or auto: as
+            stored, but float32 on a CPU that has no instructions for the stored type and would be several times slower in it.
         device: torch device, or auto: a GPU where there is one.
         as_stored: with ``auto``, weights stay as stored on any CPU, for engines whose products read 16 bits everywhere;
             GPT-2's transposed matrices are not among them.
@@ -82,20 +114,21 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
         ModelError: nothing there, nothing that transformers can load, or no whole model; no such device.
         UnsupportedModelError: the family has no adapter, or the weights are quantised.
     """
-    if dtype not in ("auto", "stored") and dtype not in DTYPES:
-        raise ModelError(f"dtype is {dtype!r}, expected one of auto, stored, {', '.join(DTYPES)}.")
+    dtype = dtype_name(dtype)
     device = usable_device(device)
     transformers_logging.disable_progress_bar()
     # 1) configuration and tokenizer
     source, options = source_of(name)
-    config = read_config(name, source, options)
-    notes = mend_config(config)
-    of_gguf = torch.bfloat16 if dtype == "stored" or as_stored else usable(torch.bfloat16, device)
-    wanted = DTYPES.get(dtype, of_gguf if options else "auto")
+    config = read_config(name, source, options, fp8=True)
+    notes = mend_config(config) + _widened_fp8(name, config) + _text_part(name, config)
+    of_gguf = main_dtype(options["gguf_file"]) if options else None
+    if of_gguf is not None and not (dtype == "stored" or as_stored):
+        of_gguf = usable(of_gguf, device)
+    wanted = DTYPES.get(dtype, of_gguf or "auto")
     # 2) the weights
     with load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=wanted,
@@ -122,6 +155,27 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", as_stored: 
     if Path(name, ADAPTER_FILE).is_file():
         notes.append(f"Note: {name} holds an adapter beside the whole model; it is passed over.")
     return LanguageModel(model, tokenizer, name, layers, notes=notes)
+
+
+def _widened_fp8(name: str, config: Any) -> list[str]:
+    """Ask transformers to widen weights in FP8, and return a note if there are such."""
+    if not holds_fp8(config):
+        return []
+    rows, columns = config.quantization_config["weight_block_size"]
+    config.quantization_config = {**config.quantization_config, "dequantize": True}
+    return [
+        f"Note: the weights of {name} are FP8 with a scale for each {rows} × {columns}; they are widened to 16 bits."
+    ]
+
+
+def _text_part(name: str, config: Any) -> list[str]:
+    """Return a note on which part of a model is used, if it has further ones."""
+    text = config.get_text_config()
+    if text is config or type(text) is type(config):
+        return []
+    return [
+        f"Note: {name} is a {config.model_type} model, of which the part that reads text ({text.model_type}) is used."
+    ]
 
 
 def compact_head_inputs(model: Any) -> None:

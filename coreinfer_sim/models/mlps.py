@@ -1,72 +1,42 @@
-"""Where a model's MLPs are: one small adapter for each family, matched against the model's own modules.
+"""Where a model's MLPs are: found by their structure, in the modules of its text part.
 
-To support a further family, add one `Family` to `FAMILIES`: the class name of the module that holds the
-projections, and the names of the projections. Its model's own forward code keeps running, only narrower.
+The model's own forward code keeps running, only narrower. What is known by name is listed in `_MIXTURE` and `_NORM_BEHIND`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.errors import UnsupportedModelError
 from coreinfer_sim.models.offload import HostLinear
 from coreinfer_sim.models.store import LayerStore
 from coreinfer_sim.models.streaming import StreamedLinear
-
-GATED = ("gate_proj", "up_proj")
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family names the parts of its MLP."""
-
-    name: str
-    """What users call the family."""
-    owner: str
-    """Class name of the module that holds the projections."""
-    inputs: tuple[str, ...]
-    """Projections from d_model to d_ff: one if plain or fused, gate before up if gated."""
-    output: str
-    """Projection from d_ff to d_model; what it reads is the activation site."""
-    fused: bool = False
-    """The one input projection holds gate and up, one after the other."""
-    post_norm: bool = False
-    """A norm stands between the MLP's output and the residual stream."""
-
-    @property
-    def gated(self) -> bool:
-        """Whether neurons are products of a gate and an up projection."""
-        return self.fused or len(self.inputs) == 2
-
-
-FAMILIES = (
-    Family("Llama", "LlamaMLP", GATED, "down_proj"),
-    Family("Mistral", "MistralMLP", GATED, "down_proj"),
-    Family("Qwen2", "Qwen2MLP", GATED, "down_proj"),
-    Family("Qwen3", "Qwen3MLP", GATED, "down_proj"),
-    Family("Gemma", "GemmaMLP", GATED, "down_proj"),
-    Family("Gemma 2", "Gemma2MLP", GATED, "down_proj", post_norm=True),
-    Family("Gemma 3", "Gemma3MLP", GATED, "down_proj", post_norm=True),
-    Family("Phi-3", "Phi3MLP", ("gate_up_proj",), "down_proj", fused=True),
-    Family("OLMo-2", "Olmo2MLP", GATED, "down_proj", post_norm=True),
-    Family("OPT", "OPTDecoderLayer", ("fc1",), "fc2"),
-    Family("GPT-2", "GPT2MLP", ("c_fc",), "c_proj"),
-    Family("GPT-NeoX", "GPTNeoXMLP", ("dense_h_to_4h",), "dense_4h_to_h"),
-    Family("Falcon", "FalconMLP", ("dense_h_to_4h",), "dense_4h_to_h"),
-    Family("Bloom", "BloomMLP", ("dense_h_to_4h",), "dense_4h_to_h"),
-    Family("Phi-2", "PhiMLP", ("fc1",), "fc2"),
-    Family("StarCoder2", "Starcoder2MLP", ("c_fc",), "c_proj"),
+from coreinfer_sim.models.structure import (
+    LINEARS,
+    Arrangement,
+    Mismatch,
+    arrangements,
+    kind_of,
+    verify,
+    weight_shape,
 )
-_BY_OWNER = {family.owner: family for family in FAMILIES}
+
 _MIXTURE = re.compile(r"Experts$|SparseMoe|MoeBlock|MoEBlock|MoeMLP|MoE$|TopKRouter")
+"""Class names of mixtures of experts. By name, as experts beside which dense MLPs stand must be refused, too."""
+_NORM_BEHIND = re.compile(r"post_?(feed_?forward|mlp|ffn)_?\w*norm|^post_norm2$")
+"""Attributes of a layer whose norm stands behind its MLP. By name, as the layer alone does not run without its model."""
+_NORMS_SUMS = ("openai-gpt",)
+"""Types whose layers norm the sum of MLP and residual stream outside the MLP's module. By name for the same reason."""
+_PLACE = re.compile(r"^(.*?\.\d+)(\.|$)")
+"""Of a module within a numbered layer."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +44,46 @@ class MLPLayer:
     """One layer's MLP inside a loaded model."""
 
     number: int
-    family: Family
+    family: str
+    """The model's type, such as ``llama``."""
     owner: Any
+    """Module that holds the projections, some of them perhaps in modules of its own."""
+    arrangement: Arrangement
     d_model: int
     """Width of the residual stream."""
     d_ff: int
     """Number of neurons of the dense MLP, also while a compact one is in its place."""
     n_bytes: int
     """Bytes of weights and biases that one token reads in the dense MLP."""
+    post_norm: bool = False
+    """Whether a norm stands between the MLP and the residual stream, or, as in OPT-350m, behind their sum."""
     store: LayerStore | None = None
     """Where the weights are if they are not in memory."""
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Paths of the projections from d_model to d_ff in the owner: one if plain or fused, gate before up if gated."""
+        return self.arrangement.inputs
+
+    @property
+    def output_name(self) -> str:
+        """Path of the projection from d_ff to d_model; what it reads is the activation site."""
+        return self.arrangement.output
+
+    @property
+    def fused(self) -> bool:
+        """Whether the one input projection holds gate and up, one after the other."""
+        return self.arrangement.fused
+
+    @property
+    def gated(self) -> bool:
+        """Whether neurons are products of a gate and an up projection."""
+        return self.fused or len(self.inputs) == 2
+
+    @property
     def output(self) -> Any:
         """The projection that reads the activation site."""
-        return getattr(self.owner, self.family.output)
+        return self.projection(self.output_name)
 
     @property
     def away(self) -> bool:
@@ -96,36 +91,18 @@ class MLPLayer:
         return self.store is not None or isinstance(self.output, HostLinear)
 
     @property
-    def post_norm(self) -> bool:
-        """Whether a norm stands behind the MLP, in OPT-350m even behind the residual sum."""
-        return self.family.post_norm or not getattr(self.owner, "do_layer_norm_before", True)
-
-    @property
     def projections(self) -> tuple[str, ...]:
-        """Names of all projections in the owner."""
-        return (*self.family.inputs, self.family.output)
+        """Paths of all projections in the owner."""
+        return (*self.inputs, self.output_name)
 
+    def projection(self, path: str) -> Any:
+        """Return the module at a path in the owner."""
+        return self.owner.get_submodule(path)
 
-def _mlp_layer(number: int, owner: Any) -> MLPLayer:
-    family = _BY_OWNER[type(owner).__name__]
-    for name in (*family.inputs, family.output):
-        kind = type(getattr(owner, name))
-        if kind not in (nn.Linear, Conv1D, FalconLinear, StreamedLinear, HostLinear):
-            raise UnsupportedModelError(
-                f"{name} of layer {number} is a {kind.__module__}.{kind.__name__}, expected a plain linear layer; merge "
-                "adapters, and load the model without quantisation."
-            )
-    output = getattr(owner, family.output)
-    d_model, d_ff = weight_shape(output)
-    n_bytes = sum(module_bytes(getattr(owner, name)) for name in (*family.inputs, family.output))
-    store = output.store if isinstance(output, StreamedLinear) else None
-    return MLPLayer(number, family, owner, d_model, d_ff, n_bytes, store)
-
-
-def weight_shape(projection: Any) -> tuple[int, int]:
-    """Return (out features, in features) of a linear projection; Conv1D stores the transpose."""
-    rows, columns = projection.weight.shape
-    return (columns, rows) if isinstance(projection, Conv1D) else (rows, columns)
+    def put(self, path: str, module: nn.Module | None) -> None:
+        """Put a module at a path in the owner."""
+        parent, _, name = path.rpartition(".")
+        setattr(self.owner.get_submodule(parent), name, module)
 
 
 def linear_parameters(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,36 +119,125 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def find_mlps(model: Any) -> list[MLPLayer]:
-    """Find every layer's MLP, in the order of the model's layers.
+    """Find the MLP of every layer of a model's text part, in the order of the model's layers.
+
+    Every kind of layer is verified: see `structure.verify`.
 
     Raises:
-        UnsupportedModelError: no known MLP, a mixture of experts, or an encoder-decoder model.
+        UnsupportedModelError: no MLP, or one that computes something else; a mixture of experts, or an encoder-decoder model.
     """
     name = type(model).__name__
-    mixture = sorted({type(m).__name__ for m in model.modules() if _MIXTURE.search(type(m).__name__)})
+    text = model.config.get_text_config()
+    modules = dict(_text_modules(model, text))
+    mixture = sorted({type(m).__name__ for m in modules.values() if _MIXTURE.search(type(m).__name__)})
     if mixture:
         raise UnsupportedModelError(
-            f"{name} is a mixture of experts ({mixture[0]}), which choose neurons by themselves; {_supported()}"
+            f"{name} is a mixture of experts ({mixture[0]}), which choose neurons by themselves, expected dense MLPs; name a "
+            "dense model."
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model, expected a causal one; {_supported()}")
-    owners = [module for module in model.modules() if type(module).__name__ in _BY_OWNER]
-    if not owners:
-        raise UnsupportedModelError(f"{name} holds no MLP of a known family; {_supported()}")
-    layers = [_mlp_layer(number, owner) for number, owner in enumerate(owners)]
-    widths = {(layer.d_model, layer.d_ff) for layer in layers}
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model, expected a causal one; name a decoder.")
+    found = _verified(name, modules, _width_of(model, text))
+    widths = {weight_shape(owner.get_submodule(arrangement.output)) for _, owner, arrangement in found}
     if len(widths) > 1:
         raise UnsupportedModelError(
-            f"the layers of {name} differ in width ({sorted(widths)}), expected one d_ff; {_supported()}"
+            f"the layers of {name} differ in width ({sorted(widths)}), expected one d_ff; name a model of equal layers."
         )
-    return layers
+    return [
+        _mlp_layer(number, str(text.model_type), owner, arrangement, modules[_place(path)])
+        for number, (path, owner, arrangement) in enumerate(found)
+    ]
 
 
-def _supported() -> str:
-    return (
-        f"supported are {', '.join(family.name for family in FAMILIES)} – a further family needs one entry in "
-        "FAMILIES of coreinfer_sim/models/mlps.py."
+def _text_modules(model: Any, text: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model with their paths, without models of their own for images and sounds."""
+    kinds = (type(model.config), type(text))
+    others: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(others) and others:
+            continue
+        if isinstance(module, PreTrainedModel) and type(module.config) not in kinds:
+            others = (*others, f"{path}.")
+        else:
+            yield path, module
+
+
+def _width_of(model: Any, text: Any) -> int:
+    width = getattr(text, "hidden_size", None)
+    return int(width if width else model.get_input_embeddings().weight.shape[1])
+
+
+_Found = tuple[str, Any, Arrangement]
+"""An owner's path, the owner, and its projections."""
+
+
+def _verified(name: str, modules: Mapping[str, nn.Module], d_model: int) -> list[_Found]:
+    """Return all MLPs of the widest kind that numbered layers hold."""
+    # 1) what may be an MLP: of several owners of the same projections the innermost
+    candidates: list[_Found] = []
+    taken: set[frozenset[int]] = set()
+    for path, module in sorted(modules.items(), key=lambda each: -each[0].count(".")):
+        for each in arrangements(module, d_model) if _PLACE.match(path) else ():
+            projections = frozenset(id(module.get_submodule(part)) for part in (*each.inputs, each.output))
+            if projections not in taken:
+                candidates.append((path, module, each))
+                taken.add(projections)
+    if not candidates:
+        raise UnsupportedModelError(
+            f"{name} holds no MLP: no layer has linear layers from {d_model} features to more and back; name another model."
+        )
+    # 2) those of the widest kind, each kind verified once
+    widest = max(candidates, key=lambda each: weight_shape(each[1].get_submodule(each[2].output))[1])
+    order = {path: number for number, path in enumerate(modules)}
+    kinds: dict[Any, Arrangement | Mismatch] = {}
+    found = []
+    for path, owner, arrangement in sorted(candidates, key=lambda each: order[each[0]]):
+        if (type(owner), arrangement) != (type(widest[1]), widest[2]):
+            continue
+        _check_kinds(path, owner, arrangement)
+        kind = kind_of(owner, arrangement)
+        if kind not in kinds:
+            kinds[kind] = verify(owner, arrangement)
+        verified = kinds[kind]
+        if isinstance(verified, Mismatch):
+            raise UnsupportedModelError(
+                f"{path} of {name}, a {type(owner).__name__}, is no MLP whose neurons can be left out: {verified.reason}; name "
+                "another model."
+            )
+        found.append((path, owner, verified))
+    return found
+
+
+def _check_kinds(path: str, owner: Any, arrangement: Arrangement) -> None:
+    for name in (*arrangement.inputs, arrangement.output):
+        kind = type(owner.get_submodule(name))
+        if kind not in LINEARS:
+            raise UnsupportedModelError(
+                f"{name} of {path} is a {kind.__module__}.{kind.__name__}, expected a plain linear layer; merge adapters, and "
+                "load the model without quantisation."
+            )
+
+
+def _place(path: str) -> str:
+    """Return the path of the numbered layer that a module lies in."""
+    found = _PLACE.match(path)
+    assert found is not None  # as only such modules are candidates
+    return found[1]
+
+
+def _mlp_layer(number: int, family: str, owner: Any, arrangement: Arrangement, block: nn.Module) -> MLPLayer:
+    output = owner.get_submodule(arrangement.output)
+    d_model, d_ff = weight_shape(output)
+    n_bytes = sum(module_bytes(owner.get_submodule(path)) for path in (*arrangement.inputs, arrangement.output))
+    store = output.store if isinstance(output, StreamedLinear) else None
+    post_norm = (
+        arrangement.norm
+        or family in _NORMS_SUMS
+        or any(
+            _NORM_BEHIND.search(name) for name, module in block.named_children() if not isinstance(module, nn.Identity)
+        )
     )
+    return MLPLayer(number, family, owner, arrangement, d_model, d_ff, n_bytes, post_norm, store)
 
 
 def dense_bytes(layers: Sequence[MLPLayer]) -> int:

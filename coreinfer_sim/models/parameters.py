@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from coreinfer_sim.models.mending import mend, mend_config
-from coreinfer_sim.models.source import load_errors
+from coreinfer_sim.models.source import auto_class, load_errors
 from coreinfer_sim.models.whole import Found
 
 
@@ -83,10 +83,10 @@ def empty_model(
     notes = mend_config(config)
     with load_errors(name):
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
             if not tied(model):  # transformers leaves those untied, too
                 config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = auto_class(config).from_config(config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if Path(source, "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)

@@ -13,7 +13,8 @@ from typing import Any
 import transformers
 from gguf import GGUFReader, GGUFValueType
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coreinfer_sim.base.errors import CoreInferSimError, ModelError, UnsupportedModelError
@@ -54,13 +55,14 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def read_config(name: str, source: str, options: dict[str, str]) -> Any:
+def read_config(name: str, source: str, options: dict[str, str], fp8: bool = False) -> Any:
     """Return the configuration of a model of plain weights.
 
     Args:
         name: what the user called it.
         source: of `source_of`.
         options: of `source_of`.
+        fp8: whether weights in FP8 with a scale for each block are taken, too; see `holds_fp8`.
 
     Raises:
         ModelError: it cannot be read.
@@ -71,13 +73,29 @@ def read_config(name: str, source: str, options: dict[str, str]) -> Any:
     for part in (config, config.get_text_config()):
         for field, method in (("quantization_config", "a method that it does not name"), ("quantization", "MLX")):
             settings = getattr(part, field, None)
-            if settings:
+            if settings and not (fp8 and holds_fp8(part)):
                 raise quantised(name, _method(settings if isinstance(settings, dict) else settings.to_dict(), method))
     for file, method in _QUANTISED_FILES.items():
         if Path(name, file).is_file():
             content = _json(Path(name, file))
             raise quantised(name, _method(content.get("quantization", content), method) + f", as its {file} says")
     return config
+
+
+def holds_fp8(config: Any) -> bool:
+    """Return whether weights are in FP8 with a scale for each block, which transformers widens as it reads them."""
+    settings = getattr(config, "quantization_config", None)
+    return (
+        isinstance(settings, dict) and settings.get("quant_method") == "fp8" and bool(settings.get("weight_block_size"))
+    )
+
+
+def auto_class(config: Any) -> Any:
+    """Return which of transformers' auto classes makes a model that writes text: one for texts alone if there is such."""
+    about_images = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if about_images else AutoModelForCausalLM
 
 
 def quantised(name: str, method: str) -> UnsupportedModelError:

@@ -21,12 +21,14 @@ class ActivationTap:
         """Send what is read to ``sink``."""
         self._sink = sink
         self._kept: torch.Tensor | None = None
+        self._n_positions = 0
         self._open = False
         self.seen: set[int] = set()
 
     def set_mask(self, attention_mask: torch.Tensor) -> None:
         """Say which positions are tokens (1) and which padding (0): [n_rows, n_positions]."""
         flat = attention_mask.reshape(-1).bool()
+        self._n_positions = len(flat)
         self._kept = None if bool(flat.all()) else flat.nonzero().squeeze(1)
         self._open = True
         self.seen.clear()
@@ -39,8 +41,13 @@ class ActivationTap:
         """Pass one layer's activations on, flattened to tokens and without padding."""
         if not self._open:
             return
+        z = z.detach().reshape(-1, z.shape[-1])  # some MLPs see [n_tokens, d_ff] already, the others a batch
+        if len(z) != self._n_positions or layer in self.seen:
+            raise ModelError(
+                f"layer {layer} ran {'again' if layer in self.seen else f'on {len(z)} positions'} in a pass over "
+                f"{self._n_positions}, expected once on each; name a model that runs each layer once for a token."
+            )
         self.seen.add(layer)
-        z = z.detach().reshape(-1, z.shape[-1])  # OPT's MLP sees [n_tokens, d_ff] already, the others a batch
         self._sink(layer, z if self._kept is None else z.index_select(0, self._kept.to(z.device)))
 
 
@@ -64,6 +71,6 @@ def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[Act
     missed = [layer.number for layer in layers if layer.number not in tap.seen]
     if missed:
         raise ModelError(
-            f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; the family's entry "
-            "in coreinfer_sim/models/mlps.py does not fit this model."
+            f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; these MLPs "
+            "are not the ones that the model runs."
         )

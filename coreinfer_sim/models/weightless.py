@@ -15,7 +15,7 @@ from coreinfer_sim.models.gguf_codes import QuantisedTensor
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 from coreinfer_sim.models.parameters import ParameterNames, Tensors, empty_model, main_dtype
-from coreinfer_sim.models.source import ADAPTER_FILE, read_config, source_of
+from coreinfer_sim.models.source import ADAPTER_FILE, holds_fp8, read_config, source_of
 from coreinfer_sim.models.whole import check_whole
 
 
@@ -100,11 +100,11 @@ def open_weightless(name: str, families: Container[str]) -> Weightless | None:
         ModelError: it is not whole.
     """
     source, options = source_of(name)
-    config = read_config(name, source, options)
-    if config.model_type not in families:
+    config = read_config(name, source, options, fp8=True)
+    if config.model_type not in families or holds_fp8(config):
         return None
     tensors = GGUFCheckpoint(options["gguf_file"], config) if options else Checkpoint(Path(name))
-    dtype = torch.bfloat16 if options else main_dtype(tensors)
+    dtype = main_dtype(tensors)
     model, tokenizer, mended = empty_model(
         name, config, source, options, dtype, lambda each: ParameterNames(each, tensors).tied_as_stored()
     )

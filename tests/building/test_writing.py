@@ -44,7 +44,7 @@ def test_the_manifest_says_what_the_index_was_built_from(built, corpus, tiny_che
     assert raw["model"] == {
         "name": tiny_checkpoint,
         "revision": None,
-        "family": "Llama",
+        "family": "llama",
         "dtype": "float32",
         "n_layers": 3,
         "d_model": 32,

@@ -11,7 +11,6 @@ from tiny_models import N_LAYERS, model_of
 from transformers import DynamicCache
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
-from coreinfer_sim.base.errors import UnsupportedModelError
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.engines.lean import kv_cache
@@ -21,36 +20,13 @@ from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.mlps import find_mlps
 
 N_NEW = 34
-NOT_FOUND = (
-    *(
-        "smollm3",
-        "granite",
-        "olmo3",
-        "glm4",
-        "cohere",
-        "cohere2",
-        "nemotron",
-        "arcee",
-        "vaultgemma",
-        "ministral",
-        "cwm",
-    ),
-    *("seed_oss", "glm", "helium", "ernie4_5", "olmo", "exaone4", "stablelm", "stablelm-parallel"),
-)
-"""Types whose MLPs `find_mlps` may not know."""
-
-
-def of_types(*names):
-    mark = pytest.mark.xfail(raises=UnsupportedModelError, reason="its MLPs are not found", strict=False)
-    found = [pytest.param(name, marks=[mark] if name in NOT_FOUND else [], id=name) for name in names]
-    return pytest.mark.parametrize("name", found)
 
 
 def test_every_type_is_here():
     assert {name.split("-")[0] for name in TYPES} == set(ARCHITECTURES)
 
 
-@of_types(*TYPES)
+@pytest.mark.parametrize("name", TYPES)
 def test_tokens_and_logits_are_those_of_transformers(name):
     """Three prompts in one batch, padded on the left: one of a single token, one longer than all windows."""
     model = model_named(name)
@@ -64,7 +40,7 @@ def test_tokens_and_logits_are_those_of_transformers(name):
     assert torch.allclose(logits(lean), logits(stock), rtol=1e-4, atol=1e-5 * float(logits(stock).abs().max()))
 
 
-@of_types(*TYPES)
+@pytest.mark.parametrize("name", TYPES)
 def test_forced_text_equals_single_steps(name):
     """With half of the neurons; the prompt is longer than the windows."""
     model = model_named(name)

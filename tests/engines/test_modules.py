@@ -13,7 +13,8 @@ from coreinfer_sim.base.errors import IndexMismatchError
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import compact_model
 from coreinfer_sim.engines.modules import grouped_model, install, installed
-from coreinfer_sim.models.mlps import dense_bytes, find_mlps, mlp_bytes, weight_shape
+from coreinfer_sim.models.mlps import dense_bytes, find_mlps, mlp_bytes
+from coreinfer_sim.models.structure import weight_shape
 
 
 def random_ids(d_ff, n, seed):

@@ -85,5 +85,5 @@ def test_a_failing_quantiser_is_told_and_leaves_nothing(wide, tmp_path, monkeypa
 def test_families_without_gguf_are_refused(models, tmp_path):
     language_model = exportable(models["opt"])
     weights = compact_weights(language_model, NeuronSelection("t", {}), one_width=False)
-    with pytest.raises(ExportError, match="OPT models are not written as GGUF"):
+    with pytest.raises(ExportError, match="opt models are not written as GGUF"):
         export_gguf(language_model, weights, SOURCE, tmp_path / "out.gguf", "f32")

@@ -27,7 +27,8 @@ from coreinfer_sim.base.errors import GenerationError
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.ranking import n_kept
-from coreinfer_sim.models.mlps import find_mlps, weight_shape
+from coreinfer_sim.models.mlps import find_mlps
+from coreinfer_sim.models.structure import weight_shape
 
 
 def test_sampling_with_a_seed_equals_dense_sampling(model):

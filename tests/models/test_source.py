@@ -73,7 +73,7 @@ def test_an_adapter_in_the_hubs_cache(tmp_path, monkeypatch):
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
         ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
+        ({"quant_method": "fp8"}, "FP8"),
         ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt"),
         ({"quant_method": "exl2", "bits": 3.5}, "EXL2, 3.5 bits"),

@@ -156,7 +156,7 @@ class LeanModel:
                 mlp = self.dense_mlp(number)
                 own: dict[str, Linear] = dict(self._mlps.get(number, {}))
                 if not isinstance(mlp, WholeMLP):
-                    own = by_projection(layer.projections, mlp.parts, layer.family.fused)
+                    own = by_projection(layer.projections, mlp.parts, layer.fused)
                 for name, part in own.items():
                     yield f"{owner}.{name}", part
         yield HEAD, self.head
@@ -170,7 +170,7 @@ class LeanModel:
             layer = self._layers[number]
             own = {name: self._matrix(f"{self._owners[number]}.{name}") for name in layer.projections}
             *inputs, down = own.values()
-            if layer.family.fused:
+            if layer.fused:
                 inputs = [inputs[0].part(0, layer.d_ff), inputs[0].part(layer.d_ff, 2 * layer.d_ff)]
             self._mlps[number], self._dense[number] = own, WholeMLP(tuple(inputs), down)
         return self._dense[number]
@@ -182,7 +182,7 @@ class LeanModel:
             return made.dense_bytes if isinstance(made, TokenMLP) else made.n_bytes
         if kind is None:
             return layer.n_bytes
-        n_parts = 3 if layer.family.gated else 2
+        n_parts = 3 if layer.gated else 2
         return n_parts * layer.d_ff * layer.d_model * (2 + BLOCK * FORMATS[kind].bits // 8) // BLOCK
 
     def token_mlp(self, number: int) -> TokenMLP:
@@ -193,7 +193,7 @@ class LeanModel:
             weights, biases = (gate, up, down), (offsets[0], offsets[1], offsets[2])
             if self._weights is Weights.STORED:
                 own = getattr(self._model, "own_codes", {})
-                codes = [None] * 3 if layer.family.fused else [own.get(f"{owner}.{name}") for name in layer.projections]
+                codes = [None] * 3 if layer.fused else [own.get(f"{owner}.{name}") for name in layer.projections]
                 mlp = of_stored(codes, partial(_exact, weights, codes), biases)
             else:
                 mlp = of_weights(weights, biases, TOKEN_KINDS.get(self._weights))
@@ -205,7 +205,7 @@ class LeanModel:
         layer, owner = self._layers[number], self._owners[number]
         modules = [self._model.get_submodule(f"{owner}.{name}") for name in layer.projections]
         weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-        if layer.family.fused:
+        if layer.fused:
             weights[:1] = weights[0].split(layer.d_ff)
             biases[:1] = [None, None] if biases[0] is None else biases[0].split(layer.d_ff)
         if self._weights is Weights.BF16:
@@ -220,7 +220,7 @@ class LeanModel:
         """Return why tokens cannot read a share of this model's neurons, or None if they can."""
         if any(layer.away for layer in self._layers):
             return "the MLP weights lie on the disk"
-        if not self._layers[0].family.gated:
+        if not self._layers[0].gated:
             return "its MLPs have no gates"
         if getattr(self._model, "laid_out", {}) and not self._by_token:
             return "the model was opened without a read ratio"

@@ -89,7 +89,7 @@ def read_mlp(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation
     """Read the neurons ``ids`` of a layer whose weights are on the disk."""
     store = layer.store
     assert store is not None
-    n, d_model, n_inputs = len(ids), layer.d_model, 2 if layer.family.gated else 1
+    n, d_model, n_inputs = len(ids), layer.d_model, 2 if layer.gated else 1
     inputs = torch.empty(n_inputs, n, d_model, dtype=store.dtype)
     columns = torch.empty(d_model, n, dtype=store.dtype)
     step = max(64, _READ_BYTES // (3 * d_model * store.dtype.itemsize))
@@ -98,8 +98,8 @@ def read_mlp(layer: MLPLayer, ids: torch.Tensor, compensation: LayerCompensation
         neurons = store.read_neurons(ids[part])
         inputs[:, part] = neurons[:, :n_inputs].transpose(0, 1)
         columns[:, part] = neurons[:, n_inputs].T
-    biases = [getattr(layer.owner, name).bias for name in layer.projections]
-    halves = [ids, ids + layer.d_ff] if layer.family.fused else [ids]
+    biases = [layer.projection(name).bias for name in layer.projections]
+    halves = [ids, ids + layer.d_ff] if layer.fused else [ids]
     offsets = [None if bias is None else bias.detach()[rows] for bias in biases[:-1] for rows in halves]
     parts = tuple(Matrix.of(weight, bias) for weight, bias in zip(inputs, offsets, strict=True))
     return WholeMLP(parts, _down(Matrix.of(columns[:, :0], biases[-1]), columns, compensation))

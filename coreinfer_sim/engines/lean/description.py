@@ -18,7 +18,7 @@ from coreinfer_sim.engines.lean.intrinsics import GELU, GELU_TANH, RELU, RELU2, 
 from coreinfer_sim.engines.lean.matrix import Array
 from coreinfer_sim.engines.lean.norms import head_norm_kind, norm_bytes, norm_kind, norm_values
 from coreinfer_sim.engines.lean.step import N_NORMS, Layers
-from coreinfer_sim.models.mlps import weight_shape
+from coreinfer_sim.models.structure import weight_shape
 
 LINEAR = (nn.Linear, FalconLinear, Conv1D)
 """Modules that hold one matrix and a bias."""

@@ -339,6 +339,6 @@ class LeanEngine(Engine):
         made: dict[int, Projections] = {}
         for number, mlp in layers.items():
             layer = self.layers[number]
-            parts = by_projection(layer.projections, mlp.parts, layer.family.fused)
+            parts = by_projection(layer.projections, mlp.parts, layer.fused)
             made[number] = {name: matrix_module(part, self.model.dtype) for name, part in parts.items()}
         return made

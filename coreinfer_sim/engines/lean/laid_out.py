@@ -156,7 +156,7 @@ def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> Languag
     if empty is None or unsupported(empty.model) is not None:
         return None
     found = architecture_of(empty.model.config)
-    if isinstance(found, str) or not found.packs or (wanted.by_token and not empty.layers[0].family.gated):
+    if isinstance(found, str) or not found.packs or (wanted.by_token and not empty.layers[0].gated):
         return None
     # 2) its weights, on the disk or, where they find no room, in memory
     try:
@@ -255,7 +255,7 @@ def _parts(
     progress.start("Laying out weights", len(linears), "matrices")
     for name in linears:
         layer, own = owners.get(name), empty.codes(name)
-        sampled = places[layer.number] if layer is not None and name.endswith(layer.family.output) else None
+        sampled = places[layer.number] if layer is not None and name.endswith(layer.output_name) else None
         if layer is not None and wanted.by_neuron:
             if sampled is not None:  # the last of them
                 mlp, down = _by_neuron(empty, layer, wanted)
@@ -301,14 +301,14 @@ def _by_neuron(empty: Weightless, layer: MLPLayer, wanted: Wanted) -> tuple[Toke
     weights = wanted.weights
     names = [f"{empty.names.modules[id(layer.owner)]}.{name}" for name in layer.projections]
     biases, codes = [empty.bias(name) for name in names], [empty.codes(name) for name in names]
-    if layer.family.fused:
+    if layer.fused:
         names[:1], codes[:1] = names[:1] * 2, codes[:1] * 2
         biases[:1] = [None, None] if biases[0] is None else list(biases[0].split(layer.d_ff))
     floating = torch.bfloat16 if weights is Weights.BF16 else empty.model.dtype
 
     def read(part: int, dtype: torch.dtype | None) -> torch.Tensor:
         found = empty.read(f"{names[part]}.weight", dtype or floating)
-        return found.split(layer.d_ff)[part] if layer.family.fused and part < 2 else found
+        return found.split(layer.d_ff)[part] if layer.fused and part < 2 else found
 
     if wanted.zeros:
         every = [read(part, None) for part in range(len(names))]
@@ -344,8 +344,8 @@ def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Part
     layers = find_mlps(model)
     for number, mlp in parts.mlps.items():
         layer = layers[number]
-        for projection, part in by_projection(layer.projections, mlp.parts, layer.family.fused).items():
-            _hand_over(getattr(layer.owner, projection), part, model.dtype)
+        for projection, part in by_projection(layer.projections, mlp.parts, layer.fused).items():
+            _hand_over(layer.projection(projection), part, model.dtype)
     model.laid_out, model.laid_out_mlps, model.laid_out_head = parts.matrices, parts.mlps, parts.head
     for layer, values in zip(layers, parts.sketch, strict=True):
         layer.output.sketch = torch.tensor(values)
