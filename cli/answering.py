@@ -99,11 +99,15 @@ class Asking:
         return options.index_of(self.index, self.model)
 
     @cached_property
-    def selection(self) -> SelectionConfig:
-        """Which neurons decode holds."""
+    def asked(self) -> SelectionConfig:
+        """Which neurons decode holds, as far as that was said."""
         given = {"mode": self.mode, "keep_ratio": self.keep_ratio, "read_ratio": self.read_ratio}
-        selection = self.settings.make(SelectionConfig, None, **given)
-        return selection.resolved(self.index_name is not None)
+        return self.settings.make(SelectionConfig, None, **given)
+
+    @cached_property
+    def selection(self) -> SelectionConfig:
+        """The same with a mode."""
+        return self.asked.resolved(self.index_name is not None)
 
     @cached_property
     def decode(self) -> DecodeConfig:
@@ -126,14 +130,15 @@ class Asking:
     @property
     def modes(self) -> list[str]:
         """The modes to decode in, in turn."""
-        return list(dict.fromkeys([self.selection.mode.value, *(["dense"] if self.compare else [])]))
+        return list(dict.fromkeys([self.selection.named_mode.value, *(["dense"] if self.compare else [])]))
 
     def note_ineffective(self) -> None:
         """Say which settings were given that this mode does not look at."""
         ratios = [name for name in ("keep_ratio", "read_ratio") if getattr(self, name) is not None]
         for name in (*self.settings.given("select"), *ratios):
-            if self.selection.mode.value not in _EFFECTIVE.get(name, (self.selection.mode.value,)):
-                click.echo(f"Note: {name} has no effect in mode {self.selection.mode.value}.", err=True)
+            mode = self.selection.named_mode.value
+            if mode not in _EFFECTIVE.get(name, (mode,)):
+                click.echo(f"Note: {name} has no effect in mode {mode}.", err=True)
 
     @contextmanager
     def opened(self, longest: Any = "", chat: bool = False) -> Iterator[Generator]:
@@ -152,7 +157,7 @@ class Asking:
             generator = load(
                 self.index_name,
                 self.model,
-                selection=self.selection,
+                selection=self.asked,
                 decode=self.decode,
                 loading=self.settings.make(ModelConfig),
                 longest=Longest(longest, chat, sampling.max_new_tokens, sampling.num_beams, tuple(self.modes)),

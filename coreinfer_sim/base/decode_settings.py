@@ -40,8 +40,8 @@ class ModelConfig:
 class SelectionConfig:
     """Which neurons decode holds for a prompt."""
 
-    mode: Mode = Mode.SIMILARITY
-    """Where the neurons come from."""
+    mode: Mode | None = None
+    """Where the neurons come from. None: similarity; without an index all where tokens choose, else dense."""
     keep_ratio: float | None = None
     """Share of d_ff that is held; of the MLP bytes in compensated sets. None: the index's."""
     read_ratio: float | None = None
@@ -79,11 +79,17 @@ class SelectionConfig:
         """Whether each token chooses among the held neurons what it reads."""
         return self.read_ratio is not None and self.read_ratio < 1
 
+    @property
+    def named_mode(self) -> Mode:
+        """The mode, similarity where none is named."""
+        return Mode.SIMILARITY if self.mode is None else self.mode
+
     def resolved(self, has_index: bool) -> SelectionConfig:
-        """Return the settings with mode all in place of similarity where there is nothing to look up and tokens choose."""
-        return (
-            replace(self, mode=Mode.ALL) if self.by_token and not has_index and self.mode is Mode.SIMILARITY else self
-        )
+        """Return the settings with a mode, which depends on whether there is something to look up where none is named."""
+        mode = self.named_mode
+        if self.mode is None and not has_index and self.keep_ratio is None:
+            mode = Mode.ALL if self.by_token else Mode.DENSE
+        return replace(self, mode=mode)
 
 
 @dataclass(frozen=True)

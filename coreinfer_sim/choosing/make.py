@@ -64,7 +64,7 @@ def predictor_of(config: SelectionConfig, layers: Sequence[MLPLayer], index: Sem
 
 def _holding(config: SelectionConfig, layers: Sequence[MLPLayer], index: SemanticIndex | None) -> Predictor:
     """Make the predictor of what is held."""
-    mode, keep_ratio, compensated = config.mode, config.keep_ratio, config.compensated
+    mode, keep_ratio, compensated = config.named_mode, config.keep_ratio, config.compensated
     # 1) Which layers
     sparse_layers = config.sparse_layers
     if sparse_layers is None:

@@ -60,4 +60,4 @@ def _is_open(selection: SelectionConfig, decode: DecodeConfig) -> bool:
         decode.memory_budget is not None,
         decode.prefill is Prefill.SPARSE,
     )
-    return selection.mode is Mode.SIMILARITY and not any(said)
+    return selection.named_mode is Mode.SIMILARITY and not any(said)

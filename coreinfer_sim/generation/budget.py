@@ -62,14 +62,14 @@ def load_within_budget(
             "out the weights or the budget."
         )
     assert decode.memory_budget is not None
-    modes = [Mode(mode) for mode in longest.modes or (selection.mode.value,)]
+    modes = [Mode(mode) for mode in longest.modes or (selection.named_mode.value,)]
     keep_ratio, compensated = _sets(selection, modes, index)
     fitted = index.manifest.fitted_neurons(keep_ratio) if index is not None and compensated else None
     on_cpu = loading.device in ("auto", "cpu")
     lookup_bytes = 0
     if index is not None and on_cpu:
         index.keeps_encoder = False
-        index.warm_up(routed=selection.mode in (Mode.SIMILARITY, Mode.HYBRID))
+        index.warm_up(routed=selection.named_mode in (Mode.SIMILARITY, Mode.HYBRID))
         lookup_bytes = peak_bytes() - resident_bytes()
     engine = engine_class(AUTO[-1] if decode.engine == "auto" else decode.engine)
 

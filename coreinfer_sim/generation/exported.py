@@ -73,12 +73,12 @@ class ExportedGenerator(Generator):
         if router.chat_template is not None:
             self.chat_format = chat_format(router.chat_template, router.special_tokens)
         there = router.modes
-        self.modes = tuple(dict.fromkeys([selection.mode.value, *there]))
-        if selection.mode.value not in ("similarity", "global", "dense"):
+        self.modes = tuple(dict.fromkeys([selection.named_mode.value, *there]))
+        if selection.named_mode.value not in ("similarity", "global", "dense"):
             self._engine.close()
             raise ConfigError(
-                f"mode {selection.mode.value} was asked of llama.cpp, expected similarity, global or dense; sets that depend "
-                "on the prompt need another engine."
+                f"mode {selection.named_mode.value} was asked of llama.cpp, expected similarity, global or dense; sets that "
+                "depend on the prompt need another engine."
             )
         self._fallback = self._chosen_fallback(selection.fallback)
 

@@ -65,11 +65,12 @@ class TextGenerator(Generator):
             check_model(index, language_model.layers)
         self.language_model, self.index, self.name = language_model, index, language_model.name
         self.chat_format = chat_format_of(language_model.tokenizer)
-        self.selection, self.decode = selection or SelectionConfig(), decode or DecodeConfig()
+        self.selection = (selection or SelectionConfig()).resolved(index is not None)
+        self.decode = decode or DecodeConfig()
         self.engines, self.refused = choose_engines(language_model.model, language_model.layers, self.decode)
         if self.selection.by_token:
             calibrate(self.engines[0], language_model.tokenizer, progress)
-            if self.selection.mode is not Mode.DENSE:
+            if self.selection.named_mode is not Mode.DENSE:
                 self.engines[0].check_by_token()
         self._sparse: dict[str, SparseModel] = {}
         if predictor is not None:
@@ -77,7 +78,7 @@ class TextGenerator(Generator):
             self._sparse[predictor.mode] = self._wrapped(predictor)
             return
         others = [each.value for each in Mode]
-        self.modes = tuple(dict.fromkeys([self.selection.mode.value, *others]))
+        self.modes = tuple(dict.fromkeys([self.selection.named_mode.value, *others]))
         self.sparse_model()  # what is wrong with the settings is known before anything is generated
 
     def sparse_model(self, mode: str | None = None) -> SparseModel:

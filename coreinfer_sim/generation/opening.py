@@ -9,7 +9,7 @@ from typing import Any
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError, MissingModelError, ModelError
 from coreinfer_sim.base.progress import Progress
-from coreinfer_sim.base.settings import Fallback
+from coreinfer_sim.base.settings import Fallback, Mode
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.promised import promised
 from coreinfer_sim.engines.registry import AUTO, EXPORTED, check_engine, engine_class
@@ -71,7 +71,8 @@ def load(
     given = [name for name in _OF_LLAMACPP if getattr(decode, name) != getattr(DecodeConfig(), name)]
     if given:
         raise ConfigError(f"{given[0]} is of the engine llamacpp, but {decode.engine} was asked for; leave it out.")
-    was_asked = selection.by_token
+    was_asked, was_named = selection.by_token, selection.mode is not None
+    selection = selection.resolved(opened is not None)
     is_faster = engine_class(_first(decode)).is_faster_by_token
     selection, decode, why_dense = promised(selection, decode, opened, is_faster)
     # 3) the model
@@ -92,7 +93,10 @@ def load(
         loaded = laid_out or open_model(opened, model, loading, decode, progress)
     if opened is not None:
         check_model(opened, loaded.layers, tokenizer_hash(loaded.tokenizer))
-    selection = selection.resolved(opened is not None)
+    if not was_named and selection.mode is Mode.DENSE:
+        why_dense = (
+            "Decode is dense, as there is no index; 'coreinfer-sim build-index' makes one, or give a read ratio."
+        )
     if selection.by_token and not was_asked:
         engine = check_engine(loaded.model, decode)[0][0]
         if not engine.reads_by_token:

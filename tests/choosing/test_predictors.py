@@ -89,9 +89,15 @@ def test_familiar_prompts_read_by_token_and_others_densely(models, encoder):
     assert held.read_ratio == 0.2 and held.keep_ratio(layers) == pytest.approx(0.5, abs=0.02)
 
 
-def test_mode_all_takes_the_place_of_similarity_where_nothing_is_looked_up():
-    config = SelectionConfig(read_ratio=0.3)
-    assert config.by_token and config.resolved(False).mode is Mode.ALL and config.resolved(True) is config
-    for other in (SelectionConfig(), SelectionConfig(read_ratio=1.0), SelectionConfig("random", read_ratio=0.3)):
-        assert other.resolved(False) is other
+def test_what_no_mode_means_depends_on_whether_there_is_an_index():
+    by_token = SelectionConfig(read_ratio=0.3)
+    assert by_token.by_token and by_token.resolved(False).mode is Mode.ALL
+    for plain in (SelectionConfig(), SelectionConfig(read_ratio=1.0)):
+        assert plain.resolved(False).mode is Mode.DENSE
+    for config in (by_token, SelectionConfig()):
+        assert config.resolved(True).mode is config.named_mode is Mode.SIMILARITY
+    assert (
+        SelectionConfig(keep_ratio=0.5).resolved(False).mode is Mode.SIMILARITY
+    )  # which is refused, as it needs an index
+    assert SelectionConfig("random", read_ratio=0.3).resolved(False).mode is Mode.RANDOM
     assert not SelectionConfig(read_ratio=1.0).by_token and not SelectionConfig().by_token

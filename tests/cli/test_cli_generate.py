@@ -102,6 +102,8 @@ def test_modes_without_an_index(tiny_checkpoint):
             "generate", "stars", "--model", tiny_checkpoint, "--mode", mode, "--keep-ratio", 0.5, "--max-new-tokens", 2
         )
         assert found["mode"] == mode
+    plain = call("generate", "stars", "--model", tiny_checkpoint, "--max-new-tokens", 2, "--json")
+    assert json.loads(plain.stdout)["mode"] == "dense" and "Decode is dense, as there is no index" in plain.stderr
     for mode in ("similarity", "hybrid", "global"):
         refused(
             call("generate", "stars", "--model", tiny_checkpoint, "--mode", mode, "--keep-ratio", 0.5),
