@@ -107,7 +107,7 @@ def test_evaluate_crosses_read_ratios(tiny_checkpoint, rows):
     assert [row["contender"] for row in found] == [
         *("dense 16bit", "all 1 read 0.3", "all 1 read 0.6"),
         *("dense int8", "all 1 read 0.3 int8", "all 1 read 0.6 int8"),
-        *("dense q8_0", "all 1 q8_0"),
+        "dense q8_0",
     ]
     by_name = {row["contender"]: row for row in found}
     assert by_name["dense 16bit"]["read_ratio"] == by_name["all 1 q8_0"]["read_ratio"] == 1.0
