@@ -96,6 +96,8 @@ def info(index: str | None, as_json: bool) -> None:
             click.echo(
                 f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
             )
+    if m.histograms:
+        click.echo(f"  thresholds of {', '.join(name.rpartition(' ')[0] for name in m.histograms)}")
     if (p := m.profile) is not None:
         kind = "compensated sets" if p.compensated else "plain sets" if p.keep_ratio < 1 else "dense decode"
         if not p.of_sets:

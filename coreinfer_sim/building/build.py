@@ -19,6 +19,7 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
+from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.promise import measure_promise
 from coreinfer_sim.building.shards import PartialSums
@@ -150,7 +151,9 @@ def _run_stages(
     # 1) sentences, and what the build will take
     drawn = draw(folder, corpus, language_model.tokenizer, progress)
     layers = recorded_layers(language_model, config)
-    plan = BuildPlan(layers, config, drawn.report, language_model.model.get_memory_footprint())
+    model_bytes = language_model.model.get_memory_footprint()
+    measures = drawn.report.n_held_out > 0  # what tokens need and what that promises
+    plan = BuildPlan(layers, config, drawn.report, model_bytes, layout_bytes(language_model) if measures else 0)
     progress.say(plan.describe())
     if config.clusters != "auto":
         plan.check_disk(plan.n_clusters, folder, out)
@@ -167,11 +170,14 @@ def _run_stages(
     # 4) compensated sets
     settings = config.compensation
     sets = None if settings is None else make_sets(workers, settings, _statistics(sums))
-    # 5) what it promises
+    # 5) what tokens need, and what it promises
     with torch_threads(n_cores()):
-        profile = measure_promise(folder, language_model, config.seed, lay_out, progress)
+        histograms = measure_histograms(clustered, progress) if measures else {}
+        profile = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
     # 6) the index
-    parts = BuiltParts(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, profile)
+    parts = BuiltParts(
+        clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profile
+    )
     write_index(out, parts)
 
 

@@ -17,7 +17,7 @@ from coreinfer_sim.base.files import REPLACED, is_vacant, remove, restore, write
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.resuming import differing
 from coreinfer_sim.fitting.pipeline import forget_sets
-from coreinfer_sim.index.manifest import COMPENSATION_FOLDER, INDEX_FILES, MANIFEST_FILE
+from coreinfer_sim.index.manifest import COMPENSATION_FOLDER, HISTOGRAMS_FILE, INDEX_FILES, MANIFEST_FILE
 
 SHARDS_FOLDER = "shards"
 SETTINGS_FILE = "plan.json"
@@ -37,13 +37,14 @@ def check_output(out: Path, force: bool) -> None:
     if is_vacant(out):
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
-    rest_of_index = names <= {*INDEX_FILES, COMPENSATION_FOLDER, REPLACED}
+    parts = {*INDEX_FILES, HISTOGRAMS_FILE, COMPENSATION_FOLDER, REPLACED}
+    rest_of_index = names <= parts
     if not rest_of_index and not (out / MANIFEST_FILE).is_file():
         raise BuildError(
             f"{out} exists already and is no index, which force would replace, expected a new or an empty folder; name "
             "another one."
         )
-    foreign = sorted(names - {*INDEX_FILES, COMPENSATION_FOLDER, REPLACED, MANIFEST_FILE})
+    foreign = sorted(names - {*parts, MANIFEST_FILE})
     if force and foreign:
         raise BuildError(
             f"{out} holds {foreign[0]}, which is not the index's and would be lost, expected an index alone; move it, or name "

@@ -32,6 +32,8 @@ class BuildPlan:
     corpus: CorpusReport
     model_bytes: int
     """Of the language model."""
+    layout_bytes: int
+    """Of its MLPs in the layout in which is measured what tokens need; 0: nothing is measured."""
 
     @property
     def n_clusters(self) -> int:
@@ -55,7 +57,7 @@ class BuildPlan:
         n_clusters, costs = self.n_clusters, CompensationCosts(self.layers, self.config.compensation)
         index_bytes, build_bytes = self._disk(n_clusters)
         model_bytes = self.model_bytes + LIBRARY_BYTES
-        memory = model_bytes + max(costs.fitting(), costs.training(n_clusters), costs.comparing())
+        memory = model_bytes + max(costs.fitting(), costs.training(n_clusters), costs.comparing(), self.layout_bytes)
         memory += n_clusters * self._n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if self.config.clusters == "auto" else ""
         return (

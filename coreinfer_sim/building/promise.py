@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
 from coreinfer_sim.base.files import write_json
@@ -53,13 +55,19 @@ def hold_out(report: CorpusReport, sentences: Sequence[Row], folder: Path) -> li
 
 
 def measure_promise(
-    folder: Path, language_model: LanguageModel, seed: int, lay_out: bool, progress: Progress
+    folder: Path,
+    language_model: LanguageModel,
+    histograms: Mapping[str, np.ndarray],
+    seed: int,
+    lay_out: bool,
+    progress: Progress,
 ) -> ProfileInfo | None:
     """Find the fewest neurons that tokens may read, as `choose_profile` does, on the second half of each text that was held out.
 
     Args:
         folder: of the build.
         language_model: that the index is built for.
+        histograms: that the index will hold.
         seed: of the bootstrap.
         lay_out: lay its weights out as a start with this profile reads them, rather than beside the model in memory.
         progress: receives what comes of it.
@@ -71,13 +79,18 @@ def measure_promise(
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return None if kept is None else ProfileInfo(**kept)
-    profile = _measure(folder, language_model, seed, lay_out, progress)
+    profile = _measure(folder, language_model, histograms, seed, lay_out, progress)
     write_json(path, None if profile is None else asdict(profile))
     return profile
 
 
 def _measure(
-    folder: Path, language_model: LanguageModel, seed: int, lay_out: bool, progress: Progress
+    folder: Path,
+    language_model: LanguageModel,
+    histograms: Mapping[str, np.ndarray],
+    seed: int,
+    lay_out: bool,
+    progress: Progress,
 ) -> ProfileInfo | None:
     # 1) whether there is anything to measure
     texts = [Row(**row) for row in json.loads((folder / HELD_OUT_FILE).read_text(encoding="utf-8"))]
@@ -100,7 +113,14 @@ def _measure(
     laid_out = laid_out_model(language_model.name, ModelConfig(), config, True, progress) if lay_out else None
     kind = "stored" if laid_out is None and getattr(language_model.model, "own_codes", {}) else "16bit"
     contenders = [Contender("all", weights=kind, read_ratio=ratio) for ratio in READ_RATIOS]
-    results = evaluate(laid_out or language_model, contenders, rows, max_tokens=_MAX_TOKENS, progress=progress)
+    results = evaluate(
+        laid_out or language_model,
+        contenders,
+        rows,
+        max_tokens=_MAX_TOKENS,
+        progress=progress,
+        histograms=histograms,
+    )
     if len({result.row_id for result in results}) < FEWEST_ROWS:
         progress.say("Nothing is promised, as too few of the texts that were held out have two tokens to score.")
         return None

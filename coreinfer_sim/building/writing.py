@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,8 @@ class BuiltParts:
     sums: PartialSums
     """Of all clusters."""
     sets: CompensatedSets | None
+    histograms: Mapping[str, np.ndarray]
+    """Of what tokens need, by layout."""
     profile: ProfileInfo | None
 
 
@@ -67,7 +70,8 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         if parts.sets is not None:
             parts.sets.put_into(temporary)
         manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
-        save_index(temporary, parts.corpus.clustering.centroids, _clusters(parts.corpus), statistics, manifest)
+        centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus)
+        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
 

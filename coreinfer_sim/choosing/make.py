@@ -59,7 +59,7 @@ def predictor_of(config: SelectionConfig, layers: Sequence[MLPLayer], index: Sem
         config = replace(config, keep_ratio=1.0)
     if config.fallback is None:
         config = replace(config, fallback=Fallback.DENSE)
-    return ReadingPredictor(_holding(config, layers, index), read_ratio)
+    return ReadingPredictor(_holding(config, layers, index), read_ratio, index)
 
 
 def _holding(config: SelectionConfig, layers: Sequence[MLPLayer], index: SemanticIndex | None) -> Predictor:

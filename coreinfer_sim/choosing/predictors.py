@@ -17,6 +17,7 @@ from coreinfer_sim.base.errors import GenerationError
 from coreinfer_sim.base.settings import Mode, Score
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.choosing.statistics import ActivationStatistics, LayerStatistics
+from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -63,9 +64,10 @@ class FixedPredictor:
 class ReadingPredictor:
     """What another predictor holds, of which each token reads a share; what that leaves dense is read as a whole."""
 
-    def __init__(self, held: Predictor, read_ratio: float) -> None:
-        """Let tokens read ``read_ratio`` of d_ff, on average, of what ``held`` chooses."""
+    def __init__(self, held: Predictor, read_ratio: float, index: SemanticIndex | None = None) -> None:
+        """Let tokens read ``read_ratio`` of d_ff, on average, of what ``held`` chooses; ``index`` may know what they need."""
         self.mode, self.needs_text, self.alpha = held.mode, held.needs_text, held.alpha
+        self.index = index
         self._held, self._read_ratio = held, read_ratio
 
     def select(

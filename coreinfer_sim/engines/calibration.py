@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 import torch
 
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.engines.face import Engine
 
 
-def calibrate(engine: Engine, tokenizer: Any, progress: Progress | None = None) -> None:
-    """Let an engine measure the passages of the text, unless it has done so before; see `Engine.calibrate`."""
-    engine.calibrate(lambda: _passages(tokenizer), progress)
+def calibrate(
+    engine: Engine, tokenizer: Any, progress: Progress | None = None, known: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Let an engine measure the passages of the text, unless it has done so before; see `Engine.calibrate`.
+
+    Args:
+        engine: to calibrate.
+        tokenizer: of its model.
+        progress: receives what is done.
+        known: histograms of an index.
+    """
+    engine.calibrate(lambda: _passages(tokenizer), progress, known)
 
 
 def _passages(tokenizer: Any) -> list[torch.Tensor]:

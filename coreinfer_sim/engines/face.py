@@ -142,14 +142,34 @@ class Engine(ABC):
         n_bytes = round(sum(n_held) * neuron_bytes)
         return Bytes(n_bytes, n_bytes)
 
-    def calibrate(self, passages: Callable[[], Sequence[torch.Tensor]], progress: Progress | None = None) -> None:
+    def calibrate(
+        self,
+        passages: Callable[[], Sequence[torch.Tensor]],
+        progress: Progress | None = None,
+        known: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Measure what reading by token needs, unless that was done before.
 
         Args:
             passages: returns the token ids of texts, [n_tokens] each.
             progress: receives what is done.
+            known: what `histograms` has returned for some layouts, which is taken in place of passages where it fits.
         """
         return None
+
+    def histograms(
+        self, texts: Sequence[tuple[torch.Tensor, int]], report: Callable[[int], None]
+    ) -> dict[str, np.ndarray]:
+        """Measure what reading by token needs, on texts of a corpus, for an index to keep.
+
+        Args:
+            texts: token ids [n_tokens], and how many of them stand before those that count: the prompt.
+            report: takes how many more texts are done.
+
+        Returns:
+            Counts by the name of the layout, int64 [n_layers, n_bins]; empty if the engine reads no share of neurons.
+        """
+        return {}
 
     @classmethod
     def warm_up(cls, model: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TextIO
+
+import numpy as np
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill
 from coreinfer_sim.base.errors import ConfigError, CorpusError
@@ -44,6 +46,7 @@ def evaluate(
     finished: Iterable[Result] = (),
     log: TextIO | None = None,
     progress: Progress | None = None,
+    histograms: Mapping[str, np.ndarray] | None = None,
 ) -> list[Result]:
     """Score contenders on rows under forced sparse decode.
 
@@ -61,6 +64,7 @@ def evaluate(
             are of another row under the same name; of several for one row and contender, the last counts.
         log: receives every result as a line of JSON, as it comes.
         progress: receives progress.
+        histograms: of what tokens need, as an index that is still to be written will hold; None: those of ``index``.
 
     Raises:
         ConfigError: prompt and completion, or generated text, do not fit into the model's context, a contender knows its
@@ -82,7 +86,9 @@ def evaluate(
     short: set[Row] = set()
     alpha = _ALPHA if index is None else index.manifest.settings.alpha
     reads_prompts = any(contender.reads_prompt for contender in contenders)
-    scorer = _Scorer(language_model, index, decode, max_tokens, alpha if reads_prompts else None, seed)
+    if histograms is None and index is not None and any(contender.read_ratio < 1 for contender in contenders):
+        histograms = index.histograms
+    scorer = _Scorer(language_model, index, decode, max_tokens, alpha if reads_prompts else None, seed, histograms)
     progress.start("Evaluating", len(rows) * len(kinds), "rows")
     n_at_once = _rows_at_once(language_model, max_tokens)
     for begin in range(0, len(rows), n_at_once):
@@ -137,7 +143,9 @@ class _Scorer:
         max_tokens: int,
         alpha: float | None,
         seed: int,
+        known: Mapping[str, np.ndarray] | None,
     ) -> None:
+        self._known = known
         self._whole, self._decode, self._max_tokens, self._alpha = language_model, decode, max_tokens, alpha
         self._chooser = Chooser(language_model, index, seed)
         self._dense: dict[str, Engine] = {}
@@ -187,7 +195,7 @@ class _Scorer:
     def _score(self, contender: Contender, case: Case, max_new_tokens: int | None) -> Result:
         selection = self._chooser.choose(contender, case)
         if contender.read_ratio < 1:
-            calibrate(case.engine, self._whole.tokenizer)
+            calibrate(case.engine, self._whole.tokenizer, known=self._known)
         (held,) = case.engine.prepare([selection])
         sparse = self._decode.prefill is Prefill.SPARSE
         with case.read_sparsely(held) if sparse else nullcontext():

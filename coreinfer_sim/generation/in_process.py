@@ -69,7 +69,8 @@ class TextGenerator(Generator):
         self.decode = decode or DecodeConfig()
         self.engines, self.refused = choose_engines(language_model.model, language_model.layers, self.decode)
         if self.selection.by_token:
-            calibrate(self.engines[0], language_model.tokenizer, progress)
+            known = None if index is None else index.histograms
+            calibrate(self.engines[0], language_model.tokenizer, progress, known)
             if self.selection.named_mode is not Mode.DENSE:
                 self.engines[0].check_by_token()
         self._sparse: dict[str, SparseModel] = {}

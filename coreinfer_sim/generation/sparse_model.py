@@ -73,7 +73,8 @@ class SparseModel:
         if not self.engines:
             self.engines, self.refused = choose_engines(model, self.layers, self.config)
         if isinstance(predictor, ReadingPredictor) and tokenizer is not None:
-            calibrate(self.engines[0], tokenizer)
+            known = None if predictor.index is None else predictor.index.histograms
+            calibrate(self.engines[0], tokenizer, known=known)
         self.latest = CallFacts()
         """What the latest call chose and cost."""
         self._lock = _LOCKS.setdefault(model, threading.Lock())

@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"install the release that wrote it or {REBUILD}."
         )
     expected = {*(field.name for field in dataclasses.fields(Manifest)), "sha256"}
-    if set(raw) != expected:
+    if {"histograms", *raw} != expected:  # earlier releases made none
         raise IndexFormatError(f"{path} lacks or misspells a field ({sorted(set(raw) ^ expected)}); {REBUILD}.")
     if raw["sha256"] != manifest_checksum(raw):
         raise IndexFormatError(
@@ -76,10 +76,17 @@ def read_manifest(folder: Path) -> Manifest:
         compensation = [_compensation(entry) for entry in raw["compensation"]]
         profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
+        histograms = [str(name) for name in raw.get("histograms", [])]
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     manifest = Manifest(
-        format_version=version, versions=versions, files=files, compensation=compensation, profile=profile, **sections
+        format_version=version,
+        versions=versions,
+        files=files,
+        compensation=compensation,
+        profile=profile,
+        histograms=histograms,
+        **sections,
     )
     _check_contents(manifest, path)
     expected = set(manifest.file_names())

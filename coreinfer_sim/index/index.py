@@ -23,6 +23,7 @@ from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.manifest import (
     CENTROIDS_FILE,
     CLUSTERS_FILE,
+    HISTOGRAMS_FILE,
     INDEX_FILES,
     MANIFEST_FILE,
     NEURONS_FILE,
@@ -34,8 +35,8 @@ from coreinfer_sim.index.manifest import (
 from coreinfer_sim.index.names import folder_of
 from coreinfer_sim.index.places import find
 from coreinfer_sim.index.ranking import n_kept, top_ids
-from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
-from coreinfer_sim.index.verified import StoredArray
+from coreinfer_sim.index.storage import read_centroids, read_clusters, read_histograms, read_statistics, write_manifest
+from coreinfer_sim.index.verified import StoredArray, VerifiedFile
 
 if TYPE_CHECKING:  # an index is looked up and described without torch
     import torch
@@ -139,6 +140,21 @@ class SemanticIndex:
             )
         encoder.check_probe(self.manifest.encoder.probe, self.name)
         return encoder
+
+    @cached_property
+    def histograms(self) -> dict[str, np.ndarray]:
+        """What neurons are estimated to count where the corpus's texts are decoded, as counts by layout, [n_layers, n_bins].
+
+        The build has them from the engine; they are empty where it has measured none.
+
+        Raises:
+            IndexFormatError: the file is damaged.
+        """
+        manifest = self.manifest
+        if self._folder is None or not manifest.histograms:
+            return {}
+        file = VerifiedFile(self._folder / HISTOGRAMS_FILE, manifest.files[HISTOGRAMS_FILE])
+        return read_histograms(file, manifest.histograms, manifest.model.n_layers)
 
     @overload
     def lookup(self, text: str, k: int = 1) -> list[Match]: ...

@@ -14,6 +14,7 @@ MANIFEST_FILE = "manifest.json"
 CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
+HISTOGRAMS_FILE = "histograms.safetensors"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
@@ -157,12 +158,15 @@ class Manifest:
     compensation: list[CompensationInfo]
     profile: ProfileInfo | None
     files: dict[str, FileInfo]
+    histograms: list[str] = dataclasses.field(default_factory=list)
+    """Layouts of which there are histograms of what tokens need, as the engine names them."""
 
     def file_names(self) -> list[str]:
         """Return the files of the index beside the manifest, relative to its folder."""
         clusters = [None, *range(self.settings.n_clusters)]
         return [
             *INDEX_FILES,
+            *([HISTOGRAMS_FILE] if self.histograms else []),
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
@@ -210,8 +214,10 @@ class Manifest:
         return manifest_checksum(self._fields())
 
     def _fields(self) -> dict[str, Any]:
-        """Return all fields; places that are not known are left out, as earlier releases did."""
+        """Return all fields; what is not there is left out of those that earlier releases did not have."""
         fields = dataclasses.asdict(self)
+        if not self.histograms:
+            del fields["histograms"]
         for section in (fields["model"], fields["encoder"]):
             for name in ("path", "relative_path"):
                 if section[name] is None:

@@ -19,6 +19,7 @@ from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.manifest import (
     CENTROIDS_FILE,
     CLUSTERS_FILE,
+    HISTOGRAMS_FILE,
     MANIFEST_FILE,
     NEURONS_FILE,
     REBUILD,
@@ -96,12 +97,39 @@ def read_statistics(file: VerifiedFile, shape: tuple[int, int, int]) -> dict[str
     return statistics
 
 
+def read_histograms(file: VerifiedFile, layouts: Sequence[str], n_layers: int) -> dict[str, np.ndarray]:
+    """Read the histograms of layouts, each [n_layers, n_bins].
+
+    Raises:
+        IndexFormatError: the file is damaged, or holds others.
+    """
+    tensors = file.tensors()
+    if sorted(tensors) != sorted(layouts):
+        raise IndexFormatError(f"{file.path} holds {sorted(tensors)}, expected {sorted(layouts)}; {REBUILD}.")
+    found = {}
+    for name, tensor in tensors.items():
+        if (
+            tensor.dtype not in _TYPES
+            or tensor.dtype[0] == "F"
+            or len(tensor.shape) != 2
+            or tensor.shape[0] != n_layers
+        ):
+            raise IndexFormatError(
+                f"{file.path}: {name} has the shape {tensor.shape} of {tensor.dtype}, expected whole numbers of {n_layers} "
+                f"layers; {REBUILD}."
+            )
+        content = file.read(tensor.begin, tensor.end)
+        found[name] = np.frombuffer(content, _TYPES[tensor.dtype]).reshape(tensor.shape)
+    return found
+
+
 def save_index(
     folder: Path,
     centroids: np.ndarray,
     clusters: Sequence[Cluster],
     statistics: Mapping[str, np.ndarray],
     manifest: Manifest,
+    histograms: Mapping[str, np.ndarray] | None = None,
 ) -> Manifest:
     """Write the files of an index, each forced to disk, the manifest last.
 
@@ -110,11 +138,16 @@ def save_index(
         centroids: unit norm, [n_clusters, dim].
         clusters: one entry a cluster.
         statistics: by the names in `STATISTICS`, each [n_clusters, n_recorded_layers, d_ff].
-        manifest: whose ``files`` are not looked at.
+        manifest: whose ``files`` and ``histograms`` are not looked at.
+        histograms: of what tokens need, by layout, whole numbers [n_layers, n_bins].
 
     Returns:
-        The manifest with its ``files``.
+        The manifest with these.
     """
+    manifest = replace(manifest, histograms=sorted(histograms or ()))
+    if histograms:
+        smallest = {name: counts.astype(np.min_scalar_type(int(counts.max()))) for name, counts in histograms.items()}
+        (folder / HISTOGRAMS_FILE).write_bytes(save(smallest))
     # Made in memory and written by Python, which reports a full disk; FAISS would not.
     (folder / CENTROIDS_FILE).write_bytes(faiss.serialize_index(faiss_index(centroids)).tobytes())
     (folder / NEURONS_FILE).write_bytes(save({name: np.ascontiguousarray(v) for name, v in statistics.items()}))

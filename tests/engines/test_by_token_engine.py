@@ -61,6 +61,30 @@ def forced(engine, ids, chosen):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
+def test_what_was_measured_on_a_corpus_takes_the_place_of_passages(weights):
+    """By the name of the layout; of the texts, what stands behind the prompt counts."""
+    texts = [(token_ids(1, 60, seed=70 + n)[0], 20) for n in range(5)]
+    done = []
+    found = engine_of(weights=weights, measured=False).histograms(texts, done.append)
+    assert done == [1] * 5 and len(found) == 1
+    ((name, counts),) = found.items()
+    layers = find_mlps(tiny_model("llama"))
+    assert (counts.sum(1) == 5 * 40 * layers[0].d_ff).all()
+
+    def unwanted():
+        raise AssertionError("nothing is measured anew")
+
+    engine = engine_of(weights=weights, measured=False)
+    engine.calibrate(unwanted, known={**found, "another": counts[:1]})
+    shares = [forced(engine, token_ids(1, 60, seed=70 + n), reading(0.3))[1].read_ratio for n in range(5)]
+    assert abs(sum(shares) / 5 - 0.3) <= 0.03
+    for other in ({name: counts[:, 1:]}, {f"{name}?": counts}):
+        engine = engine_of(weights=weights, measured=False)
+        with pytest.raises(AssertionError, match="measured anew"):
+            engine.calibrate(unwanted, known=other)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_steps_equal_forced_text(family, weights):
     engine, chosen = engine_of(family, weights), reading(0.3)
@@ -271,7 +295,7 @@ def test_what_was_measured_is_kept(monkeypatch, cache):
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LeanEngine, "_measure", never)
+        patch.setattr("coreinfer_sim.engines.lean.measuring.measured_histograms", never)
         later = engine_of("llama", "int8")
     ids = token_ids(1, 20)
     assert torch.equal(forced(first, ids, reading(0.3))[0], forced(later, ids, reading(0.3))[0])

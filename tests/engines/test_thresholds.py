@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from coreinfer_sim.engines.lean.thresholds import N_BINS, Histograms, keep_histograms, kept_histograms
+from coreinfer_sim.engines.lean.thresholds import (
+    N_BINS,
+    Histograms,
+    keep_histograms,
+    kept_histograms,
+    sound_histograms,
+)
 
 BIN = 2 ** (1 / 16)
 
@@ -123,3 +129,11 @@ def test_no_place_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path / "file"))
     keep_histograms(histograms(torch.rand(10)), "abc", "float32", TEXTS)
     assert kept_histograms("abc", "float32", TEXTS, 1) is None
+
+
+def test_counts_of_an_index_are_taken_if_they_fit_the_model():
+    found = histograms(torch.rand(100), torch.rand(50))
+    again = sound_histograms(found.counts.astype(np.uint16), 2)
+    assert again is not None and (again.thresholds(0.3) == found.thresholds(0.3)).all()
+    for counts, n_layers in ((found.counts, 3), (found.counts[:, 1:], 2), (-found.counts, 2), (0 * found.counts, 2)):
+        assert sound_histograms(counts, n_layers) is None

@@ -19,6 +19,7 @@ from index_folder import (
     replace_file,
     save,
 )
+from safetensors.numpy import save as numpy_save
 
 import coreinfer_sim
 from coreinfer_sim.base.errors import IndexFormatError
@@ -27,10 +28,12 @@ from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import (
     CENTROIDS_FILE,
     CLUSTERS_FILE,
+    HISTOGRAMS_FILE,
     INDEX_FILES,
     MANIFEST_FILE,
     NEURONS_FILE,
 )
+from coreinfer_sim.index.storage import save_index
 
 PACKAGE = Path(coreinfer_sim.__file__).parent
 
@@ -44,6 +47,56 @@ def test_what_is_saved_is_loaded(index_folder):
     for name, entry in loaded.manifest.files.items():
         assert entry.size == (index_folder / name).stat().st_size
         assert entry.sha256 == sha256_of(index_folder / name)
+
+
+COUNTS = {"float32 v2": np.arange(3 * 5).reshape(3, 5), "Q8_0 high v2": np.full((3, 5), 70_000)}
+
+
+def with_histograms(folder, histograms=None):
+    folder.mkdir()
+    parts = (np.eye(4, dtype=np.float32)[:3], clusters(), STATISTICS)
+    save_index(folder, *parts, manifest(), COUNTS if histograms is None else histograms)
+    return folder
+
+
+def test_histograms_are_saved_and_loaded(tmp_path, index_folder):
+    assert SemanticIndex.load(index_folder).histograms == {}
+    folder = with_histograms(tmp_path / "another")
+    loaded = SemanticIndex.load(folder)
+    assert loaded.manifest.histograms == sorted(COUNTS) and HISTOGRAMS_FILE in loaded.manifest.files
+    for name, counts in COUNTS.items():
+        assert np.array_equal(loaded.histograms[name], counts)
+
+
+def test_an_index_without_histograms_is_as_earlier_releases_wrote_it(index_folder):
+    """Field by field, so that its checksum is theirs."""
+    assert "histograms" not in raw_manifest(index_folder)
+
+
+def test_histograms_that_are_damaged_are_refused_when_they_are_read(tmp_path):
+    folder = with_histograms(tmp_path / "index")
+    content = bytearray((folder / HISTOGRAMS_FILE).read_bytes())
+    content[-1] ^= 1
+    (folder / HISTOGRAMS_FILE).write_bytes(content)
+    loaded = SemanticIndex.load(folder)
+    with pytest.raises(IndexFormatError, match="has the checksum"):
+        _ = loaded.histograms
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"float32 v2": COUNTS["float32 v2"]},
+        {**COUNTS, "float32 v2": np.zeros((2, 5), np.int64)},
+        {**COUNTS, "float32 v2": np.zeros(3, np.int64)},
+        {**COUNTS, "float32 v2": np.zeros((3, 5), np.float32)},
+    ],
+)
+def test_other_histograms_than_the_manifest_says_raise(tmp_path, held):
+    folder = with_histograms(tmp_path / "index")
+    replace_file(folder, HISTOGRAMS_FILE, numpy_save(held))
+    with pytest.raises(IndexFormatError, match="expected"):
+        _ = SemanticIndex.load(folder).histograms
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\n"])

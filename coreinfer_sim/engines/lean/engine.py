@@ -33,16 +33,16 @@ from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, by_projection
+from coreinfer_sim.engines.lean.measuring import Text, known_or_measured, layout_of, measured_histograms
 from coreinfer_sim.engines.lean.relu import ZEROS
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
 from coreinfer_sim.engines.lean.step import decode_step
-from coreinfer_sim.engines.lean.thresholds import Histograms, keep_histograms, kept_histograms
+from coreinfer_sim.engines.lean.thresholds import Histograms, name_of
 from coreinfer_sim.engines.lean.warm_up import warm_up
 from coreinfer_sim.engines.linear import hand_over, hand_over_table, matrix_module, products_of
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.index.compensated import LayerCompensation
-from coreinfer_sim.models.fingerprint import weights_checksum
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -53,7 +53,6 @@ FASTER_BY_TOKEN = {
 }
 """Layouts of which half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
 was not measured is not there."""
-_FIRST = 8  # positions of a passage that are left out
 
 
 class LeanEngine(Engine):
@@ -106,37 +105,26 @@ class LeanEngine(Engine):
         """Return whether it has ReLU, with weights in memory."""
         return not layers[0].away and skips_zeros(model.config, config.weights_type)
 
-    def calibrate(self, passages: Callable[[], Sequence[torch.Tensor]], progress: Progress | None = None) -> None:
-        """Measure how much each neuron is estimated to count at the positions of some texts."""
-        if self._histograms is not None or self._weights.refuses_by_token() is not None:
-            return
-        fingerprint, n_layers = weights_checksum(self.layers), len(self.layers)
-        # all are laid out now: later their weights may have been taken over
-        kind = "-".join(sorted({self._weights.token_mlp(number).kind for number in range(n_layers)}))
-        texts = passages()
-        found = kept_histograms(fingerprint, kind, texts, n_layers)
-        if found is None:
-            progress = progress or Progress()
-            progress.start("Measuring what tokens need", len(texts), "passages")
-            found = Histograms.empty(n_layers)
-            for ids in texts:
-                self._measure(ids, found)
-                progress.advance(1)
-            progress.finish()
-            keep_histograms(found, fingerprint, kind, texts)
-        self._histograms = found
+    def calibrate(
+        self,
+        passages: Callable[[], Sequence[torch.Tensor]],
+        progress: Progress | None = None,
+        known: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Take or measure how much each neuron is estimated to count at the positions of some texts."""
+        weights, dtype = self._weights, self.model.dtype
+        if self._histograms is None and weights.refuses_by_token() is None:
+            self._histograms = known_or_measured(
+                weights, self.layers, dtype, passages, progress or Progress(), known or {}
+            )
 
-    def _measure(self, ids: torch.Tensor, found: Histograms) -> None:
-        """Count the estimates at a text's positions, but for the first ones, which stand for no text."""
-        weights = self._weights
-
-        def mlp(number: int, x: torch.Tensor) -> torch.Tensor:
-            own = weights.token_mlp(number)
-            found.add(number, own.contributions(x[_FIRST:], weights.kind))
-            return own.outputs(x, weights.kind)[0]
-
-        with torch.inference_mode():
-            forced_states(weights, self.model.dtype, ids, None, mlp)
+    def histograms(self, texts: Sequence[Text], report: Callable[[int], None]) -> dict[str, Array]:
+        """Measure how much each neuron is estimated to count at the positions that decode would reach."""
+        if self._weights.refuses_by_token() is not None:
+            return {}
+        n_layers = len(self.layers)
+        name = name_of(layout_of(self._weights, n_layers))
+        return {name: measured_histograms(self._weights, n_layers, self.model.dtype, texts, report).counts}
 
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Refuse caches that do not grow, masks with gaps, and calls for more than logits."""

@@ -164,6 +164,11 @@ class TokenMLP:
             outputs_by_token(given, self.words, kind, n_threads, np.float32(threshold), n_read, made)
         return out, int(n_read[1])
 
+    def whole_outputs(self, x: torch.Tensor, kind: int) -> torch.Tensor:
+        """Return what all neurons give for normalised inputs [n_rows, d_model], by the products of prefill."""
+        gate, up, down = self.parts
+        return down.times(of_gates(gate.times(x), kind).mul_(up.times(x)))
+
     def held(self, ids: torch.Tensor, compensation: LayerCompensation | None = None) -> TokenMLP:
         """Return the MLP of some neurons [n] alone, the compensation merged into its output rows."""
         gate, up = self.gate.outputs(ids), self.up.outputs(ids)

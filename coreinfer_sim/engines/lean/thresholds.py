@@ -56,12 +56,23 @@ class Histograms:
         return found
 
 
+def name_of(kind: str) -> str:
+    """Return what histograms of a layout are called in an index: other versions count otherwise."""
+    return f"{kind} v{_VERSION}"
+
+
+def sound_histograms(counts: Array, n_layers: int) -> Histograms | None:
+    """Return histograms of counts that were read, or None if they are no counts of a model of so many layers."""
+    if counts.shape == (n_layers, N_BINS) and counts.min() >= 0 and counts.sum(1).min() > 0:
+        return Histograms(counts.astype(np.int64))
+    return None
+
+
 def kept_histograms(fingerprint: str, kind: str, texts: Texts, n_layers: int) -> Histograms | None:
     """Return what was measured before on some texts for a model's weights in a layout, from the user's cache folder."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         counts = np.array(json.loads(_file(fingerprint, kind, texts).read_text(encoding="utf-8"))["counts"], np.int64)
-        if counts.shape == (n_layers, N_BINS) and counts.min() >= 0 and counts.sum(1).min() > 0:
-            return Histograms(counts)
+        return sound_histograms(counts, n_layers)
     return None
 
 
