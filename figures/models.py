@@ -27,10 +27,11 @@ model that reads images, the text part is what is tried and served.
 ## Supported
 
 "plain" is `output(activation(input(x)))`, "gated" is `output(activation(gate(x)) * up(x))`. A norm behind an MLP stands between
-it and the residual stream, or behind their sum.
+it and the residual stream, or behind their sum. {n_lean} types decode on a CPU by compiled loops ("lean"), the others by
+transformers' own code.
 
-| type | text part | MLPs |
-|---|---|---|
+| type | text part | MLPs | engine |
+|---|---|---|---|
 """
 
 
@@ -45,6 +46,10 @@ def _tried() -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     return {each: tried(each) for each in TYPES}
+
+
+def _engine(tried: Any) -> str:
+    return "lean" if tried.why_slow is None else "transformers"
 
 
 @figure(FILE, "", "2 minutes")
@@ -63,6 +68,9 @@ def types(_given: Given) -> None:
     record("types that write text, in transformers", len(found), f"types of transformers {__version__}")
     record("types for text alone, in transformers", len(of_text), f"types of transformers {__version__}")
     record("types supported", len(supported), "types", at_least(_LEAST), which=sorted(supported))
+    lean = sorted(name for name, each in supported.items() if each.why_slow is None)
+    slow = {name: each.why_slow for name, each in sorted(supported.items()) if each.why_slow is not None}
+    record("types that the compiled loops decode", len(lean), "types", which=lean, others=slow)
     n_of_text = sum(name in supported for name in of_text)
     record("types for text alone that are supported", n_of_text, "types", at_least(_LEAST))
     record("types left out as mixtures of experts", len(mixtures), "types", which=mixtures)
@@ -75,11 +83,12 @@ def types(_given: Given) -> None:
             version=__version__,
             n_types=len(found),
             n_supported=len(supported),
+            n_lean=len(lean),
             n_left_out=len(left_out),
             n_mixtures=len(mixtures),
         ),
         *(
-            f"| {name} | {each.text_part if each.text_part != name else ''} | {each.layout} |\n"
+            f"| {name} | {each.text_part if each.text_part != name else ''} | {each.layout} | {_engine(each)} |\n"
             for name, each in sorted(supported.items())
         ),
         "\n## Left out\n\n| type | reason |\n|---|---|\n",

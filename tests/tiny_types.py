@@ -17,8 +17,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
 from coreinfer_sim.choosing.statistics import activation_statistics
+from coreinfer_sim.engines.lean.engine import LeanEngine
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
@@ -154,6 +156,8 @@ class Tried:
     """The type of what reads text."""
     layout: str = ""
     """Of its MLPs."""
+    why_slow: str | None = None
+    """Why the compiled loops do not decode it; None: they do."""
 
 
 def tried(model_type: str) -> Tried:
@@ -178,7 +182,8 @@ def tried(model_type: str) -> Tried:
             _generated(model)
         except Exception as error:
             return Tried(f"transformers does not decode text alone with it: {_first_line(error)}")
-        return Tried(checked(model, layers), layers[0].family, _layout(layers[0]))
+        why_slow = LeanEngine.refuses(model, DecodeConfig())
+        return Tried(checked(model, layers), layers[0].family, _layout(layers[0]), why_slow)
 
 
 def _layout(layer: MLPLayer) -> str:

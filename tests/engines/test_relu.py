@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from calls import RowPredictor, generate, logits, selection, token_ids
 from layouts import PROMPT, Said, folders, text_of
+from lean_types import model_named
 from rounding import rounded_inputs
 from tiny_models import save_tiny_checkpoint, tiny_model
 
@@ -240,3 +241,23 @@ def test_other_activations_are_read_whole(tmp_path):
     with coreinfer_sim.load(None, str(folder), mode="dense") as generator:
         run = generator.generate(PROMPT, max_new_tokens=4, ignore_eos=True)
     assert not run.skips_zeros and run.read_ratio == 1
+
+
+@pytest.mark.parametrize("name", ["opt", "arcee", "nemotron"])
+@pytest.mark.parametrize("weights", ["stored", "int8"])
+def test_plain_mlps_skip_zeros_too(name, weights):
+    """Two of these square what is not zero."""
+    model = model_named(name)
+    expected = model(input_ids=token_ids(1, 9)).logits[0]
+    engine = LeanEngine(model, find_mlps(model), DecodeConfig(weights=weights))
+    assert engine.skips_zeros == (weights == "stored" or model.config.hidden_size % 64 == 0)
+    engine.take_over()
+    found, facts = decoded(engine, token_ids(1, 9), DENSE)
+    if engine.skips_zeros:
+        assert 0.1 < facts.read.read_ratio < 0.9 and facts.read.mlp_per_step < engine.whole_bytes()
+    (held,) = engine.prepare([DENSE])
+    forced = engine.forced(token_ids(1, 9), None, held)
+    assert (forced - expected).abs().max() <= (1e-4 if weights == "stored" else 0.2) * expected.abs().max()
+    prompt = engine.model(input_ids=token_ids(1, 9), use_cache=True).past_key_values
+    text = engine.forced(found.sequences[:, 9:-1], prompt, held)
+    assert (logits(found)[0, 1:] - text).abs().max() <= 2e-4 * text.abs().max()
