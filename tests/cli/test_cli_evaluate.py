@@ -34,13 +34,13 @@ def test_sparse_prefill_goes_through_the_command(tiny_checkpoint, tmp_path):
 
 
 def test_int8_is_left_out_where_no_engine_has_it(tmp_path):
-    folder = save_tiny_checkpoint(tmp_path / "model", hidden_act="gelu")
+    folder = save_tiny_checkpoint(tmp_path / "model", hidden_act="mish")
     row = {"id": "1", "prompt": ROWS[0].prompt, "completion": ROWS[0].completion}
     (tmp_path / "things.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     done = CliRunner().invoke(main, ["evaluate", str(tmp_path / "things.jsonl"), "--model", folder, "--json"])
     assert done.exit_code == 0, done.output
     assert "dense int8" not in [row["contender"] for row in json.loads(done.stdout)]
-    assert "Note: int8 weights are left out, as " in done.stderr and "activation is gelu" in done.stderr
+    assert "Note: int8 weights are left out, as " in done.stderr and "activation is mish" in done.stderr
 
 
 def test_the_command(tiny_checkpoint, tmp_path):

@@ -14,7 +14,7 @@ from coreinfer_sim.index.index import SemanticIndex
 def test_info(index, tiny_checkpoint):
     text = succeeded("info", index).stdout
     assert text.startswith(f"{index}: format version 2\n")
-    assert f"{tiny_checkpoint} (Llama, 3 layers, d_model 32, d_ff 48, float32)" in text
+    assert f"{tiny_checkpoint} (llama, 3 layers, d_model 32, d_ff 48, float32)" in text
     assert "all-MiniLM-L6-v2 (384 dimensions, cosine)" in text
     assert "prompts.jsonl: 45 prompts" in text and "γ 0.5, seed 0, layers 0-2" in text
     assert "3 clusters:" in text

@@ -110,7 +110,7 @@ def test_evaluate_crosses_read_ratios(tiny_checkpoint, rows):
         "dense q8_0",
     ]
     by_name = {row["contender"]: row for row in found}
-    assert by_name["dense 16bit"]["read_ratio"] == by_name["all 1 q8_0"]["read_ratio"] == 1.0
+    assert by_name["dense 16bit"]["read_ratio"] == by_name["dense q8_0"]["read_ratio"] == 1.0
     for kind in ("", " int8"):
         few, many = by_name[f"all 1 read 0.3{kind}"], by_name[f"all 1 read 0.6{kind}"]
         assert few["read_ratio"] == pytest.approx(0.3, abs=0.1) and many["read_ratio"] == pytest.approx(0.6, abs=0.1)
