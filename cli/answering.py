@@ -300,4 +300,7 @@ def facts(run: Generation) -> str:
     if run.mlp_bytes_per_token is not None and run.dense_mlp_bytes_per_token is not None:
         read, dense = size_text(run.mlp_bytes_per_token), size_text(run.dense_mlp_bytes_per_token)
         parts.append(f"reads {read} of {dense} MLP weights a token")
+    if run.disk_bytes_per_token is not None and run.found_ratio is not None:
+        found = f"{run.found_ratio:.0%} of the chosen neurons in memory"
+        parts.append(f"{size_text(run.disk_bytes_per_token)} from the disk a token, {found}")
     return " · ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,16 @@ def keep_heap_small() -> None:
     if option is not None:
         option(_M_MMAP_THRESHOLD, _LARGE)
         option(_M_TRIM_THRESHOLD, _LARGE)
+
+
+def advise(mapped: torch.Tensor, advice: str) -> None:
+    """Give the system advice, such as MADV_DONTNEED, on the pages of a mapped file in which a tensor lies, if it takes any."""
+    call, value = _of_c_library("madvise"), getattr(mmap, advice, None)
+    if call is None or value is None:
+        return
+    begin = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    n_bytes = mapped.data_ptr() + mapped.nbytes - begin
+    call(ctypes.c_void_p(begin), ctypes.c_size_t(n_bytes), ctypes.c_int(value))
 
 
 def free_memory(device: torch.device) -> int:

@@ -24,10 +24,11 @@ def calibrate(
         progress: receives what is done.
         known: histograms of an index.
     """
-    engine.calibrate(lambda: _passages(tokenizer), progress, known)
+    engine.calibrate(lambda: passages(tokenizer), progress, known)
 
 
-def _passages(tokenizer: Any) -> list[torch.Tensor]:
+def passages(tokenizer: Any) -> list[torch.Tensor]:
+    """Return the token ids of the passages, [n_tokens] each."""
     text = files("coreinfer_sim.engines").joinpath("calibration.txt").read_text(encoding="utf-8")
-    passages = [tokenizer(passage.strip(), verbose=False)["input_ids"] for passage in text.split("\n\n\n")]
-    return [torch.tensor(ids) for ids in passages]
+    found = [tokenizer(passage.strip(), verbose=False)["input_ids"] for passage in text.split("\n\n\n")]
+    return [torch.tensor(ids) for ids in found]

@@ -17,8 +17,8 @@ from transformers import CompileConfig, StaticCache
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, compact_model, linear_module
-from coreinfer_sim.engines.face import Bytes
 from coreinfer_sim.engines.in_transformers import TransformersEngine
+from coreinfer_sim.engines.sizes import Bytes
 
 _STEP = 256
 """Positions by which static caches grow; another length is another shape."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,54 +20,12 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.prepared import Prepared, PreparedCache
+from coreinfer_sim.engines.sizes import Bytes, BytesRead, Planner
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 Group = tuple[Sequence[int], Prepared]
 """Rows of a batch, and the neurons that they decode with."""
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """What held neurons cost, known before anything is loaded."""
-
-    held: int
-    """Bytes in memory."""
-    read: int
-    """Bytes that one token reads."""
-
-
-@dataclass(frozen=True)
-class BytesRead:
-    """Bytes of weights that decode has read, counted while it ran."""
-
-    mlp: int = 0
-    """In the MLPs."""
-    other: int = 0
-    """Outside: attention, norms and the output head. The cache is not counted."""
-    n_steps: int = 0
-    """Decode steps; of `Engine.forced`, positions."""
-    share: float = 0.0
-    """Of the model's neurons that were read in full, summed over steps; of a batch the mean over its rows."""
-
-    def __add__(self, further: BytesRead) -> BytesRead:
-        """Add what further steps read."""
-        return BytesRead(*(sum(pair) for pair in zip(astuple(self), astuple(further), strict=True)))
-
-    @property
-    def read_ratio(self) -> float:
-        """Share of the model's neurons that a step read in full; 0 before the first."""
-        return self.share / self.n_steps if self.n_steps else 0.0
-
-    @property
-    def mlp_per_step(self) -> int:
-        """MLP bytes of one step; 0 before the first."""
-        return round(self.mlp / self.n_steps) if self.n_steps else 0
-
-    @property
-    def per_step(self) -> int:
-        """All bytes of one step; 0 before the first."""
-        return round((self.mlp + self.other) / self.n_steps) if self.n_steps else 0
 
 
 @dataclass(frozen=True)
@@ -197,6 +155,26 @@ class Engine(ABC):
         """Let go of weights of the model that the engine holds in another layout: no weight stays in memory twice.
 
         From then on the model's own forward code multiplies by the engine's. To be called where nobody else uses the model.
+        """
+        return None
+
+    @classmethod
+    def load_within(
+        cls, name: str, config: DecodeConfig, planner: Planner, progress: Progress | None = None
+    ) -> LanguageModel | None:
+        """Load a model of which each token reads the neurons that it chooses from the disk, but for those in memory.
+
+        Args:
+            name: of a local checkpoint folder.
+            config: what decodes.
+            planner: called before any weights are loaded; what it raises is passed on.
+            progress: receives what is done.
+
+        Returns:
+            None: the engine does not decode such a model in this way.
+
+        Raises:
+            ConfigError: a type of weights or a system for which there is no such way.
         """
         return None
 

@@ -13,7 +13,7 @@ Packed weights are multiplied by integer products for any number of rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeGuard
 
@@ -23,8 +23,11 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from coreinfer_sim.engines.lean.matrix import Linear, Matrix
+from coreinfer_sim.base.memory import advise
+from coreinfer_sim.engines.lean.formats import TILE
+from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection
 from coreinfer_sim.models.loading import usable
+from coreinfer_sim.models.mlps import MLPLayer
 
 FEW = 8
 """Rows below which a product is bound by reading its weights."""
@@ -74,6 +77,34 @@ class MatrixProduct:
         rows = x.reshape(-1, x.shape[-1]).detach().float().contiguous()
         made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else self.matrix.times(rows)
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
+
+
+class MappedProduct:
+    """The forward code of a large linear layer without a bias whose weights are mapped from a file: some outputs at a time.
+
+    What was read does not stay in this process' memory.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        """Multiply by the weights of ``layer``."""
+        self.weight = layer.weight
+        self._step = max(TILE, _BLOCK // layer.in_features // TILE * TILE)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., n_in] to [..., n_out]."""
+        made = []
+        for part in self.weight.split(self._step):
+            piece = nn.Linear(part.shape[1], len(part), bias=False, device="meta", dtype=part.dtype)
+            piece.weight = nn.Parameter(part, requires_grad=False)
+            made.append(Product(piece)(x))
+            advise(part, "MADV_DONTNEED")
+        return torch.cat(made, -1)
+
+
+def mlp_modules(layer: MLPLayer, parts: Sequence[Linear], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return an MLP's maps as linear modules over the same memory, by the names of a layer's projections."""
+    named = by_projection(layer.projections, parts, layer.fused)
+    return {name: matrix_module(part, dtype) for name, part in named.items()}
 
 
 def matrix_module(matrix: Linear, dtype: torch.dtype) -> nn.Linear:

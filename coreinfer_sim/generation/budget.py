@@ -12,8 +12,10 @@ from coreinfer_sim.base.memory import peak_bytes, resident_bytes
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Mode, Score, Weights
 from coreinfer_sim.choosing.index_sets import default_sets
+from coreinfer_sim.engines.calibration import passages
 from coreinfer_sim.engines.registry import AUTO, engine_class
-from coreinfer_sim.generation.memory_plan import Use, load_on_device, load_within, most_kept
+from coreinfer_sim.engines.sizes import DiskParts
+from coreinfer_sim.generation.memory_plan import Use, load_on_device, load_within, most_kept, plan_by_token
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
@@ -66,11 +68,7 @@ def load_within_budget(
     keep_ratio, compensated = _sets(selection, modes, index)
     fitted = index.manifest.fitted_neurons(keep_ratio) if index is not None and compensated else None
     on_cpu = loading.device in ("auto", "cpu")
-    lookup_bytes = 0
-    if index is not None and on_cpu:
-        index.keeps_encoder = False
-        index.warm_up(routed=selection.named_mode in (Mode.SIMILARITY, Mode.HYBRID))
-        lookup_bytes = peak_bytes() - resident_bytes()
+    lookup_bytes = _lookup_bytes(index, selection) if on_cpu else 0
     engine = engine_class(AUTO[-1] if decode.engine == "auto" else decode.engine)
 
     def use(tokenizer: Any, layers: Sequence[MLPLayer]) -> Use:
@@ -96,6 +94,71 @@ def load_within_budget(
 
     load = load_within if on_cpu else load_on_device
     return load(name, decode.memory_budget, use, loading.dtype, loading.device, progress)[0]
+
+
+def load_by_token_within_budget(
+    name: str,
+    index: SemanticIndex | None,
+    selection: SelectionConfig,
+    decode: DecodeConfig,
+    loading: ModelConfig,
+    longest: Longest,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Load a model of which each token reads the neurons that it chooses from the disk, but for those that the budget holds.
+
+    Args:
+        name: of the model, a local checkpoint folder.
+        index: routes prompts.
+        selection: which neurons decode holds and reads.
+        decode: with the budget in bytes.
+        loading: type and device.
+        longest: text that will be generated.
+        progress: receives the plan.
+
+    Raises:
+        BudgetError: the budget is too small; nothing has been loaded then.
+        ConfigError: settings that have no plan.
+    """
+    assert decode.memory_budget is not None
+    budget = decode.memory_budget
+    for given, what in (
+        (selection.keep_ratio not in (None, 1.0), "a keep ratio"),
+        (decode.prefill is Prefill.SPARSE, "sparse prefill"),
+        (loading.dtype not in ("auto", "stored"), f"the dtype {loading.dtype}"),
+        (loading.device not in ("auto", "cpu"), f"the device {loading.device}"),
+    ):
+        if given:
+            raise ConfigError(
+                f"{what} was asked for, but where tokens choose what they read under a memory budget, all neurons may be chosen, "
+                "as they are stored, on a CPU; leave it out, or the read ratio, or the budget."
+            )
+    lookup_bytes = _lookup_bytes(index, selection)
+    engine = engine_class(AUTO[0] if decode.engine == "auto" else decode.engine)
+
+    def planner(empty: LanguageModel, parts: DiskParts) -> tuple[int, int]:
+        engine.warm_up(empty.model)
+        n_prompt = prompt_ids(empty.tokenizer, name, longest.prompt, longest.chat).shape[1]
+        use = Use([], n_prompt, longest.max_new_tokens, n_sequences=longest.num_beams, lookup_bytes=lookup_bytes)
+        n_measured = max(len(ids) for ids in passages(empty.tokenizer))
+        return plan_by_token(budget, parts, use, n_measured, progress or Progress())
+
+    loaded = engine.load_within(name, decode, planner, progress)
+    if loaded is None:
+        raise ConfigError(
+            f"{name} is no local checkpoint folder of a model whose tokens the engine {engine.name} lets choose what they read; "
+            "leave out the read ratio, or the memory budget."
+        )
+    return loaded
+
+
+def _lookup_bytes(index: SemanticIndex | None, selection: SelectionConfig) -> int:
+    """Let go of the encoder between prompts, and return what embedding one takes."""
+    if index is None:
+        return 0
+    index.keeps_encoder = False
+    index.warm_up(routed=selection.named_mode in (Mode.SIMILARITY, Mode.HYBRID))
+    return peak_bytes() - resident_bytes()
 
 
 def _sets(selection: SelectionConfig, modes: Sequence[Mode], index: SemanticIndex | None) -> tuple[float, bool]:

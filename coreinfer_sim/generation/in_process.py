@@ -152,6 +152,8 @@ class TextGenerator(Generator):
             not_first=facts.not_first or self.refused,
             read_ratio=facts.read.read_ratio if counted else None,
             skips_zeros=engine.skips_zeros and selection.read_ratio == 1,
+            disk_bytes_per_token=facts.read.disk_per_step,
+            found_ratio=facts.read.found_ratio,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coreinfer_sim.base.errors import BudgetError
@@ -13,6 +13,7 @@ from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Fallback, Mode, parse_layers
 from coreinfer_sim.engines.cutting import MERGED_ROWS
 from coreinfer_sim.engines.registry import AUTO, engine_class
+from coreinfer_sim.engines.sizes import DiskParts
 from coreinfer_sim.index.ranking import n_kept
 from coreinfer_sim.models import budgeted
 from coreinfer_sim.models.budgeted import ModelShape
@@ -27,6 +28,8 @@ _DEVICE_RESERVE = 128 * MIB
 """The same on a GPU: the libraries' work buffers, holes in the allocator's blocks."""
 _MARGIN = 16 * MIB
 """By which two runs differ in what they hold before the model is loaded."""
+_FOR_POSITIONS = 16
+"""One part in so many of what is left is for longer texts, the others for records of neurons."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,8 @@ def plan_budget(
     held = of_neurons + shape.n_layers * shape.d_model * shape.itemsize
     # The change of the output weights in 16 bits, and some rows of it, of the weights and of their sum in float32.
     merging = most * (2 * shape.d_model + 12 * MERGED_ROWS) if use.compensated else 0
-    width = 5 * (shape.d_ff if use.streams else most) + 16 * shape.d_model
     n_positions = use.n_prompt + use.n_new
-    reading = use.n_sequences * (width * max(4, shape.itemsize) + 4 * n_positions)
+    reading = use.n_sequences * _reading_bytes(shape, shape.d_ff if use.streams else most, n_positions)
     cache = use.n_sequences * shape.cache_bytes
     output_bytes = shape.d_ff * shape.d_model * shape.itemsize
     passing = 2 * shape.mlp_bytes // shape.n_layers if on_device else SCRATCH + output_bytes
@@ -134,6 +136,59 @@ def plan_budget(
         "reserve": _DEVICE_RESERVE if on_device else _RESERVE,
     }
     return MemoryPlan(budget, parts, peak_so_far, n_positions, cache + reading)
+
+
+def plan_by_token(budget: int, parts: DiskParts, use: Use, n_measured: int, progress: Progress) -> tuple[int, int]:
+    """Plan a run whose tokens choose neurons that lie on the disk: what else it needs comes first, records get the rest.
+
+    Args:
+        budget: bytes that this process may hold, as the operating system counts them.
+        parts: of the model.
+        use: what will be done with it; neurons are not cut.
+        n_measured: tokens of the longest text on which it is measured beforehand what tokens need.
+        progress: takes the plan.
+
+    Returns:
+        Bytes for records besides those that are read at a time, and how many positions there is room for.
+
+    Raises:
+        BudgetError: the budget is too small.
+    """
+    give_back_memory()
+    base, shape, n_positions = resident_bytes(), parts.shape, use.n_prompt + use.n_new
+    reading = use.n_sequences * _reading_bytes(shape, shape.d_ff, n_positions)
+    cache = use.n_sequences * shape.cache_bytes
+    passing_by = {
+        f"cache of {n_positions} positions": cache * n_positions,
+        "reading the prompt": reading * use.n_prompt + parts.layer + 2 * SCRATCH,
+        "logits": use.n_sequences * 12 * shape.vocabulary,
+    }
+    needed = {
+        "libraries and index": base,
+        "weights outside MLPs": parts.resident,
+        "estimates": parts.estimates,
+        "neurons that are read at a time": parts.staged,
+        **passing_by,
+        "embedding prompts": max(0, use.lookup_bytes - sum(passing_by.values())),
+        "reserve": _RESERVE,
+    }
+    # 1) before any records are held
+    measuring = parts.resident + parts.estimates + _reading_bytes(shape, shape.d_ff, n_measured) * n_measured
+    peak = max(peak_bytes(), base + parts.making, base + measuring + parts.layer + 2 * SCRATCH)
+    plan = MemoryPlan(budget, needed, peak, n_positions, cache + reading)
+    plan.check()
+    # 2) while tokens are generated
+    spare = max(0, budget - sum(needed.values()) - _MARGIN)
+    records = min(parts.records, spare - spare // _FOR_POSITIONS)
+    share = records / max(1, parts.records)
+    plan = replace(plan, parts={**needed, f"{share:.0%} of all neurons": records})
+    return records, _checked(plan, progress)
+
+
+def _reading_bytes(shape: ModelShape, n_ff: int, n_positions: int) -> int:
+    """Return what reading one position of a prompt takes, with so many neurons of each layer."""
+    width = 5 * n_ff + 16 * shape.d_model
+    return width * max(4, shape.itemsize) + 4 * n_positions
 
 
 def most_kept(

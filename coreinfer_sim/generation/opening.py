@@ -13,7 +13,7 @@ from coreinfer_sim.base.settings import Fallback, Mode
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.promised import promised
 from coreinfer_sim.engines.registry import AUTO, EXPORTED, check_engine, engine_class
-from coreinfer_sim.generation.budget import Longest, load_within_budget
+from coreinfer_sim.generation.budget import Longest, load_by_token_within_budget, load_within_budget
 from coreinfer_sim.generation.exported import ExportedGenerator
 from coreinfer_sim.generation.in_process import TextGenerator
 from coreinfer_sim.generation.text import Generator
@@ -79,13 +79,8 @@ def load(
     if isinstance(model, LanguageModel):
         loaded = model
     elif decode.memory_budget is not None:
-        if selection.by_token:
-            raise ConfigError(
-                "a read ratio below 1 was asked for, but a memory budget leaves the MLP weights on the disk, where no token "
-                "chooses among them; leave one of the two out."
-            )
-        name = model_name(opened, model)
-        loaded = load_within_budget(name, opened, selection, decode, loading, longest or Longest(), progress)
+        load_it = load_by_token_within_budget if selection.by_token else load_within_budget
+        loaded = load_it(model_name(opened, model), opened, selection, decode, loading, longest or Longest(), progress)
         _say_notes(loaded, progress)
     else:
         name = model_name(opened, model)

@@ -21,7 +21,8 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
+from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.sizes import BytesRead
 from coreinfer_sim.generation.reading import passes_of
 
 

@@ -61,6 +61,10 @@ class Generation:
     """Neurons that a token read in full, on average, over all neurons of the model; None where the engine cannot tell."""
     skips_zeros: bool = False
     """Whether the held neurons that a token did not read were zero, as ReLU makes them: nothing was left out."""
+    disk_bytes_per_token: int | None = None
+    """Bytes of weights that decode read from the disk for a token; None where all that tokens choose among is in memory."""
+    found_ratio: float | None = None
+    """Share of the neurons that tokens chose which were in memory; None where all are."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -96,6 +100,8 @@ class Generation:
             "mlp_bytes_per_token": self.mlp_bytes_per_token,
             "dense_mlp_bytes_per_token": self.dense_mlp_bytes_per_token,
             "total_bytes_per_token": self.total_bytes_per_token,
+            "disk_bytes_per_token": self.disk_bytes_per_token,
+            "found_ratio": None if self.found_ratio is None else round(self.found_ratio, 4),
         }
 
 

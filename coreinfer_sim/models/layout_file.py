@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 
 from coreinfer_sim.base.errors import StoreError
 from coreinfer_sim.base.files import cache_folder, flush_to_disk, mebibytes, remove, sha256_of, write_json
+from coreinfer_sim.base.memory import advise
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import raw
 
@@ -158,14 +159,23 @@ def read_layout(place: Path) -> Layout:
     return layout
 
 
-def mapped_tensors(place: Path, layout: Layout) -> dict[str, torch.Tensor]:
-    """Return the tensors of a layout, which stay in the file's memory map."""
-    with (place / _WEIGHTS).open("rb") as file:
+def weights_file(place: Path) -> Path:
+    """Return the file in which the tensors of a layout lie."""
+    return place / _WEIGHTS
+
+
+def mapped_tensors(
+    place: Path, layout: Layout, apart: Callable[[str], bool] = lambda _: False
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layout, which stay in the file's memory map.
+
+    Args:
+        place: of the layout.
+        layout: what it says of itself.
+        apart: whether a tensor stays on the disk until it is read; all others are read ahead.
+    """
+    with weights_file(place).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for advice in ("MADV_HUGEPAGE", "MADV_WILLNEED"):
-        if hasattr(mmap, advice):
-            with suppress(OSError):  # where the system has no huge pages for files
-                mapped.madvise(getattr(mmap, advice))
     tensors = {}
     for name, (dtype, shape, offset) in layout.places.items():
         count = int(torch.Size(shape).numel())
@@ -174,6 +184,8 @@ def mapped_tensors(place: Path, layout: Layout) -> dict[str, torch.Tensor]:
         else:
             flat = torch.empty(0, dtype=_DTYPES[dtype])
         tensors[name] = flat.view(*shape)
+        for advice in () if apart(name) or not count else ("MADV_HUGEPAGE", "MADV_WILLNEED"):
+            advise(flat, advice)  # which fails where the system has no huge pages for files
     return tensors
 
 

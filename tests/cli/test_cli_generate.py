@@ -25,6 +25,8 @@ FIELDS = {
         "mlp_bytes_per_token",
         "dense_mlp_bytes_per_token",
         "total_bytes_per_token",
+        "disk_bytes_per_token",
+        "found_ratio",
     ),
     *("confidence", "confident"),
 }

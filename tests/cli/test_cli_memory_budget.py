@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
-from commands import call, generated, refused, setting, succeeded
+from commands import call, generated, parsed, refused, setting, succeeded
 
 MORE_OR_LESS = ("lookup_seconds", "prepare_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second")
 
@@ -71,6 +72,52 @@ def test_an_impossible_memory_budget_is_refused_before_loading(index, stores):
 )
 def test_budgets_and_prefills_that_cannot_be_met(index, stores, options, says):
     refused(call("generate", "stars", "--index", index, *options), says)
+
+
+BY_TOKEN = ("--read-ratio", 0.5)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' asynchronous reads")
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "mode", [[], ["--mode", "similarity", *setting("select.fallback", "none")]], ids=["all", "index"]
+)
+def test_tokens_choose_the_same_under_a_memory_budget(index, tiny_checkpoint, stores, mode):
+    source = ("--index", index) if mode else ("--model", tiny_checkpoint)
+    command = ("generate", "How do stars form?", *source, "--max-new-tokens", 8, *BY_TOKEN, *mode)
+    plain, budgeted = parsed(*command), parsed(*command, "--memory-budget", "64GiB")
+    assert plain.pop("disk_bytes_per_token") is None and plain.pop("found_ratio") is None
+    assert budgeted.pop("disk_bytes_per_token") > 0 and 0 < budgeted.pop("found_ratio") < 1
+    for name in MORE_OR_LESS:
+        del plain[name], budgeted[name]
+    assert budgeted == plain
+    done = succeeded(*command, "--memory-budget", "64GiB")
+    assert re.search(r"^Memory budget 64.0 GiB, planned .*estimates .*100% of all neurons", done.stderr, re.MULTILINE)
+    assert re.search(r"from the disk a token, \d+% of the chosen neurons in memory$", done.stderr, re.MULTILINE)
+
+
+@on_linux
+def test_a_budget_too_small_for_tokens_that_choose_is_refused_before_anything_is_laid_out(tiny_checkpoint, stores):
+    command = ("generate", "stars", "--model", tiny_checkpoint, *BY_TOKEN, "--max-new-tokens", 2, "--memory-budget")
+    line = refused(call(*command, "10MiB"), r"budget is 10\.0 MiB, but this needs .*estimates")
+    assert not list((stores.parent / "layouts").glob("*-*-*"))
+    least = int(re.search(r"give at least .*?(\d+)MiB", line)[1])
+    succeeded(*command, f"{least + 16}MiB")  # this process holds a little more by now
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--keep-ratio", 0.4], "a keep ratio was asked for, but where tokens choose"),
+        (setting("decode.prefill", "sparse"), "sparse prefill was asked for"),
+        (setting("model.dtype", "float32"), "the dtype float32 was asked for"),
+        (["--engine", "transformers"], "the engine transformers lets choose"),
+    ],
+    ids=str,
+)
+def test_what_goes_with_no_budget_where_tokens_choose(index, stores, options, says):
+    refused(call("generate", "stars", "--index", index, *BY_TOKEN, "--memory-budget", "64GiB", *options), says)
 
 
 def test_a_budget_for_llama_cpp(index):

@@ -81,10 +81,6 @@ def test_what_cannot_be_served(tiny_checkpoint):
         result = call(*without_index(tiny_checkpoint, *HALF, "--engine", engine))
         refused(result, f"the engine {engine} reads all held neurons", "let lean decode")
         assert result.stdout == ""
-    refused(
-        call(*without_index(tiny_checkpoint, *HALF, "--memory-budget", "2GiB")),
-        "a memory budget leaves the MLP weights on the disk",
-    )
 
 
 def test_where_it_does_nothing(tiny_checkpoint):

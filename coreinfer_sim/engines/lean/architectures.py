@@ -64,6 +64,11 @@ class Architecture:
     packs: bool = True
     """Whether a checkpoint can be laid out without loading it: all matrices are linear layers."""
 
+    @property
+    def plain_logits(self) -> bool:
+        """Whether logits are what the output head's matrix gives."""
+        return self.logits == 1 and not self.logits_cap
+
 
 LLAMA = Architecture()
 

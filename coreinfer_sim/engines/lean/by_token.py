@@ -9,16 +9,34 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from coreinfer_sim.engines.lean.intrinsics import activate, activated, address, float_at, inline, parallel, serial
+from coreinfer_sim.engines.lean.disk_reads import (
+    N_DISK_WORDS,
+    count_chosen,
+    keep_records,
+    lies_at,
+    n_free,
+    read_records,
+)
+from coreinfer_sim.engines.lean.intrinsics import (
+    activate,
+    activated,
+    address,
+    array_at,
+    float_at,
+    inline,
+    parallel,
+    serial,
+)
 from coreinfer_sim.engines.lean.kernels import call_five, call_rows
 from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
 
-ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, MIDDLE, N_OUTPUTS, OUT_BIAS, OUT_NORMS = range(11)
+ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, MIDDLE, N_OUTPUTS, OUT_BIAS, OUT_NORMS, ON_DISK = range(12)
 """Places in the words of a layer's records: addresses of the products with two rows and of what adds output rows; address of
 the first record, and bytes of each; where its up row and its output row begin; of rows that complete the estimate's codes
 the address of what multiplies their scales (0: they are floats), and twice the middle of what they can add to a code; outputs
-that a record holds; addresses of the outputs' bias (0: none) and of ‖w_out‖."""
+that a record holds; addresses of the outputs' bias (0: none), of ‖w_out‖, and of the words of records that lie on the disk (see
+`disk_reads`; 0: all lie in memory)."""
 BY_CODES = SCALED
 TILES = 16
 """Whose neurons are estimated before the chosen among them are read."""
@@ -59,14 +77,14 @@ def _chosen(gates, ups, norms, first, threshold, kind, reads, places):
 
 
 @inline
-def add_waiting(own, base, chosen, c, n_own, values, rows, n_waiting, out):
+def add_waiting(own, at, chosen, c, n_own, values, rows, n_waiting, out):
     """Add what neurons give to the outputs, once as many wait as are added together, or none follows.
 
     What other rows of inputs read does not matter, so that one alone gives the same.
 
     Args:
         own: words of the records.
-        base: address of the record of neuron 0 in ``chosen``.
+        at: addresses of the records of the neurons that ``chosen`` numbers, int64 [n].
         chosen: neurons that are read, in order.
         c: place of the latest one among them.
         n_own: how many they are.
@@ -85,20 +103,22 @@ def add_waiting(own, base, chosen, c, n_own, values, rows, n_waiting, out):
         values[k], rows[k] = np.float32(0.0), rows[0]
     for k in range(together):
         following = chosen[min(c + (1 if together > 1 else AHEAD) + k, n_own - 1)]
-        rows[together + k] = base + following * own[RECORD_BYTES] + own[OUT_AT]
+        rows[together + k] = at[following] + own[OUT_AT]
     call_five(own[ADDED], (address(rows), address(values), own[N_OUTPUTS], address(out), 0))
     return 0
 
 
 @inline
-def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
-    """Add the chosen neurons to the outputs; ``scaled`` [n_rows, 2, 2 n_blocks, 16] is room for a tile's scales."""
+def _read(stack, first, places, n_chosen, at, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
+    """Add the chosen neurons to the outputs.
+
+    ``at`` [n] says where their records lie; ``scaled`` [n_rows, 2, 2 n_blocks, 16] is room for a tile's scales.
+    """
     own = stack[2]
     n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[1]
     room, values = np.zeros(2, np.float32), np.zeros(TOGETHER, np.float32)
     rows = np.empty(2 * TOGETHER, np.int64)
     chosen = np.empty(n_chosen, np.int64)
-    base = own[RECORDS] + first * own[RECORD_BYTES]
     for r in range(x.shape[0]):
         n_own, tile_of_scales, n_waiting = 0, -1, 0
         for c in range(n_chosen):
@@ -108,8 +128,8 @@ def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gate
         for c in range(n_own):
             i = chosen[c]
             n = first + i
-            record = base + i * own[RECORD_BYTES]
-            after = base + chosen[min(c + AHEAD, n_own - 1)] * own[RECORD_BYTES]
+            record = at[i]
+            after = at[chosen[min(c + AHEAD, n_own - 1)]]
             if own[BY_CODES] and n // 16 != tile_of_scales:
                 tile_of_scales = n // 16
                 for part in range(2):
@@ -130,7 +150,22 @@ def _read(stack, first, places, n_chosen, reads, x, codes, factors, starts, gate
                     up += float_at(stack[1, BIAS] + 4 * n)
             values[n_waiting] = activated(gate, kind) * up
             rows[n_waiting] = record + own[OUT_AT]
-            n_waiting = add_waiting(own, base, chosen, c, n_own, values, rows, n_waiting + 1, out[r])
+            n_waiting = add_waiting(own, at, chosen, c, n_own, values, rows, n_waiting + 1, out[r])
+
+
+@inline
+def _choose(stack, begin, end, threshold, kind, x, codes, factors, sums, gates, ups, reads, places):
+    """Estimate the neurons of the tiles begin … end, and choose among them; see `_chosen`."""
+    first, last = 16 * begin, min(stack[0, N_OUT], 16 * end)
+    if threshold > np.float32(0.0) or stack[2, BY_CODES]:
+        for part in range(2):
+            for tile in range(begin, end):
+                made = gates if part == 0 else ups
+                tile_product(stack[part], tile, x, codes, factors, sums, made, 16 * (tile - begin))
+        return _chosen(gates, ups, stack[2, OUT_NORMS], first, threshold, kind, reads, places)
+    for i in range(last - first):  # all are read, and none is a part of what it was estimated by
+        places[i] = i
+    return last - first
 
 
 @parallel
@@ -142,42 +177,121 @@ def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts
         gates = np.empty((n_rows, 16 * TILES), np.float32)
         ups = np.empty((n_rows, 16 * TILES), np.float32)
         places = np.empty(16 * TILES, np.int64)
+        at = np.empty(16 * TILES, np.int64)
         scaled = np.empty((n_rows, 2, 2 * factors.shape[1], 16), np.float32)
         end = (thread + 1) * n_tiles // n_threads
         for begin in range(thread * n_tiles // n_threads, end, TILES):
             first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
             reads = np.ones((n_rows, last - first), np.bool_)
-            if threshold > np.float32(0.0) or stack[2, BY_CODES]:
-                for part in range(2):
-                    for tile in range(begin, min(end, begin + TILES)):
-                        column = 16 * (tile - begin)
-                        tile_product(stack[part], tile, x, codes, factors, sums, gates if part == 0 else ups, column)
-                n_chosen = _chosen(gates, ups, stack[2, OUT_NORMS], first, threshold, kind, reads, places)
-            else:  # all are read, and none is a part of what it was estimated by
-                n_chosen = last - first
-                for i in range(n_chosen):
-                    places[i] = i
+            estimates = (x, codes, factors, sums, gates, ups)
+            n_chosen = _choose(stack, begin, min(end, begin + TILES), threshold, kind, *estimates, reads, places)
             n_read[thread, 0] += n_chosen
             for r in range(n_rows):
                 for i in range(last - first):
                     n_read[thread, 1] += reads[r, i]
+            for i in range(last - first):
+                at[i] = stack[2, RECORDS] + (first + i) * stack[2, RECORD_BYTES]
             if n_chosen > 0:
-                _read(
-                    stack,
-                    first,
-                    places,
-                    n_chosen,
-                    reads,
-                    x,
-                    codes,
-                    factors,
-                    starts,
-                    gates,
-                    ups,
-                    kind,
-                    scaled,
-                    out[thread],
-                )
+                given = (x, codes, factors, starts, gates, ups, kind, scaled, out[thread])
+                _read(stack, first, places, n_chosen, at, reads, *given)
+
+
+@parallel
+def _mark(n_threads, stack, threshold, kind, x, codes, factors, sums, all_gates, all_ups, marks):
+    """Set ``marks`` [n_rows, n_ff] to which neurons each row of inputs reads, and keep the estimates [n_rows, n_ff]."""
+    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
+    n_tiles = (n_ff + 15) // 16
+    for thread in prange(n_threads):
+        gates = np.empty((n_rows, 16 * TILES), np.float32)
+        ups = np.empty((n_rows, 16 * TILES), np.float32)
+        places = np.empty(16 * TILES, np.int64)
+        end = (thread + 1) * n_tiles // n_threads
+        for begin in range(thread * n_tiles // n_threads, end, TILES):
+            first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
+            reads = np.ones((n_rows, last - first), np.bool_)
+            estimates = (x, codes, factors, sums, gates, ups)
+            _choose(stack, begin, min(end, begin + TILES), threshold, kind, *estimates, reads, places)
+            for r in range(n_rows):
+                for i in range(last - first):
+                    marks[r, first + i] = reads[r, i]
+                    all_gates[r, first + i] = gates[r, i]
+                    all_ups[r, first + i] = ups[r, i]
+
+
+@parallel
+def _add(begins, ends, stack, kind, x, codes, factors, starts, all_gates, all_ups, marks, lies, out):
+    """Add to ``out`` what the chosen neurons of the tiles ``begins`` … ``ends`` of each thread give, as `_by_token` does."""
+    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
+    for thread in prange(begins.shape[0]):
+        gates = np.empty((n_rows, 16 * TILES), np.float32)
+        ups = np.empty((n_rows, 16 * TILES), np.float32)
+        places = np.empty(16 * TILES, np.int64)
+        at = np.empty(16 * TILES, np.int64)
+        scaled = np.empty((n_rows, 2, 2 * factors.shape[1], 16), np.float32)
+        for begin in range(begins[thread], ends[thread], TILES):
+            first, last = 16 * begin, min(n_ff, 16 * min(ends[thread], begin + TILES))
+            reads = np.zeros((n_rows, last - first), np.bool_)
+            n_chosen = 0
+            for i in range(last - first):
+                at[i] = lies[first + i]
+                any_row = False
+                for r in range(n_rows):
+                    reads[r, i] = marks[r, first + i]
+                    gates[r, i] = all_gates[r, first + i]
+                    ups[r, i] = all_ups[r, first + i]
+                    any_row |= reads[r, i]
+                if any_row:
+                    places[n_chosen] = i
+                    n_chosen += 1
+            if n_chosen > 0:
+                given = (x, codes, factors, starts, gates, ups, kind, scaled, out[thread])
+                _read(stack, first, places, n_chosen, at, reads, *given)
+
+
+@serial
+def _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read):
+    """Do as `_by_token` where records lie on the disk: in rounds, each of as many neurons as there are free slots for."""
+    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
+    n_tiles = (n_ff + 15) // 16
+    words = array_at(stack[2, ON_DISK], stack, (N_DISK_WORDS,))
+    lies = lies_at(words)
+    # 1) which neurons
+    gates, ups = np.empty((n_rows, n_ff), np.float32), np.empty((n_rows, n_ff), np.float32)
+    marks, chosen = np.zeros((n_rows, n_ff), np.bool_), np.zeros(n_ff, np.bool_)
+    _mark(n_threads, stack, threshold, kind, x, codes, factors, sums, gates, ups, marks)
+    for r in range(n_rows):
+        for i in range(n_ff):
+            chosen[i] |= marks[r, i]
+            n_read[0, 1] += marks[r, i]
+    for i in range(n_ff):
+        n_read[0, 0] += chosen[i]
+    count_chosen(words, chosen)
+    # 2) read and add them, each thread those of its own tiles in their order
+    begins, ends = np.empty(n_threads, np.int64), np.empty(n_threads, np.int64)
+    for thread in range(n_threads):
+        ends[thread] = thread * n_tiles // n_threads
+    wanted = np.empty(n_ff, np.int64)
+    n_left = n_tiles
+    while n_left > 0:
+        n_wanted, room = 0, n_free(words)
+        for thread in range(n_threads):
+            begins[thread] = ends[thread]
+            own_end = (thread + 1) * n_tiles // n_threads
+            while ends[thread] < own_end:
+                end, n = min(own_end, ends[thread] + TILES), n_wanted
+                for i in range(16 * ends[thread], min(n_ff, 16 * end)):
+                    if chosen[i] and lies[i] == 0 and n < room:
+                        wanted[n] = i
+                        n += 1
+                    elif chosen[i] and lies[i] == 0:
+                        n = room + 1
+                        break
+                if n > room:
+                    break
+                n_wanted, n_left, ends[thread] = n, n_left - (end - ends[thread]), end
+        read_records(words, wanted, n_wanted)
+        _add(begins, ends, stack, kind, x, codes, factors, starts, gates, ups, marks, lies, out)
+        keep_records(words, wanted, n_wanted, chosen)
 
 
 @serial
@@ -200,7 +314,10 @@ def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
         starts_of(codes, stack[2, MIDDLE], starts)
     parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
-    _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
+    if stack[2, ON_DISK] != 0:
+        _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
+    else:
+        _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
     summed(stack[2], parts, counts, n_read, out)
 
 

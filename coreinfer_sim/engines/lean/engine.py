@@ -19,29 +19,31 @@ from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.cutting import Projections, held_ids
-from coreinfer_sim.engines.face import BytesRead, Engine, Group, StepInputs
+from coreinfer_sim.engines.cutting import held_ids
+from coreinfer_sim.engines.face import Engine, Group, StepInputs
 from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
 from coreinfer_sim.engines.lean.attention import cache_loops
 from coreinfer_sim.engines.lean.blocks import DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
 from coreinfer_sim.engines.lean.compact import WholeMLP, held_mlp, read_mlp
+from coreinfer_sim.engines.lean.disk_records import DiskRecords
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.instructions import Products
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
-from coreinfer_sim.engines.lean.laid_out import load_laid_out
-from coreinfer_sim.engines.lean.matrix import Array, Matrix, by_projection
+from coreinfer_sim.engines.lean.laid_out import load_laid_out, load_on_disk
+from coreinfer_sim.engines.lean.matrix import Array, Matrix
 from coreinfer_sim.engines.lean.measuring import Text, known_or_measured, layout_of, measured_histograms
 from coreinfer_sim.engines.lean.relu import ZEROS
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
 from coreinfer_sim.engines.lean.step import decode_step
 from coreinfer_sim.engines.lean.thresholds import Histograms, name_of
 from coreinfer_sim.engines.lean.warm_up import warm_up
-from coreinfer_sim.engines.linear import hand_over, hand_over_table, matrix_module, products_of
+from coreinfer_sim.engines.linear import hand_over, hand_over_table, mlp_modules, products_of
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
+from coreinfer_sim.engines.sizes import BytesRead, Planner
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
@@ -71,6 +73,7 @@ class LeanEngine(Engine):
         """By prepared selection: all layers' MLPs, their words, int64 [n_layers, 3, N_WORDS], and thresholds."""
         self._cache = GrowingCache()
         self._histograms: Histograms | None = None
+        self._disk: DiskRecords | None = getattr(model, "laid_out_disk", None)
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
@@ -89,6 +92,13 @@ class LeanEngine(Engine):
     ) -> LanguageModel | None:
         """Load a model whose weights are packed, or lie by neuron."""
         return load_laid_out(name, config.weights_type, by_token, progress)
+
+    @classmethod
+    def load_within(
+        cls, name: str, config: DecodeConfig, planner: Planner, progress: Progress | None = None
+    ) -> LanguageModel | None:
+        """Load a model whose records of neurons lie on the disk."""
+        return load_on_disk(name, config.weights_type, planner, progress)
 
     @classmethod
     def is_faster_by_token(cls, layout: str) -> bool:
@@ -137,7 +147,7 @@ class LeanEngine(Engine):
     @property
     def pass_tokens(self) -> int | None:
         """Long prompts take several passes, unless each would read the dense layers from disk anew."""
-        return None if self.layers[0].away else PASS_TOKENS
+        return None if self.layers[0].away or self._disk is not None else PASS_TOKENS
 
     def running(self) -> AbstractContextManager[None]:
         """Let the linear layers of prefill multiply by the rule of `linear`."""
@@ -202,7 +212,10 @@ class LeanEngine(Engine):
 
     def mounted(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
         """Put linear modules over the same memory into the model."""
-        modules = [self._modules(prepared.layers) for _, prepared in groups]
+        modules = [
+            {n: mlp_modules(self.layers[n], mlp.parts, self.model.dtype) for n, mlp in prepared.layers.items()}
+            for _, prepared in groups
+        ]
         return installed_projections(self.layers, grouped_model(self.layers, modules, [rows for rows, _ in groups]))
 
     def step(self, inputs: StepInputs, groups: Sequence[Group]) -> CausalLMOutputWithPast:
@@ -313,20 +326,15 @@ class LeanEngine(Engine):
                 else:
                     n_bytes += mlp.bytes_read(by_any, n_steps, prepared.selection.read_ratio)
                     n_neurons += by_all
+        if self._disk is not None:
+            self._read += self._disk.end_step()
         n_all = sum(layer.d_ff for layer in self.layers) * sum(len(rows) for rows, _ in parts)
         self.count_read(groups, n_bytes + sum(whole.values()), n_neurons / n_all, n_steps)
 
     def release(self) -> None:
-        """Let go of the latest call's cache."""
+        """Let go of the latest call's cache, and forget what was counted on the way to its prompt."""
         self._cache.release()
+        if self._disk is not None:
+            self._disk.end_step()
         self._ready = {}
         super().release()
-
-    def _modules(self, layers: Mapping[int, DenseMLP]) -> dict[int, Projections]:
-        """Return compact MLPs as linear modules over the same memory."""
-        made: dict[int, Projections] = {}
-        for number, mlp in layers.items():
-            layer = self.layers[number]
-            parts = by_projection(layer.projections, mlp.parts, layer.fused)
-            made[number] = {name: matrix_module(part, self.model.dtype) for name, part in parts.items()}
-        return made

@@ -6,39 +6,37 @@ The model never lies in memory as transformers would load it, and no weight twic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from coreinfer_sim.base.errors import StoreError
+from coreinfer_sim.base.errors import ConfigError, StoreError
 from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Weights
-from coreinfer_sim.engines.lean.architectures import ARCHITECTURES, Architecture, architecture_of
+from coreinfer_sim.engines.lean.architectures import ARCHITECTURES, architecture_of
 from coreinfer_sim.engines.lean.blocks import HEAD, TOKEN_KINDS, rounded_kind, skips_zeros, unsupported
+from coreinfer_sim.engines.lean.disk_parts import disk_parts
 from coreinfer_sim.engines.lean.head import CoarseHead
-from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection, from_codes
+from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
+from coreinfer_sim.engines.lean.opened_layout import MATRICES, TENSORS, Parts, from_layout, whole
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, of_relu
-from coreinfer_sim.engines.linear import hand_over, hand_over_table
+from coreinfer_sim.engines.sizes import Planner
 from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
 from coreinfer_sim.models.layout_file import (
     Layout,
     LayoutWriter,
     layout_folder,
-    mapped_tensors,
-    read_layout,
     writing,
 )
-from coreinfer_sim.models.loading import LanguageModel, compact_head_inputs
-from coreinfer_sim.models.mlps import MLPLayer, find_mlps
+from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.weightless import (
     Weightless,
-    empty_like,
     files_of,
     is_gguf,
     open_weightless,
@@ -48,8 +46,6 @@ from coreinfer_sim.models.weightless import (
 
 _GGUF = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose GGUF files are read here; transformers reads the others, and widens them."""
-_MATRICES, _TENSORS = ("gate", "up"), ("records", "norms", "up_bias", "bias")
-"""What an MLP that lies by neuron consists of."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,8 @@ class Wanted:
     by_token: bool
     zeros: bool = False
     """By neuron, as tokens pass over those that are zero."""
+    held: int | None = None
+    """Bytes of memory for records; None: all lie in memory."""
 
     @property
     def by_neuron(self) -> str:
@@ -67,21 +65,8 @@ class Wanted:
         return "by token" if self.by_token else "by neuron" if self.zeros else ""
 
 
-@dataclass
-class _Parts:
-    """A model's weights: matrices by the names of their modules, other parameters by their own."""
-
-    matrices: dict[str, Matrix] = field(default_factory=dict)
-    mlps: dict[int, TokenMLP | ReluMLP] = field(default_factory=dict)
-    """MLPs that lie by neuron, in place of their matrices."""
-    head: CoarseHead | None = None
-    others: dict[str, torch.Tensor] = field(default_factory=dict)
-    sketch: list[list[float]] = field(default_factory=list)
-    """Of each layer, as `weight_sketch` takes it before anything is rounded."""
-
-
 def load_laid_out(
-    name: str, weights: Weights, by_token: bool = False, progress: Progress | None = None
+    name: str, weights: Weights, by_token: bool = False, progress: Progress | None = None, held: int | None = None
 ) -> LanguageModel | None:
     """Load a model whose weights are packed, or None if it is not one, or its weights can stay where they lie.
 
@@ -90,88 +75,113 @@ def load_laid_out(
         weights: their type.
         by_token: lay the MLPs out by neuron.
         progress: receives what is done.
+        held: bytes of memory for the records of neurons, all others of which are read from the disk when they are chosen, some
+            at a time; an output head of which few rows are read stays there too. None: all weights lie in memory.
 
     Raises:
         ModelError: as `load_model`.
+        StoreError: records are to be read from the disk, but cannot be written there.
     """
     progress = progress or Progress()
     files = files_of(name)
-    zeros = bool(files) and not by_token and not is_gguf(name) and skips_zeros(stored_config(name), weights)
-    wanted = Wanted(weights, by_token, zeros)
-    as_stored = weights is Weights.STORED and not is_gguf(name)
-    as_stored |= weights is Weights.BF16 and bool(files) and not is_gguf(name) and stored_dtype(name) is torch.bfloat16
-    if not files or (as_stored and not wanted.by_neuron):
+    if not files:
         return None
-    of_neurons = wanted.by_neuron and f"-{wanted.by_neuron.replace(' ', '-')}"
-    kind = f"{'stored' if as_stored else weights.value}{of_neurons}"
+    zeros = not by_token and not is_gguf(name) and skips_zeros(stored_config(name), weights)
+    wanted = Wanted(weights, by_token, zeros, held)
+    kind = _layout_kind(name, wanted)
+    if kind == Weights.STORED.value and not is_gguf(name):
+        return None
     place = layout_folder(files, kind, progress)
     keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
-    return _kept(name, place, progress) or _made(name, place, wanted, progress)
+    return _kept(name, place, wanted, progress) or _made(name, place, wanted, progress)
 
 
-def _kept(name: str, place: Path, progress: Progress) -> LanguageModel | None:
+def load_on_disk(
+    name: str, weights: Weights, planner: Planner, progress: Progress | None = None
+) -> LanguageModel | None:
+    """Load a model of which each token reads the neurons that it chooses from the disk, but for those in memory.
+
+    Args:
+        name: of a local checkpoint folder.
+        weights: their type.
+        planner: see `Planner`; what it raises is passed on before anything is laid out or loaded.
+        progress: receives what is done.
+
+    Returns:
+        None: its type or its MLPs are not such that tokens could choose.
+
+    Raises:
+        ConfigError: it is a GGUF file, it has ReLU, or this system has no way to read so.
+        ModelError: as `load_model`.
+        StoreError: it cannot be laid out on the disk.
+    """
+    progress = progress or Progress()
+    files, empty = files_of(name), open_weightless(name, ARCHITECTURES)
+    if not files or empty is None or not _fits(empty, by_token=True):
+        return None
+    if skips_zeros(empty.model.config, weights):
+        raise ConfigError(
+            f"{name} has ReLU, whose zeros tokens pass over in memory, but under a memory budget no token chooses among its "
+            "neurons; leave out the read ratio or the budget."
+        )
+    made = layout_folder(files, _layout_kind(name, Wanted(weights, by_token=True)), progress).is_dir()
+    parts = disk_parts(empty, weights, made)
+    held, limit = planner(LanguageModel(empty.model, empty.tokenizer, name, empty.layers), parts)
+    loaded = load_laid_out(name, weights, True, progress, held)
+    return None if loaded is None else replace(loaded, position_limit=limit)
+
+
+def _layout_kind(name: str, wanted: Wanted) -> str:
+    """Return what a layout holds, as its folder is called."""
+    as_stored = wanted.weights is Weights.BF16 and not is_gguf(name) and stored_dtype(name) is torch.bfloat16
+    of_neurons = wanted.by_neuron and f"-{wanted.by_neuron.replace(' ', '-')}"
+    return f"{'stored' if as_stored else wanted.weights.value}{of_neurons}"
+
+
+def _fits(empty: Weightless, by_token: bool) -> bool:
+    """Return whether the loops decode a model as it is laid out; by token they read gated MLPs alone."""
+    found = architecture_of(empty.model.config)
+    if isinstance(found, str) or not found.packs or unsupported(empty.model) is not None:
+        return False
+    return not by_token or empty.layers[0].gated
+
+
+def _kept(name: str, place: Path, wanted: Wanted, progress: Progress) -> LanguageModel | None:
     """Return a model that was laid out before; what is damaged is taken away."""
     if not place.is_dir():
         return None
     try:
-        return _from_layout(name, place)
+        return from_layout(name, place, wanted.held)
     except StoreError as error:
         progress.say(f"{error}; they are laid out anew from {name}.")
         remove(place)
         return None
 
 
-def _from_layout(name: str, place: Path) -> LanguageModel:
-    layout = read_layout(place)
-    facts = layout.facts
-    try:
-        tensors = mapped_tensors(place, layout)
-        parts = _Parts(others=tensors, sketch=facts["sketch"])
-        for module, (kind, n_out, n_in) in facts["matrices"].items():
-            weight, scales, bias = (tensors.pop(f"{module}:{part}", None) for part in ("codes", "scales", "bias"))
-            assert weight is not None
-            parts.matrices[module] = Matrix(kind, n_out, n_in, weight, scales, bias)
-        if "head:copy" in parts.matrices:
-            parts.head = CoarseHead(parts.matrices.pop("head:copy"), tensors.pop("head:bounds"))
-        for number, (kind, of_outputs) in facts.get("mlps", {}).items():  # not named by earlier versions
-            gate, up = parts.matrices.pop(f"{number}:gate"), parts.matrices.pop(f"{number}:up", None)
-            records, norms, up_bias, bias = (tensors.pop(f"{number}:{what}", None) for what in _TENSORS)
-            assert records is not None
-            if up is None:
-                parts.mlps[int(number)] = ReluMLP(gate, kind, of_outputs, records, up_bias, bias)
-            else:
-                assert norms is not None
-                parts.mlps[int(number)] = TokenMLP(gate, up, kind, of_outputs, records, norms, bias)
-        settings = place if (place / "config.json").is_file() else Path(name)
-        dtype, tied, notes = getattr(torch, facts["dtype"]), facts["tied"], facts["notes"]
-    except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"The weights in {place} are of another kind ({error!r})") from error
-    model, tokenizer, mended = empty_like(name, settings, dtype, tied)
-    return _whole(name, model, tokenizer, [*notes, *mended], parts)
-
-
 def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> LanguageModel | None:
     # 1) the model without weights
     empty = open_weightless(name, _GGUF if is_gguf(name) else ARCHITECTURES)
-    if empty is None or unsupported(empty.model) is not None:
-        return None
-    found = architecture_of(empty.model.config)
-    if isinstance(found, str) or not found.packs or (wanted.by_token and not empty.layers[0].gated):
+    if empty is None or not _fits(empty, wanted.by_token):
         return None
     # 2) its weights, on the disk or, where they find no room, in memory
     try:
         lock = locked(place.parent, progress)
         try:
-            made = _kept(name, place, progress)  # another process may have made it meanwhile
+            made = _kept(name, place, wanted, progress)  # another process may have made it meanwhile
             if made is None:
                 layout = Layout(name, f"{wanted.weights.value} {wanted.by_neuron}".rstrip())
                 with writing(place, layout) as writer:
                     _write(empty, wanted, writer, progress)
                 progress.say(f"The weights were laid out in {place}, once: {readable_size(layout.n_bytes)}.")
-                made = _from_layout(name, place)
+                made = from_layout(name, place, wanted.held)
         finally:
             lock.release()
     except OSError as error:
+        if wanted.held is not None:
+            raise StoreError(
+                f"the weights cannot be laid out in {place.parent} ({error}), expected a folder with room for the model; name "
+                "another in COREINFER_SIM_CACHE."
+            ) from error
         progress.say(
             f"The weights are laid out in memory, as {place.parent} cannot be written ({error}); make room there, or name "
             "another folder in COREINFER_SIM_CACHE, and the next start will be fast."
@@ -198,10 +208,10 @@ def _write(empty: Weightless, wanted: Wanted, writer: LayoutWriter, progress: Pr
             write(name, part)
         elif isinstance(part, TokenMLP | ReluMLP):
             mlps[name] = part.kind, part.output_kind
-            for what in _MATRICES:  # they become matrices of the MLP again
+            for what in MATRICES:  # they become matrices of the MLP again
                 if hasattr(part, what):
                     write(f"{name}:{what}", getattr(part, what))
-            for what in _TENSORS:
+            for what in TENSORS:
                 tensor = getattr(part, what, None)
                 if tensor is not None:
                     writer.add(f"{name}:{what}", tensor)
@@ -225,7 +235,7 @@ def _write(empty: Weightless, wanted: Wanted, writer: LayoutWriter, progress: Pr
 
 
 def _in_memory(empty: Weightless, wanted: Wanted, progress: Progress) -> LanguageModel:
-    parts = _Parts()
+    parts = Parts()
     for name, part in _parts(empty, wanted, parts.sketch, progress):
         if isinstance(part, Matrix):
             parts.matrices[name] = part
@@ -235,7 +245,7 @@ def _in_memory(empty: Weightless, wanted: Wanted, progress: Progress) -> Languag
             parts.head = part
         else:
             parts.others[name] = part
-    return _whole(empty.name, empty.model, empty.tokenizer, [*empty.notes, *empty.mended], parts)
+    return whole(empty.name, empty.model, empty.tokenizer, [*empty.notes, *empty.mended], parts)
 
 
 def _parts(
@@ -247,7 +257,7 @@ def _parts(
     """
     model, layers, weights = empty.model, empty.layers, wanted.weights
     table, found = empty.names.modules[id(model.get_input_embeddings())], architecture_of(model.config)
-    plain_logits = isinstance(found, Architecture) and found.logits == 1 and not found.logits_cap
+    plain_logits = not isinstance(found, str) and found.plain_logits
     owners = {f"{empty.names.modules[id(layer.owner)]}.{name}": layer for layer in layers for name in layer.projections}
     places = sketch_places(layers[0].d_model, layers[0].d_ff, len(layers))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -321,40 +331,3 @@ def _by_neuron(empty: Weightless, layer: MLPLayer, wanted: Wanted) -> tuple[Toke
     # what was rounded once is not rounded to 16 bits before it is rounded again
     gate, up, down = (read(part, torch.float32 if kind and codes[part] is not None else None) for part in range(3))
     return of_weights((gate, up, down), of_three, kind), down
-
-
-def _whole(name: str, model: Any, tokenizer: Any, notes: list[str], parts: _Parts) -> LanguageModel:
-    """Put its weights into a model that has none."""
-    for place, value in parts.others.items():
-        owner, _, leaf = place.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    for place, matrix in parts.matrices.items():
-        module = model.get_submodule(place)
-        if isinstance(module, nn.Embedding):
-            hand_over_table(module, matrix)
-        else:
-            _hand_over(module, matrix, model.dtype)
-    if model.config.tie_word_embeddings:
-        table, head = model.get_input_embeddings(), parts.matrices[HEAD]
-        if head.weight.dtype is model.dtype:
-            table.weight = model.lm_head.weight
-        else:
-            hand_over_table(table, head)
-    compact_head_inputs(model)
-    layers = find_mlps(model)
-    for number, mlp in parts.mlps.items():
-        layer = layers[number]
-        for projection, part in by_projection(layer.projections, mlp.parts, layer.fused).items():
-            _hand_over(layer.projection(projection), part, model.dtype)
-    model.laid_out, model.laid_out_mlps, model.laid_out_head = parts.matrices, parts.mlps, parts.head
-    for layer, values in zip(layers, parts.sketch, strict=True):
-        layer.output.sketch = torch.tensor(values)
-    return LanguageModel(model.eval(), tokenizer, name, layers, notes=notes)
-
-
-def _hand_over(module: Any, part: Linear, dtype: torch.dtype) -> None:
-    """Let a linear layer multiply by its weights as they are laid out, which its own code does if they lie as it knows them."""
-    if isinstance(part, Matrix) and part.weight.dtype is dtype:
-        module.weight = nn.Parameter(part.weight, requires_grad=False)
-    else:
-        hand_over(module, part)

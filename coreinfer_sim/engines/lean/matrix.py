@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from coreinfer_sim.engines.lean.formats import FORMATS, TILE
+from coreinfer_sim.engines.lean.formats import FORMATS, TILE, Scales
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import MANY, product_address, unpacked_address
 from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
@@ -27,6 +27,7 @@ __all__ = [
     "filled_bias",
     "float_type",
     "from_codes",
+    "scales_of",
     "vector",
     "warm_up_products",
 ]
@@ -111,6 +112,7 @@ class Matrix:
             0 if scales is None else scales.shape[1] * scales.shape[2],
             int(self.packed),
             unpacked_address(self.kind) if self.packed else 0,
+            0,
         ]
         assert len(words) == N_WORDS
         return np.array(words, np.int64)
@@ -239,3 +241,21 @@ def vector(parameter: torch.Tensor) -> Array:
 def warm_up_products(dtype: torch.dtype) -> None:
     """Compile products with weights of a floating type alone, or load them where that was done before."""
     Matrix.of(torch.zeros(8, 8, dtype=dtype)).of_few(np.ones((1, 8), np.float32))
+
+
+def scales_of(matrix: Matrix, first: int, last: int) -> torch.Tensor:
+    """Return the scales of some outputs, one for each input, float32 [n, n_filled]."""
+    assert matrix.scales is not None
+    kind = FORMATS[matrix.kind].scales
+    records = matrix.scales[first // TILE : -(-last // TILE)]
+    scales = records[..., : 2 * TILE].contiguous().view(torch.float16).float()  # [n_tiles, n_spans, 16]
+    if kind is Scales.SUPER_MIN:
+        inner = records[..., 4 * TILE :].unflatten(2, (-1, 2, TILE))[..., 0, :]
+    elif kind is Scales.SUPER_HALVES:
+        inner = records[..., 2 * TILE :].contiguous().view(torch.int8).unflatten(2, (-1, TILE))
+    else:
+        inner = torch.ones(1, 1, 1, 1)
+    scales = (scales[:, :, None] * inner).flatten(1, 2)
+    n = matrix.n_filled // scales.shape[1]
+    expanded: torch.Tensor = scales.transpose(1, 2).flatten(0, 1)[: last - first].repeat_interleave(n, 1)
+    return expanded

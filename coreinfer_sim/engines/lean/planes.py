@@ -18,11 +18,12 @@ from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean import by_token
 from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.compact import of_gates
-from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, TILE, WHOLE, Scales
+from coreinfer_sim.engines.lean.disk_records import LayerRecords
+from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, WHOLE, Scales
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import added_address, rows_address, scales_address
 from coreinfer_sim.engines.lean.many_rows import planes_product
-from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias
+from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias, scales_of
 from coreinfer_sim.engines.lean.packing import lay, room, rounded_codes
 from coreinfer_sim.engines.lean.products import N_WORDS
 from coreinfer_sim.engines.lean.record_part import RecordPart
@@ -31,8 +32,10 @@ from coreinfer_sim.engines.lean.rows import FLOATS
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
-_ESTIMATE = "Q4_0"  # of floats
-_LINE = 64
+ESTIMATE = "Q4_0"
+"""Of floats."""
+LINE = 64
+"""Bytes of which records are a multiple."""
 _AT_ONCE = 32  # rows of inputs, which then stay in the caches
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Reader = Callable[[int, torch.dtype | None], torch.Tensor]
@@ -56,6 +59,8 @@ class TokenMLP:
     """‖w_out‖ of each neuron, float32 [n_ff]."""
     bias: torch.Tensor | None
     """Of the outputs, float32, filled up to a multiple of 16."""
+    on_disk: LayerRecords | None = None
+    """Where decode finds the records, which are mapped from a file; None: in memory."""
 
     @property
     def n_ff(self) -> int:
@@ -89,6 +94,7 @@ class TokenMLP:
         words[by_token.N_OUTPUTS] = n_outputs(self.output_kind, self.d_model)
         words[by_token.OUT_BIAS] = 0 if self.bias is None else self.bias.data_ptr()
         words[by_token.OUT_NORMS] = self.norms.data_ptr()
+        words[by_token.ON_DISK] = 0 if self.on_disk is None else self.on_disk.words.ctypes.data
         return np.stack([self.gate.words, self.up.words, words])
 
     @property
@@ -148,7 +154,7 @@ class TokenMLP:
             return self.records[first:last, begin : begin + self._row_bytes].view(float_type(self.kind)).float()
         format_, estimate = FORMATS[self.kind], (self.gate, self.up)[part]
         low = unpacked(self.records[first:last, begin : begin + self._row_bytes], format_.low_bits)
-        values = (low.float() - (format_.step - 1) / 2).mul_(_scales_of(estimate, first, last))[:, : self.d_model]
+        values = (low.float() - (format_.step - 1) / 2).mul_(scales_of(estimate, first, last))[:, : self.d_model]
         return values.add_(estimate.widened(first, last).T)
 
     def contributions(self, x: torch.Tensor, kind: int) -> torch.Tensor:
@@ -159,8 +165,9 @@ class TokenMLP:
         """Return what decode makes of normalised inputs [n_rows, d_model], and how many neurons they read in all."""
         out, n_read = torch.empty_like(x), np.zeros(2, np.int64)
         n_threads = set_threads()
-        for begin in range(0, len(x), _AT_ONCE):
-            given, made = (each[begin : begin + _AT_ONCE].numpy() for each in (x, out))
+        n_rows = _AT_ONCE if self.on_disk is None else max(1, len(x))  # what lies on the disk is read once for all
+        for begin in range(0, len(x), n_rows):
+            given, made = (each[begin : begin + n_rows].numpy() for each in (x, out))
             outputs_by_token(given, self.words, kind, n_threads, np.float32(threshold), n_read, made)
         return out, int(n_read[1])
 
@@ -194,7 +201,7 @@ def of_weights(weights: Weights, biases: Biases, rounded: str | None = None) -> 
     """
     gate, up, down = (weight.detach() for weight in weights)
     if rounded is None:
-        estimates = [Matrix.of(part, bias, _ESTIMATE) for part, bias in zip((gate, up), biases, strict=False)]
+        estimates = [Matrix.of(part, bias, ESTIMATE) for part, bias in zip((gate, up), biases, strict=False)]
         rows = [part.contiguous().view(torch.uint8) for part in (gate, up)]
         kind = float_name(gate.dtype)
         return _of_parts(estimates, rows, kind, down, kind, biases[2])
@@ -239,7 +246,7 @@ def _of_parts(
     """Put together estimates, and gate, up and output rows of records, which fill whole lines of 64 bytes."""
     parts = [*rows, output_rows(down, outputs)]
     n_bytes = sum(part.shape[1] for part in parts)
-    parts.append(torch.zeros(len(parts[0]), -n_bytes % _LINE, dtype=torch.uint8))
+    parts.append(torch.zeros(len(parts[0]), -n_bytes % LINE, dtype=torch.uint8))
     norms = torch.cat([down[:, n : n + ROWS].float().norm(dim=0) for n in range(0, down.shape[1], ROWS)])
     return TokenMLP(estimates[0], estimates[1], kind, outputs, torch.cat(parts, 1), norms, filled_bias(bias))
 
@@ -275,21 +282,3 @@ def _filled_parts(scales: Scales, parts: dict[str, Array], n_filled: int) -> dic
     if scales not in (Scales.HALF, Scales.HALF_MIN):
         return parts
     return {name: _filled(part, n_filled // BLOCK) for name, part in parts.items()}
-
-
-def _scales_of(matrix: Matrix, first: int, last: int) -> torch.Tensor:
-    """Return the scales of some outputs, one for each input, float32 [n, n_filled]."""
-    assert matrix.scales is not None
-    kind = FORMATS[matrix.kind].scales
-    records = matrix.scales[first // TILE : -(-last // TILE)]
-    scales = records[..., : 2 * TILE].contiguous().view(torch.float16).float()  # [n_tiles, n_spans, 16]
-    if kind is Scales.SUPER_MIN:
-        inner = records[..., 4 * TILE :].unflatten(2, (-1, 2, TILE))[..., 0, :]
-    elif kind is Scales.SUPER_HALVES:
-        inner = records[..., 2 * TILE :].contiguous().view(torch.int8).unflatten(2, (-1, TILE))
-    else:
-        inner = torch.ones(1, 1, 1, 1)
-    scales = (scales[:, :, None] * inner).flatten(1, 2)
-    n = matrix.n_filled // scales.shape[1]
-    expanded: torch.Tensor = scales.transpose(1, 2).flatten(0, 1)[: last - first].repeat_interleave(n, 1)
-    return expanded

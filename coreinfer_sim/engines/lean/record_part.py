@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from coreinfer_sim.engines.lean.disk_records import LayerRecords
 from coreinfer_sim.engines.lean.intrinsics import float_type
 from coreinfer_sim.engines.lean.many_rows import widened_codes
 from coreinfer_sim.engines.lean.matrix import Array
@@ -37,6 +38,10 @@ class ByNeuron(Protocol):
     @property
     def records(self) -> torch.Tensor:
         """uint8 [n_ff, record_bytes]."""
+
+    @property
+    def on_disk(self) -> LayerRecords | None:
+        """Where decode finds the records, if not in memory."""
 
     def begin_of(self, part: int) -> int:
         """Return where the gate (0), up (1) or output row (2) begins in a record."""
@@ -76,7 +81,19 @@ class RecordPart:
         return torch.cat(rows) if self.part == 2 else torch.cat(rows).T
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply float32 rows [n_rows, n_in]: gate and up of codes by the loops of decode, all else in torch."""
+        """Multiply float32 rows [n_rows, n_in]: gate and up of codes by the loops of decode, all else in torch.
+
+        The gate comes first: of records on the disk, mapped pages are read ahead then, and let go of after the down projection.
+        """
+        on_disk = self.mlp.on_disk
+        if on_disk is not None and self.part == 0:
+            on_disk.expect()
+        out = self._times(x)
+        if on_disk is not None and self.part == 2:
+            on_disk.forget()
+        return out
+
+    def _times(self, x: torch.Tensor) -> torch.Tensor:
         mlp = self.mlp
         if mlp.kind not in FLOATS and self.part < 2:
             return mlp.times_codes(self.part, x.contiguous())

@@ -33,18 +33,20 @@ ZEROS = np.float32(-2)
 
 
 @inline
-def _add(stack, first, positive, n_own, gates, x, codes, factors, starts, kind, room, values, rows, out):
-    """Add neurons to the outputs of one row of inputs; ``positive`` names them, from ``first`` on, in order."""
+def _add(stack, first, positive, n_own, at, gates, x, codes, factors, starts, kind, room, values, rows, out):
+    """Add neurons to the outputs of one row of inputs.
+
+    ``positive`` names them, from ``first`` on, in order; ``at`` [n] says where records lie.
+    """
     own = stack[2]
     n_in = stack[0, N_IN] if own[BY_CODES] else x.shape[0]
-    base = own[RECORDS] + first * own[RECORD_BYTES]
     n_waiting = 0
     for c in range(n_own):
         i = positive[c]
-        record = base + i * own[RECORD_BYTES]
+        record = at[i]
         value = activated(gates[i], kind)
         if own[ROWS] != 0:
-            after = base + positive[min(c + AHEAD, n_own - 1)] * own[RECORD_BYTES]
+            after = at[positive[min(c + AHEAD, n_own - 1)]]
             given = (address(factors), address(x), address(codes), address(starts), n_in, address(room), after)
             call_rows(own[ROWS], (record, 0, *given))
             up = room[0]
@@ -53,7 +55,7 @@ def _add(stack, first, positive, n_own, gates, x, codes, factors, starts, kind, 
             value *= up
         values[n_waiting] = value
         rows[n_waiting] = record + own[OUT_AT]
-        n_waiting = add_waiting(own, base, positive, c, n_own, values, rows, n_waiting + 1, out)
+        n_waiting = add_waiting(own, at, positive, c, n_own, values, rows, n_waiting + 1, out)
 
 
 @parallel
@@ -63,7 +65,7 @@ def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_re
     n_tiles = (n_ff + 15) // 16
     for thread in prange(n_threads):
         gates = np.empty((n_rows, 16 * TILES), np.float32)
-        positive = np.empty(16 * TILES, np.int64)
+        positive, at = np.empty(16 * TILES, np.int64), np.empty(16 * TILES, np.int64)
         room, values = np.zeros(1, np.float32), np.zeros(TOGETHER, np.float32)
         rows = np.empty(2 * TOGETHER, np.int64)
         end = (thread + 1) * n_tiles // n_threads
@@ -71,6 +73,8 @@ def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_re
             first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
             for tile in range(begin, min(end, begin + TILES)):
                 tile_product(stack[0], tile, x, codes, factors, sums, gates, 16 * (tile - begin))
+            for i in range(last - first):
+                at[i] = stack[2, RECORDS] + (first + i) * stack[2, RECORD_BYTES]
             by_any = np.zeros(last - first, np.bool_)
             for r in range(n_rows):
                 n_own = 0
@@ -81,7 +85,7 @@ def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_re
                         by_any[i] = True
                 n_read[thread, 1] += n_own
                 given = (x[r], codes[r], factors[r], starts[r])
-                _add(stack, first, positive, n_own, gates[r], *given, kind, room, values, rows, out[thread, r])
+                _add(stack, first, positive, n_own, at, gates[r], *given, kind, room, values, rows, out[thread, r])
             n_read[thread, 0] += by_any.sum()
 
 

@@ -48,6 +48,7 @@ class ReluMLP:
     """Float32, filled up to a multiple of 16; so is ``bias``."""
     bias: torch.Tensor | None
     """Of the outputs."""
+    on_disk = None  # as of its zeros none is read from there
 
     @property
     def n_ff(self) -> int:
