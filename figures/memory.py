@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from typing import Any
 
 import click
 
-from figures.record import Bar, at_least, exactly, record
-from figures.table import ROOT, Given, figure
+from figures.record import Bar, at_least, at_most, exactly, record
+from figures.table import REQUIRED, ROOT, Given, figure
 from figures.tools import coreinfer, medians, options, python
 
-FILE = "figures-speed.json"
+FILE, BY_TOKEN = "figures-speed.json", "figures-token.json"
 GROUPS = Path("/sys/fs/cgroup")
 PROMPT = "Write a function that returns the n-th Fibonacci number, and explain how it works."
 _ROOM = 1_000_000_000
@@ -49,7 +50,23 @@ with tempfile.TemporaryDirectory() as folder:
     lm.generate(**encoded, max_new_tokens=n, min_new_tokens=n, do_sample=False, streamer=Clock())
 print(json.dumps({"tokens_per_second": (n - 1) / (times[-1] - times[1]), "prefill_seconds": times[1] - begin}))
 """
-"""Programs for processes of their own: one that saves random weights, and one that leaves on disk what has no room."""
+_SAVE_GGUF = """
+from pathlib import Path
+from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.export.gguf import export_gguf
+from coreinfer_sim.export.weights import Source, compact_weights
+from coreinfer_sim.models.loading import load_model
+loaded = load_model(sys.argv[1], "stored", "cpu")
+weights = compact_weights(loaded, NeuronSelection("dense"), one_width=False)
+source = Source(loaded.name, "none", "none", "dense", 1.0, False, "bf16")
+export_gguf(loaded, weights, source, Path(sys.argv[2]), "bf16")
+"""
+_LLAMA_BENCH = """
+import json, subprocess, sys
+(test,) = json.loads(subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True).stdout)
+print(json.dumps({"tokens_per_second": test["avg_ts"]}))
+"""
+"""Programs for processes of their own: they save random weights or a GGUF file, leave on disk what has no room, run llama.cpp."""
 
 
 @contextmanager
@@ -148,6 +165,78 @@ def limit(given: Given, shape: str | None, limit_text: str, prefill: str, offloa
             runs["unlimited"].append(run_in_group([*ours, "--dtype", _stored(model)], None, model))
     what = f"{title}, keep ratio {given.keep_ratio:g}, {prefill} prefill, limit {n_bytes / 1e6:,.0f} MB"
     _record(what, runs, n_bytes, given.new_tokens, least)
+
+
+@figure(
+    BY_TOKEN, "root on Linux; a checkpoint folder in safetensors format; llama-bench built here; a quiet machine", "1 hour",
+    model=REQUIRED, name=None, new_tokens=64, rounds=3
+)  # fmt: skip
+@click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--read-ratio", type=float, required=True, help="Such as what an index promises for 5 %.")
+@click.option("--limit", "limit_text", default="2300MB", show_default=True)
+@click.option("--budget", "budget_text", help="Of our process.  [default: the limit]")
+@click.option("--offload-tokens", default=8, show_default=True, help="New tokens of disk offload, which is slow.")
+@click.option(
+    "--offload-room", default=1_000_000_000, show_default=True, help="Bytes that offload has for all but weights."
+)
+def by_token(
+    given: Given, llama_bench: Path, read_ratio: float, limit_text: str, budget_text: str | None, offload_tokens: int,
+    offload_room: int,
+) -> None:  # fmt: skip
+    """Decode that reads by token from the disk under a limit, beside llama.cpp's memory map and accelerate's disk offload.
+
+    All alternate, each in a control group with the limit; before each run the system is told to forget their files. Ours without
+    any limit tells whether the text is the same.
+    """
+    from coreinfer_sim.base.settings import parse_size
+
+    limit, model = parse_size(limit_text), Path(given.model)
+    with tempfile.TemporaryDirectory(prefix="coreinfer-sim-") as folder:
+        os.environ["COREINFER_SIM_CACHE"] = folder
+        file = Path(folder, "dense.gguf")
+        subprocess.run(python(ROOT, _SAVE_GGUF, model, file), check=True)
+        settings: dict[str, Any] = {"read_ratio": read_ratio, "max_new_tokens": given.new_tokens, "mode": "all"}
+        settings |= {"min_new_tokens": given.new_tokens}
+        ours = coreinfer("generate", PROMPT, "--json", "--model", model, *options(**settings))
+        budgeted = [*ours, *options(memory_budget=parse_size(budget_text) if budget_text else limit)]
+        offload = [sys.executable, "-c", _OFFLOAD, str(model), str(limit - offload_room), str(offload_tokens), PROMPT]
+        bench = [llama_bench, "-m", file, "-t", 2, "-p", 0, "-n", given.new_tokens, "-r", 1, "-o", "json"]
+        mapped = [sys.executable, "-c", _LLAMA_BENCH, *map(str, bench)]
+        whole = run_in_group(ours, None)  # lays the weights out, and measures what tokens need
+        disk = _disk_speed(file)
+        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "llama.cpp": [], "offload": []}
+        for _ in range(given.rounds):
+            runs["ours"].append(run_in_group(budgeted, limit, model, Path(folder)))
+            runs["llama.cpp"].append(run_in_group(mapped, limit, model, Path(folder)))
+            runs["offload"].append(run_in_group(offload, limit, model, Path(folder)))
+    what = f"{given.name}, read ratio {read_ratio:g}, limit {limit / 1e6:,.0f} MB"
+    speeds = {name: [run["tokens_per_second"] for run in group] for name, group in runs.items()}
+    found, first = medians(speeds), runs["ours"][0]
+    facts = {name: first[name] for name in ("found_ratio", "disk_bytes_per_token", "mlp_bytes_per_token")}
+    facts |= {"tokens_per_second": speeds, "disk_mb_per_second": disk}
+    for peer, called, least in (
+        ("llama.cpp", "llama.cpp's memory map", 3),
+        ("offload", "accelerate's disk offload", 10),
+    ):
+        record(f"{what}: decode over {called}", found["ours"] / found[peer], "×, of medians", at_least(least), **facts)
+    peaks = {name: [run["peak"] for run in group] for name, group in runs.items()}
+    title = f"{what}: peak of the control group, page cache included"
+    record(title, round(max(peaks["ours"]) / 1e6, 1), "MB", at_most(limit / 1e6), peak_bytes=peaks)
+    n_same = sum(run["text"] == whole["text"] for run in runs["ours"])
+    unit = f"of {given.rounds} runs × {given.new_tokens} tokens"
+    record(f"{what}: runs whose text is the unlimited run's", n_same, unit, exactly(given.rounds))
+
+
+def _disk_speed(file: Path) -> dict[str, float]:
+    """Return how fast the file's disk reads, past the system's cache, in MB/s: by 4 MiB in order, one after the other."""
+    block, n_bytes = mmap.mmap(-1, 4 << 20), 0
+    handle = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 2 and (n := os.preadv(handle, [block], n_bytes)) == len(block):
+        n_bytes += n
+    seconds = time.perf_counter() - begin
+    os.close(handle)
+    return {"in_order": round(n_bytes / seconds / 1e6, 1)}
 
 
 def _stored(model: Path) -> str:
