@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from coreinfer_sim.base.files import cache_folder, locked
+from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.engines.lean.attention import OF_NONE, cache_loops
 from coreinfer_sim.engines.lean.head import whole_head
 from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
@@ -21,6 +25,26 @@ def warm_up(dtype: torch.dtype) -> None:
     Args:
         dtype: of the cache.
     """
+    with _alone():
+        _step(dtype)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let one process compile at a time: what numba keeps on the disk is not made for several that write it at once."""
+    try:
+        lock = locked(cache_folder("loops"), Progress())
+    except OSError:  # there is no place for it; then nothing is kept either, or the risk is taken
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _step(dtype: torch.dtype) -> None:
+    """Decode one token of the smallest model."""
     matrix = Matrix.of(torch.zeros(8, 8, dtype=dtype))
     words = matrix.words
     one, rows = np.ones((1, 8), np.float32), np.zeros(1, np.int64)
