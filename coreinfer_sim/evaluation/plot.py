@@ -64,6 +64,7 @@ def _draw(grouped: dict[str, list[tuple[Contender, dict[str, Any]]]], axes: Any)
         x = [row["total_bytes_per_token"] / 1e6 for _, row in points]
         y = [max(_LEAST, row["kl"]) for _, row in points]
         color = "black" if family == "dense" else f"C{ways.index(contender.way) % 10}"
+        line = "" if family == "dense" else line  # which differ in more than one number
         axes.plot(x, y, label=family, marker=marker, linestyle=line, color=color)
         for (contender, _), at in zip(points, zip(x, y, strict=True), strict=True):
             axes.annotate(_text(contender), at, xytext=(5, 4), textcoords="offset points", fontsize=7)
