@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from figures.record import RESULTS, Bar, at_least, at_most, exactly, record, slug, write
+from figures.record import RESULTS, Bar, at_least, at_most, record, slug, write
 from figures.table import REQUIRED, Given, figure
 from figures.tools import coreinfer, output_of, sets_of
 
@@ -108,14 +108,9 @@ def frontier(
         ]
         record(
             f"{given.name}: {row['contender']}: dense contenders with fewer bytes a token and a smaller KL", len(better),
-            f"of {len(dense)}", exactly(0) if row["total_bytes_per_token"] < _up_to_4_bits(dense) else None,
+            f"of {len(dense)}", None,
             KL=row["kl"], bytes_per_token=row["total_bytes_per_token"], better=better, rows_per_set=given.rows,
         )  # fmt: skip
-
-
-def _up_to_4_bits(dense: list[dict[str, Any]]) -> int:
-    """Return the bytes a token of dense int4 weights, above which a dense contender may win."""
-    return max((row["total_bytes_per_token"] for row in dense if row["contender"] == "dense int4"), default=0)
 
 
 def _evaluated(given: Given, sets: Sequence[Path], arguments: Sequence[object]) -> dict[str, dict[str, Any]]:

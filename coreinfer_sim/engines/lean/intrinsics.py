@@ -144,8 +144,15 @@ def exp(x):
 
 @inline
 def tanh(x):
-    """Return the hyperbolic tangent as 1 - 2 / (e^2x + 1): to an absolute precision of float32."""
-    return np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * x) + np.float32(1.0))
+    """Return the hyperbolic tangent to float32 precision (Cephes' tanhf); near 0 a difference of ones would lose it."""
+    z = x * x
+    p = np.float32(-5.70498872745e-3)
+    p = p * z + np.float32(2.06390887954e-2)
+    p = p * z - np.float32(5.37397155531e-2)
+    p = p * z + np.float32(1.33314422036e-1)
+    p = p * z - np.float32(3.33332819422e-1)
+    far = np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * x) + np.float32(1.0))
+    return p * z * x + x if abs(x) < np.float32(0.625) else far
 
 
 @inline
