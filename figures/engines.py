@@ -70,7 +70,7 @@ def _in_llamacpp(given: Given, loaded: Any, index: Any, clusters: Iterable[int],
             yield generator
 
 
-@figure(FILE, "an index, xllamacpp; a quiet machine", "15 minutes", **_OF_EXPORT, new_tokens=64, rounds=5)
+@figure(FILE, "an index, xllamacpp", "15 minutes", timed=True, **_OF_EXPORT, new_tokens=64, rounds=5)
 @_types
 def speed(given: Given, kinds: tuple[str, ...]) -> None:
     """Decode of a cluster's GGUF in llama.cpp beside the dense GGUF of the same type, alternating in one run."""

@@ -97,7 +97,7 @@ def _own_engines() -> dict[str, int]:
     return found
 
 
-@figure(FILE, "a quiet machine", "30 seconds", index=DEMO_INDEX, rounds=5)
+@figure(FILE, "", "30 seconds", timed=True, index=DEMO_INDEX, rounds=5)
 def start(given: Given) -> None:
     """How long `coreinfer-sim --help` and `info` take."""
     command = shutil.which(
@@ -167,7 +167,7 @@ def texts(given: Given) -> None:
 
 
 @figure(
-    FILE, "a checkout of the earlier revision, the demo's model; a quiet machine", "20 minutes",
+    FILE, "a checkout of the earlier revision, the demo's model", "20 minutes", timed=True,
     before_tree=REQUIRED, model=DEMO_MODEL, name=None, keep_ratio=0.4, new_tokens=128, rounds=5,
 )  # fmt: skip
 def speed(given: Given) -> None:

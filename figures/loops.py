@@ -24,7 +24,7 @@ _PEERS = {"bf16": "llamacpp:bf16", "int8": "llamacpp:q8_0", "int4": "llamacpp:q4
 
 
 @figure(
-    FILE, "a checkpoint or a GGUF file, llama-bench built here; a quiet machine", "10 minutes for 1.5 billion weights",
+    FILE, "a checkpoint or a GGUF file, llama-bench built here", "10 minutes for 1.5 billion weights", timed=True,
     model=REQUIRED, name=None, prompt_tokens=128, new_tokens=32, rounds=3,
 )  # fmt: skip
 @click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
@@ -78,7 +78,7 @@ def _compare(given: Given, ours: dict[str, Any], theirs: dict[str, Any], bandwid
 
 
 @figure(
-    FILE, "a checkpoint or a GGUF file; a quiet machine", "2 minutes for 1.5 billion weights",
+    FILE, "a checkpoint or a GGUF file", "2 minutes for 1.5 billion weights", timed=True,
     model=REQUIRED, name=None, prompt_tokens=128, new_tokens=33, rounds=5,
 )  # fmt: skip
 @click.option("--weights", default="stored", show_default=True)
@@ -122,7 +122,7 @@ _START = (
 
 
 @figure(
-    FILE, "a checkpoint or a GGUF file; a quiet machine", "2 minutes for 1.5 billion weights",
+    FILE, "a checkpoint or a GGUF file", "2 minutes for 1.5 billion weights", timed=True,
     model=REQUIRED, name=None, rounds=5,
 )  # fmt: skip
 @click.option("--weights", default="stored", show_default=True)

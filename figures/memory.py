@@ -168,7 +168,7 @@ def limit(given: Given, shape: str | None, limit_text: str, prefill: str, offloa
 
 
 @figure(
-    BY_TOKEN, "root on Linux; a checkpoint folder in safetensors format; llama-bench built here; a quiet machine", "1 hour",
+    BY_TOKEN, "root on Linux; a checkpoint folder in safetensors format; llama-bench built here", "1 hour", timed=True,
     model=REQUIRED, name=None, new_tokens=64, rounds=3
 )  # fmt: skip
 @click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)

@@ -79,7 +79,7 @@ def _mixed_corpus(data: Path, n: int, target: Path) -> Path:
     return target
 
 
-@figure(FILE, "DATA; a quiet machine", "10 minutes", model=DEMO_MODEL, data=REQUIRED, rounds=3)
+@figure(FILE, "DATA", "10 minutes", timed=True, model=DEMO_MODEL, data=REQUIRED, rounds=3)
 @click.option("--prompts", "n_prompts", default=2000, help="Of the corpus.")
 def recording(given: Given, n_prompts: int) -> None:
     """The recording pass beside a plain batched forward over the same batches, alternating, in one process."""

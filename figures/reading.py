@@ -123,7 +123,7 @@ def _evaluated(given: Given, sets: Sequence[Path], arguments: Sequence[object]) 
 
 
 @figure(
-    FILE, "a checkpoint, or a GGUF file as it is stored; llama-bench built here; a quiet machine", "10 minutes",
+    FILE, "a checkpoint, or a GGUF file as it is stored; llama-bench built here", "10 minutes", timed=True,
     model=REQUIRED, name=None, prompt_tokens=128, new_tokens=64, rounds=5,
 )  # fmt: skip
 @click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import click
 from click.core import ParameterSource
 
+from figures.table import Entry
+
 RESULTS = Path(__file__).parent / "results"
 NO_BAR = "for comparison"
 
@@ -75,8 +77,16 @@ def write(file: str, content: dict[str, Any]) -> None:
     (RESULTS / file).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _processor(measured: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the kind of processor of a figure: one name stands for several sets of instructions."""
+    machine = measured["machine"]
+    return machine.get("gpu"), machine["processor"], tuple(machine.get("instructions", ()))
+
+
 def record(name: str, value: Any, unit: str, bar: Bar | None = None, **details: Any) -> dict[str, Any]:
     """Put one figure of the running entry into the entry's file, in place of an earlier one of that name, and print it.
+
+    Of an entry that measures speed, what another kind of processor measured stays beside it.
 
     Args:
         name: of the figure.
@@ -85,7 +95,9 @@ def record(name: str, value: Any, unit: str, bar: Bar | None = None, **details: 
         bar: what it is held against; None: the figure is there for comparison.
         **details: further facts.
     """
-    path = RESULTS / getattr(click.get_current_context().command, "file")  # noqa: B009 - of a figure's Entry
+    entry = click.get_current_context().command
+    assert isinstance(entry, Entry)
+    path = RESULTS / entry.file
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": []}
     holds = bar is None or bar.passes(value)
     figure = {
@@ -98,10 +110,16 @@ def record(name: str, value: Any, unit: str, bar: Bar | None = None, **details: 
         **details,
     }
     head = top()
-    others = [known for known in content.pop("figures") if known["name"] != name]
+    others = content.pop("figures")
     if content and content != head:  # a figure keeps where and when it was measured
         others = [{**known, "measured": known.get("measured", content)} for known in others]
-    content = {**head, "figures": sorted([*others, figure], key=lambda known: known["name"])}
+    kind = _processor(head)
+    others = [
+        each
+        for each in others
+        if each["name"] != name or (entry.timed and _processor(each.get("measured", head)) != kind)
+    ]
+    content = {**head, "figures": sorted([figure, *others], key=lambda known: known["name"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{'holds ' if holds else 'MISSED'}  {name}: {figure['value']} {unit} (bar: {figure['bar']})", flush=True)

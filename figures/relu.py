@@ -104,7 +104,7 @@ def _texts(given: Given, tokenizer: Any) -> Iterator[Any]:
 
 
 @figure(
-    FILE, "a checkpoint with ReLU; a quiet machine", "15 minutes for 135 million weights",
+    FILE, "a checkpoint with ReLU", "15 minutes for 135 million weights", timed=True,
     model=REQUIRED, name=None, new_tokens=128, rounds=5,
 )  # fmt: skip
 @_kinds

@@ -19,7 +19,7 @@ from figures.table import REQUIRED, Given, figure
 from figures.tools import coreinfer, exactly_new, generated, in_turns, medians, output_of
 
 FILE = "figures-speed.json"
-_NEEDS = "an index; a quiet machine"
+_NEEDS = "an index"
 _COMMON: dict[str, Any] = {
     "model": REQUIRED, "name": None, "index": REQUIRED, "keep_ratio": 0.4, "new_tokens": 128, "rounds": 5
 }  # fmt: skip
@@ -59,7 +59,7 @@ def _compare(title: str, mine: dict[str, Any], other: dict[str, Any], least: flo
     record(title, ratio, _MEDIANS, at_least(least), tokens_per_second=measured)
 
 
-@figure(FILE, f"{_NEEDS}, xllamacpp", "20 minutes", **_COMMON, prompt_tokens=128)
+@figure(FILE, f"{_NEEDS}, xllamacpp", "20 minutes", timed=True, **_COMMON, prompt_tokens=128)
 def decode(given: Given) -> None:
     """Sparse decode beside dense transformers and llama.cpp, alternating, in bfloat16."""
     ours, dense = f"sparse:{given.keep_ratio:g}:bfloat16:fallback=none", ("dense:bfloat16", "dense:float32")
@@ -84,7 +84,7 @@ def decode(given: Given) -> None:
     _compare(f"{title}: decode over llama.cpp BF16", mine, _row(rows, "llamacpp:bf16"), 2.1)
 
 
-@figure(FILE, f"{_NEEDS}, xllamacpp", "10 minutes", **_COMMON, prompt_tokens=128)
+@figure(FILE, f"{_NEEDS}, xllamacpp", "10 minutes", timed=True, **_COMMON, prompt_tokens=128)
 def int8(given: Given) -> None:
     """Sparse decode with int8 weights beside llama.cpp Q8_0, alternating."""
     ours, theirs = f"sparse:{given.keep_ratio:g}:bfloat16:int8:fallback=none", "llamacpp:q8_0"
@@ -129,7 +129,13 @@ def _without(*names: str) -> dict[str, Any]:
 
 
 @figure(
-    FILE, f"{_NEEDS}; at least two clusters", "5 minutes", **_without("new_tokens"), prompt_tokens=128, dtype="bfloat16"
+    FILE,
+    f"{_NEEDS}; at least two clusters",
+    "5 minutes",
+    timed=True,
+    **_without("new_tokens"),
+    prompt_tokens=128,
+    dtype="bfloat16",
 )
 def swap(given: Given) -> None:
     """A change of cluster, to one whose compact weights are there and to one whose are not, beside a dense prefill."""
@@ -157,7 +163,7 @@ def swap(given: Given) -> None:
         record(title, share, "share, of medians", at_most(bar), milliseconds=milliseconds)
 
 
-@figure(FILE, f"{_NEEDS}; several clusters", "15 minutes", **_COMMON, prompt_tokens=128, dtype="bfloat16")
+@figure(FILE, f"{_NEEDS}; several clusters", "15 minutes", timed=True, **_COMMON, prompt_tokens=128, dtype="bfloat16")
 @click.option("--prompts", "n_prompts", default=8)
 @click.option("--clusters", "n_clusters", default=4)
 def batch(given: Given, n_prompts: int, n_clusters: int) -> None:
@@ -220,7 +226,7 @@ def _decode_speeds(contenders: dict[str, Any], ids: Any, given: Given) -> dict[s
     return {name: round(value, 2) for name, value in found.items()}
 
 
-@figure("growth-NAME.json", f"{_NEEDS}, matplotlib", "1 hour", **_COMMON, dtype="bfloat16")
+@figure("growth-NAME.json", f"{_NEEDS}, matplotlib", "1 hour", timed=True, **_COMMON, dtype="bfloat16")
 @click.option("--length", "lengths", multiple=True, default=(64, 256, 1024, 4096), help="Of prompts, in tokens.")
 @click.option("--batch", "sizes", multiple=True, default=(1, 2, 4, 8, 16), help="Prompts of the first length.")
 def growth(given: Given, lengths: tuple[int, ...], sizes: tuple[int, ...]) -> None:
@@ -257,7 +263,7 @@ def growth(given: Given, lengths: tuple[int, ...], sizes: tuple[int, ...]) -> No
     plot_growth(series, title, RESULTS / f"growth-{slug(given.name)}.svg")
 
 
-@figure(FILE, _NEEDS, "5 minutes", **_without("new_tokens"), prompt_tokens=512, dtype="bfloat16")
+@figure(FILE, _NEEDS, "5 minutes", timed=True, **_without("new_tokens"), prompt_tokens=512, dtype="bfloat16")
 def prefill(given: Given) -> None:
     """Sparse prefill beside our own dense prefill: processes that take turns."""
     from coreinfer_sim import load_model

@@ -54,10 +54,11 @@ class Given(SimpleNamespace):
 class Entry(click.Command):
     """A row of the table: a command that measures figures and writes them into a file."""
 
-    def __init__(self, file: str, needs: str, takes: str, **more: Any) -> None:
-        """Name the file under ``figures/results``, what the command needs, and about how long it takes."""
+    def __init__(self, file: str, needs: str, takes: str, timed: bool, **more: Any) -> None:
+        """Name the file under ``figures/results``, what the command needs, how long it takes, and whether it measures speed."""
         super().__init__(**more)
-        self.file, self.needs, self.takes = file, needs, takes
+        self.file, self.takes, self.timed = file, takes, timed
+        self.needs = "; ".join([part for part in (needs, "a quiet machine" * timed) if part])
 
 
 TABLE: dict[str, Entry] = {}
@@ -65,7 +66,7 @@ TABLE: dict[str, Entry] = {}
 
 
 def figure(
-    file: str, needs: str, takes: str, *, passes_options_on: bool = False, **shared: Any
+    file: str, needs: str, takes: str, *, timed: bool = False, passes_options_on: bool = False, **shared: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that enters a function into the table.
 
@@ -73,6 +74,7 @@ def figure(
         file: that the figures are written into, under ``figures/results``.
         needs: what must be there, in words.
         takes: about how long it takes, in words.
+        timed: whether speed is measured: on a quiet machine, and for each kind of processor apart.
         passes_options_on: whether options that are unknown here are arguments.
         **shared: the `SHARED` options that the function reads from `Given`, by their defaults; REQUIRED is none. Options of
             its own it declares as click's, below this decorator.
@@ -91,6 +93,7 @@ def figure(
             file,
             needs,
             takes,
+            timed,
             name=name,
             callback=run,
             params=[*(_option(option, default) for option, default in shared.items()), *own],

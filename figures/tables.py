@@ -125,10 +125,22 @@ def _speeds(content: dict[str, Any]) -> str:
 def _where(measured: dict[str, Any]) -> str:
     machine, versions = measured["machine"], measured["versions"]
     gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
-    return (
-        f"{gpu}{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; {measured['date']}"
-    )
+    processor = f"{machine['processor']}{_widest(machine)}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+    versions = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    return f"{gpu}{processor}; {versions}; {measured['date']}"
+
+
+def _widest(machine: dict[str, Any]) -> str:
+    """Return, in brackets, the instructions that decide how fast weights are multiplied, of machines that name them."""
+    names = {
+        "amx_int8": "AMX",
+        "avx512_vnni": "AVX-512 VNNI",
+        "avx512f": "AVX-512",
+        "avx_vnni": "AVX-VNNI",
+        "avx2": "AVX2",
+    }
+    found = [name for flag, name in names.items() if flag in machine.get("instructions", ())]
+    return f" ({found[0]})" if found else ""
 
 
 def filled(page: str) -> str:

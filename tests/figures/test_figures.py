@@ -27,7 +27,9 @@ def results(tmp_path, monkeypatch):
 def entry():
     """An entry that records what it was given; out of the table afterwards."""
 
-    @figure("made-up.json", "nothing", "no time", model="M", name=None, index=REQUIRED, keep_ratio=0.4, rows=3)
+    @figure(
+        "made-up.json", "nothing", "no time", timed=True, model="M", name=None, index=REQUIRED, keep_ratio=0.4, rows=3
+    )
     def made_up(given):
         """Record two figures."""
         record.record("kept", given.keep_ratio, "share", record.at_most(0.5), model=given.name, rows=given.rows)
@@ -75,7 +77,7 @@ def test_a_missed_bar_is_said(results, entry, tmp_path):
 
 
 def test_a_figure_replaces_its_earlier_self_and_others_keep_where_they_were_measured(results, entry, tmp_path):
-    earlier = {"machine": {"processor": "Q"}, "versions": {}, "date": "2025-01-01"}
+    earlier = {"machine": {"processor": "P"}, "versions": {}, "date": "2025-01-01"}
     figures = [{"name": "kept", "value": 1}, {"name": "other", "value": 2}]
     (results / "made-up.json").write_text(json.dumps({**earlier, "figures": figures}), encoding="utf-8")
     run(entry, "--index", tmp_path)
@@ -83,6 +85,23 @@ def test_a_figure_replaces_its_earlier_self_and_others_keep_where_they_were_meas
     assert [(each["name"], each.get("measured")) for each in found] == [
         ("counted", None), ("kept", None), ("other", earlier),
     ]  # fmt: skip
+
+
+def test_a_speed_of_another_processor_stays_beside_and_is_named(results, entry, tmp_path):
+    where = {"processor": "P", "cores": 2, "memory_gib": 8}
+    wider = {"machine": {**where, "instructions": ["avx2", "avx512f"]}, "versions": {}, "date": "2025-01-01"}
+    (results / "made-up.json").write_text(
+        json.dumps({**wider, "figures": [{"name": "kept", "value": 1}]}), encoding="utf-8"
+    )
+    run(entry, "--index", tmp_path)
+    run(entry, "--index", tmp_path)
+    figures = json.loads((results / "made-up.json").read_text(encoding="utf-8"))["figures"]
+    assert [(each["name"], each.get("measured")) for each in figures] == [
+        ("counted", None), ("kept", None), ("kept", wider),
+    ]  # fmt: skip
+    entry.timed = False
+    run(entry, "--index", tmp_path)
+    assert len(json.loads((results / "made-up.json").read_text(encoding="utf-8"))["figures"]) == 2
 
 
 def test_values_are_held_against_the_bar_as_they_are():
