@@ -9,7 +9,21 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from figures import clusters, engines, house, inputs, loops, memory, models, path, quality, reading, relu, speed  # noqa: F401 - each enters its figures into the table
+from figures import (  # noqa: F401 - each enters its figures into the table
+    clusters,
+    engines,
+    house,
+    inputs,
+    loops,
+    memory,
+    models,
+    path,
+    problems,
+    quality,
+    reading,
+    relu,
+    speed,
+)
 from figures.table import TABLE
 
 

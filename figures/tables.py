@@ -49,17 +49,17 @@ def table(path: Path, bars_only: bool = False) -> str:
 
 
 def _contenders(content: dict[str, Any]) -> str:
-    """Return what `evaluate` wrote: a row a contender, geometric means first and then each set, those last that no index has."""
+    """Return what `evaluate` wrote: a row a contender, with geometric means over the sets, and the best and the worst of them."""
     rows = content["contenders"]
     seen, unseen = ([each for each in rows[0]["sets"] if (each in UNSEEN) is apart] for apart in (False, True))
-    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set.", ""]
-    titles = [f"the {len(seen)} indexed", f"the {len(unseen)} unseen", *seen, *unseen]
-    lines += [f"| contender | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
+    lines = [f"{_where(content)}; up to {content['rows_per_set']} rows of each set. Perplexity ratios.", ""]
+    lines += [f"| contender | the {len(seen)} indexed | the {len(unseen)} unseen | best set | worst set |"]
+    lines += ["|---|--:|--:|---|---|"]
     for row in rows:
         ratios = {each: found["ratio"] for each, found in row["sets"].items()}
         means = [math.exp(sum(math.log(ratios[each]) for each in group) / len(group)) for group in (seen, unseen)]
-        values = [*means, *(ratios[each] for each in [*seen, *unseen])]
-        lines.append(f"| {row['contender']} | " + " | ".join(f"{value:,.2f}" for value in values) + " |")
+        ends = [f"{choose(ratios, key=ratios.__getitem__)} {choose(ratios.values()):,.2f}" for choose in (min, max)]
+        lines.append(" | ".join([f"| {row['contender']}", *(f"{value:,.2f}" for value in means), *ends]) + " |")
     return "\n".join(lines) + "\n"
 
 
