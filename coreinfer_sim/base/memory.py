@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE = 1 << 20
+_LARGE, _ANY = 1 << 20, 1 << 30
+_LOCK = threading.Lock()
+_HEAP = {"small": False, "users": 0}
+"""Whether `keep_heap_small` was called, and how many blocks of `reusing_memory` run."""
 
 
 def give_back_memory() -> None:
@@ -29,10 +35,38 @@ def keep_heap_small() -> None:
 
     By itself it raises that limit to 32 MiB as such blocks come and go, and then keeps them.
     """
+    _HEAP["small"] = True
+    _from_outside(_LARGE)
+
+
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """Let large blocks that are freed in the block serve again there, although the heap is kept small; at its end they go back.
+
+    A pass over a prompt makes hundreds of tensors of a few sizes; each would else be made of pages that the system clears anew.
+    """
+    if not _HEAP["small"]:
+        yield
+        return
+    with _LOCK:
+        _HEAP["users"] += 1
+        _from_outside(_ANY)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _HEAP["users"] -= 1
+            if not _HEAP["users"]:
+                _from_outside(_LARGE)
+                give_back_memory()
+
+
+def _from_outside(n_bytes: int) -> None:
+    """Let blocks of so many bytes and more lie outside the heap."""
     option = _of_c_library("mallopt")
     if option is not None:
-        option(_M_MMAP_THRESHOLD, _LARGE)
-        option(_M_TRIM_THRESHOLD, _LARGE)
+        option(_M_MMAP_THRESHOLD, n_bytes)
+        option(_M_TRIM_THRESHOLD, n_bytes)
 
 
 def advise(mapped: torch.Tensor, advice: str) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from coreinfer_sim.base.decode_settings import Prefill
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.memory import reusing_memory
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
@@ -178,11 +179,12 @@ class PhasedCall:
     ) -> Any:
         """Read a part of the prompt after ``n_past`` positions; the last pass gives the logits."""
         output = None
-        for part in passes_of(given, None if self._chunked else self._engine.pass_tokens):
-            if self._reader is not None:
-                self._reader.begin(part["input_ids"], n_past)
-            output = original(*args, **part)
-            n_past += part["input_ids"].shape[1]
+        with reusing_memory():
+            for part in passes_of(given, None if self._chunked else self._engine.pass_tokens):
+                if self._reader is not None:
+                    self._reader.begin(part["input_ids"], n_past)
+                output = original(*args, **part)
+                n_past += part["input_ids"].shape[1]
         return output
 
     def _compiled(self, original: Callable[..., Any], config: Any) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from coreinfer_sim.base.memory import reusing_memory
 from coreinfer_sim.choosing.statistics import LayerStatistics, activation_statistics
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.models.loading import LanguageModel
@@ -80,7 +81,7 @@ def read_prompt(
     given = {"input_ids": ids.to(model.device), "past_key_values": cache, "use_cache": True}
     layers = language_model.layers if alpha is not None else []
     logits, n_left = [], ids.shape[1]
-    with engine.running(), recorded_activations(layers, add) as tap, torch.inference_mode():
+    with engine.running(), recorded_activations(layers, add) as tap, torch.inference_mode(), reusing_memory():
         for part in passes_of(given, engine.pass_tokens):
             tap.set_mask(torch.ones_like(part["input_ids"]))
             n_left -= part["input_ids"].shape[1]

@@ -9,24 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from coreinfer_sim.engines.lean.disk_reads import (
-    N_DISK_WORDS,
-    count_chosen,
-    keep_records,
-    lies_at,
-    n_free,
-    read_records,
-)
-from coreinfer_sim.engines.lean.intrinsics import (
-    activate,
-    activated,
-    address,
-    array_at,
-    float_at,
-    inline,
-    parallel,
-    serial,
-)
+from coreinfer_sim.engines.lean.intrinsics import activate, activated, address, float_at, inline, parallel, serial
 from coreinfer_sim.engines.lean.kernels import call_five, call_rows
 from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
@@ -109,7 +92,7 @@ def add_waiting(own, at, chosen, c, n_own, values, rows, n_waiting, out):
 
 
 @inline
-def _read(stack, first, places, n_chosen, at, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
+def read_chosen(stack, first, places, n_chosen, at, reads, x, codes, factors, starts, gates, ups, kind, scaled, out):
     """Add the chosen neurons to the outputs.
 
     ``at`` [n] says where their records lie; ``scaled`` [n_rows, 2, 2 n_blocks, 16] is room for a tile's scales.
@@ -154,7 +137,7 @@ def _read(stack, first, places, n_chosen, at, reads, x, codes, factors, starts, 
 
 
 @inline
-def _choose(stack, begin, end, threshold, kind, x, codes, factors, sums, gates, ups, reads, places):
+def choose(stack, begin, end, threshold, kind, x, codes, factors, sums, gates, ups, reads, places):
     """Estimate the neurons of the tiles begin … end, and choose among them; see `_chosen`."""
     first, last = 16 * begin, min(stack[0, N_OUT], 16 * end)
     if threshold > np.float32(0.0) or stack[2, BY_CODES]:
@@ -184,7 +167,7 @@ def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts
             first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
             reads = np.ones((n_rows, last - first), np.bool_)
             estimates = (x, codes, factors, sums, gates, ups)
-            n_chosen = _choose(stack, begin, min(end, begin + TILES), threshold, kind, *estimates, reads, places)
+            n_chosen = choose(stack, begin, min(end, begin + TILES), threshold, kind, *estimates, reads, places)
             n_read[thread, 0] += n_chosen
             for r in range(n_rows):
                 for i in range(last - first):
@@ -193,105 +176,17 @@ def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts
                 at[i] = stack[2, RECORDS] + (first + i) * stack[2, RECORD_BYTES]
             if n_chosen > 0:
                 given = (x, codes, factors, starts, gates, ups, kind, scaled, out[thread])
-                _read(stack, first, places, n_chosen, at, reads, *given)
+                read_chosen(stack, first, places, n_chosen, at, reads, *given)
 
 
-@parallel
-def _mark(n_threads, stack, threshold, kind, x, codes, factors, sums, all_gates, all_ups, marks):
-    """Set ``marks`` [n_rows, n_ff] to which neurons each row of inputs reads, and keep the estimates [n_rows, n_ff]."""
-    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
-    n_tiles = (n_ff + 15) // 16
-    for thread in prange(n_threads):
-        gates = np.empty((n_rows, 16 * TILES), np.float32)
-        ups = np.empty((n_rows, 16 * TILES), np.float32)
-        places = np.empty(16 * TILES, np.int64)
-        end = (thread + 1) * n_tiles // n_threads
-        for begin in range(thread * n_tiles // n_threads, end, TILES):
-            first, last = 16 * begin, min(n_ff, 16 * min(end, begin + TILES))
-            reads = np.ones((n_rows, last - first), np.bool_)
-            estimates = (x, codes, factors, sums, gates, ups)
-            _choose(stack, begin, min(end, begin + TILES), threshold, kind, *estimates, reads, places)
-            for r in range(n_rows):
-                for i in range(last - first):
-                    marks[r, first + i] = reads[r, i]
-                    all_gates[r, first + i] = gates[r, i]
-                    all_ups[r, first + i] = ups[r, i]
-
-
-@parallel
-def _add(begins, ends, stack, kind, x, codes, factors, starts, all_gates, all_ups, marks, lies, out):
-    """Add to ``out`` what the chosen neurons of the tiles ``begins`` … ``ends`` of each thread give, as `_by_token` does."""
-    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
-    for thread in prange(begins.shape[0]):
-        gates = np.empty((n_rows, 16 * TILES), np.float32)
-        ups = np.empty((n_rows, 16 * TILES), np.float32)
-        places = np.empty(16 * TILES, np.int64)
-        at = np.empty(16 * TILES, np.int64)
-        scaled = np.empty((n_rows, 2, 2 * factors.shape[1], 16), np.float32)
-        for begin in range(begins[thread], ends[thread], TILES):
-            first, last = 16 * begin, min(n_ff, 16 * min(ends[thread], begin + TILES))
-            reads = np.zeros((n_rows, last - first), np.bool_)
-            n_chosen = 0
-            for i in range(last - first):
-                at[i] = lies[first + i]
-                any_row = False
-                for r in range(n_rows):
-                    reads[r, i] = marks[r, first + i]
-                    gates[r, i] = all_gates[r, first + i]
-                    ups[r, i] = all_ups[r, first + i]
-                    any_row |= reads[r, i]
-                if any_row:
-                    places[n_chosen] = i
-                    n_chosen += 1
-            if n_chosen > 0:
-                given = (x, codes, factors, starts, gates, ups, kind, scaled, out[thread])
-                _read(stack, first, places, n_chosen, at, reads, *given)
-
-
-@serial
-def _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read):
-    """Do as `_by_token` where records lie on the disk: in rounds, each of as many neurons as there are free slots for."""
-    n_rows, n_ff = x.shape[0], stack[0, N_OUT]
-    n_tiles = (n_ff + 15) // 16
-    words = array_at(stack[2, ON_DISK], stack, (N_DISK_WORDS,))
-    lies = lies_at(words)
-    # 1) which neurons
-    gates, ups = np.empty((n_rows, n_ff), np.float32), np.empty((n_rows, n_ff), np.float32)
-    marks, chosen = np.zeros((n_rows, n_ff), np.bool_), np.zeros(n_ff, np.bool_)
-    _mark(n_threads, stack, threshold, kind, x, codes, factors, sums, gates, ups, marks)
-    for r in range(n_rows):
-        for i in range(n_ff):
-            chosen[i] |= marks[r, i]
-            n_read[0, 1] += marks[r, i]
-    for i in range(n_ff):
-        n_read[0, 0] += chosen[i]
-    count_chosen(words, chosen)
-    # 2) read and add them, each thread those of its own tiles in their order
-    begins, ends = np.empty(n_threads, np.int64), np.empty(n_threads, np.int64)
-    for thread in range(n_threads):
-        ends[thread] = thread * n_tiles // n_threads
-    wanted = np.empty(n_ff, np.int64)
-    n_left = n_tiles
-    while n_left > 0:
-        n_wanted, room = 0, n_free(words)
-        for thread in range(n_threads):
-            begins[thread] = ends[thread]
-            own_end = (thread + 1) * n_tiles // n_threads
-            while ends[thread] < own_end:
-                end, n = min(own_end, ends[thread] + TILES), n_wanted
-                for i in range(16 * ends[thread], min(n_ff, 16 * end)):
-                    if chosen[i] and lies[i] == 0 and n < room:
-                        wanted[n] = i
-                        n += 1
-                    elif chosen[i] and lies[i] == 0:
-                        n = room + 1
-                        break
-                if n > room:
-                    break
-                n_wanted, n_left, ends[thread] = n, n_left - (end - ends[thread]), end
-        read_records(words, wanted, n_wanted)
-        _add(begins, ends, stack, kind, x, codes, factors, starts, gates, ups, marks, lies, out)
-        keep_records(words, wanted, n_wanted, chosen)
+@inline
+def started(stack, x):
+    """Return the codes, factors and sums of inputs, and where products with the lower bits of codes start; see `starts_of`."""
+    codes, factors, sums = rounded(stack[0], x)
+    starts = np.empty((x.shape[0], codes.shape[1] // 4), np.int32)
+    if stack[2, MIDDLE] != 0:
+        starts_of(codes, stack[2, MIDDLE], starts)
+    return codes, factors, sums, starts
 
 
 @serial
@@ -307,17 +202,10 @@ def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
         n_read: int64 [2]; neurons that any row read, and the sum over rows of what each read, are added.
         out: float32.
     """
-    n = x.shape[0]
-    codes, factors, sums = rounded(stack[0], x)
-    starts = np.empty((n, codes.shape[1] // 4), np.int32)
-    if stack[2, BY_CODES]:
-        starts_of(codes, stack[2, MIDDLE], starts)
-    parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
+    codes, factors, sums, starts = started(stack, x)
+    parts = np.zeros((n_threads, x.shape[0], stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
-    if stack[2, ON_DISK] != 0:
-        _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
-    else:
-        _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
+    _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
     summed(stack[2], parts, counts, n_read, out)
 
 

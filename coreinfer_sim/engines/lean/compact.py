@@ -13,8 +13,9 @@ from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean.formats import FORMATS
 from coreinfer_sim.engines.lean.intrinsics import GELU, GELU_TANH, RELU, RELU2, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, float_type
+from coreinfer_sim.engines.lean.mlp_loops import whole_loop
 from coreinfer_sim.engines.lean.packing import gather_inputs
-from coreinfer_sim.engines.lean.products import N_WORDS
+from coreinfer_sim.engines.lean.products import LOOP, N_WORDS
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -45,7 +46,9 @@ class WholeMLP:
         """What `mlp.whole_mlp` reads, int64 [3, N_WORDS]."""
         nothing = np.zeros(N_WORDS, np.int64)
         up = self.inputs[1].words if len(self.inputs) == 2 else nothing
-        return np.stack([self.inputs[0].words, up, self.down.words])
+        words = np.stack([self.inputs[0].words, up, self.down.words])
+        words[0, LOOP] = whole_loop()
+        return words
 
     @cached_property
     def n_bytes(self) -> int:

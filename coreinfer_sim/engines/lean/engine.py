@@ -35,8 +35,6 @@ from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out, load_on_disk
 from coreinfer_sim.engines.lean.matrix import Array, Matrix
 from coreinfer_sim.engines.lean.measuring import Text, known_or_measured, layout_of, measured_histograms
-from coreinfer_sim.engines.lean.relu import ZEROS
-from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
 from coreinfer_sim.engines.lean.step import decode_step
 from coreinfer_sim.engines.lean.thresholds import Histograms, name_of
 from coreinfer_sim.engines.lean.warm_up import warm_up
@@ -274,15 +272,12 @@ class LeanEngine(Engine):
         return self._ready[id(prepared)][1:]
 
     def _thresholds(self, prepared: Prepared, mlps: Sequence[DenseMLP]) -> Array:
-        """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are; negative: see `decode_step`."""
+        """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are."""
         ratio = prepared.selection.read_ratio
-        found = np.zeros(len(mlps), np.float32)
-        if ratio < 1:
-            assert self._histograms is not None
-            found = self._histograms.thresholds(ratio)
-        found[[isinstance(mlp, WholeMLP) for mlp in mlps]] = -1
-        found[[isinstance(mlp, ReluMLP) for mlp in mlps]] = ZEROS
-        return found
+        if ratio == 1:
+            return np.zeros(len(mlps), np.float32)
+        assert self._histograms is not None
+        return self._histograms.thresholds(ratio)
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numba
@@ -202,17 +203,23 @@ call_five = _calling(5)
 call_whole_tile = _calling(6)
 """Call what `whole_tile_address` has named with a tuple of its six arguments."""
 call_rows = _calling(9)
-"""Call what `rows_address` has named with a tuple of its nine arguments."""
+"""Call what `rows_address`, or `mlp_loops`, has named with a tuple of its nine arguments."""
 
 
-def _kept(signature: Any, function: Any, *made_for: str | int) -> int:
+def kept(signature: Any, function: Any, *made_for: str | int, sources: tuple[ModuleType, ...] = _SOURCES) -> int:
     """Compile a function that C can call, kept on the disk where there is a place for it; return its address.
 
     Each is kept in files of its own: numba numbers the functions of one name, and two processes that compile at the same time
     would give one number to two of them.
+
+    Args:
+        signature: of numba.
+        function: to compile.
+        *made_for: what tells it from others of its name.
+        sources: modules whose code it is made of.
     """
     function.__qualname__ = "-".join(
-        str(each).replace(" ", "-") for each in (function.__name__, *made_for, _made_from())
+        str(each).replace(" ", "-") for each in (function.__name__, *made_for, _made_from(sources))
     )
     try:
         made = numba.cfunc(signature, cache=True, error_model="numpy")(function)
@@ -228,9 +235,9 @@ _ALIVE: list[Any] = []
 
 
 @functools.cache
-def _made_from() -> int:
-    """Return a number of the sources of the code: numba looks at those of this file alone when it reuses what it has kept."""
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in _SOURCES)
+def _made_from(sources: tuple[ModuleType, ...]) -> int:
+    """Return a number of the sources of the code: numba looks at those of one file alone when it reuses what it has kept."""
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in sources)
     return int(hashlib.sha256(text).hexdigest()[:12], 16)
 
 
@@ -247,7 +254,7 @@ def product_address(name: str, n_x: int) -> int:
     def product(w, s, x, q, f, t, n_in, n_rows, out, stride):
         _product(number, n_x, w, s, x, q, f, t, n_in, n_rows, out, stride)
 
-    return _kept(_PRODUCT, product, name, n_x)
+    return kept(_PRODUCT, product, name, n_x)
 
 
 @functools.cache
@@ -258,7 +265,7 @@ def unpacked_address(name: str) -> int:
     def unpacked(w, s, n_in, out, stride):
         _unpacked(number, w, s, n_in, out, stride)
 
-    return _kept(_FIVE, unpacked, name)
+    return kept(_FIVE, unpacked, name)
 
 
 @functools.cache
@@ -269,7 +276,7 @@ def mixed_address(name: str) -> int:
     def mixed(rows, factors, n_in, n_rows, out):
         _mixed(number, rows, factors, n_in, n_rows, out)
 
-    return _kept(_FIVE, mixed, name)
+    return kept(_FIVE, mixed, name)
 
 
 @functools.cache
@@ -280,7 +287,7 @@ def widened_address(name: str) -> int:
     def widened(values, n, out):
         _widened(number, values, n, out)
 
-    return _kept(types.void(*[types.int64] * 3), widened, name)
+    return kept(types.void(*[types.int64] * 3), widened, name)
 
 
 @functools.cache
@@ -296,7 +303,7 @@ def rows_address(name: str, n_rows: int = 2) -> int:
     def products(rows, second, scales, x, codes, starts, n_in, out, following):
         _rows(number, n_rows, rows, second, scales, x, codes, starts, n_in, out, following)
 
-    return _kept(types.void(*[types.int64] * 9), products, name, n_rows)
+    return kept(types.void(*[types.int64] * 9), products, name, n_rows)
 
 
 @functools.cache
@@ -307,7 +314,7 @@ def scales_address(name: str) -> int:
     def scaled(scales, factors, n_blocks, out, _):
         _scaled(number, scales, factors, n_blocks, out)
 
-    return _kept(_FIVE, scaled, name)
+    return kept(_FIVE, scaled, name)
 
 
 @functools.cache
@@ -318,7 +325,7 @@ def whole_tile_address(name: str) -> int:
     def whole_tile(high, low, stride, n_rows, n_in, out):
         _whole_tile(number, high, low, stride, n_rows, n_in, out)
 
-    return _kept(types.void(*[types.int64] * 6), whole_tile, name)
+    return kept(types.void(*[types.int64] * 6), whole_tile, name)
 
 
 @functools.cache
@@ -329,7 +336,7 @@ def widened_row_address(name: str, size: int) -> int:
     def widened_row(row, n, out):
         _widened_row(number, size, row, n, out)
 
-    return _kept(types.void(*[types.int64] * 3), widened_row, name, size)
+    return kept(types.void(*[types.int64] * 3), widened_row, name, size)
 
 
 @functools.cache
@@ -340,4 +347,4 @@ def added_address(name: str) -> int:
     def added(places, factors, n, out, _):
         _added(number, places, factors, n, out)
 
-    return _kept(_FIVE, added, name)
+    return kept(_FIVE, added, name)

@@ -21,7 +21,7 @@ from coreinfer_sim.engines.lean.kernels import (
     widened_row_address,
 )
 from coreinfer_sim.engines.lean.matrix import Matrix
-from coreinfer_sim.engines.lean.products import CODE_STEP, MANY, N_IN, N_OUT, ONE, WEIGHTS, rounded, tile_product
+from coreinfer_sim.engines.lean.products import CODE_STEP, MANY, N_IN, N_OUT, ONE, WEIGHTS, rounded_rows, tile_product
 
 _INPUTS = 256
 """Rows of inputs for which a tile is put together once; their codes then stay in the second cache."""
@@ -47,7 +47,7 @@ def planes_product(high: Matrix, whole: str, records: torch.Tensor, begin: int, 
     out = torch.empty(len(x), len(high.weight) * TILE)
     n_bytes = CODE_BYTES[FORMATS[whole].bits]
     for part, into in zip(x.split(_INPUTS), out.split(_INPUTS), strict=True):
-        given = rounded(words, part.numpy())
+        given = rounded_rows(words, part.numpy())
         _multiply(n_threads, words, low, n_bytes, part.numpy(), *given, into.numpy())
     return out[:, : high.n_out]
 

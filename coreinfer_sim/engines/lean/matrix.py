@@ -15,7 +15,7 @@ from coreinfer_sim.engines.lean.formats import FORMATS, TILE, Scales
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import MANY, product_address, unpacked_address
 from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
-from coreinfer_sim.engines.lean.products import N_WORDS, product, unpack, unpack_rows
+from coreinfer_sim.engines.lean.products import N_WORDS, multiply, product, rounded_rows, unpack, unpack_rows
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
 __all__ = [
@@ -150,7 +150,11 @@ class Matrix:
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply many float32 rows [n_rows, n_in]: packed weights by the loops of decode, floats in torch, some at a time."""
         if self.packed:
-            return torch.cat([self.of_few(part.numpy()) for part in x.contiguous().split(_ROWS)])
+            out = torch.empty(len(x), -(-self.n_out // TILE) * TILE)
+            n_threads, words = set_threads(), self.words[None]
+            for part, into in zip(x.contiguous().split(_ROWS), out.split(_ROWS), strict=True):
+                multiply(n_threads, words, part.numpy(), *rounded_rows(words[0], part.numpy()), into.numpy())
+            return out[:, : self.n_out]
         out = torch.empty(len(x), self.n_out)
         step = max(TILE, _BLOCK // self.n_in // TILE * TILE)
         for begin in range(0, self.n_out, step):

@@ -20,12 +20,14 @@ from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.compact import of_gates
 from coreinfer_sim.engines.lean.disk_records import LayerRecords
 from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, WHOLE, Scales
+from coreinfer_sim.engines.lean.from_disk import outputs_from_disk
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import added_address, rows_address, scales_address
 from coreinfer_sim.engines.lean.many_rows import planes_product
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias, scales_of
+from coreinfer_sim.engines.lean.mlp_loops import by_token_loop, from_disk_loop
 from coreinfer_sim.engines.lean.packing import lay, room, rounded_codes
-from coreinfer_sim.engines.lean.products import N_WORDS
+from coreinfer_sim.engines.lean.products import LOOP, N_WORDS
 from coreinfer_sim.engines.lean.record_part import RecordPart
 from coreinfer_sim.engines.lean.record_rows import ROWS, n_outputs, output_rows, packed, unpacked, widened_outputs
 from coreinfer_sim.engines.lean.rows import FLOATS
@@ -95,7 +97,9 @@ class TokenMLP:
         words[by_token.OUT_BIAS] = 0 if self.bias is None else self.bias.data_ptr()
         words[by_token.OUT_NORMS] = self.norms.data_ptr()
         words[by_token.ON_DISK] = 0 if self.on_disk is None else self.on_disk.words.ctypes.data
-        return np.stack([self.gate.words, self.up.words, words])
+        stack = np.stack([self.gate.words, self.up.words, words])
+        stack[0, LOOP] = by_token_loop() if self.on_disk is None else from_disk_loop()
+        return stack
 
     @property
     def _row_bytes(self) -> int:
@@ -164,11 +168,11 @@ class TokenMLP:
     def outputs(self, x: torch.Tensor, kind: int, threshold: float = 0.0) -> tuple[torch.Tensor, int]:
         """Return what decode makes of normalised inputs [n_rows, d_model], and how many neurons they read in all."""
         out, n_read = torch.empty_like(x), np.zeros(2, np.int64)
-        n_threads = set_threads()
+        n_threads, read = set_threads(), outputs_by_token if self.on_disk is None else outputs_from_disk
         n_rows = _AT_ONCE if self.on_disk is None else max(1, len(x))  # what lies on the disk is read once for all
         for begin in range(0, len(x), n_rows):
             given, made = (each[begin : begin + n_rows].numpy() for each in (x, out))
-            outputs_by_token(given, self.words, kind, n_threads, np.float32(threshold), n_read, made)
+            read(given, self.words, kind, n_threads, np.float32(threshold), n_read, made)
         return out, int(n_read[1])
 
     def whole_outputs(self, x: torch.Tensor, kind: int) -> torch.Tensor:

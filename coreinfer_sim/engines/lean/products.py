@@ -8,11 +8,11 @@ from numba import prange
 from coreinfer_sim.engines.lean.intrinsics import address, float_at, inline, parallel, serial
 from coreinfer_sim.engines.lean.kernels import call_five, call_product
 
-ONE, MANY, WEIGHTS, SCALES, BIAS, N_OUT, N_IN, CODE_STEP, SCALE_STEP, PACKED, UNPACKED = range(11)
+ONE, MANY, WEIGHTS, SCALES, BIAS, N_OUT, N_IN, CODE_STEP, SCALE_STEP, PACKED, UNPACKED, LOOP = range(12)
 """Places in the words of a matrix: addresses of the product with one row and with four, of weights, scales and bias (0: none);
 outputs; inputs, filled up to the type's span; bytes from tile to tile of weights and of scales; 1 if its inputs are rounded to
-8 bits; address of what widens a tile."""
-N_WORDS = 12  # of a matrix the last is nothing
+8 bits; address of what widens a tile; of an MLP's first matrix, that of its loop (see `mlp_loops`)."""
+N_WORDS = 12
 
 
 @inline
@@ -142,3 +142,13 @@ def product(n_threads, stack, x, out):
     """Do as `multiply` for inputs that nothing was made of yet."""
     codes, factors, sums = rounded(stack[0], x)
     multiply(n_threads, stack, x, codes, factors, sums, out)
+
+
+@parallel
+def rounded_rows(words, x):
+    """Do as `rounded` for many rows, which threads share."""
+    codes, factors, sums = rounding(words, x.shape[0])
+    for r in prange(x.shape[0]):
+        for block in range(factors.shape[1]):
+            quantise_block(x[r], block, codes[r], factors[r], sums[r])
+    return codes, factors, sums

@@ -12,7 +12,6 @@ from numba import prange
 from coreinfer_sim.engines.lean.by_token import (
     AHEAD,
     BY_CODES,
-    MIDDLE,
     N_OUTPUTS,
     OUT_AT,
     RECORD_BYTES,
@@ -20,16 +19,13 @@ from coreinfer_sim.engines.lean.by_token import (
     ROWS,
     TILES,
     add_waiting,
-    starts_of,
+    started,
     summed,
 )
 from coreinfer_sim.engines.lean.intrinsics import activated, address, float_at, inline, parallel, serial
 from coreinfer_sim.engines.lean.kernels import call_rows
 from coreinfer_sim.engines.lean.output_code import TOGETHER
-from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, rounded, tile_product
-
-ZEROS = np.float32(-2)
-"""In place of a threshold: the words are those of an MLP that is read here."""
+from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, tile_product
 
 
 @inline
@@ -101,12 +97,8 @@ def outputs_of_nonzero(x, stack, kind, n_threads, n_read, out):
         n_read: int64 [2]; neurons that are not zero in any row, and the sum over rows of those of each, are added.
         out: float32.
     """
-    n = x.shape[0]
-    codes, factors, sums = rounded(stack[0], x)
-    starts = np.empty((n, codes.shape[1] // 4), np.int32)
-    if stack[2, MIDDLE] != 0:
-        starts_of(codes, stack[2, MIDDLE], starts)
-    parts = np.zeros((n_threads, n, stack[2, N_OUTPUTS]), np.float32)
+    codes, factors, sums, starts = started(stack, x)
+    parts = np.zeros((n_threads, x.shape[0], stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
     _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, parts, counts)
     summed(stack[2], parts, counts, n_read, out)

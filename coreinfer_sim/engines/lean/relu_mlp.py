@@ -20,7 +20,8 @@ from coreinfer_sim.engines.lean.formats import FORMATS, GROUP
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import added_address, rows_address
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias
-from coreinfer_sim.engines.lean.products import BIAS, N_WORDS
+from coreinfer_sim.engines.lean.mlp_loops import nonzero_loop
+from coreinfer_sim.engines.lean.products import BIAS, LOOP, N_WORDS
 from coreinfer_sim.engines.lean.record_part import RecordPart
 from coreinfer_sim.engines.lean.record_rows import ROWS, code_rows, in_tiles, n_outputs, output_rows, widened_outputs
 from coreinfer_sim.engines.lean.relu import outputs_of_nonzero
@@ -78,7 +79,9 @@ class ReluMLP:
         words[by_token.MIDDLE] = FORMATS[self.kind].offset if self.kind in FORMATS else 0
         words[by_token.N_OUTPUTS] = n_outputs(self.output_kind, self.d_model)
         words[by_token.OUT_BIAS] = 0 if self.bias is None else self.bias.data_ptr()
-        return np.stack([self.gate.words, up, words])
+        stack = np.stack([self.gate.words, up, words])
+        stack[0, LOOP] = nonzero_loop()
+        return stack
 
     @property
     def _row_bytes(self) -> int:

@@ -7,12 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from coreinfer_sim.engines.lean.attention import attention
-from coreinfer_sim.engines.lean.by_token import outputs_by_token
 from coreinfer_sim.engines.lean.head import logits_of
-from coreinfer_sim.engines.lean.intrinsics import array_at, centre, normalise, serial
-from coreinfer_sim.engines.lean.mlp import whole_mlp
-from coreinfer_sim.engines.lean.products import width
-from coreinfer_sim.engines.lean.relu import ZEROS, outputs_of_nonzero
+from coreinfer_sim.engines.lean.intrinsics import address, array_at, centre, normalise, serial
+from coreinfer_sim.engines.lean.kernels import call_rows
+from coreinfer_sim.engines.lean.products import LOOP, width
 
 NO_NORM, RMS, LAYER = range(3)
 """Norms of the residual stream: none, RMSNorm, LayerNorm."""
@@ -79,31 +77,22 @@ def _add(hidden, added, factor):
 
 
 @serial
-def _mlp(x, out, stack, threshold, n_read, kind, n_threads):
-    """Set ``out`` to what one MLP gives, which reads all neurons, or all that are not zero, if the threshold is negative."""
-    if threshold == ZEROS:
-        outputs_of_nonzero(x, stack, kind, n_threads, n_read, out)
-    elif threshold < np.float32(0.0):
-        whole_mlp(x, stack, kind, n_threads, out)
-    else:
-        outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out)
-
-
-@serial
 def _mlps(x, out, layer, stacks, thresholds, n_read, n_of_group, places, kind, n_threads):
     """Set ``out`` to what the MLPs of a layer give, each to its group of rows; see `decode_step`."""
-    if stacks.shape[0] == 1:  # all rows, in order
-        _mlp(x, out, stacks[0, layer], thresholds[0, layer], n_read[0, layer], kind, n_threads)
-        return
+    n_groups, d_model = stacks.shape[0], x.shape[1]
     first = 0
-    for group in range(stacks.shape[0]):
-        n = n_of_group[group]
-        own, made = np.empty((n, x.shape[1]), np.float32), np.empty((n, x.shape[1]), np.float32)
-        for i in range(n):
-            own[i] = x[places[first + i]]
-        _mlp(own, made, stacks[group, layer], thresholds[group, layer], n_read[group, layer], kind, n_threads)
-        for i in range(n):
-            out[places[first + i]] = made[i]
+    for group in range(n_groups):
+        n, own, made = n_of_group[group], x, out
+        if n_groups > 1:
+            own, made = np.empty((n, d_model), np.float32), np.empty((n, d_model), np.float32)
+            for i in range(n):
+                own[i] = x[places[first + i]]
+        words = stacks[group, layer]
+        of_mlp = (address(words), address(thresholds[group, layer:]), address(n_read[group, layer]))
+        call_rows(words[0, LOOP], (address(own), n, d_model, *of_mlp, kind, n_threads, address(made)))
+        if n_groups > 1:  # else they are all rows, in order
+            for i in range(n):
+                out[places[first + i]] = made[i]
         first += n
 
 
@@ -138,11 +127,9 @@ def decode_step(
         loops: see `attention.cache_loops`.
         hidden: float32 [n_rows, d_model]; it is overwritten.
         layers: see `Layers`.
-        mlps: words of each group of rows, see `mlp.whole_mlp`, `by_token.outputs_by_token` or
-            `relu.outputs_of_nonzero`, int64 [n_groups, n_layers, 3, N_WORDS].
-        thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; negative: the words are of whole matrices,
-            or `relu.ZEROS`.
-        n_read: see `by_token.outputs_by_token`, int64 [n_groups, n_layers, 2].
+        mlps: words of each group of rows, among them what reads them, see `mlp_loops`; int64 [n_groups, n_layers, 3, N_WORDS].
+        thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; what reads all looks at none.
+        n_read: neurons that any row read, and the sum over rows of what each read, are added; int64 [n_groups, n_layers, 2].
         n_of_group: how many rows each group has.
         places: those rows, group by group.
         cos: of each row's position, float32 [n_tables, n_rows, half of the features that are rotated].

@@ -12,6 +12,7 @@ import torch
 from coreinfer_sim.base.files import cache_folder, locked
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.engines.lean.attention import OF_NONE, cache_loops
+from coreinfer_sim.engines.lean.compact import WholeMLP
 from coreinfer_sim.engines.lean.head import whole_head
 from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Matrix
@@ -67,8 +68,8 @@ def _step(dtype: torch.dtype) -> None:
     )
     angles = np.ones((1, 1, 4), np.float32)
     decode_step(
-        *(cache_loops(dtype), one.copy(), layers, np.stack([words] * 3)[None, None]),
-        *(np.full((1, 1), -1, np.float32), np.zeros((1, 1, 2), np.int64), np.ones(1, np.int64), rows, angles, angles),
+        *(cache_loops(dtype), one.copy(), layers, WholeMLP((matrix, matrix), matrix).words[None, None]),
+        *(np.zeros((1, 1), np.float32), np.zeros((1, 1, 2), np.int64), np.ones(1, np.int64), rows, angles, angles),
         *(bits(keys), np.array([[keys.data_ptr(), values.data_ptr(), 1, 0]], np.int64), (1, 1, 8), rows, rows, 0),
         *(words[None], whole_head(matrix), np.zeros((1, 16), np.float32), set_threads()),
     )
