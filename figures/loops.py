@@ -16,7 +16,7 @@ import click
 
 from figures.record import at_least, at_most, record
 from figures.table import REQUIRED, Given, figure
-from figures.tools import coreinfer, in_turns, output_of, python, sets_of, spread
+from figures.tools import coreinfer, demo_prompts, exactly_new, in_turns, output_of, python, sets_of, spread
 
 FILE = "figures-loops.json"
 _OURS = {"bf16": "ours-dense:weights=bf16", "int8": "ours-dense:int8", "int4": "ours-dense:int4"}
@@ -159,3 +159,55 @@ def rounding(given: Given) -> None:
         kl = {kind: rows[f"dense {kind}"]["kl"] for kind in (ours, theirs)}
         title = f"{given.name}: KL per token of {ours} over that of {theirs}"
         record(title, kl[ours] / kl[theirs], "×", at_most(1), kl=kl, rows_per_set=given.rows, n_sets=len(seen))
+
+
+@figure(
+    FILE, "a checkpoint", "10 minutes for 1.5 billion weights",
+    model=REQUIRED, name=None, new_tokens=64,
+)  # fmt: skip
+def tokens(given: Given) -> None:
+    """Greedy tokens of dense decode in bfloat16, and KL, to transformers in float32; beside transformers in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import coreinfer_sim
+    from coreinfer_sim.generation.in_process import TextGenerator
+
+    torch.set_num_threads(2)
+    wanted = {"return_dict_in_generate": True, "output_logits": True, **exactly_new(given.new_tokens)}
+    found: dict[str, list[Any]] = {}
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    prompts = [tokenizer(each, return_tensors="pt")["input_ids"] for each in demo_prompts()[:3]]
+    for dtype in ("float32", "bfloat16"):
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype)
+        found[dtype] = [model.generate(ids, pad_token_id=0, **wanted) for ids in prompts]
+        del model
+    with coreinfer_sim.load(None, given.model, mode="dense", weights="bf16") as generator:
+        assert isinstance(generator, TextGenerator)
+        sparse = generator.sparse_model()
+        found["ours"] = [sparse.generate(ids, pad_token_id=0, **wanted) for ids in prompts]
+    kl, n_same = {}, {}
+    for who in ("bfloat16", "ours"):
+        parts, n_same[who] = [], 0
+        for own, reference in zip(found[who], found["float32"], strict=True):
+            same = (own.sequences == reference.sequences)[0, -given.new_tokens :]
+            n = int(same.long().cumprod(0).sum())  # behind the first other token the texts are not the same
+            n_same[who] += n
+            one, two = (torch.cat(each.logits)[: n + 1].float().log_softmax(-1) for each in (reference, own))
+            parts.append((one.exp() * (one - two)).sum(-1))
+        kl[who] = float(torch.cat(parts).mean())
+    title, n_all = f"{given.name}, dense decode in bfloat16 beside transformers in float32", 3 * given.new_tokens
+    record(
+        f"{title}: greedy tokens until another one",
+        n_same["ours"],
+        f"of {n_all}",
+        None,
+        transformers_bfloat16=n_same["bfloat16"],
+    )
+    record(
+        f"{title}: KL per token over that of transformers in bfloat16",
+        kl["ours"] / kl["bfloat16"],
+        "×",
+        at_most(1),
+        kl=kl,
+    )
