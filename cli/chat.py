@@ -141,7 +141,9 @@ class Chat:
     def _stats(self) -> None:
         n_tokens = sum(run.n_new_tokens for run in self._runs)
         seconds = sum(run.prefill_seconds + run.decode_seconds + run.prepare_seconds for run in self._runs)
+        prompt, n_cached = counted(self._runs[-1].n_prompt_tokens, "token"), self._runs[-1].n_cached_tokens
         click.echo(f"  last: {facts(self._runs[-1])}")
+        click.echo(f"  its prompt: {prompt}, of which {n_cached} had been read for an earlier one")
         click.echo(f"  all: {counted(len(self._runs), 'answer')}, {counted(n_tokens, 'token')} in {seconds:.1f} s")
 
     def _help(self) -> None:

@@ -84,6 +84,11 @@ class Engine(ABC):
         """Whether neurons that are zero are not read, though nothing says that tokens read a share: nothing is left out."""
         return False
 
+    @property
+    def reads_as_prefill(self) -> bool:
+        """Whether decode multiplies by the same weights as prefill, so that it writes the same keys and values."""
+        return True
+
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Return why decode cannot go on from this cache in this call, or None if it can.
 

@@ -21,6 +21,7 @@ from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.face import Engine, Group
 from coreinfer_sim.engines.registry import choose_engines
+from coreinfer_sim.generation.prefix_cache import PrefixCache
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.routing import chat_format_of, routing_text
 from coreinfer_sim.generation.sparse_model import SparseModel
@@ -73,6 +74,8 @@ class TextGenerator(Generator):
             calibrate(self.engines[0], language_model.tokenizer, progress, known)
             if self.selection.named_mode is not Mode.DENSE:
                 self.engines[0].check_by_token()
+        self.prefixes = PrefixCache(0 if self.decode.memory_budget is not None else self.decode.prefix_bytes)
+        """Keys and values of recent texts, for all modes."""
         self._sparse: dict[str, SparseModel] = {}
         if predictor is not None:
             self.modes: tuple[str, ...] = (predictor.mode,)
@@ -92,7 +95,9 @@ class TextGenerator(Generator):
 
     def _wrapped(self, predictor: Predictor) -> SparseModel:
         model = self.language_model
-        return SparseModel(model.model, predictor, model.tokenizer, self.decode, engines=self.engines)
+        return SparseModel(
+            model.model, predictor, model.tokenizer, self.decode, engines=self.engines, prefixes=self.prefixes
+        )
 
     def _generate(self, request: Request) -> Generation:
         # 1) ids that fit
@@ -142,6 +147,7 @@ class TextGenerator(Generator):
             keep_ratio=selection.keep_ratio(sparse.layers),
             engine=facts.engine,
             n_prompt_tokens=n_prompt,
+            n_cached_tokens=facts.n_known,
             prefill_seconds=first - begin,
             decode_seconds=end - first - (facts.prepare_seconds if facts.prepared_in_decode else 0.0),
             mlp_bytes_per_token=facts.read.mlp_per_step if counted else None,
@@ -198,7 +204,8 @@ class TextGenerator(Generator):
         self.engines[0].take_over()
 
     def close(self) -> None:
-        """Let go of the prepared weights."""
+        """Let go of the prepared weights, and of the texts that were read."""
+        self.prefixes.clear()
         for engine in self.engines:
             engine.close()
 

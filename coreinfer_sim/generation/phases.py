@@ -23,6 +23,7 @@ from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.face import Engine, Group, StepInputs
 from coreinfer_sim.engines.sizes import BytesRead
+from coreinfer_sim.generation.prefix_cache import PrefixCache, Writer
 from coreinfer_sim.generation.reading import passes_of
 
 
@@ -44,6 +45,8 @@ class CallFacts:
     """To prepare the held weights and put them in place; next to nothing if they are at hand from an earlier prompt."""
     prepared_in_decode: bool = True
     """Whether that was after prefill, as it is unless prefill is sparse or the weights lie on disk."""
+    n_known: int = 0
+    """Tokens of the prompt whose keys and values were kept from an earlier text."""
     decode_began: float | None = None
     """When the first pass after prefill began, by `time.perf_counter`; None: there was none."""
 
@@ -103,6 +106,9 @@ class PhasedCall:
         self._mount = ExitStack()
         """Holds the weights of sparse prefill in the model."""
         self._decoding = False
+        self._cache: Any = None
+        """Of transformers, as the latest pass was given it."""
+        self._n_known = 0
         self._n_copies = 1
         self._starts, self._finished = np.zeros(0, np.int64), np.zeros(0, bool)
 
@@ -117,8 +123,32 @@ class PhasedCall:
             self._lookup_seconds,
             self._prepare_seconds,
             self._prepared_in_decode,
+            self._n_known,
             self._decode_began,
         )
+
+    def known(self, prefixes: PrefixCache, ids: torch.Tensor) -> Any:
+        """Return a cache of the beginning of the call's one prompt [n_tokens], or None.
+
+        A predictor that wants the prompt's activations reads all of it.
+        """
+        found = None if self._reader is not None else prefixes.find(self._model, ids, self._writer)
+        self._n_known = 0 if found is None else int(found.get_seq_length())
+        return found
+
+    def keep(self, prefixes: PrefixCache, ids: torch.Tensor, n_prompt: int) -> None:
+        """Keep the call's one text [n_tokens], of which ``n_prompt`` are the prompt: what decode has read as prefill would, too."""
+        if self._decoding:
+            (selection,) = self._selections
+            alike = self._engine.reads_as_prefill and selection.read_ratio == 1
+            n_prompt = len(ids) if alike and _writer(selection) is self._writer else n_prompt
+        if self._cache is not None:
+            prefixes.keep(self._model, ids[:n_prompt], self._cache, self._writer)
+
+    @property
+    def _writer(self) -> Writer:
+        """What reads the prompt."""
+        return _writer(self._selections[0]) if self._engine.config.prefill is Prefill.SPARSE else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -159,13 +189,13 @@ class PhasedCall:
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the model's forward pass: prefill goes through it, decode steps through the engine."""
+        self._cache = cache = kwargs.get("past_key_values")  # none where transformers reads a text anew
         if not self._decoding:
-            cache = kwargs.get("past_key_values")
             n_past = int(cache.get_seq_length()) if cache is not None else 0
             if n_past < self._mask.shape[1]:
                 return self._prefill(original, args, kwargs, n_past)
             self._begin_decode(cache, kwargs)
-        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")  # none where transformers reads a text anew
+        ids = kwargs["input_ids"]
         if self._engine.skips_finished and len(ids) == len(
             self._mask
         ):  # among the beams of a prompt rows change places
@@ -226,6 +256,11 @@ class PhasedCall:
         found = self._predictor.select(self._prompts, self._reader.statistics, len(self._mask))
         assert found is not None
         self._selections = found
+
+
+def _writer(selection: NeuronSelection) -> Writer:
+    """Return what reads with the neurons of a selection."""
+    return selection.ids or None
 
 
 @contextmanager

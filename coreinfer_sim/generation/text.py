@@ -49,6 +49,8 @@ class Generation:
     """The same in the dense model."""
     total_bytes_per_token: int | None = None
     """All bytes of weights that decode read for a token."""
+    n_cached_tokens: int = 0
+    """Of the prompt's tokens, those that were not read again: an earlier text began with the same ones."""
     lookup_seconds: float = 0.0
     """To choose the neurons before prefill: the prompt's embedding and the nearest cluster."""
     prepare_seconds: float = 0.0
@@ -91,6 +93,7 @@ class Generation:
             "file": self.file,
             "ended": self.ended,
             "n_prompt_tokens": self.n_prompt_tokens,
+            "n_cached_tokens": self.n_cached_tokens,
             "n_new_tokens": self.n_new_tokens,
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),

@@ -9,7 +9,7 @@ from typing import Any
 from coreinfer_sim.base.decode_settings import MAX_SEED, SamplingConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.generation.streaming import Cancelled, Write
-from coreinfer_sim.generation.text import Generator
+from coreinfer_sim.generation.text import Generation, Generator
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message
 
@@ -55,6 +55,8 @@ class Completion:
     """Whether the text came to its end, rather than to the limit of new tokens."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Where it was routed and how fast it was."""
+    timings: dict[str, float | None] = field(default_factory=dict)
+    """What it took, as llama.cpp's server says it; see `timings_of`."""
 
 
 class Backend:
@@ -108,9 +110,34 @@ class Backend:
         )
         facts = run.as_dict()
         return Completion(
-            run.text, run.n_prompt_tokens, run.n_new_tokens, run.ended, {name: facts[name] for name in _FACTS}
+            run.text,
+            run.n_prompt_tokens,
+            run.n_new_tokens,
+            run.ended,
+            {name: facts[name] for name in _FACTS},
+            timings_of(run),
         )
 
     def close(self) -> None:
         """Let go of everything."""
         self._generator.close()
+
+
+def timings_of(run: Generation) -> dict[str, float | None]:
+    """Return what a text took, by the names of llama.cpp's server: tokens, milliseconds, and rates.
+
+    The first new token comes out of the prompt's last pass, so that decode's rates are of those after it; None where there are none.
+    """
+    n_read, n_decoded = run.n_prompt_tokens - run.n_cached_tokens, run.n_new_tokens - 1
+    prompt_ms, predicted_ms = 1000 * run.prefill_seconds, 1000 * run.decode_seconds
+    return {
+        "cache_n": run.n_cached_tokens,
+        "prompt_n": n_read,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / n_read,
+        "prompt_per_second": n_read / run.prefill_seconds if run.prefill_seconds else None,
+        "predicted_n": run.n_new_tokens,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / n_decoded if n_decoded > 0 else None,
+        "predicted_per_second": run.tokens_per_second,
+    }

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import held_ids
 from coreinfer_sim.engines.face import Engine, Group, StepInputs
@@ -74,6 +75,7 @@ class LeanEngine(Engine):
         self._cache = GrowingCache()
         self._histograms: Histograms | None = None
         self._disk: DiskRecords | None = getattr(model, "laid_out_disk", None)
+        self._took_over = False
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
@@ -155,7 +157,7 @@ class LeanEngine(Engine):
 
     def take_over(self) -> None:
         """Let prefill multiply by the same weights as decode."""
-        table = self._weights.table
+        table, self._took_over = self._weights.table, True
         self._weights.hold_once()
         for name, matrix in self._weights.matrices():
             layer = self.model.get_submodule(name)
@@ -164,6 +166,11 @@ class LeanEngine(Engine):
         if table is not None:
             hand_over_table(self.model.get_input_embeddings(), table)
             table.rows(torch.zeros(1, dtype=torch.int64))  # compiles its loops now, rather than within the first text
+
+    @property
+    def reads_as_prefill(self) -> bool:
+        """Unless it packed weights which prefill reads as they are stored."""
+        return self._took_over or self.config.weights_type is Weights.STORED
 
     def cut(self, selection: NeuronSelection) -> Mapping[int, DenseMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""

@@ -21,6 +21,11 @@ def rope_types(config: Any) -> set[str]:
     return {part.get("rope_type", "default") for part in parts}
 
 
+def grows(config: Any) -> bool:
+    """Return whether a token's angles also depend on how long the text is."""
+    return bool(rope_types(config) & _GROWING)
+
+
 def refuses_ropes(config: Any) -> str | None:
     """Return why a model's rotary positions cannot be computed here, or None if they can."""
     unknown = sorted(rope_types(config) - _STATIC - _GROWING)
@@ -46,7 +51,7 @@ class Angles:
         self.turns = [len(named) if kind is None else named.index(kind) for kind in kinds]
         if rotary is None:
             self.turns = [0] * len(kinds)
-        self._grows = bool(rope_types(config) & _GROWING)
+        self._grows = grows(config)
         self._table = torch.zeros(2, 1, 0, 0)
 
     def of(self, positions: torch.Tensor) -> torch.Tensor:
