@@ -56,8 +56,26 @@ class StepInputs:
         return found.reshape(-1).expand(len(self.ids))
 
 
+@dataclass
+class CallState:
+    """What belongs to one call of ``generate``; of an engine without a loop of its own, what it has read."""
+
+    read: BytesRead = BytesRead()
+    latest: Sequence[Group] = ()
+    """Of the latest step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step that one of several calls waits for."""
+
+    inputs: StepInputs
+    groups: Sequence[Group]
+    call: CallState
+
+
 class Engine(ABC):
-    """Decodes one model with the neurons of any selection; one call at a time."""
+    """Decodes one model with the neurons of any selection; one call at a time, or several that share steps."""
 
     name: ClassVar[str]
     """What users call it."""
@@ -71,13 +89,22 @@ class Engine(ABC):
         self.model, self.layers, self.config = model, layers, config
         self.cache = PreparedCache(config.cache_bytes)
         """Prepared weights of recent selections."""
-        self._read = BytesRead()
-        self._latest: Sequence[Group] = ()
+        self.call = self.new_call()
+        """What belongs to the call that runs; who lets calls take turns puts each one's own back."""
 
     @classmethod
     @abstractmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
         """Return why a model cannot be decoded under these settings, or None if it can."""
+
+    def new_call(self) -> CallState:
+        """Return what a call begins with."""
+        return CallState()
+
+    @property
+    def shares_steps(self) -> bool:
+        """Whether `steps` costs less than each step by itself; then calls may take turns."""
+        return False
 
     @property
     def skips_zeros(self) -> bool:
@@ -263,6 +290,10 @@ class Engine(ABC):
             transformers' ``CausalLMOutputWithPast``, with float logits [n_rows, 1, vocabulary]. Call `count` once.
         """
 
+    def steps(self, each: Sequence[Step]) -> list[Any]:
+        """Do what `step` does for several calls at a time, each with its own cache; return what it returns for each."""
+        raise NotImplementedError(f"the engine {self.name} decodes one call at a time")
+
     @abstractmethod
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed the tokens of a given text as decode would have read them, many positions at a time.
@@ -302,20 +333,20 @@ class Engine(ABC):
 
     def count_read(self, groups: Sequence[Group], mlp: int, share: float, n_steps: int) -> None:
         """Count steps that have read so many MLP bytes and such a share of all neurons in full, both summed over steps."""
-        self._latest = groups
-        self._read += BytesRead(mlp, self.other_bytes() * n_steps, n_steps, share)
+        self.call.latest = groups
+        self.call.read += BytesRead(mlp, self.other_bytes() * n_steps, n_steps, share)
 
     def read(self) -> BytesRead:
         """Return what was read since the latest `release`."""
-        return self._read
+        return self.call.read
 
     def neurons_read(self) -> list[dict[int, torch.Tensor]]:
         """Return the ids that the latest step read in full, by group and layer; layers that are not named were read whole."""
-        return [dict(prepared.selection.ids) for _, prepared in self._latest]
+        return [dict(prepared.selection.ids) for _, prepared in self.call.latest]
 
     def release(self) -> None:
         """Let go of what belongs to the latest call, and begin to count anew."""
-        self._read, self._latest = BytesRead(), ()
+        self.call = self.new_call()
 
     def close(self) -> None:
         """Let go of all prepared weights."""

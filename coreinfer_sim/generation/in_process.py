@@ -99,9 +99,19 @@ class TextGenerator(Generator):
             model.model, predictor, model.tokenizer, self.decode, engines=self.engines, prefixes=self.prefixes
         )
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether calls of several threads share their decode steps; otherwise each waits for the one before it."""
+        return self.engines[0].shares_steps and self.decode.prefill is Prefill.DENSE
+
     def _generate(self, request: Request) -> Generation:
+        sparse = self.sparse_model(request.mode)
+        with sparse.turns.call(request.output.check):
+            return self._generate_in_turn(request, sparse)
+
+    def _generate_in_turn(self, request: Request, sparse: SparseModel) -> Generation:
         # 1) ids that fit
-        model, sparse, sampling = self.language_model, self.sparse_model(request.mode), request.sampling
+        model, sampling = self.language_model, request.sampling
         ids = prompt_ids(model.tokenizer, model.name, request.prompt, request.chat, request.chat_template_kwargs)
         ids = ids.to(model.model.device)
         n_prompt = ids.shape[1]
@@ -117,9 +127,9 @@ class TextGenerator(Generator):
         begin = time.perf_counter()
         try:
             with watch.in_prefill(model.model):
-                output = sparse.generate(
+                output, facts = sparse.generate_beside_others(
                     ids,
-                    prompts=[request.routed_by],
+                    [request.routed_by],
                     attention_mask=torch.ones_like(ids),
                     pad_token_id=model.tokenizer.pad_token_id,
                     stopping_criteria=StoppingCriteriaList([watch]),
@@ -130,7 +140,6 @@ class TextGenerator(Generator):
             raise SamplingError(f"transformers refused the settings ({reason}); change or leave them out.") from error
         end = time.perf_counter()
         # 3) what came of it
-        facts = sparse.latest
         new = output[0, n_prompt:].tolist()
         text = watch.end(new)
         first = watch.first_token or end

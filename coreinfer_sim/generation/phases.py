@@ -7,6 +7,7 @@ prefill and calls that bring a cache along are therefore right.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,10 +22,11 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.face import Engine, Group, Step, StepInputs
 from coreinfer_sim.engines.sizes import BytesRead
 from coreinfer_sim.generation.prefix_cache import PrefixCache, Writer
 from coreinfer_sim.generation.reading import passes_of
+from coreinfer_sim.generation.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class PhasedCall:
         prompts: Sequence[str] | None,
         ends: torch.Tensor,
         chunked: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         """Choose the neurons, unless the predictor wants the prompts' activations first.
 
@@ -85,10 +88,12 @@ class PhasedCall:
             prompts: by which rows are routed.
             ends: tokens that end a text.
             chunked: the caller has said how many positions a pass of prefill reads; otherwise the engine does.
+            turns: that the call takes with others, where the engine lets calls share their steps; None: it has the model to
+                itself.
         """
         self._model, self._engines, self._engine = model, engines, engines[0]
         self._predictor, self._mask, self._prompts, self._ends = predictor, mask, prompts, ends
-        self._chunked = chunked
+        self._chunked, self._turns = chunked, turns
         self._refused: str | None = None
         self._prepare_seconds, self._prepared_in_decode = 0.0, True
         self._decode_began: float | None = None
@@ -163,7 +168,7 @@ class PhasedCall:
                 self._begin_prefill()
             for engine in self._engines:
                 stack.callback(engine.release)
-            stack.enter_context(_forward_of(self._model, self._forward, self._compiled))
+            stack.enter_context(_passes_through(self._model, self._forward, self._compiled))
             yield
 
     def finish(self) -> None:
@@ -201,7 +206,19 @@ class PhasedCall:
         ):  # among the beams of a prompt rows change places
             self._finished |= torch.isin(ids[:, -1].cpu(), self._ends).numpy()
         inputs = StepInputs(ids, cache, kwargs, self._starts, self._finished, self._n_copies, original)
-        return self._engine.step(inputs, self._groups)
+        return self._step(inputs)
+
+    def _step(self, inputs: StepInputs) -> Any:
+        """Decode a token in every row, with other calls where that is possible; each goes on with its own chance."""
+        engine = self._engine
+        shares = engine.shares_steps and engine.config.prefill is Prefill.DENSE and inputs.ids.shape[1] == 1
+        if self._turns is None or not shares:
+            return engine.step(inputs, self._groups)
+        own, chance = engine.call, torch.get_rng_state()
+        output = self._turns.step(engine, Step(inputs, self._groups, own))
+        engine.call = own
+        torch.set_rng_state(chance)
+        return output
 
     def _prefill(
         self, original: Callable[..., Any], args: tuple[Any, ...], given: Mapping[str, Any], n_past: int
@@ -263,24 +280,43 @@ def _writer(selection: NeuronSelection) -> Writer:
     return selection.ids or None
 
 
+class _Passes:
+    """Stands in for a model's forward pass: those of a thread go through the call that it makes."""
+
+    def __init__(self, model: Any) -> None:
+        """Stand in for the forward pass of ``model``, from now on until `restore`."""
+        self._model, self._original, self._own = model, model.forward, vars(model).get("forward")
+        self.calls: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        """By thread: what is called in place of a pass, and of making a compiled one."""
+
+        @functools.wraps(model.forward)
+        def through(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls.get(threading.get_ident())
+            return self._original(*args, **kwargs) if call is None else call[0](self._original, *args, **kwargs)
+
+        model.forward, model.passes = through, self
+        model.get_compiled_call = lambda config: self.calls[threading.get_ident()][1](self._original, config)
+
+    def restore(self) -> None:
+        """Leave the model as it was."""
+        del self._model.get_compiled_call, self._model.passes
+        if self._own is None:
+            del self._model.forward
+        else:
+            self._model.forward = self._own
+
+
 @contextmanager
-def _forward_of(
+def _passes_through(
     model: Any, forward: Callable[..., Any], compiled: Callable[[Callable[..., Any], Any], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Within the block let calls of the model go through ``forward(original, …)``, and compiled ones through ``compiled``."""
-    original, own = model.forward, vars(model).get("forward")
-
-    @functools.wraps(original)
-    def through(*args: Any, **kwargs: Any) -> Any:
-        return forward(original, *args, **kwargs)
-
-    model.forward = through
-    model.get_compiled_call = functools.partial(compiled, original)
+    """Within the block let this thread's calls of the model go through ``forward(original, …)``, and compiled ones likewise."""
+    passes: _Passes = vars(model).get("passes") or _Passes(model)
+    thread = threading.get_ident()
+    passes.calls[thread] = forward, compiled
     try:
         yield
     finally:
-        del model.get_compiled_call
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+        del passes.calls[thread]
+        if not passes.calls:
+            passes.restore()

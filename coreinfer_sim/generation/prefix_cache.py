@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from coreinfer_sim.engines.lean.rotary import grows
+from coreinfer_sim.models.positions import depends_on_what_follows
 
 Writer = Mapping[int, torch.Tensor] | None
 """Which neurons were read where keys and values were written: the ids of a selection; None: all."""
@@ -86,7 +86,7 @@ class PrefixCache:
         """Keep the beginning of a text, as far as it was read in all layers and fits.
 
         Nothing is kept of caches that cannot be cut: those with other than one row, those whose windows have let go of
-        positions, and those whose keys depend on how long the text is.
+        positions, and those whose keys depend on what follows.
 
         Args:
             model: of transformers.
@@ -95,7 +95,7 @@ class PrefixCache:
             writer: what has read them.
         """
         layers = getattr(cache, "layers", [])
-        if self.limit == 0 or not layers or _looks_ahead(model.config) or not all(map(_can_be_cut, layers)):
+        if self.limit == 0 or not layers or depends_on_what_follows(model.config) or not all(map(_can_be_cut, layers)):
             return
         a_position = sum(part[:, :, :1].nbytes for layer in layers for part in (layer.keys, layer.values))
         n = min(len(ids), self.limit // a_position, *(layer.keys.shape[2] for layer in layers))
@@ -123,12 +123,6 @@ class PrefixCache:
 
     def _n_bytes(self) -> int:
         return sum(kept.n_bytes for kept in self._kept.values())
-
-
-def _looks_ahead(config: Any) -> bool:
-    """Tell whether a token's keys and values depend on those that follow it, or on how many do."""
-    of_text = config.get_text_config(decoder=True)
-    return grows(of_text) or bool(getattr(of_text, "use_bidirectional_attention", False))
 
 
 def _can_be_cut(layer: Any) -> bool:

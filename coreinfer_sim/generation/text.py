@@ -232,6 +232,11 @@ class Generator(ABC):
         return mode or self.modes[0]
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether calls of several threads share their decode steps; otherwise one thread calls it at a time."""
+        return False
+
+    @property
     @abstractmethod
     def has_chat_template(self) -> bool:
         """Whether it answers conversations; a base model only continues texts."""

@@ -60,7 +60,7 @@ class Completion:
 
 
 class Backend:
-    """Generates one text at a time."""
+    """Generates texts: one at a time, or several in threads that share decode steps."""
 
     def __init__(self, generator: Generator) -> None:
         """Serve what a generator gives.
@@ -76,6 +76,8 @@ class Backend:
         """That a request may name, the default first."""
         self.chats = generator.has_chat_template
         """Whether it answers conversations; a base model only continues texts."""
+        self.takes_turns = generator.takes_turns
+        """Whether several threads may call `complete` at a time."""
 
     def complete(self, request: TextRequest, write: Write, cancelled: Cancelled | None = None) -> Completion:
         """Generate at most ``max_new_tokens``, fewer where the context has no room for them.
