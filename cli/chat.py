@@ -57,7 +57,7 @@ class Chat:
 
     def talk(self, lines: Iterable[str]) -> None:
         """Answer what is typed until /exit, or until the lines end."""
-        for line in lines:
+        for line in self._while_reading(lines):
             text = line.strip()
             try:
                 if text == "/exit":
@@ -68,6 +68,22 @@ class Chat:
                     self.ask(options.readable(text))
             except CoreInferSimError as error:  # the chat goes on
                 click.echo(f"Error: {error}", err=True)
+
+    def _while_reading(self, lines: Iterable[str]) -> Iterator[str]:
+        """Yield lines; while one is being typed, the latest answer is read for what follows it."""
+        typed = iter(lines)
+        while True:
+            ended = threading.Event()
+            reader = threading.Thread(target=self._generator.read_ahead, args=(ended.is_set,), daemon=True)
+            reader.start()
+            try:
+                line = next(typed, None)
+            finally:
+                ended.set()
+                reader.join()
+            if line is None:
+                return
+            yield line
 
     def ask(self, text: str) -> None:
         """Answer a message."""

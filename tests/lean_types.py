@@ -9,7 +9,7 @@ from calls import token_ids
 from tiny_models import CONTEXT, INIT, N_LAYERS, VOCABULARY, model_of
 from transformers import DynamicCache
 
-from coreinfer_sim.engines.face import Step, StepInputs
+from coreinfer_sim.engines.steps import Step, StepInputs
 
 WINDOW = 6
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,57 +20,9 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.prepared import Prepared, PreparedCache
 from coreinfer_sim.engines.sizes import Bytes, BytesRead, Planner
+from coreinfer_sim.engines.steps import CallState, Group, Step, StepInputs
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
-
-Group = tuple[Sequence[int], Prepared]
-"""Rows of a batch, and the neurons that they decode with."""
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a decode step gets."""
-
-    ids: torch.Tensor
-    """The newest token of every row, [n_rows, 1]."""
-    cache: Any
-    """Of transformers; it grows by one position in all rows."""
-    given: Mapping[str, Any]
-    """All that transformers' ``generate`` gives to a forward pass."""
-    starts: np.ndarray
-    """First position of each row that is no padding, int64 [n_rows]."""
-    finished: np.ndarray
-    """Rows whose text has ended, boolean [n_rows]; nobody looks at their logits."""
-    n_copies: int
-    """Rows of each prompt: beams, or several texts of one prompt; groups name prompts."""
-    forward: Callable[..., Any]
-    """The model's own forward pass."""
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Of the newest tokens, [n_rows]."""
-        found = self.given.get("position_ids")
-        if found is None:
-            found = torch.full((1, 1), int(self.cache.get_seq_length()))
-        return found.reshape(-1).expand(len(self.ids))
-
-
-@dataclass
-class CallState:
-    """What belongs to one call of ``generate``; of an engine without a loop of its own, what it has read."""
-
-    read: BytesRead = BytesRead()
-    latest: Sequence[Group] = ()
-    """Of the latest step."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A decode step that one of several calls waits for."""
-
-    inputs: StepInputs
-    groups: Sequence[Group]
-    call: CallState
 
 
 class Engine(ABC):

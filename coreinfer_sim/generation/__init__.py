@@ -13,4 +13,5 @@ __all__ = [
     "streaming",
     "text",
     "turns",
+    "watch",
 ]

@@ -22,8 +22,9 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.face import Engine, Group, Step, StepInputs
+from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.sizes import BytesRead
+from coreinfer_sim.engines.steps import Group, Step, StepInputs
 from coreinfer_sim.generation.prefix_cache import PrefixCache, Writer
 from coreinfer_sim.generation.reading import passes_of
 from coreinfer_sim.generation.turns import Turns
@@ -142,7 +143,7 @@ class PhasedCall:
         return found
 
     def keep(self, prefixes: PrefixCache, ids: torch.Tensor, n_prompt: int) -> None:
-        """Keep the call's one text [n_tokens], of which ``n_prompt`` are the prompt: what decode has read as prefill would, too."""
+        """Keep the call's one text [n_tokens]: its prompt, and the rest where decode has read it as prefill would."""
         if self._decoding:
             (selection,) = self._selections
             alike = self._engine.reads_as_prefill and selection.read_ratio == 1

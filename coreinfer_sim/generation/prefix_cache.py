@@ -78,8 +78,8 @@ class PrefixCache:
             self._kept.move_to_end(best)
             kept = self._kept[best]
         cache = DynamicCache(config=model.config)
-        for number, states in enumerate(kept.states):
-            cache.update(*(part[:, :, :n] for part in states), number)
+        for number, (keys, values) in enumerate(kept.states):
+            cache.update(keys[:, :, :n], values[:, :, :n], number)
         return cache
 
     def keep(self, model: Any, ids: torch.Tensor, cache: Any, writer: Writer) -> None:

@@ -231,6 +231,14 @@ class Generator(ABC):
             raise UnknownModeError(f"the mode is {mode!r}, expected one of {', '.join(self.modes)}.")
         return mode or self.modes[0]
 
+    def read_ahead(self, cancelled: Cancelled) -> None:
+        """Read what a next turn will begin with, while nobody wants anything else: `generate` by another thread goes first.
+
+        Args:
+            cancelled: says whether something else is wanted; asked often.
+        """
+        return None
+
     @property
     def takes_turns(self) -> bool:
         """Whether calls of several threads share their decode steps; otherwise one thread calls it at a time."""

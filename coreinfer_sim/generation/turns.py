@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from coreinfer_sim.engines.face import Engine, Step
+from coreinfer_sim.engines.face import Engine
+from coreinfer_sim.engines.steps import Step
 
 _MOMENT = 0.05  # seconds after which a call that waits looks whether anybody still wants it
 
@@ -43,6 +44,11 @@ class Turns:
         """Calls whose step is done, and which wait for the model."""
         self._came = False
         """Whether a call has come in since the latest step."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a call waits to begin."""
+        return bool(self._coming)
 
     @contextmanager
     def call(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:

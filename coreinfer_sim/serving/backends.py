@@ -120,6 +120,10 @@ class Backend:
             timings_of(run),
         )
 
+    def read_ahead(self, cancelled: Cancelled) -> None:
+        """Read what a next turn will begin with until ``cancelled`` says that something else is wanted."""
+        self._generator.read_ahead(cancelled)
+
     def close(self) -> None:
         """Let go of everything."""
         self._generator.close()
@@ -128,7 +132,7 @@ class Backend:
 def timings_of(run: Generation) -> dict[str, float | None]:
     """Return what a text took, by the names of llama.cpp's server: tokens, milliseconds, and rates.
 
-    The first new token comes out of the prompt's last pass, so that decode's rates are of those after it; None where there are none.
+    The first new token comes out of the prompt's last pass, so that decode's rates are of the others; None where there are none.
     """
     n_read, n_decoded = run.n_prompt_tokens - run.n_cached_tokens, run.n_new_tokens - 1
     prompt_ms, predicted_ms = 1000 * run.prefill_seconds, 1000 * run.decode_seconds

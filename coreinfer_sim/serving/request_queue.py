@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from coreinfer_sim.serving.backends import Backend, Completion, TextRequest
 from coreinfer_sim.serving.errors import QueueFullError, RequestTimeoutError, ShutdownError
 from coreinfer_sim.serving.metrics import Metrics
 
+_log = logging.getLogger(__name__)
 GRACE = 8.0
 """Seconds that open requests have left when the server is stopped; less than uvicorn waits for connections."""
 
@@ -144,3 +146,7 @@ class RequestQueue:
                 continue
             self.metrics.count(completion, time.perf_counter() - begin)
             task.put(completion)
+            try:
+                self.backend.read_ahead(lambda: self._closing or not self._tasks.empty())
+            except Exception as error:  # no request fails by it
+                _log.error("reading ahead failed", exc_info=error)

@@ -22,7 +22,19 @@ ROOM = 1 << 20
 N_PROMPT, N_NEXT, N_NEW = 20, 5, 7
 GROWING = ["llama-dynamic", "phi3-longrope"]
 WINDOWED = [
-    *("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "vaultgemma", "ministral", "cwm", "exaone4", "phi3", "olmo3"),
+    *(
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "vaultgemma",
+        "ministral",
+        "cwm",
+        "exaone4",
+        "phi3",
+        "olmo3",
+    ),
     *("cohere2", "starcoder2"),
 ]
 

@@ -213,3 +213,48 @@ def test_those_who_decode_are_not_held_up_by_those_who_come():
         first.result()
     places = [place for place, what in enumerate(log) if what == "comes"]
     assert all("step" in log[one:other] for one, other in zip(places, places[1:], strict=False))
+
+
+def test_what_is_read_ahead_is_what_the_next_turn_would_read(language_model, wide_index):
+    generator = opened(language_model, wide_index, prefix_bytes=1 << 20)
+    turns = [generator.generate(PROMPTS[0], max_new_tokens=20)]
+    generator.read_ahead(lambda: False)
+    turns.append(generator.generate(PROMPTS[0] + turns[0].text + PROMPTS[1], max_new_tokens=20))
+    assert turns[1].n_cached_tokens > turns[0].n_prompt_tokens + 3  # the answer's bytes become other tokens
+    generator.read_ahead(lambda: True)  # nobody has time
+    turns.append(generator.generate(turns[1].prompt + turns[1].text + PROMPTS[2], max_new_tokens=20))
+    assert turns[2].n_cached_tokens <= turns[1].n_prompt_tokens
+    anew = opened(language_model, wide_index)
+    assert [anew.generate(run.prompt, max_new_tokens=20).token_ids for run in turns] == [run.token_ids for run in turns]
+
+
+def test_a_call_goes_before_what_is_read_ahead(language_model, wide_index):
+    """Whoever reads ahead lets go as soon as a call waits, and keeps what it has read."""
+    generator = opened(language_model, wide_index, prefix_bytes=1 << 20)
+    run, began, others = generator.generate(PROMPTS[0], max_new_tokens=20), threading.Event(), []
+
+    def wait(*_):
+        began.set()
+        while not others:
+            time.sleep(0.001)
+        time.sleep(0.1)  # it waits by now
+
+    hook = language_model.model.model.layers[0].register_forward_pre_hook(wait)
+    reading = threading.Thread(target=generator.read_ahead, args=(lambda: False,))
+    reading.start()
+    assert began.wait(20)
+    hook.remove()
+    others.append(True)
+    again = generator.generate(PROMPTS[0], max_new_tokens=20)
+    reading.join()
+    assert again.token_ids == run.token_ids and again.n_cached_tokens == run.n_prompt_tokens - 1
+
+
+def test_nothing_is_read_ahead_where_nothing_is_left(language_model, wide_index):
+    generator = opened(language_model, wide_index, prefix_bytes=1 << 20)
+    generator.read_ahead(lambda: False)  # nothing was said yet
+    for mode in ("dense", "stability"):
+        generator.generate(PROMPTS[0], max_new_tokens=20, mode=mode)
+        n_bytes = generator.prefixes.n_bytes
+        generator.read_ahead(lambda: False)
+        assert generator.prefixes.n_bytes == n_bytes

@@ -21,7 +21,7 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import held_ids
-from coreinfer_sim.engines.face import Engine, Group, Step, StepInputs
+from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
 from coreinfer_sim.engines.lean.attention import cache_loops
 from coreinfer_sim.engines.lean.blocks import DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
@@ -46,17 +46,15 @@ from coreinfer_sim.engines.linear import hand_over, hand_over_table, mlp_modules
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.engines.sizes import BytesRead, Planner
+from coreinfer_sim.engines.steps import Group, Step, StepInputs
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
-FASTER_BY_TOKEN = {
-    Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
-}
-"""Layouts of which half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
-was not measured is not there."""
+FASTER_BY_TOKEN = {Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high")}
+"""Layouts of which half of the neurons decode faster than all, by the processor's instructions, where that was measured."""
 
 
 class LeanEngine(Engine):

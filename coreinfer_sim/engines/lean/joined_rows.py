@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from coreinfer_sim.engines.face import CallState, Step, StepInputs
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache
 from coreinfer_sim.engines.lean.matrix import Array
 from coreinfer_sim.engines.prepared import Prepared
+from coreinfer_sim.engines.steps import CallState, Step, StepInputs
 
 
 @dataclass
