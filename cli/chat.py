@@ -57,7 +57,7 @@ class Chat:
 
     def talk(self, lines: Iterable[str]) -> None:
         """Answer what is typed until /exit, or until the lines end."""
-        for line in lines:
+        for line in self._while_reading(lines):
             text = line.strip()
             try:
                 if text == "/exit":
@@ -68,6 +68,22 @@ class Chat:
                     self.ask(options.readable(text))
             except CoreInferSimError as error:  # the chat goes on
                 click.echo(f"Error: {error}", err=True)
+
+    def _while_reading(self, lines: Iterable[str]) -> Iterator[str]:
+        """Yield lines; while one is being typed, the latest answer is read for what follows it."""
+        typed = iter(lines)
+        while True:
+            ended = threading.Event()
+            reader = threading.Thread(target=self._generator.read_ahead, args=(ended.is_set,), daemon=True)
+            reader.start()
+            try:
+                line = next(typed, None)
+            finally:
+                ended.set()
+                reader.join()
+            if line is None:
+                return
+            yield line
 
     def ask(self, text: str) -> None:
         """Answer a message."""
@@ -141,7 +157,9 @@ class Chat:
     def _stats(self) -> None:
         n_tokens = sum(run.n_new_tokens for run in self._runs)
         seconds = sum(run.prefill_seconds + run.decode_seconds + run.prepare_seconds for run in self._runs)
+        prompt, n_cached = counted(self._runs[-1].n_prompt_tokens, "token"), self._runs[-1].n_cached_tokens
         click.echo(f"  last: {facts(self._runs[-1])}")
+        click.echo(f"  its prompt: {prompt}, of which {n_cached} had been read for an earlier one")
         click.echo(f"  all: {counted(len(self._runs), 'answer')}, {counted(n_tokens, 'token')} in {seconds:.1f} s")
 
     def _help(self) -> None:

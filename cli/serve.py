@@ -47,6 +47,13 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
     help="Of one answer; a request for more gets so many.",
 )
 @click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Requests that are answered at a time; each holds keys and values of its own.",
+)
+@click.option(
     "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait at a time."
 )
 @click.option(
@@ -75,6 +82,7 @@ def serve(
     api_key: str | None,
     cors_origins: tuple[str, ...],
     max_new_tokens: int,
+    parallel: int,
     queue_limit: int,
     timeout: float,
     body_limit: int,
@@ -133,6 +141,7 @@ def serve(
         title,
         api_key=api_key,
         max_new_tokens=max_new_tokens,
+        parallel=parallel,
         queue_limit=queue_limit,
         timeout=timeout,
         body_limit=body_limit,

@@ -11,7 +11,7 @@ from typing import Any
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode, Score, Weights, check_ratio
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 MAX_SEED = 2**64 - 1
 """Of torch's generators."""
 
@@ -105,6 +105,8 @@ class DecodeConfig:
     """Which MLPs read the prompt."""
     cache_bytes: int = 2 * GIB
     """Prepared weights of recent selections that stay in memory for later prompts."""
+    prefix_bytes: int = 512 * MIB
+    """Keys and values of recent texts that stay in memory for prompts which begin as they do; 0, or a memory budget: none."""
     memory_budget: int | None = None
     """Bytes that the process (on a GPU: its memory) may hold; dense MLP weights then stay on disk (in host memory)."""
     exported: str | None = None
@@ -119,7 +121,8 @@ class DecodeConfig:
         if self.weights is not None:
             object.__setattr__(self, "weights", choice("weights", self.weights, Weights))
         object.__setattr__(self, "prefill", choice("prefill", self.prefill, Prefill))
-        for name, least in (("cache_bytes", 0), ("memory_budget", 1), ("memory_limit", 1), ("context", 8)):
+        least_of = {"cache_bytes": 0, "prefix_bytes": 0, "memory_budget": 1, "memory_limit": 1, "context": 8}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}, expected {least} or more.")

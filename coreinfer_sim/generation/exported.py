@@ -117,6 +117,7 @@ class ExportedGenerator(Generator):
             keep_ratio=None,
             engine="llamacpp",
             n_prompt_tokens=len(ids),
+            n_cached_tokens=latest.n_cached,
             prefill_seconds=latest.prefill_seconds + looked_up - begin,
             decode_seconds=seconds - latest.prefill_seconds,
             mlp_bytes_per_token=None,

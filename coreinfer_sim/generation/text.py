@@ -49,6 +49,8 @@ class Generation:
     """The same in the dense model."""
     total_bytes_per_token: int | None = None
     """All bytes of weights that decode read for a token."""
+    n_cached_tokens: int = 0
+    """Of the prompt's tokens, those that were not read again: an earlier text began with the same ones."""
     lookup_seconds: float = 0.0
     """To choose the neurons before prefill: the prompt's embedding and the nearest cluster."""
     prepare_seconds: float = 0.0
@@ -91,6 +93,7 @@ class Generation:
             "file": self.file,
             "ended": self.ended,
             "n_prompt_tokens": self.n_prompt_tokens,
+            "n_cached_tokens": self.n_cached_tokens,
             "n_new_tokens": self.n_new_tokens,
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
@@ -227,6 +230,19 @@ class Generator(ABC):
         if mode is not None and mode not in self.modes:
             raise UnknownModeError(f"the mode is {mode!r}, expected one of {', '.join(self.modes)}.")
         return mode or self.modes[0]
+
+    def read_ahead(self, cancelled: Cancelled) -> None:
+        """Read what a next turn will begin with, while nobody wants anything else: `generate` by another thread goes first.
+
+        Args:
+            cancelled: says whether something else is wanted; asked often.
+        """
+        return None
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether calls of several threads share their decode steps; otherwise one thread calls it at a time."""
+        return False
 
     @property
     @abstractmethod

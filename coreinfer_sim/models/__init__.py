@@ -11,6 +11,7 @@ __all__ = [
     "mending",
     "mlps",
     "offload",
+    "positions",
     "prompts",
     "store",
     "streaming",

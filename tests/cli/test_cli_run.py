@@ -107,8 +107,11 @@ def test_commands_of_a_chat(said, generator):
     assert lines[1].startswith(f"  similarity {topics[0].similarity:.3f}  {topics[0].label}")
     assert len(topics) == 3 and "cluster" in lines[4]
     assert lines[5] == lines[0] and lines[6].startswith("  dense · ")  # this index promises nothing: both are dense
-    assert lines[7].startswith("  last: dense · ") and lines[8].startswith("  all: 2 answers, 16 tokens in ")
-    assert [line.split()[0] for line in lines[9:]] == ["/why", "/dense", "/stats", "/help", "/exit"]
+    n_prompt = generator.generate(ASKED, chat=True, max_new_tokens=1).n_prompt_tokens
+    assert lines[7].startswith("  last: dense · ")
+    assert lines[8] == f"  its prompt: {n_prompt} tokens, of which {n_prompt - 1} had been read for an earlier one"
+    assert lines[9].startswith("  all: 2 answers, 16 tokens in ")
+    assert [line.split()[0] for line in lines[10:]] == ["/why", "/dense", "/stats", "/help", "/exit"]
 
 
 def test_dense_leaves_the_history_alone(said):

@@ -89,7 +89,7 @@ def test_a_client_that_hangs_up_frees_the_worker(stuck, stream, where):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/{where}", json=body, timeout=after)
 
-    with Served(make_app(stuck, NAME)) as server, ThreadPoolExecutor() as pool:
+    with Served(make_app(stuck, NAME, parallel=1)) as server, ThreadPoolExecutor() as pool:
         running = pool.submit(hang_up, 1.0)
         assert within(1, lambda: stuck.wanted == [True])
         hang_up(0.3)  # in the queue

@@ -70,6 +70,6 @@ def _step(dtype: torch.dtype) -> None:
     decode_step(
         *(cache_loops(dtype), one.copy(), layers, WholeMLP((matrix, matrix), matrix).words[None, None]),
         *(np.zeros((1, 1), np.float32), np.zeros((1, 1, 2), np.int64), np.ones(1, np.int64), rows, angles, angles),
-        *(bits(keys), np.array([[keys.data_ptr(), values.data_ptr(), 1, 0]], np.int64), (1, 1, 8), rows, rows, 0),
+        *(bits(keys), np.array([[[keys.data_ptr(), values.data_ptr(), 1, 0]]], np.int64), 1, rows, rows),
         *(words[None], whole_head(matrix), np.zeros((1, 16), np.float32), set_threads()),
     )
