@@ -12,6 +12,7 @@ from coreinfer_sim.base.progress import counted
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
+from .profiles import profile_lines, profiles_summary
 from .settings import Settings, set_option
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def index_summary(index: SemanticIndex) -> dict[str, Any]:
     del summary["model"]["weight_sketch"], summary["encoder"]["probe"]
     for entry in summary["compensation"]:
         entry["served_by_corpus"] = m.served_by_corpus(entry["keep_ratio"])
+    summary |= {"profiles": profiles_summary(m), "default_profile": m.default_profile.value}
     return {**summary, "clusters": [asdict(cluster) for cluster in index.clusters]}
 
 
@@ -98,16 +100,9 @@ def info(index: str | None, as_json: bool) -> None:
             )
     if m.histograms:
         click.echo(f"  thresholds of {', '.join(name.rpartition(' ')[0] for name in m.histograms)}")
-    if (p := m.profile) is not None:
-        kind = "compensated sets" if p.compensated else "plain sets" if p.keep_ratio < 1 else "dense decode"
-        if not p.of_sets:
-            kind = "tokens choose"
-        ratio = f"keep ratio {p.keep_ratio:g}" if p.of_sets else f"read ratio {p.read_ratio:g}"
-        of_weights = "" if p.weights == "stored" else f", {p.weights} weights"
-        click.echo(
-            f"  profile   {kind}, {ratio}{of_weights}: perplexity {p.ratio - 1:+.1%} ({p.low - 1:+.1%} to "
-            f"{p.high - 1:+.1%}) on {counted(p.n_rows, 'row')}, at most {p.max_increase:+.1%} promised"
-        )
+    click.echo("  profiles  (the star is the default)")
+    for line in profile_lines(m, m.default_profile):
+        click.echo(f"          {line}")
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
     click.echo(f"{counted(len(loaded), 'cluster')}:")
     print_clusters(loaded)

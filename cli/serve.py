@@ -12,9 +12,11 @@ import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Profile
 
 from . import options
 from .console import ConsoleProgress, note_plain_sets, quiet_libraries
+from .profiles import chosen_profile, profile_option
 from .settings import Settings, set_option
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
@@ -24,6 +26,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 @options.index_that_is_needed
 @options.model
 @click.option("--name", help="What clients call the model.  [default: the last part of its name]")
+@profile_option
 @options.mode
 @options.keep_ratio
 @options.read_ratio
@@ -74,6 +77,7 @@ def serve(
     index: str | None,
     model: str | None,
     name: str | None,
+    profile: Profile | None,
     mode: str | None,
     keep_ratio: float | None,
     read_ratio: float | None,
@@ -119,11 +123,12 @@ def serve(
     decode = settings.make(DecodeConfig, engine=engine, weights=weights)
     if decode.memory_budget is not None:
         raise ConfigError("a memory budget is planned for one text, but a server generates many; leave it out.")
-    progress = ConsoleProgress()
+    progress, index = ConsoleProgress(), options.needed_index(index)
     with progress.waiting("Loading the model"):
         generator = load(
-            options.needed_index(index),
+            index,
             model,
+            profile=chosen_profile(profile, index, selection, decode),
             selection=selection,
             decode=decode,
             loading=settings.make(ModelConfig),

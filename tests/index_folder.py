@@ -65,7 +65,7 @@ def manifest(**sections: Any) -> Manifest:
             "corpus": CorpusInfo("prompts.jsonl", "1" * 64, 27, 300),
             "settings": SettingsInfo(3, 0.4, 0.4, 0.5, 0, [1, 2], 16, 64, 1),
             "compensation": [],
-            "profile": None,
+            "profiles": {},
             "files": {},
             **sections,
         }

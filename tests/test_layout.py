@@ -198,6 +198,9 @@ def test_every_public_name_is_there():
     import coreinfer_sim
 
     assert dir(coreinfer_sim) == coreinfer_sim.__all__
+    of_checkers = [name.rpartition(".") for _, name in imports(PACKAGE / "__init__.py") if room_of(name)]
+    assert sorted(name for _, _, name in of_checkers) == coreinfer_sim.__all__
+    assert all(getattr(coreinfer_sim, name).__module__ == module for module, _, name in of_checkers)
     for name in coreinfer_sim.__all__:
         assert getattr(coreinfer_sim, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'build_indexes'"):

@@ -6,11 +6,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode, Score, Weights, check_ratio
 
+E = TypeVar("E", bound=Enum)
 MIB, GIB = 1 << 20, 1 << 30
 MAX_SEED = 2**64 - 1
 """Of torch's generators."""
@@ -78,6 +79,15 @@ class SelectionConfig:
     def by_token(self) -> bool:
         """Whether each token chooses among the held neurons what it reads."""
         return self.read_ratio is not None and self.read_ratio < 1
+
+    @property
+    def mode_or_ratio(self) -> str | None:
+        """Name of a setting that says itself which neurons are read, so that no profile does; None: there is none."""
+        if self.named_mode is not Mode.SIMILARITY:
+            return f"mode {self.named_mode.value}"
+        names = ("keep_ratio", "read_ratio", "alpha", "sparse_layers", "score", "compensated")
+        defaults = SelectionConfig()
+        return next((name for name in names if getattr(self, name) != getattr(defaults, name)), None)
 
     @property
     def named_mode(self) -> Mode:
@@ -230,10 +240,12 @@ def check_seed(seed: int | None) -> None:
         raise ConfigError(f"seed is {seed}, expected 0 to {MAX_SEED}.")
 
 
-def choice(name: str, value: object, kind: type[Enum]) -> Enum:
-    """Return the member of ``kind`` that ``value`` names, or raise ConfigError with all names."""
+def choice(name: str, value: object, kind: type[E]) -> E:
+    """Return the member of ``kind`` that ``value`` names, or raise ConfigError with all names and the nearest."""
     try:
         return kind(value)
     except ValueError as error:
-        known = ", ".join(str(each.value) for each in kind)
-        raise ConfigError(f"{name} is {value!r}, expected one of {known}.") from error
+        known = [str(each.value) for each in kind]
+        near = difflib.get_close_matches(str(value), known, 1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}{hint}.") from error

@@ -52,6 +52,21 @@ class Mode(str, Enum):
     DENSE = "dense"
 
 
+class Profile(str, Enum):
+    """How much quality decode may give up for bytes; what that comes to was measured for the index."""
+
+    EXACT = "exact"
+    """None: tokens are dense."""
+    BALANCED = "balanced"
+    """At most 3 % of perplexity, unless the index was tuned for another share."""
+    FAST = "fast"
+    """At most 10 %."""
+
+
+MAX_INCREASES = {Profile.BALANCED: 0.03, Profile.FAST: 0.1}
+"""Of perplexity, as a share of the dense model's, that a profile may lose unless an index is tuned for another share."""
+
+
 class Weights(str, Enum):
     """Type of the weights that decode reads."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
-from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.progress import Progress, shown
 from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
@@ -66,13 +66,13 @@ def build_index(
         threads: torch threads of each process; None a quarter of the cores. Part of the build, unlike ``workers``.
         force: replace an index that exists, and start anew where a build without it or of other settings was broken off; if
             only those of compensation are others, statistics are kept.
-        progress: takes messages and progress.
+        progress: takes messages and progress; None: see `shown`.
 
     Raises:
         CoreInferSimError: any of its kinds; what was finished is kept.
     """
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
-    config, progress = config or BuildConfig(), progress or Progress()
+    config, progress = config or BuildConfig(), shown(progress)
     out = Path(os.path.realpath(out))  # a link stays, and what it names is made
     # 1) what can be refused before anything is loaded
     for name, value in (("workers", workers), ("threads", threads)):
@@ -173,10 +173,10 @@ def _run_stages(
     # 5) what tokens need, and what it promises
     with torch_threads(n_cores()):
         histograms = measure_histograms(clustered, progress) if measures else {}
-        profile = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
+        profiles = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
     # 6) the index
     parts = BuiltParts(
-        clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profile
+        clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profiles
     )
     write_index(out, parts)
 

@@ -54,7 +54,7 @@ class BuiltParts:
     sets: CompensatedSets | None
     histograms: Mapping[str, np.ndarray]
     """Of what tokens need, by layout."""
-    profile: ProfileInfo | None
+    profiles: dict[str, ProfileInfo]
 
 
 def write_index(out: Path, parts: BuiltParts) -> None:
@@ -133,6 +133,6 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
             n_threads=parts.n_threads,
         ),
         compensation=compensation,
-        profile=parts.profile,
+        profiles=parts.profiles,
         files={},
     )

@@ -51,6 +51,7 @@ class ExportedGenerator(Generator):
         Raises:
             ConfigError: settings that export has decided, or an export of another index.
         """
+        super().__init__()
         defaults = SelectionConfig(), DecodeConfig()
         fixed = [name for name in _FIXED if getattr(selection, name) != getattr(defaults[0], name)]
         fixed += [name for name in ("weights", "memory_budget") if getattr(decode, name) != getattr(defaults[1], name)]

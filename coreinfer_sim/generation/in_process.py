@@ -61,6 +61,7 @@ class TextGenerator(Generator):
             ConfigError: settings that contradict each other, the index or the model.
             IndexMismatchError: the index belongs to another model.
         """
+        super().__init__()
         if index is not None:
             check_model(index, language_model.layers)
         self.language_model, self.index, self.name = language_model, index, language_model.name

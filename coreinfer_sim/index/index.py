@@ -32,7 +32,7 @@ from coreinfer_sim.index.manifest import (
     ProfileInfo,
     compensation_file,
 )
-from coreinfer_sim.index.names import folder_of
+from coreinfer_sim.index.names import check_no_own_demo, copy_demo, folder_of, is_ready_made
 from coreinfer_sim.index.places import find
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_histograms, read_statistics, write_manifest
@@ -266,24 +266,33 @@ class SemanticIndex:
         return total
 
     def check_writable(self) -> None:
-        """Raise ConfigError unless `write_profile` may write into the index folder."""
-        assert self._folder is not None
-        check_folder(self._folder / MANIFEST_FILE)
+        """Raise ConfigError unless `write_profiles` may write where the profiles are to go."""
+        if is_ready_made(self.folder):
+            check_no_own_demo()
+        else:
+            check_folder(self.folder / MANIFEST_FILE)
 
-    def write_profile(self, profile: ProfileInfo) -> None:
-        """Put a profile into the index folder's manifest, in one step.
+    def write_profiles(self, profiles: Mapping[str, ProfileInfo]) -> None:
+        """Put profiles into the index folder's manifest, in one step.
+
+        The index that comes with the package stays as it is: the user gets a copy of it, which from then on bears its name.
+
+        Args:
+            profiles: by the names of `Profile`, but for exact.
 
         Raises:
+            ConfigError: there is such a copy by now.
             IndexFormatError: the folder holds another index by now.
         """
-        assert self._folder is not None
-        found = read_manifest(self._folder)
+        found = read_manifest(self.folder)
         if found.identity() != self.manifest.identity():
             raise IndexFormatError(
                 f"{self.name} holds another index than the one that was loaded; run the same command again for that."
             )
-        self.manifest = replace(self.manifest, profile=profile)
-        write_manifest(self._folder, self.manifest)
+        if is_ready_made(self.folder):
+            self._folder = copy_demo()
+        self.manifest = replace(self.manifest, profiles=dict(profiles))
+        write_manifest(self.folder, self.manifest)
 
     def warm_up(self, routed: bool = True) -> None:
         """Do once, for nothing, what the first prompt would, so that memory is measured with what that takes."""
