@@ -7,6 +7,7 @@ __all__ = [
     "compensated",
     "encoder",
     "index",
+    "labels",
     "manifest",
     "names",
     "places",

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.numpy import save
 
 from coreinfer_sim.base.errors import IndexFormatError
 from coreinfer_sim.base.files import flush_to_disk, sha256_of, write_json
+from coreinfer_sim.base.plain import plain
 from coreinfer_sim.index.clustering import faiss_index
 from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.manifest import (
@@ -62,14 +64,14 @@ def read_centroids(file: VerifiedFile, n_clusters: int, dimension: int) -> np.nd
 
 
 def read_clusters(file: VerifiedFile, n_clusters: int) -> list[Cluster]:
-    """Read the clusters' descriptions.
+    """Read the clusters' descriptions, whose label and exemplars are a stranger's words and made fit to be shown.
 
     Raises:
         IndexFormatError: the file is damaged, or describes other clusters.
     """
     path, content = file.path, bytes(file.read(0, file.size))
     try:  # splitlines() would also cut at characters inside a text
-        clusters = [Cluster(**json.loads(line)) for line in io.StringIO(content.decode("utf-8"), newline=None)]
+        clusters = [_cluster(**json.loads(line)) for line in io.StringIO(content.decode("utf-8"), newline=None)]
     except (ValueError, TypeError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     for cluster in clusters:
@@ -78,6 +80,10 @@ def read_clusters(file: VerifiedFile, n_clusters: int) -> list[Cluster]:
     if [cluster.id for cluster in clusters] != list(range(n_clusters)):
         raise IndexFormatError(f"{path} describes {len(clusters)} clusters, expected {n_clusters}; {REBUILD}.")
     return clusters
+
+
+def _cluster(label: str, exemplars: list[str], **rest: Any) -> Cluster:
+    return Cluster(label=plain(label), exemplars=[plain(text) for text in exemplars], **rest)
 
 
 def read_statistics(file: VerifiedFile, shape: tuple[int, int, int]) -> dict[str, StoredArray]:
