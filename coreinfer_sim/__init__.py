@@ -21,6 +21,8 @@ _WHERE = {
     "NeuronSelection": "choosing.selection",
     "SemanticIndex": "index.index",
     "Match": "index.clusters",
+    "Place": "index.prompt_map",
+    "PromptMap": "index.prompt_map",
     "build_index": "building.build",
     "find_mlps": "models.mlps",
     "make_predictor": "choosing.make",

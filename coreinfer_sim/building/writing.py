@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_sim.base.files import replacing
-from coreinfer_sim.base.plain import plain
+from coreinfer_sim.base.plain import excerpt
 from coreinfer_sim.base.rows import CorpusReport
 from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
@@ -31,12 +31,12 @@ from coreinfer_sim.index.manifest import (
     SettingsInfo,
 )
 from coreinfer_sim.index.places import places_of
+from coreinfer_sim.index.prompt_map import PromptMap
 from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
 
 _N_EXEMPLARS = 3
-_EXEMPLAR_LENGTH = 160
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
 
 
@@ -56,6 +56,7 @@ class BuiltParts:
     histograms: Mapping[str, np.ndarray]
     """Of what tokens need, by layout."""
     profile: ProfileInfo | None
+    prompt_map: PromptMap
 
 
 def write_index(out: Path, parts: BuiltParts) -> None:
@@ -72,7 +73,7 @@ def write_index(out: Path, parts: BuiltParts) -> None:
             parts.sets.put_into(temporary)
         manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
         centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus, parts.encoder)
-        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms)
+        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms, parts.prompt_map)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
 
@@ -91,7 +92,7 @@ def _clusters(corpus: ClusteredCorpus, encoder: SentenceEncoder) -> list[Cluster
                 size=len(members),
                 n_tokens=sum(sentences[i].n_tokens for i in members),
                 label=label,
-                exemplars=[plain(sentences[i].prompt)[:_EXEMPLAR_LENGTH] for i in nearest],
+                exemplars=[excerpt(sentences[i].prompt) for i in nearest] if corpus.config.texts else [],
                 exemplar_ids=[sentences[i].id for i in nearest],
                 similarity_quantiles=clustering.quantiles(number),
             )

@@ -11,6 +11,8 @@ __all__ = [
     "manifest",
     "names",
     "places",
+    "plot",
+    "prompt_map",
     "ranking",
     "storage",
     "verified",
