@@ -86,7 +86,7 @@ _NAMES = (
     "--plot",
     "plot_path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw quality over bytes a token into this .png or .svg file.",
+    help="Draw quality over bytes a token into this .html, .png or .svg file.",
 )
 @set_option("corpus", "decode", "model")
 @options.as_json

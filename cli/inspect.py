@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,20 +46,36 @@ def print_clusters(index: SemanticIndex) -> None:
 @_ONE_OR_THE_ONLY
 @click.argument("prompt", required=False)
 @click.option("-k", default=3, show_default=True, type=click.IntRange(1), help="Number of clusters to show for PROMPT.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the map of the index's prompts, and PROMPT on it, into this .html, .png or .svg file.",
+)
 @options.as_json
-@click.pass_context
-def show(ctx: click.Context, index: str | None, prompt: str | None, k: int, as_json: bool) -> None:
+def show(index: str | None, prompt: str | None, k: int, plot: Path | None, as_json: bool) -> None:
     """Show what is in an index, or with PROMPT its nearest clusters; NAME is the only index unless it is given.
 
     \b
     coreinfer-sim show my-index
-    coreinfer-sim show my-index "How do stars form?"
+    coreinfer-sim show my-index "How do stars form?" --plot map.html
     """
-    name = options.needed_index(index)
+    from coreinfer_sim.index.index import SemanticIndex
+
+    if plot is not None:
+        from coreinfer_sim.base.plots import check_plot
+
+        check_plot(plot)
+    loaded = SemanticIndex.load(options.needed_index(index))
+    if plot is not None:
+        _ = loaded.map  # where there is none, nothing else is printed
     if prompt is None:
-        ctx.invoke(info, index=name, as_json=as_json)
+        _print_info(loaded, as_json)
     else:
-        ctx.invoke(lookup, index=name, prompt=prompt, k=k, as_json=as_json)
+        _print_lookup(loaded, prompt, k, as_json=as_json)
+    if plot is not None:
+        from coreinfer_sim.index.plot import plot_map
+
+        plot_map(loaded, plot, prompt)
 
 
 @click.command()
@@ -68,7 +85,10 @@ def info(index: str | None, as_json: bool) -> None:
     """Show what is in an index."""
     from coreinfer_sim.index.index import SemanticIndex
 
-    loaded = SemanticIndex.load(options.needed_index(index))
+    _print_info(SemanticIndex.load(options.needed_index(index)), as_json)
+
+
+def _print_info(loaded: SemanticIndex, as_json: bool) -> None:
     if as_json:
         print_json(index_summary(loaded))
         return
@@ -98,6 +118,9 @@ def info(index: str | None, as_json: bool) -> None:
             click.echo(
                 f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
             )
+    if m.map is not None:
+        without = "" if m.map.texts else ", without their texts"
+        click.echo(f"  map       {counted(m.map.n_prompts, 'prompt')} by {m.map.method}{without}")
     if m.histograms:
         click.echo(f"  thresholds of {', '.join(name.rpartition(' ')[0] for name in m.histograms)}")
     click.echo("  profiles  (the star is the default)")
@@ -171,14 +194,27 @@ def lookup(
     index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str | None, ids: bool, as_json: bool
 ) -> None:
     """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
+    from coreinfer_sim.index.index import SemanticIndex
+
+    _print_lookup(SemanticIndex.load(index), prompt, k, keep_ratio, score, layers, ids, as_json)
+
+
+def _print_lookup(
+    loaded: SemanticIndex,
+    prompt: str,
+    k: int,
+    keep_ratio: float | None = None,
+    score: str = "energy",
+    layers: str | None = None,
+    ids: bool = False,
+    as_json: bool = False,
+) -> None:
     from coreinfer_sim.base.errors import PromptError
     from coreinfer_sim.choosing.index_sets import IndexSets
-    from coreinfer_sim.index.index import SemanticIndex
 
     if not options.readable(prompt).strip():
         raise PromptError("the prompt is empty, expected some text.")
     quiet_libraries()
-    loaded = SemanticIndex.load(index)
     matches = loaded.lookup(prompt, k=min(k, len(loaded)))
     chosen = IndexSets(loaded, keep_ratio, score, layers).of_match(matches[0])
     neurons = chosen.ids

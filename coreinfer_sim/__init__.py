@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; the same names as in _W
     from coreinfer_sim.index.clusters import Match as Match
     from coreinfer_sim.index.encoder import SentenceEncoder as SentenceEncoder
     from coreinfer_sim.index.index import SemanticIndex as SemanticIndex
+    from coreinfer_sim.index.prompt_map import Place as Place
+    from coreinfer_sim.index.prompt_map import PromptMap as PromptMap
     from coreinfer_sim.models.loading import LanguageModel as LanguageModel
     from coreinfer_sim.models.loading import load_model as load_model
     from coreinfer_sim.models.mlps import find_mlps as find_mlps
@@ -55,6 +57,7 @@ _WHERE = {
     "index.clusters": ("Match",),
     "index.encoder": ("SentenceEncoder",),
     "index.index": ("SemanticIndex",),
+    "index.prompt_map": ("Place", "PromptMap"),
     "models.loading": ("LanguageModel", "load_model"),
     "models.mlps": ("find_mlps",),
 }

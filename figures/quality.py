@@ -127,7 +127,7 @@ def _record_all(summary: dict[str, Any], given: Given, clustered: bool) -> None:
 
 
 @figure(
-    FILE, "one index or several, DATA, matplotlib", "1 to 3 hours",
+    FILE, "one index or several, DATA, altair", "1 to 3 hours",
     model=DEMO_MODEL, name=None, data=REQUIRED, rows=2, max_tokens=512, dtype="auto"
 )  # fmt: skip
 @click.option(

@@ -30,6 +30,7 @@ ROOMS = (
     "building",
     "export",
     "bench",
+    "reporting",
     "serving",
 )
 """A room imports only from itself and those above it."""

@@ -228,6 +228,8 @@ class BuildConfig:
     """Sentences in one forward pass."""
     shard_size: int = 64
     """Sentences in one shard, the unit of restart and of sharing among processes."""
+    texts: bool = True
+    """Keep the beginnings of prompts: of those nearest to each centroid, and of those on the map. Labels hold words anyhow."""
     compensation: CompensationConfig | None = None
     """Fit compensated sets as well; None: store statistics alone."""
 

@@ -23,7 +23,7 @@ from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.promise import measure_promise
 from coreinfer_sim.building.shards import PartialSums
-from coreinfer_sim.building.stages import add_up, cluster, draw, embed, record
+from coreinfer_sim.building.stages import add_up, cluster, draw, draw_map, embed, record
 from coreinfer_sim.building.writing import BuiltParts, write_index
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus, recorded_layers
 from coreinfer_sim.fitting.comparing import Statistics
@@ -159,7 +159,10 @@ def _run_stages(
         plan.check_disk(plan.n_clusters, folder, out)
     # 2) clusters
     with torch_threads(n_cores()):
-        clustering = cluster(folder, embed(folder, drawn.sentences, encoder, progress), config, progress)
+        embeddings = embed(folder, drawn.sentences, encoder, progress)
+        clustering = cluster(folder, embeddings, config, progress)
+        prompt_map = draw_map(embeddings, clustering, drawn.sentences, config, progress)
+        del embeddings  # what follows needs the memory
     clustered = ClusteredCorpus(language_model, drawn.sentences, clustering, config, corpus.max_tokens, folder)
     plan.check_disk(clustered.n_clusters, folder, out)
     # 3) statistics
@@ -176,7 +179,8 @@ def _run_stages(
         profiles = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
     # 6) the index
     parts = BuiltParts(
-        clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profiles
+        *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profiles),
+        prompt_map,
     )
     write_index(out, parts)
 

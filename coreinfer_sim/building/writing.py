@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_sim.base.files import replacing
+from coreinfer_sim.base.plain import excerpt
 from coreinfer_sim.base.rows import CorpusReport
 from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.pipeline import CompensatedSets
-from coreinfer_sim.index.clustering import distinctive_terms
 from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.labels import topic_labels
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -30,12 +31,12 @@ from coreinfer_sim.index.manifest import (
     SettingsInfo,
 )
 from coreinfer_sim.index.places import places_of
+from coreinfer_sim.index.prompt_map import PromptMap
 from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
 
 _N_EXEMPLARS = 3
-_EXEMPLAR_LENGTH = 160
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
 
 
@@ -55,6 +56,7 @@ class BuiltParts:
     histograms: Mapping[str, np.ndarray]
     """Of what tokens need, by layout."""
     profiles: dict[str, ProfileInfo]
+    prompt_map: PromptMap
 
 
 def write_index(out: Path, parts: BuiltParts) -> None:
@@ -70,15 +72,16 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         if parts.sets is not None:
             parts.sets.put_into(temporary)
         manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
-        centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus)
-        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms)
+        centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus, parts.encoder)
+        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms, parts.prompt_map)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
 
-def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
+def _clusters(corpus: ClusteredCorpus, encoder: SentenceEncoder) -> list[Cluster]:
     """Describe the clusters: size, label and the prompts nearest to the centroid."""
     clustering, sentences = corpus.clustering, corpus.sentences
-    labels = distinctive_terms([s.prompt for s in sentences], clustering.assignment, corpus.n_clusters)
+    prompts = [sentence.prompt for sentence in sentences]
+    labels = topic_labels(prompts, clustering.assignment, clustering.centroids, encoder.encode)
     clusters = []
     for number, label in enumerate(labels):
         members = np.flatnonzero(clustering.assignment == number).tolist()
@@ -89,7 +92,7 @@ def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
                 size=len(members),
                 n_tokens=sum(sentences[i].n_tokens for i in members),
                 label=label,
-                exemplars=[" ".join(sentences[i].prompt.split())[:_EXEMPLAR_LENGTH] for i in nearest],
+                exemplars=[excerpt(sentences[i].prompt) for i in nearest] if corpus.config.texts else [],
                 exemplar_ids=[sentences[i].id for i in nearest],
                 similarity_quantiles=clustering.quantiles(number),
             )

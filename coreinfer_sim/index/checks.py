@@ -14,12 +14,14 @@ from coreinfer_sim.base.settings import Profile, Weights
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    OPTIONAL,
     REBUILD,
     CompensationInfo,
     CorpusInfo,
     EncoderInfo,
     FileInfo,
     Manifest,
+    MapInfo,
     ModelInfo,
     ProfileInfo,
     SettingsInfo,
@@ -63,8 +65,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"install the release that wrote it or {REBUILD}."
         )
     expected = {*(field.name for field in dataclasses.fields(Manifest)), "sha256"}
-    found = ["profiles" if name == "profile" else name for name in raw]  # earlier releases wrote one, and no histograms
-    if len(found) > len({*found}) or {"histograms", *found} != expected:
+    found = ["profiles" if name == "profile" else name for name in raw]  # earlier releases wrote one
+    if len(found) > len({*found}) or {*OPTIONAL, *found} != expected:
         raise IndexFormatError(f"{path} lacks or misspells a field ({sorted(set(raw) ^ expected)}); {REBUILD}.")
     if raw["sha256"] != manifest_checksum(raw):
         raise IndexFormatError(
@@ -78,6 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
         profiles = _profiles(raw, compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
         histograms = [str(name) for name in raw.get("histograms", [])]
+        of_map = _typed(MapInfo, raw["map"], "map") if "map" in raw else None
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     manifest = Manifest(
@@ -87,6 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         compensation=compensation,
         profiles=profiles,
         histograms=histograms,
+        map=of_map,
         **sections,
     )
     _check_contents(manifest, path)
@@ -156,6 +160,7 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,
+        "map.n_prompts": manifest.map is None or manifest.map.n_prompts > 0,
     }
     for name, holds in sound.items():
         if not holds:

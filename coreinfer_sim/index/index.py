@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError
+from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError, MissingMapError
 from coreinfer_sim.base.files import check_folder
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, parse_layers
@@ -26,6 +26,7 @@ from coreinfer_sim.index.manifest import (
     HISTOGRAMS_FILE,
     INDEX_FILES,
     MANIFEST_FILE,
+    MAP_FILE,
     NEURONS_FILE,
     REBUILD,
     Manifest,
@@ -34,6 +35,7 @@ from coreinfer_sim.index.manifest import (
 )
 from coreinfer_sim.index.names import check_no_own_demo, copy_demo, folder_of, is_ready_made
 from coreinfer_sim.index.places import find
+from coreinfer_sim.index.prompt_map import Place, PromptMap, read_map
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_histograms, read_statistics, write_manifest
 from coreinfer_sim.index.verified import StoredArray, VerifiedFile
@@ -156,6 +158,30 @@ class SemanticIndex:
         file = VerifiedFile(self._folder / HISTOGRAMS_FILE, manifest.files[HISTOGRAMS_FILE])
         return read_histograms(file, manifest.histograms, manifest.model.n_layers)
 
+    @cached_property
+    def map(self) -> PromptMap:
+        """Prompts of the corpus as dots of the plane; whether there is a map, ``manifest.map`` tells.
+
+        Raises:
+            MissingMapError: there is none.
+            IndexFormatError: the file is damaged.
+        """
+        manifest = self.manifest
+        if self._folder is None or manifest.map is None:
+            raise MissingMapError(
+                f"{self.name} has no map of its prompts, expected one of this release's indexes; {REBUILD}."
+            )
+        file = VerifiedFile(self._folder / MAP_FILE, manifest.files[MAP_FILE])
+        return read_map(file, manifest.map, manifest.encoder.dimension, len(self))
+
+    def place(self, text: str) -> Place:
+        """Return where a prompt stands on the map: at the weighted mean of the dots nearest in meaning.
+
+        Raises:
+            MissingMapError: the index has no map.
+        """
+        return self.map.place(self._embed([text])[0])
+
     @overload
     def lookup(self, text: str, k: int = 1) -> list[Match]: ...
     @overload
@@ -164,12 +190,15 @@ class SemanticIndex:
         """Return the ``k`` semantic clusters nearest to a prompt, or to each of several, best first."""
         if isinstance(text, str):
             return self.lookup([text], k)[0]
-        embeddings = self.encoder.encode(text)
+        return self.lookup_embeddings(self._embed(text), k)
+
+    def _embed(self, texts: list[str]) -> np.ndarray:
+        embeddings = self.encoder.encode(texts)
         if not self.keeps_encoder:
             del self.encoder
             gc.collect()  # modules refer to one another
             give_back_memory()
-        return self.lookup_embeddings(embeddings, k)
+        return embeddings
 
     def lookup_embeddings(self, embeddings: np.ndarray, k: int = 1) -> list[list[Match]]:
         """Return the nearest clusters of unit vectors [n, dim]."""

@@ -18,6 +18,7 @@ CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
 HISTOGRAMS_FILE = "histograms.safetensors"
+MAP_FILE = "map.safetensors"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
@@ -174,6 +175,18 @@ class ProfileInfo:
 
 
 @dataclass(frozen=True)
+class MapInfo:
+    """The map of the corpus's prompts."""
+
+    n_prompts: int
+    """Prompts on it: all, or as many as were drawn at random."""
+    method: str
+    """How they were laid out, "t-SNE" or "PCA"."""
+    texts: bool
+    """Whether it holds their beginnings."""
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
 
@@ -197,6 +210,8 @@ class Manifest:
     files: dict[str, FileInfo]
     histograms: list[str] = dataclasses.field(default_factory=list)
     """Layouts of which there are histograms of what tokens need, as the engine names them."""
+    map: MapInfo | None = None
+    """Of the map of its prompts; None: there is none."""
 
     def file_names(self) -> list[str]:
         """Return the files of the index beside the manifest, relative to its folder."""
@@ -204,6 +219,7 @@ class Manifest:
         return [
             *INDEX_FILES,
             *([HISTOGRAMS_FILE] if self.histograms else []),
+            *([MAP_FILE] if self.map else []),
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
@@ -263,8 +279,9 @@ class Manifest:
     def _fields(self) -> dict[str, Any]:
         """Return all fields; what is not there is left out of those that earlier releases did not have."""
         fields = dataclasses.asdict(self)
-        if not self.histograms:
-            del fields["histograms"]
+        for name in OPTIONAL:
+            if not fields[name]:
+                del fields[name]
         if not self.profiles:
             del fields["profiles"]
             fields["profile"] = None  # as earlier releases write it
@@ -273,6 +290,10 @@ class Manifest:
                 if section[name] is None:
                     del section[name]
         return fields
+
+
+OPTIONAL = ("histograms", "map")
+"""Fields of a manifest that earlier releases did not have."""
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:

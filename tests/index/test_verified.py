@@ -125,7 +125,7 @@ def test_rows_are_those_of_the_array(tmp_path):
     values = np.arange(5 * 3 * 70_000, dtype="<u4").reshape(5, 3, 70_000)
     save_file({"values": values, "more": np.ones(3, np.int8).view(np.uint8)}, tmp_path / "file")
     file = VerifiedFile(tmp_path / "file")
-    array = StoredArray(file, file.tensors()["values"], "<u4")
+    array = StoredArray(file, file.tensors()["values"])
     assert len(array) == 5 and array.shape == values.shape
     assert all(np.array_equal(array[number], values[number]) for number in range(5))
     assert [row[0, 0] for row in array] == values[:, 0, 0].tolist()
