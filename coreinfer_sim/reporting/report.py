@@ -114,7 +114,7 @@ def _drawn(chart: Any) -> Any:
 def _facts(index: SemanticIndex) -> list[list[str]]:
     """Return what the index was built from, in rows of two."""
     m = index.manifest
-    s, p = m.settings, m.profile
+    s = m.settings
     facts = [
         [
             "model",
@@ -127,15 +127,7 @@ def _facts(index: SemanticIndex) -> list[list[str]]:
         ["size", readable_size(sum(entry.size for entry in m.files.values()))],
     ]
     facts += [["compensated sets", f"keep ratio {each.keep_ratio:g}, {each.budget} budget"] for each in m.compensation]
-    if p is not None:
-        share = f"keep ratio {p.keep_ratio:g}" if p.of_sets else f"read ratio {p.read_ratio:g}"
-        facts.append(
-            [
-                "promise",
-                f"{share}, {p.weights} weights: perplexity {p.ratio - 1:+.1%} ({p.low - 1:+.1%} to {p.high - 1:+.1%}) on "
-                f"{counted(p.n_rows, 'row')}, {p.mlp_bytes / 1e6:,.1f} MB of MLP weights a token",
-            ]
-        )
+    facts += [[f"profile {name}", info.in_words()] for name, info in m.profiles.items()]
     return [[name, plain(value)] for name, value in facts]
 
 

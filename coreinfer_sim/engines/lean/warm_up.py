@@ -16,6 +16,7 @@ from coreinfer_sim.engines.lean.compact import WholeMLP
 from coreinfer_sim.engines.lean.head import whole_head
 from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Matrix
+from coreinfer_sim.engines.lean.products import rounded_rows
 from coreinfer_sim.engines.lean.step import N_NORMS, NO_NORM, Layers, decode_step
 
 
@@ -66,6 +67,7 @@ def _step(dtype: torch.dtype) -> None:
         np.float32(1),
         SILU,
     )
+    rounded_rows(words, one)  # of prefill
     angles = np.ones((1, 1, 4), np.float32)
     decode_step(
         *(cache_loops(dtype), one.copy(), layers, WholeMLP((matrix, matrix), matrix).words[None, None]),
