@@ -76,10 +76,10 @@ def _body(index: SemanticIndex, measured: list[Measured], chart: Any, commands: 
     from jinja2 import Environment, StrictUndefined
 
     manifest, found = index.manifest, overlap(index)
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown)
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
-        name=plain(index.name),
+        name=index.name,
         summary=f"{counted(len(index), 'topic')} over {counted(manifest.corpus.n_sentences, 'prompt')}.",
         parts=_PARTS,
         facts=_facts(index),
@@ -98,10 +98,15 @@ def _body(index: SemanticIndex, measured: list[Measured], chart: Any, commands: 
                 ("speed", "Speed", "No results of speed were given.", True),
             )
         ],
-        versions=[[plain(name), plain(value)] for name, value in manifest.versions.items()],
+        versions=[*manifest.versions.items()],
         commands=commands,
         version=version("coreinfer-sim"),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Return what the template shall show for a value: of a text, be it a stranger's, `plain`; drawings are no mere text."""
+    return plain(value) if type(value) is str else value
 
 
 def _drawn(chart: Any) -> Any:
@@ -136,7 +141,7 @@ def _facts(index: SemanticIndex) -> list[list[str]]:
                 f"{counted(p.n_rows, 'row')}, {p.mlp_bytes / 1e6:,.1f} MB of MLP weights a token",
             ]
         )
-    return [[name, plain(value)] for name, value in facts]
+    return facts
 
 
 def _map_note(index: SemanticIndex) -> str:
@@ -144,14 +149,14 @@ def _map_note(index: SemanticIndex) -> str:
     if info is None:
         return ""
     which = f"all {n:,} prompts" if info.n_prompts == n else f"{info.n_prompts:,} of {n:,} prompts, drawn at random"
-    return f"By {plain(info.method)}, {which}; what is alike in meaning lies near. Numbers are those of the topics."
+    return f"By {info.method}, {which}; what is alike in meaning lies near. Numbers are those of the topics."
 
 
 def _no_map(index: SemanticIndex) -> str:
     try:
         _ = index.map
     except MissingMapError as error:
-        return plain(str(error))
+        return str(error)
     return ""
 
 
