@@ -22,21 +22,23 @@ from .console import status
     show_default=True,
     help="Write the page here.",
 )
-def report(index: str, results: tuple[Path, ...], out: Path) -> None:
+@click.option("--compare", "other", type=options.INDEX, metavar="NAME", help="Put another index beside it.")
+def report(index: str, results: tuple[Path, ...], out: Path, other: str | None) -> None:
     """Write one page on an index: what it was built from, its map, its topics, and what RESULTS hold.
 
     RESULTS are JSON files of 'evaluate --out', 'tune --json' and 'bench --out'. The page needs no network.
 
     \b
     coreinfer-sim report my-index
-    coreinfer-sim report my-index quality.json speed.json -o my-index.html
+    coreinfer-sim report my-index quality.json speed.json --compare demo -o my-index.html
     """
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.reporting.report import check_report, write_report
 
     check_report(out)
     with status("Writing the report"):
-        write_report(SemanticIndex.load(index), results, out, _commands(index, results, out))
+        beside = None if other is None else SemanticIndex.load(other)
+        write_report(SemanticIndex.load(index), results, out, _commands(index, results, out), beside)
     click.echo(f"{out} is written; open it in a browser.")
 
 

@@ -73,7 +73,7 @@ def quality_chart(summary: Sequence[dict[str, Any]], contenders: Sequence[Conten
         x=alt.X("megabytes:Q", title="weights read per decoded token (MB)", scale=alt.Scale(zero=False, nice=True)),
         y=alt.Y(
             "kl:Q",
-            title=f"KL per token to dense (nats; up to {_LEAST:g} drawn there)",
+            title=["KL per token to dense", f"(nats; up to {_LEAST:g} drawn there)"],
             scale=alt.Scale(type="log"),
             axis=alt.Axis(tickCount=6, format="~g"),
         ),

@@ -18,16 +18,19 @@ from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.plot import map_chart
 from coreinfer_sim.reporting.charts import layers_chart, topics_chart
+from coreinfer_sim.reporting.comparing import Comparison, compare
 from coreinfer_sim.reporting.notices import notices_of
 from coreinfer_sim.reporting.overlap import Overlap, overlap
 from coreinfer_sim.reporting.results import Measured, read_measured
 
+_COMPARISON = "comparison"
 _PARTS = (
     ("about", "What it was built from"),
     ("notices", "What to look at"),
     ("map-of-prompts", "Map"),
     ("topics", "Topics"),
     ("overlap", "What topics have in common"),
+    (_COMPARISON, "Beside another index"),
     ("quality", "Quality"),
     ("speed", "Speed"),
     ("versions", "Versions and commands"),
@@ -43,7 +46,11 @@ def check_report(out: Path) -> None:
 
 
 def write_report(
-    index: SemanticIndex, results: Sequence[Path], out: Path, commands: Sequence[tuple[str, str]] = ()
+    index: SemanticIndex,
+    results: Sequence[Path],
+    out: Path,
+    commands: Sequence[tuple[str, str]] = (),
+    other: SemanticIndex | None = None,
 ) -> None:
     """Write a report as one page of HTML that needs no network.
 
@@ -54,6 +61,7 @@ def write_report(
         results: JSON files of `evaluate`, `tune` and `bench`, in the order in which they are shown.
         out: an .html file; replaced in one step.
         commands: what a reader may want to do next, and how.
+        other: an index to compare with.
 
     Raises:
         ConfigError: the file cannot be written, or one of the results is none.
@@ -61,7 +69,8 @@ def write_report(
     check_report(out)
     measured = [read_measured(path) for path in results]
     chart = None if index.manifest.map is None else map_chart(index.map, index.clusters)
-    body = _body(index, measured, chart, commands)
+    comparison = None if other is None else compare(index, other, _facts(index), _facts(other))
+    body = _body(index, measured, chart, commands, comparison)
     content = page(
         f"{plain(index.name)}: topics and measurements",
         body,
@@ -71,17 +80,24 @@ def write_report(
     write_atomic(out, lambda part: part.write_bytes(content))
 
 
-def _body(index: SemanticIndex, measured: list[Measured], chart: Any, commands: Sequence[tuple[str, str]]) -> str:
+def _body(
+    index: SemanticIndex,
+    measured: list[Measured],
+    chart: Any,
+    commands: Sequence[tuple[str, str]],
+    comparison: Comparison | None,
+) -> str:
     """Return the page's own part."""
     from jinja2 import Environment, StrictUndefined
 
     manifest, found = index.manifest, overlap(index)
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown)
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
-        name=plain(index.name),
+        name=index.name,
         summary=f"{counted(len(index), 'topic')} over {counted(manifest.corpus.n_sentences, 'prompt')}.",
-        parts=_PARTS,
+        parts=[part for part in _PARTS if part[0] != _COMPARISON or comparison is not None],
+        comparison=comparison,
         facts=_facts(index),
         notices=notices_of(index),
         map=None if chart is None else _drawn(chart),
@@ -98,10 +114,15 @@ def _body(index: SemanticIndex, measured: list[Measured], chart: Any, commands: 
                 ("speed", "Speed", "No results of speed were given.", True),
             )
         ],
-        versions=[[plain(name), plain(value)] for name, value in manifest.versions.items()],
+        versions=[*manifest.versions.items()],
         commands=commands,
         version=version("coreinfer-sim"),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Return what the template shall show for a value: of a text, be it a stranger's, `plain`; drawings are no mere text."""
+    return plain(value) if type(value) is str else value
 
 
 def _drawn(chart: Any) -> Any:
@@ -128,7 +149,7 @@ def _facts(index: SemanticIndex) -> list[list[str]]:
     ]
     facts += [["compensated sets", f"keep ratio {each.keep_ratio:g}, {each.budget} budget"] for each in m.compensation]
     facts += [[f"profile {name}", info.in_words()] for name, info in m.profiles.items()]
-    return [[name, plain(value)] for name, value in facts]
+    return facts
 
 
 def _map_note(index: SemanticIndex) -> str:
@@ -136,14 +157,14 @@ def _map_note(index: SemanticIndex) -> str:
     if info is None:
         return ""
     which = f"all {n:,} prompts" if info.n_prompts == n else f"{info.n_prompts:,} of {n:,} prompts, drawn at random"
-    return f"By {plain(info.method)}, {which}; what is alike in meaning lies near. Numbers are those of the topics."
+    return f"By {info.method}, {which}; what is alike in meaning lies near. Numbers are those of the topics."
 
 
 def _no_map(index: SemanticIndex) -> str:
     try:
         _ = index.map
     except MissingMapError as error:
-        return plain(str(error))
+        return str(error)
     return ""
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.base.plain import plain
 from coreinfer_sim.bench.plot import speed_chart
 from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.evaluation.plot import quality_chart
@@ -36,9 +34,7 @@ def read_measured(path: Path) -> Measured:
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rows = _plain(content["contenders"])
-        speeds = "bandwidth_gb_per_s" in content
-        return _speed(path, {**content, "contenders": rows}) if speeds else _quality(path, rows)
+        return _speed(path, content) if "bandwidth_gb_per_s" in content else _quality(path, content["contenders"])
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}), expected a file of results.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError) as error:
@@ -48,18 +44,14 @@ def read_measured(path: Path) -> Measured:
         ) from error
 
 
-def _plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, **{name: plain(text) for name, text in row.items() if isinstance(text, str)}} for row in rows]
-
-
 def _quality(path: Path, rows: list[dict[str, Any]]) -> Measured:
     contenders = [Contender.named(row["contender"]) for row in rows]
-    heads = ["contender", "perplexity to dense", "95 %", "KL (nats)", "same top token", "MB a token"]
+    heads = ["contender", "perplexity over dense", "95 %", "KL (nats)", "same top token", "MB a token"]
     table = [
         [
             row["contender"],
-            f"{row['ratio'] - 1:+.1%}",
-            "" if row["ratio_interval"] is None else " to ".join(f"{end - 1:+.1%}" for end in row["ratio_interval"]),
+            f"{row['ratio']:,.3f}",
+            "" if row["ratio_interval"] is None else " to ".join(f"{end:,.3f}" for end in row["ratio_interval"]),
             f"{row['kl']:.4f}",
             f"{row['same_top']:.1%}",
             f"{row['total_bytes_per_token'] / 1e6:,.1f}",
@@ -84,7 +76,5 @@ def _speed(path: Path, content: dict[str, Any]) -> Measured:
         for row in measured
     ]
     failed = [f"{row['contender']} was not measured: {row['error']}" for row in content["contenders"] if "error" in row]
-    machine = (
-        f"{content['rounds']} rounds on {content['threads']} threads of {plain(str(content['machine']['processor']))}"
-    )
+    machine = f"{content['rounds']} rounds on {content['threads']} threads of {content['machine']['processor']}"
     return Measured(path.name, True, speed_chart(content), heads, table, [machine, *failed])

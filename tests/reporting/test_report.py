@@ -17,6 +17,7 @@ from coreinfer_sim.evaluation.contenders import parse_contenders
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import CorpusInfo, SettingsInfo
 from coreinfer_sim.index.prompt_map import PromptMap
+from coreinfer_sim.reporting.comparing import compare
 from coreinfer_sim.reporting.notices import notices_of
 from coreinfer_sim.reporting.overlap import overlap
 from coreinfer_sim.reporting.report import write_report
@@ -146,6 +147,41 @@ def test_an_index_without_a_map_is_reported_with_the_command_that_helps(index, t
     assert "has no map of its prompts" in found.text and "coreinfer-sim build-index" in found.text
     assert not [tag for tag, _ in found.tags if tag == "script"]
     assert "No results of quality were given." in found.text and "No results of speed were given." in found.text
+
+
+def test_another_index_is_put_beside(index, tmp_path):
+    """Its third topic is this one's first, of the same neurons; its first is another's."""
+    order = [2, 1, 0]
+    named = [replace(clusters()[c], id=place, label=f"there {c}") for place, c in enumerate(order)]
+    there = save(
+        tmp_path / "there",
+        centroids=np.eye(4, dtype=np.float32)[order],
+        of_clusters=named,
+        statistics={name: values[order] for name, values in STATISTICS.items()},
+        corpus=CorpusInfo("others.jsonl", "2" * 64, 27, 300),
+    )
+    other = SemanticIndex.load(there)
+    found = compare(
+        index(), other, [["corpus", "a"], ["model", "m"]], [["corpus", "b"], ["model", "m"], ["promise", "p"]]
+    )
+    assert found.facts == [["corpus", "a", "b"], ["promise", "none", "p"]] and found.note == ""
+    assert [row[1:] for row in found.topics] == [[f"{2 - c}  there {c}", "1.00", "100%"] for c in range(3)]
+    text = written(SemanticIndex.load(tmp_path / "index"), tmp_path, other=other).text
+    assert "Beside another index" in text and "others.jsonl" in text and "0 there 2" in text
+
+
+@pytest.mark.parametrize(("part", "note"), [("encoder", "The encoders differ"), ("model", "The models differ")])
+def test_what_cannot_be_compared_is_said(index, tmp_path, part, note):
+    ours = index()
+    sections = {
+        "encoder": {"probe": [0.5] * 8},
+        "model": {"weight_sketch": [[0.25] * 32] * 3},
+    }
+    changed = replace(getattr(ours.manifest, part), **sections[part])
+    other = SemanticIndex.load(save(tmp_path / "there", **{part: changed}))
+    found = compare(ours, other, [], [])
+    assert found.note.startswith(note) and bool(found.topics) is (part == "model")
+    assert all(row[3] == "" for row in found.topics)
 
 
 # The numbers
