@@ -107,13 +107,12 @@ class TextGenerator(Generator):
         return self.engines[0].shares_steps and self.decode.prefill is Prefill.DENSE
 
     def _generate(self, request: Request) -> Generation:
-        sparse = self.sparse_model(request.mode)
-        with sparse.turns.call(request.output.check):
-            return self._generate_in_turn(request, sparse)
+        with self.sparse_model().turns.call(request.output.check):
+            return self._generate_in_turn(request)
 
-    def _generate_in_turn(self, request: Request, sparse: SparseModel) -> Generation:
+    def _generate_in_turn(self, request: Request) -> Generation:
         # 1) ids that fit
-        model, sampling = self.language_model, request.sampling
+        model, sparse, sampling = self.language_model, self.sparse_model(request.mode), request.sampling
         ids = prompt_ids(model.tokenizer, model.name, request.prompt, request.chat, request.chat_template_kwargs)
         ids = ids.to(model.model.device)
         n_prompt = ids.shape[1]

@@ -140,7 +140,7 @@ def timings_of(run: Generation) -> dict[str, float | None]:
         "cache_n": run.n_cached_tokens,
         "prompt_n": n_read,
         "prompt_ms": prompt_ms,
-        "prompt_per_token_ms": prompt_ms / n_read,
+        "prompt_per_token_ms": prompt_ms / n_read if n_read else None,
         "prompt_per_second": n_read / run.prefill_seconds if run.prefill_seconds else None,
         "predicted_n": run.n_new_tokens,
         "predicted_ms": predicted_ms,
