@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from coreinfer_sim.index.places import places_of
 from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
+from coreinfer_sim.models.mlps import MLPLayer
 
 _N_EXEMPLARS = 3
 _EXEMPLAR_LENGTH = 160
@@ -75,6 +76,13 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
 
+def _places(layers: Sequence[MLPLayer]) -> list[list[int]] | None:
+    """Return layer and expert of each MLP of a mixture, as the manifest holds them."""
+    if all(layer.expert is None for layer in layers):
+        return None
+    return [[layer.block, -1 if layer.expert is None else layer.expert] for layer in layers]
+
+
 def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
     """Describe the clusters: size, label and the prompts nearest to the centroid."""
     clustering, sentences = corpus.clustering, corpus.sentences
@@ -115,6 +123,7 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
             weight_sketch=weight_sketch(language_model.layers),
             tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
             activation_site=f"input of {layers[0].output_name}",
+            places=_places(language_model.layers),
             **places_of(language_model.name, out),
         ),
         encoder=EncoderInfo(
