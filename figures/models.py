@@ -26,8 +26,8 @@ model that reads images, the text part is what is tried and served.
 
 ## Supported
 
-"plain" is `output(activation(input(x)))`, "gated" is `output(activation(gate(x)) * up(x))`; of "experts" each is such an MLP. A
-norm behind an MLP stands between it and the residual stream, or behind their sum. {n_lean} types decode on a CPU by compiled loops
+"plain" is `output(activation(input(x)))`, "gated" is `output(activation(gate(x)) * up(x))`; of "experts" each is one. A norm
+behind an MLP stands between it and the residual stream, or behind their sum. {n_lean} types decode on a CPU by compiled loops
 ("lean"), the others by transformers' own code.
 
 | type | text part | MLPs | engine |

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_mixtral
+from tiny_models import tiny_mixtral, tiny_tokenizer
 from torch import nn
 
 TYPES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"]
@@ -52,3 +52,14 @@ def mixtral_of_own_experts() -> Any:
     for block in model.model.layers:
         block.mlp = OwnExperts(block.mlp)
     return model.eval()
+
+
+def saved(folder: Any, model: Any) -> str:
+    """Save a model with a tokenizer, all of whose words it knows."""
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -79,6 +79,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mlp_multipliers": [0.9, 0.3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTATED}},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "glm4v_moe_text": {"rope_parameters": {**_ROTATED, "mrope_section": [1, 1, 0]}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "recurrent_gemma": {"num_hidden_layers": 3, "intermediate_size": 96},
@@ -91,7 +95,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 """What the sizes of a type ask for."""
-_DERIVED = {"head_dim": 8, "num_key_value_heads": 2}
+_DERIVED = {
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
 """Sizes that some configurations leave open, but the models ask for."""
 _OTHERS = ("model_type", "transformers_version", "architectures", "dtype")
 
@@ -211,7 +221,8 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
         statistics = activation_statistics(seen[layer.number][0], [0, IDS.numel()], 0.4)
         assert seen[layer.number][0].shape == (IDS.numel(), layer.d_ff)
         assert statistics.counts.shape == (1, layer.d_ff) and statistics.counts.sum() > 0
-    assert all(layer.post_norm is _norm_is_behind(model, layer) for layer in layers if layer.expert is None)
+    if all(layer.expert is None for layer in layers):  # what experts give is added up before a norm
+        assert all(layer.post_norm is _norm_is_behind(model, layer) for layer in layers)
     # 2) a compact MLP, the masked one, and a whole one
     chosen = selection(model, 0.5)
     with installed(layers, chosen):

@@ -215,7 +215,7 @@ class SemanticIndex:
         return {
             layer: torch.from_numpy(top_ids(values[row], ties[row], n))
             for layer, row in self.rows_of_layers(layers).items()
-            if values[row].any()
+            if values[row].any() or ties[row].any()
         }
 
     def check_cluster(self, cluster: int) -> None:
@@ -265,7 +265,7 @@ class SemanticIndex:
         """
         name = _RANKED_BY[Score(score)]
         own = self._statistic(name, cluster), self._statistic("activation", cluster)
-        unused = ~own[0].any(axis=1, keepdims=True)
+        unused = ~(own[0].any(axis=1, keepdims=True) | own[1].any(axis=1, keepdims=True))
         if cluster is None or not unused.any():
             return own
         if name not in self._of_corpus:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class Stacked:
         inputs, output = parameters.get(name), parameters.get("down_proj")
         if inputs is None or output is None or not inputs.dim() == output.dim() == 3:
             return None
+        if len(inputs) != len(output) or len(signature(module.forward).parameters) < 3:
+            return None  # some tokens pass by all experts, or no router is asked
         turned = bool(getattr(module, "is_transposed", output.shape[1] != d_model))
         n_experts, d_ff = output.shape[0], output.shape[1 if turned else 2]
         gated = name == "gate_up_proj"
@@ -113,6 +116,9 @@ class Expert(nn.Module):
         """Stand for the expert of a number."""
         super().__init__()
         self._experts, self._layout = (experts,), layout
+        self.gate_proj: Any
+        self.up_proj: Any
+        self.down_proj: Any
         self.routing = Routing()
         for name, rows in layout.rows().items():
             setattr(self, name, ExpertLinear(experts, number, layout.inputs, layout.turned, rows))
@@ -128,12 +134,12 @@ class Expert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map the expert's tokens [n_rows, d_model], without the router's weights."""
-        experts = self._experts[0]
-        up: torch.Tensor = self.up_proj(x)
+        experts: Any = self._experts[0]
+        up = self.up_proj(x)
         if not self._layout.gated:
             z = experts.act_fn(up)
         else:
-            gate: torch.Tensor = self.gate_proj(x)
+            gate = self.gate_proj(x)
             if not hasattr(experts, "_apply_gate"):
                 z = experts.act_fn(gate) * up
             elif self._layout.interleaved:
@@ -158,7 +164,7 @@ class Mixture:
         """Return what stands in place of a module's forward code, put there if it is not yet."""
         found = vars(module).get("forward")
         if not isinstance(found, cls):
-            found = module.forward = cls(module, layout)  # type: ignore[assignment]
+            found = module.forward = cls(module, layout)
         return found
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -200,7 +206,7 @@ class Noted:
         """Return what stands in place of a module's forward code, put there if it is not yet."""
         found = vars(block).get("forward")
         if not isinstance(found, cls):
-            found = block.forward = cls(block)  # type: ignore[assignment]
+            found = block.forward = cls(block)
         return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,22 +51,21 @@ class Found:
 def found_mlps(name: str, modules: Mapping[str, nn.Module], d_model: int) -> list[Found]:
     """Return all MLPs of the widest kind that numbered layers hold; of a mixture, the experts and what is as wide as they."""
     candidates = _candidates(modules, d_model)
-    stacked = stacked_experts(modules, d_model)
+    stacked = stacked_experts({path: each for path, each in modules.items() if _PLACE.match(path)}, d_model)
     listed = lists_of_experts([each.path for each in candidates], modules)
-    if not candidates and not stacked:
-        raise UnsupportedModelError(
-            f"{name} holds no MLP: no layer has linear layers from {d_model} features to more and back; name another model."
-        )
     order = {path: number for number, path in enumerate(modules)}
-    kinds: dict[Any, Arrangement | Mismatch | None] = {}
+    of_experts: dict[Any, Mismatch | None] = {}
+    kinds: dict[Any, Arrangement | Mismatch] = {}
     found: list[tuple[int, Found]] = []
     # 1) experts whose weights lie together
     for path, layout in stacked.items():
         module = modules[path]
         kind = kind_of_experts(module, layout)
-        if kind not in kinds:
-            kinds[kind] = verify_experts(module, layout, d_model)
-        _check(name, path, module, kinds[kind])
+        if kind not in of_experts:
+            of_experts[kind] = verify_experts(module, layout, d_model)
+        mismatch = of_experts[kind]
+        if mismatch is not None:
+            raise _refusal(name, path, module, mismatch)
         for number, (expert, arrangement) in enumerate(experts_of(module, layout)):
             found.append((order[path], Found(f"{path}.{number}", expert, arrangement, expert.routing)))
     # 2) other owners: of a mixture those as wide as its experts, else of the widest kind
@@ -82,9 +81,10 @@ def found_mlps(name: str, modules: Mapping[str, nn.Module], d_model: int) -> lis
         if kind not in kinds:
             kinds[kind] = verify(owner, arrangement)
         verified = kinds[kind]
-        if isinstance(verified, Mismatch) and experts and each.path not in listed:
-            continue  # a part of another purpose, of which the experts' width is all that is known
-        _check(name, each.path, owner, verified)
+        if isinstance(verified, Mismatch):
+            if experts and each.path not in listed:
+                continue  # a part of another purpose, of which the experts' width is all that is known
+            raise _refusal(name, each.path, owner, verified)
         routing = found_routing(modules[listed[each.path]]) if each.path in listed else None
         found.append((order[each.path], replace(each, arrangement=verified, routing=routing)))
     return [each for _, each in sorted(found, key=lambda pair: pair[0])]
@@ -103,13 +103,11 @@ def _candidates(modules: Mapping[str, nn.Module], d_model: int) -> list[Found]:
     return candidates
 
 
-def _check(name: str, path: str, owner: Any, verified: Arrangement | Mismatch | None) -> None:
-    """Raise UnsupportedModelError for an owner that does not compute what is expected."""
-    if isinstance(verified, Mismatch):
-        raise UnsupportedModelError(
-            f"{path} of {name}, a {type(owner).__name__}, is no MLP whose neurons can be left out: {verified.reason}; name "
-            "another model."
-        )
+def _refusal(name: str, path: str, owner: Any, mismatch: Mismatch) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{path} of {name}, a {type(owner).__name__}, is no MLP whose neurons can be left out: {mismatch.reason}; name another "
+        "model."
+    )
 
 
 def _check_kinds(path: str, owner: Any, arrangement: Arrangement) -> None:

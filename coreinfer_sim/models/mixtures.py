@@ -130,7 +130,8 @@ def _one_by_one(mixture: Mixture, given: tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _cut(expert: Expert, kept: torch.Tensor) -> None:
-    for name, module in list(expert.named_children()):
+    parts: list[tuple[str, Any]] = list(expert.named_children())
+    for name, module in parts:
         weight, bias = module.weight, module.bias
         if name == "down_proj":
             setattr(expert, name, linear_module(weight[:, kept], bias))

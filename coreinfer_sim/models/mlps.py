@@ -145,10 +145,15 @@ def find_mlps(model: Any) -> list[MLPLayer]:
     modules = dict(_text_modules(model, text))
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model, expected a causal one; name a decoder.")
-    found = found_mlps(name, modules, _width_of(model, text))
+    d_model = _width_of(model, text)
+    found = found_mlps(name, modules, d_model)
     mixture = sorted({type(m).__name__ for m in modules.values() if _MIXTURE.search(type(m).__name__)})
     if mixture and not any(each.routing for each in found):
         raise _unknown_mixture(name, mixture[0])
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} holds no MLP: no layer has linear layers from {d_model} features to more and back; name another model."
+        )
     widths = {weight_shape(each.owner.get_submodule(each.arrangement.output)) for each in found}
     if len(widths) > 1:
         raise UnsupportedModelError(

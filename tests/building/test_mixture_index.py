@@ -12,12 +12,13 @@ import torch
 from builds import CONFIG
 from commands import call as command
 from commands import generated, parsed, refused, setting, succeeded
+from mixtures import saved
 from safetensors.numpy import load_file
-from tiny_models import tiny_mixtral, tiny_tokenizer
+from tiny_models import tiny_mixtral
 from tiny_types import tiny_of_type
 
 from coreinfer_sim.base.errors import UnsupportedModelError
-from coreinfer_sim.base.settings import BuildConfig, CompensationConfig
+from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.statistics import activation_statistics
 from coreinfer_sim.export.export import export
@@ -32,15 +33,18 @@ NEVER = 2
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixture") / "mixtral"
-    tiny_mixtral().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return saved(tmp_path_factory.mktemp("mixture") / "mixtral", tiny_mixtral())
 
 
 @pytest.fixture(scope="module")
-def index(build, checkpoint, tmp_path_factory):
-    return build(tmp_path_factory.mktemp("mixture-index") / "index", BuildConfig(clusters=3, gamma=0.5), checkpoint)
+def texts(corpus):
+    return CorpusConfig(corpus, max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def index(build, checkpoint, texts, tmp_path_factory):
+    config = BuildConfig(clusters=3, gamma=0.5)
+    return build(tmp_path_factory.mktemp("mixture-index") / "index", config, checkpoint, texts)
 
 
 @torch.no_grad()
@@ -62,8 +66,8 @@ def test_statistics_are_sums_of_what_each_expert_has_read(index, checkpoint, cor
         np.testing.assert_allclose(energy[number], expected, rtol=1e-3)
 
 
-def test_the_index_does_not_depend_on_shards_and_batches(index, build, checkpoint, tmp_path):
-    other = build(tmp_path / "index", BuildConfig(clusters=3, gamma=0.5, shard_size=7, batch_size=3), checkpoint)
+def test_the_index_does_not_depend_on_shards_and_batches(index, build, checkpoint, texts, tmp_path):
+    other = build(tmp_path / "index", BuildConfig(clusters=3, gamma=0.5, shard_size=7, batch_size=3), checkpoint, texts)
     for cluster in range(3):
         for one, two in zip(index.statistics(cluster), other.statistics(cluster), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3)
@@ -107,18 +111,17 @@ def test_an_expert_that_a_cluster_has_not_reached_has_the_corpuss_set(index):
     assert 7 not in own and 7 not in corpus and len(own) == 11
 
 
-def test_an_expert_that_no_text_has_reached_stays_dense(build, tmp_path):
+def test_an_expert_that_no_text_has_reached_stays_dense(build, texts, tmp_path):
     model = tiny_of_type("gpt_oss")
     for block in model.model.layers:
         block.mlp.router.bias.data[NEVER] = -1e4
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    index = build(tmp_path / "index", CONFIG, str(tmp_path / "model"))
+    checkpoint = saved(tmp_path / "model", model)
+    index = build(tmp_path / "index", CONFIG, checkpoint, texts)
     never = [number for number, (_, expert) in enumerate(index.manifest.model.places) if expert == NEVER]
     for cluster in (None, 0, 1, 2):
         assert set(range(8)) - set(index.core_neurons(cluster)) == set(never)
         assert all(not values[number].any() for values in index.statistics(cluster, "paper") for number in never)
-    loaded = load_model(str(tmp_path / "model"))
+    loaded = load_model(checkpoint)
     ids = loaded.tokenizer("How do stars form?", return_tensors="pt")["input_ids"]
     for mode in ("similarity", "hybrid"):
         predictor = make_predictor(mode, loaded.layers, index, keep_ratio=0.5)
@@ -127,10 +130,10 @@ def test_an_expert_that_no_text_has_reached_stays_dense(build, tmp_path):
             assert set(range(8)) - set(sparse.latest.selections[0].ids) == set(never)
 
 
-def test_what_mixtures_cannot_do_is_refused(index, build, checkpoint, tmp_path):
+def test_what_mixtures_cannot_do_is_refused(index, build, checkpoint, texts, tmp_path):
     config = BuildConfig(clusters=3, compensation=CompensationConfig())
     with pytest.raises(UnsupportedModelError, match="compensation was asked for, but mixtral is a mixture of experts"):
-        build(tmp_path / "index", config, checkpoint)
+        build(tmp_path / "index", config, checkpoint, texts)
     with pytest.raises(UnsupportedModelError, match="an export was asked for, but mixtral is a mixture of experts"):
         export(load_model(checkpoint), index, ["global"], tmp_path / "exported")
     for more, says in (

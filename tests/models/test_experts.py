@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calls import Snapshot, token_ids
-from mixtures import TYPES, mixtral_of_own_experts
-from tiny_models import N_LAYERS, save_tiny_checkpoint, tiny_mixtral, tiny_tokenizer
+from mixtures import TYPES, mixtral_of_own_experts, saved
+from tiny_models import N_LAYERS, save_tiny_checkpoint, tiny_mixtral
 from tiny_types import tiny_of_type, tried
 from torch import nn
 
@@ -178,12 +178,6 @@ def test_models_without_weights_are_found_as_well():
     with torch.device("meta"):
         model = type(tiny_mixtral())(tiny_mixtral().config)
     assert len(find_mlps(model)) == 4 * N_LAYERS
-
-
-def saved(folder, model):
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_checkpoint_is_loaded_whole(tmp_path):
