@@ -42,7 +42,7 @@ class CompiledEngine(TransformersEngine):
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
-        """Refuse what `TransformersEngine` does, and experts, which of them run is known by each token alone."""
+        """Refuse what `TransformersEngine` does, and mixtures, whose tokens decide which experts run."""
         if is_mixture(model):
             return "it compiles no mixture of experts"
         return super().refuses(model, config)

@@ -212,10 +212,11 @@ class SemanticIndex:
             keep_ratio = self.manifest.plain_keep_ratio
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
+        reached = self._reached(values, ties)
         return {
             layer: torch.from_numpy(top_ids(values[row], ties[row], n))
             for layer, row in self.rows_of_layers(layers).items()
-            if values[row].any() or ties[row].any()
+            if reached[row]
         }
 
     def check_cluster(self, cluster: int) -> None:
@@ -265,13 +266,17 @@ class SemanticIndex:
         """
         name = _RANKED_BY[Score(score)]
         own = self._statistic(name, cluster), self._statistic("activation", cluster)
-        unused = ~(own[0].any(axis=1, keepdims=True) | own[1].any(axis=1, keepdims=True))
+        unused = ~self._reached(*own)[:, None]
         if cluster is None or not unused.any():
             return own
         if name not in self._of_corpus:
             self._of_corpus[name] = self.statistics(None, score)
         values, ties = (np.where(unused, *pair) for pair in zip(self._of_corpus[name], own, strict=True))
         return values, ties
+
+    def _reached(self, values: np.ndarray, ties: np.ndarray) -> np.ndarray:
+        """Return to which rows of statistics tokens have come, boolean [n_recorded_layers]: to all but some experts."""
+        return values.any(axis=1) | ties.any(axis=1) | (self.manifest.model.places is None)
 
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         values = self._statistics[name]

@@ -87,7 +87,7 @@ def test_commands_name_layer_and_expert(index, checkpoint):
     found = generated(folder, "--keep-ratio", 0.5)
     assert found["engine"] == "transformers" and found["keep_ratio"] == 0.5
     assert found["mlp_bytes_per_token"] == found["dense_mlp_bytes_per_token"] / 2 == 4 * 3 * 3 * 32 * 48
-    assert generated(folder, "--keep-ratio", 0.5, *setting("select.sparse_layers", "1:"))["keep_ratio"] == 2 / 3
+    assert generated(folder, "--keep-ratio", 0.5, *setting("select.sparse_layers", "1:"))["keep_ratio"] == 0.6667
 
 
 def test_all_ways_of_choosing_decode(index, checkpoint):
