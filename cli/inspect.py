@@ -18,6 +18,7 @@ from .settings import Settings, set_option
 
 if TYPE_CHECKING:
     from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.index.manifest import ModelInfo
 
 _INDEX = click.argument("index", type=options.INDEX)
 _ONE_OR_THE_ONLY = click.argument("index", type=options.INDEX, required=False, metavar="[NAME]")
@@ -95,15 +96,16 @@ def _print_info(loaded: SemanticIndex, as_json: bool) -> None:
     m = loaded.manifest
     click.echo(f"{loaded.name}: format version {m.format_version}")
     click.echo(
-        f"  model     {m.model.name} ({m.model.family}, {m.model.n_layers} layers, d_model {m.model.d_model}, "
-        f"d_ff {m.model.d_ff}, {m.model.dtype})"
+        f"  model     {m.model.name} ({m.model.family}, {len(set(m.model.blocks))} layers{_experts(m.model)}, d_model "
+        f"{m.model.d_model}, d_ff {m.model.d_ff}, {m.model.dtype})"
     )
     click.echo(f"  encoder   {m.encoder.name} ({m.encoder.dimension} dimensions, {m.encoder.metric})")
     click.echo(
         f"  corpus    {m.corpus.source}: {counted(m.corpus.n_sentences, 'prompt')}, {counted(m.corpus.n_tokens, 'token')}"
     )
     s = m.settings
-    click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(s.layers)}")
+    layers = sorted({m.model.blocks[each] for each in s.layers})
+    click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(layers)}")
     for each in m.compensation:
         kept = [each.n_kept[layer] for layer in s.layers]
         trained = f", and trained on up to {each.distil_tokens:,}" if each.distil_tokens else ""
@@ -129,6 +131,12 @@ def _print_info(loaded: SemanticIndex, as_json: bool) -> None:
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
     click.echo(f"{counted(len(loaded), 'cluster')}:")
     print_clusters(loaded)
+
+
+def _experts(model: ModelInfo) -> str:
+    """Say how many experts a layer of a mixture has; of unlike layers the most."""
+    n = max((expert for _, expert in model.places or ()), default=-1) + 1
+    return f" of {counted(n, 'expert')}" if n else ""
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -181,6 +189,12 @@ verify = click.Command(
 )
 
 
+def _key(index: SemanticIndex, number: int) -> str:
+    """Return what JSON calls an MLP: its layer, and of an expert ``layer.expert``."""
+    places = index.manifest.model.places
+    return str(number) if places is None else ".".join(str(each) for each in places[number] if each >= 0)
+
+
 @click.command()
 @_INDEX
 @click.argument("prompt")
@@ -223,20 +237,21 @@ def _print_lookup(
             {
                 "prompt": prompt,
                 "matches": [{**asdict(match), "confident": match.confident} for match in matches],
-                "core_neurons": {str(layer): values.tolist() for layer, values in neurons.items()},
+                "core_neurons": {_key(loaded, layer): values.tolist() for layer, values in neurons.items()},
             }
         )
         return
     for match in matches:
         familiar = "" if match.confident else "  (unfamiliar)"
         click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}{familiar}")
+    model = loaded.manifest.model
     counts = {len(values) for values in neurons.values()}
     spread = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     click.echo(
-        f"core neurons of cluster {matches[0].cluster}: {spread} of {loaded.manifest.model.d_ff} in each of "
-        f"{len(neurons)} layers{', compensated' if chosen.compensation else ''}"
+        f"core neurons of cluster {matches[0].cluster}: {spread} of {model.d_ff} in each of "
+        f"{len(neurons)} {'layers' if model.places is None else 'experts'}{', compensated' if chosen.compensation else ''}"
     )
     for layer, values in neurons.items():
         listed = values.tolist()
         shown = listed if ids else listed[:12]
-        click.echo(f"  layer {layer:3d}: {', '.join(map(str, shown))}{'' if ids else ', …'}")
+        click.echo(f"  {model.title(layer)}: {', '.join(map(str, shown))}{'' if ids else ', …'}")

@@ -258,6 +258,18 @@ def layers_slice(numbers: Sequence[int]) -> str:
     return f"{numbers[0]}:{numbers[-1] + 1}:{step}"
 
 
+def members_within(text: str, layers: Sequence[int]) -> list[int]:
+    """Return which members lie in the layers that a slice names; several, such as a layer's experts, may lie in one.
+
+    Args:
+        text: as in `parse_layers`, which counts the layers that have members.
+        layers: number of each member's layer.
+    """
+    numbers = sorted(set(layers))
+    named = {numbers[place] for place in parse_layers(text, len(numbers))}
+    return [member for member, layer in enumerate(layers) if layer in named]
+
+
 def parse_layers(text: str, n_layers: int) -> list[int]:
     """Turn ``"4:"``, ``"2:10"``, ``"3"`` or ``":"`` into layer numbers, with Python's slice rules.
 

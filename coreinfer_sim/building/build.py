@@ -33,6 +33,7 @@ from coreinfer_sim.index.encoder import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.fingerprint import weights_checksum
 from coreinfer_sim.models.loading import LanguageModel, load_model
+from coreinfer_sim.models.mlps import check_dense
 
 
 def build_index(
@@ -115,8 +116,11 @@ def _settings(
 
     Raises:
         ConfigError: the model cannot be built with these settings.
+        UnsupportedModelError: compensation was asked for, of a mixture of experts.
     """
     recorded_layers(language_model, source.config)
+    if source.config.compensation is not None:
+        check_dense(language_model.layers, "compensation")
     limit = language_model.context_length
     if limit is not None and corpus.max_tokens > limit:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from coreinfer_sim.index.prompt_map import PromptMap
 from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
+from coreinfer_sim.models.mlps import MLPLayer
 
 _N_EXEMPLARS = 3
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
@@ -75,6 +76,13 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus, parts.encoder)
         save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms, parts.prompt_map)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
+
+
+def _places(layers: Sequence[MLPLayer]) -> list[list[int]] | None:
+    """Return layer and expert of each MLP of a mixture, as the manifest holds them."""
+    if all(layer.expert is None for layer in layers):
+        return None
+    return [[layer.block, -1 if layer.expert is None else layer.expert] for layer in layers]
 
 
 def _clusters(corpus: ClusteredCorpus, encoder: SentenceEncoder) -> list[Cluster]:
@@ -118,6 +126,7 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
             weight_sketch=weight_sketch(language_model.layers),
             tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
             activation_site=f"input of {layers[0].output_name}",
+            places=_places(language_model.layers),
             **places_of(language_model.name, out),
         ),
         encoder=EncoderInfo(

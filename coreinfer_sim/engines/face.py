@@ -179,7 +179,9 @@ class Engine(ABC):
             if selection.read_ratio < 1:
                 self.check_by_token()
             made = self.cut(selection)
-            return Prepared(selection, made, self.size(made))
+            n_bytes, layers = self.size(made), self.layers
+            passed = sum((1 - layers[n].share) * self.size({n: made[n]}) for n in made if layers[n].share < 1)
+            return Prepared(selection, made, n_bytes, n_bytes - round(passed))
 
         return [self.cache.get(selection, make) for selection in selections]
 
@@ -263,8 +265,8 @@ class Engine(ABC):
         """Return the bytes of weights that a step reads outside the MLPs."""
 
     def dense_bytes(self, layer: MLPLayer) -> int:
-        """Return the bytes that a step reads in a layer that stays dense."""
-        return layer.n_bytes
+        """Return the bytes that a step reads in a layer that stays dense; of an expert, on average over its layer's."""
+        return round(layer.n_bytes * layer.share)
 
     def whole_bytes(self) -> int:
         """Return the MLP bytes that a dense step reads."""
@@ -273,7 +275,7 @@ class Engine(ABC):
     def mlp_bytes(self, held: Sequence[Prepared]) -> int:
         """Return the MLP bytes that a step reads; a layer that several selections leave dense is read once."""
         dense = [layer for layer in self.layers if any(layer.number not in each.layers for each in held)]
-        return sum(each.n_bytes for each in held) + sum(self.dense_bytes(layer) for layer in dense)
+        return sum(each.n_read for each in held) + sum(self.dense_bytes(layer) for layer in dense)
 
     def count(self, groups: Sequence[Group], n_steps: int = 1) -> None:
         """Count the bytes of steps that have been done."""

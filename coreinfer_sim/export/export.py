@@ -26,6 +26,7 @@ from coreinfer_sim.export.weights import (
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.chat_templates import template_of
 from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import check_dense
 
 FORMATS = ("hf", "gguf")
 
@@ -72,6 +73,7 @@ def export(
     # 1) What is requested, and which of it is there.
     progress, out = shown(progress), Path(out)
     check_model(index, language_model.layers)
+    check_dense(language_model.layers, "an export")
     keep_ratio, compensated = wanted_sets(index, keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
     written_as = weights if kind == "gguf" else language_model.dtype_name

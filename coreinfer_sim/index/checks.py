@@ -152,6 +152,9 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         and layers[-1] < model.n_layers,
         "model.weight_sketch": len(model.weight_sketch) == model.n_layers
         and all(_are_numbers(row, SKETCH_SIZE) for row in model.weight_sketch),
+        "model.places": model.places is None
+        or len(model.places) == model.n_layers
+        and all(isinstance(each, list) and [type(n) for n in each] == [int, int] for each in model.places),
         "encoder.probe": _are_numbers(probe, PROBE_LENGTH),
         **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},

@@ -15,7 +15,7 @@ import numpy as np
 from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError, MissingMapError
 from coreinfer_sim.base.files import check_folder
 from coreinfer_sim.base.memory import give_back_memory
-from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, parse_layers
+from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, members_within
 from coreinfer_sim.index.checks import read_manifest, verified_files
 from coreinfer_sim.index.clustering import faiss_index, nearest
 from coreinfer_sim.index.clusters import Cluster, Match
@@ -80,6 +80,7 @@ class SemanticIndex:
         self.centroids = centroids
         self._searcher = faiss_index(centroids)
         self._encoder = encoder
+        self._of_corpus: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.keeps_encoder = True
         """Whether the encoder stays in memory after a lookup; one that was not given is loaded again when it is needed."""
 
@@ -229,7 +230,7 @@ class SemanticIndex:
             layers: slice of the model's layers, such as ``4:``.
 
         Returns:
-            Ascending ids [n_kept] by layer number.
+            Ascending ids [n_kept] by layer number; an expert that no text of the corpus has reached is not named.
         """
         import torch
 
@@ -240,9 +241,11 @@ class SemanticIndex:
             keep_ratio = self.manifest.plain_keep_ratio
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
+        reached = self._reached(values, ties)
         return {
             layer: torch.from_numpy(top_ids(values[row], ties[row], n))
             for layer, row in self.rows_of_layers(layers).items()
+            if reached[row]
         }
 
     def check_cluster(self, cluster: int) -> None:
@@ -253,28 +256,35 @@ class SemanticIndex:
     @property
     def recorded(self) -> str:
         """The layers that are in the index, as a slice."""
-        return layers_slice(self.manifest.settings.layers)
+        blocks = self.manifest.model.blocks
+        numbers = sorted(set(blocks))
+        recorded = {blocks[each] for each in self.manifest.settings.layers}
+        return layers_slice([place for place, number in enumerate(numbers) if number in recorded])
 
     def rows_of_layers(self, layers: str = ":") -> dict[int, int]:
-        """Return the row of each layer of a slice in the statistics.
+        """Return the row of each layer of a slice in the statistics, of a mixture that of each of its experts.
 
         Raises:
             ConfigError: the slice names no layer, or one that was not recorded.
         """
         settings, model = self.manifest.settings, self.manifest.model
-        wanted = set(parse_layers(layers, model.n_layers))
+        blocks = model.blocks
+        wanted = set(members_within(layers, blocks))
         if not wanted:
-            raise ConfigError(f"layers is {layers!r}, which names none of the model's {model.n_layers} layers.")
+            raise ConfigError(f"layers is {layers!r}, which names none of the model's {len(set(blocks))} layers.")
         missing = wanted - set(settings.layers)
         if missing:
+            lacks, held = (sorted({blocks[each] for each in found}) for found in (missing, settings.layers))
             raise ConfigError(
-                f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer in "
+                f"layers {lacks} were not recorded in {self.name}, which holds {held}; name fewer in "
                 f"layers, or {REBUILD}."
             )
         return {layer: row for row, layer in enumerate(settings.layers) if layer in wanted}
 
     def statistics(self, cluster: int | None, score: Score | str = Score.ENERGY) -> tuple[np.ndarray, np.ndarray]:
         """Return what ranks a cluster's neurons, and the summed activation, which breaks ties.
+
+        Of an expert that no text of the cluster has reached, it is the whole corpus's.
 
         Args:
             cluster: its number; None sums over all clusters.
@@ -283,7 +293,19 @@ class SemanticIndex:
         Returns:
             Two arrays [n_recorded_layers, d_ff].
         """
-        return self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
+        name = _RANKED_BY[Score(score)]
+        own = self._statistic(name, cluster), self._statistic("activation", cluster)
+        unused = ~self._reached(*own)[:, None]
+        if cluster is None or not unused.any():
+            return own
+        if name not in self._of_corpus:
+            self._of_corpus[name] = self.statistics(None, score)
+        values, ties = (np.where(unused, *pair) for pair in zip(self._of_corpus[name], own, strict=True))
+        return values, ties
+
+    def _reached(self, values: np.ndarray, ties: np.ndarray) -> np.ndarray:
+        """Return to which rows of statistics tokens have come, boolean [n_recorded_layers]: to all but some experts."""
+        return values.any(axis=1) | ties.any(axis=1) | (self.manifest.model.places is None)
 
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         values = self._statistics[name]

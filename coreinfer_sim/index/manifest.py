@@ -49,6 +49,18 @@ class ModelInfo:
     """Where the build found it; None: on the hub, or an earlier release built the index."""
     relative_path: str | None = None
     """The same, from the index folder on."""
+    places: list[list[int]] | None = None
+    """Of a mixture of experts, whose layers hold several MLPs: each MLP's layer and expert, -1 for one beside the experts."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """Number of the model's layer that each MLP lies in."""
+        return list(range(self.n_layers)) if self.places is None else [layer for layer, _ in self.places]
+
+    def title(self, number: int) -> str:
+        """Return what an MLP is called."""
+        layer, expert = (number, -1) if self.places is None else self.places[number]
+        return f"layer {layer:3d}" + (f" expert {expert:3d}" if expert >= 0 else "")
 
 
 @dataclass(frozen=True)
@@ -286,8 +298,8 @@ class Manifest:
             del fields["profiles"]
             fields["profile"] = None  # as earlier releases write it
         for section in (fields["model"], fields["encoder"]):
-            for name in ("path", "relative_path"):
-                if section[name] is None:
+            for name in ("path", "relative_path", "places"):
+                if section.get(name, ()) is None:
                     del section[name]
         return fields
 
