@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedIOBase
@@ -17,9 +16,11 @@ from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Sampli
 from coreinfer_sim.base.errors import ConfigError, PromptError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.rows import CorpusReport, Row, read_lines
+from coreinfer_sim.base.settings import Profile
 
 from . import options
 from .console import ConsoleProgress, note_plain_sets, print_json, quiet_libraries, size_text
+from .profiles import chosen_profile, profile_option
 from .settings import Settings, set_option
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _EFFECTIVE = {
 _OPTIONS = (
     options.index,
     options.model,
+    profile_option,
     options.mode,
     options.keep_ratio,
     options.read_ratio,
@@ -75,6 +77,7 @@ class Asking:
 
     index: str | None
     model: str | None
+    profile: Profile | None
     mode: str | None
     keep_ratio: float | None
     read_ratio: float | None
@@ -110,6 +113,11 @@ class Asking:
         return self.asked.resolved(self.index_name is not None)
 
     @cached_property
+    def chosen_profile(self) -> Profile | None:
+        """The profile that decodes; None: the index's default, unless a mode or a ratio is given."""
+        return chosen_profile(self.profile, self.index_name, self.asked, self.decode)
+
+    @cached_property
     def decode(self) -> DecodeConfig:
         """What decodes."""
         return self.settings.make(
@@ -140,13 +148,13 @@ class Asking:
             if mode not in _EFFECTIVE.get(name, (mode,)):
                 click.echo(f"Note: {name} has no effect in mode {mode}.", err=True)
 
-    @contextmanager
-    def opened(self, longest: Any = "", chat: bool = False) -> Iterator[Generator]:
-        """Load index, model and engine.
+    def open(self, longest: Any = "", chat: bool = False, profile: Profile | None = None) -> Generator:
+        """Load index, model and engine; to be closed by the caller.
 
         Args:
             longest: the prompt that a memory budget is planned for.
             chat: whether it goes through the chat template.
+            profile: in place of all that was asked of neurons; None: what was asked.
         """
         from coreinfer_sim.generation.budget import Longest
         from coreinfer_sim.generation.opening import load
@@ -157,17 +165,17 @@ class Asking:
             generator = load(
                 self.index_name,
                 self.model,
-                selection=self.asked,
+                profile=profile or self.chosen_profile,
+                selection=self.asked if profile is None else SelectionConfig(fallback=self.asked.fallback),
                 decode=self.decode,
                 loading=self.settings.make(ModelConfig),
                 longest=Longest(longest, chat, sampling.max_new_tokens, sampling.num_beams, tuple(self.modes)),
                 progress=progress,
             )
-        with generator:
-            index, selection = generator.index, self.selection
-            if index is not None and self.modes[0] in ("similarity", "global") and selection.compensated:
-                note_plain_sets(index, selection.keep_ratio)
-            yield generator
+        index, selection = generator.index, self.selection
+        if index is not None and self.modes[0] in ("similarity", "global") and selection.compensated:
+            note_plain_sets(index, selection.keep_ratio)
+        return generator
 
 
 def answer(
@@ -198,7 +206,7 @@ def answer(
             "--help' shows how."
         )
     asking.note_ineffective()
-    with asking.opened(_asked(first, chat is not False, asking.system), chat is not False) as generator:
+    with asking.open(_asked(first, chat is not False, asking.system), chat is not False) as generator:
         use_template = generator.has_chat_template or asking.system is not None if chat is None else chat
         run = _Runner(generator, asking, use_template, headed=headed)
         results, n_failed = [], 0

@@ -50,7 +50,10 @@ from .settings import Settings, set_option
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random sets and prompts.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write everything as JSON.")
 @click.option(
-    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw into this .png or .svg file."
+    "--plot",
+    "plot_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw into this .html, .png or .svg file.",
 )
 @click.option(
     "--llama-bench",

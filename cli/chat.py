@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
-from coreinfer_sim.base.decode_settings import SamplingConfig
+from coreinfer_sim.base.decode_settings import SamplingConfig, choice
 from coreinfer_sim.base.errors import ContextLengthError, CoreInferSimError, GenerationCancelledError
 from coreinfer_sim.base.progress import counted
+from coreinfer_sim.base.settings import Profile
 
 from . import options
 from .answering import facts
+from .profiles import profile_lines
 
 if TYPE_CHECKING:
     from coreinfer_sim.generation.text import Generation, Generator
@@ -27,11 +31,12 @@ if TYPE_CHECKING:
 _HELP = {
     "/why": "the topic of the last question, and how near it was",
     "/dense": "the last question once more, without sparsity",
+    "/profile": "what decode may lose for fewer bytes; /profile fast goes on by that, with the conversation",
     "/stats": "what the answers took: tokens, speed, bytes",
     "/help": "this list",
     "/exit": "end, as Ctrl-D does; Ctrl-C ends an answer",
 }
-_COMMAND = re.compile(r"/[a-z]+")
+_COMMAND = re.compile(r"(/[a-z]+)|(/profile)\s+(\S+)")
 _NEAREST = 3
 """Topics that /why shows."""
 
@@ -39,15 +44,25 @@ _NEAREST = 3
 class Chat:
     """A conversation with a model; one without a chat template continues each text by itself."""
 
-    def __init__(self, generator: Generator, sampling: SamplingConfig, system: str | None, *, raw: bool) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        sampling: SamplingConfig,
+        system: str | None,
+        *,
+        raw: bool,
+        reopen: Callable[[Profile | None], Generator],
+    ) -> None:
         """Begin a conversation.
 
         Args:
-            generator: what answers.
+            generator: what answers; the chat closes it.
             sampling: how tokens are chosen.
             system: the system message.
             raw: leave the chat template out.
+            reopen: opens what answers by a profile, or with None by what was asked at first.
         """
+        self.name, self._reopen = generator.name, reopen
         self._generator, self._sampling = generator, sampling
         self._templated = generator.has_chat_template and not raw
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -55,19 +70,46 @@ class Chat:
         """The user's messages and the answers, in turn."""
         self._runs: list[Generation] = []
 
+    def __enter__(self) -> Chat:
+        """Return the chat itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of what answers."""
+        if hasattr(self, "_generator"):
+            self._generator.close()
+
     def talk(self, lines: Iterable[str]) -> None:
         """Answer what is typed until /exit, or until the lines end."""
-        for line in lines:
+        for line in self._while_reading(lines):
             text = line.strip()
             try:
                 if text == "/exit":
                     return
-                if _COMMAND.fullmatch(text):
-                    self._command(text)
+                if command := _COMMAND.fullmatch(text):
+                    self._command(command[1] or command[2], command[3])
                 elif text:
                     self.ask(options.readable(text))
-            except CoreInferSimError as error:  # the chat goes on
+            except CoreInferSimError as error:
+                if not hasattr(self, "_generator"):  # nothing is left to answer
+                    raise
                 click.echo(f"Error: {error}", err=True)
+
+    def _while_reading(self, lines: Iterable[str]) -> Iterator[str]:
+        """Yield lines; while one is being typed, the latest answer is read for what follows it."""
+        typed = iter(lines)
+        while True:
+            ended = threading.Event()
+            reader = threading.Thread(target=self._generator.read_ahead, args=(ended.is_set,), daemon=True)
+            reader.start()
+            try:
+                line = next(typed, None)
+            finally:
+                ended.set()
+                reader.join()
+            if line is None:
+                return
+            yield line
 
     def ask(self, text: str) -> None:
         """Answer a message."""
@@ -108,9 +150,11 @@ class Chat:
         click.echo("")
         return "".join(pieces)
 
-    def _command(self, text: str) -> None:
+    def _command(self, text: str, word: str | None) -> None:
         known = {"/why": self._why, "/dense": self._dense, "/stats": self._stats, "/help": self._help}
-        if text not in known:
+        if text == "/profile":
+            self._profile(word)
+        elif text not in known:
             near = difflib.get_close_matches(text, _HELP, 1)
             hint = f"; nearest: {near[0]}" if near else ""
             click.echo(f"There is no command {text}{hint}; /help lists them.", err=True)
@@ -141,12 +185,48 @@ class Chat:
     def _stats(self) -> None:
         n_tokens = sum(run.n_new_tokens for run in self._runs)
         seconds = sum(run.prefill_seconds + run.decode_seconds + run.prepare_seconds for run in self._runs)
+        prompt, n_cached = counted(self._runs[-1].n_prompt_tokens, "token"), self._runs[-1].n_cached_tokens
         click.echo(f"  last: {facts(self._runs[-1])}")
+        click.echo(f"  its prompt: {prompt}, of which {n_cached} had been read for an earlier one")
         click.echo(f"  all: {counted(len(self._runs), 'answer')}, {counted(n_tokens, 'token')} in {seconds:.1f} s")
+
+    def _profile(self, name: str | None) -> None:
+        """Show the profiles, or go on by one."""
+        from coreinfer_sim.choosing.promised import measured
+
+        index = self._generator.index
+        manifest = None if index is None else index.manifest
+        if name is not None:
+            profile = choice("profile", name, Profile)
+            if profile is not Profile.EXACT:
+                measured(index, profile)  # before anything is closed
+            before, begin = self._generator.profile, time.perf_counter()
+            try:
+                self._open(profile)
+            except CoreInferSimError:
+                self._open(before)
+                raise
+            seconds = time.perf_counter() - begin
+            click.echo(f"The model was opened again in {seconds:.1f} s; the conversation goes on.", err=True)
+        for line in profile_lines(manifest, self._generator.profile):
+            click.echo(line)
+        if name is None:
+            click.echo(
+                "/profile NAME opens the model again, which takes as long as the start, and keeps the conversation.",
+                err=True,
+            )
+
+    def _open(self, profile: Profile | None) -> None:
+        """Open the model for a profile, once the memory of what answered before is free."""
+        if hasattr(self, "_generator"):
+            self._generator.close()
+            del self._generator
+        gc.collect()  # a model's modules refer to each other
+        self._generator = self._reopen(profile)
 
     def _help(self) -> None:
         for name, what in _HELP.items():
-            click.echo(f"  {name:8s} {what}")
+            click.echo(f"  {name:9s} {what}")
 
 
 def typed_lines() -> Iterator[str]:

@@ -13,7 +13,9 @@ import click
 import platformdirs
 from click.shell_completion import CompletionItem
 
+from coreinfer_sim.base.decode_settings import choice
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Profile
 
 from . import options
 from .console import print_json
@@ -23,8 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-INDEX = "index"
-"""The one setting that has no group: the index of commands that are given none."""
+UNGROUPED = ("index", "profile")
+"""The settings that have no group: the index of commands that are given none, and the profile that is preferred."""
 
 
 def config_path() -> Path:
@@ -75,7 +77,7 @@ def default_map(commands: click.Group) -> dict[str, dict[str, Any]]:
 
     found: dict[str, dict[str, Any]] = {}
     known = {_plain(name): option for name, option in _options(commands)}
-    library = {_plain(name) for name in (INDEX, *names())}
+    library = {_plain(name) for name in (*UNGROUPED, *names())}
     for name, value in stored().items():
         option = known.get(_plain(name))
         if option is not None and option.name is not None:
@@ -105,7 +107,7 @@ def _options(commands: click.Group) -> Iterator[tuple[str, click.Option]]:
 def _all_names(commands: click.Group) -> list[str]:
     from .settings import names
 
-    return [INDEX, *names(), *(name for name, _ in _options(commands))]
+    return [*UNGROUPED, *names(), *(name for name, _ in _options(commands))]
 
 
 def _plain(name: str) -> str:
@@ -125,9 +127,9 @@ def _checked(name: str, value: str, ctx: click.Context) -> tuple[str, Any]:
 
     commands = ctx.find_root().command
     assert isinstance(commands, click.Group)
-    for known in (INDEX, *names()):
+    for known in (*UNGROUPED, *names()):
         if _plain(known) == _plain(name):
-            return known, value if known == INDEX else check_setting(known, value)
+            return known, value if known in UNGROUPED else check_setting(known, value)
     for known, option in _options(commands):
         if _plain(known) == _plain(name):
             parts = [part.strip() for part in value.split(",")] if option.multiple else value
@@ -160,7 +162,7 @@ def _write(settings: dict[str, Any]) -> None:
 def config() -> None:
     """Show and change the defaults of options and settings.
 
-    NAME is index, COMMAND.OPTION such as serve.port, or GROUP.NAME such as sample.top_k. An option on the command line
+    NAME is index, profile, COMMAND.OPTION such as serve.port, or GROUP.NAME such as sample.top_k. An option on the command line
     comes first, then the variable (COREINFER_SIM_SERVE_PORT for serve.port), then the file, then the built-in default.
     """
 
@@ -174,11 +176,11 @@ def show(as_json: bool) -> None:
     rows = []
     commands = click.get_current_context().find_root().command
     assert isinstance(commands, click.Group)
-    library = [INDEX, *names()]
+    library = [*UNGROUPED, *names()]
     for name in [*library, *(name for name, _ in _options(commands))]:
         found = given_by_user(name)
         if found is not None or name in library:
-            value, source = found or (None if name == INDEX else default_text(name), "default")
+            value, source = found or (None if name in UNGROUPED else default_text(name), "default")
             rows.append({"name": name, "value": value, "from": source})
     if as_json:
         print_json({"path": str(config_path()), "settings": rows})
@@ -196,10 +198,12 @@ def show(as_json: bool) -> None:
 def set_(ctx: click.Context, name: str, value: str) -> None:
     """Set NAME to VALUE in the file; several values are parted by commas."""
     full, checked = _checked(name, value, ctx)
-    if full == INDEX:
+    if full == "index":
         from coreinfer_sim.index.names import folder_of
 
         folder_of(value)
+    if full == "profile":
+        choice(full, value, Profile)
     _write({**{each: kept for each, kept in stored().items() if _plain(each) != _plain(full)}, full: checked})
     click.echo(f"{full} = {checked}")
 

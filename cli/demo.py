@@ -34,7 +34,7 @@ def demo(as_json: bool) -> None:
     """
     from coreinfer_sim.generation.opening import load
     from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.index.names import DEMO_FOLDER, own_indexes
+    from coreinfer_sim.index.names import DEMO, DEMO_FOLDER, own_indexes
 
     from .demo_model import fetch
 
@@ -63,7 +63,7 @@ def demo(as_json: bool) -> None:
     if as_json:
         print_json(answers)
         return
-    others = " --index demo" if own_indexes() else ""
+    others = " --index demo" if own_indexes().keys() - {DEMO} else ""
     click.echo(
         f'Next: coreinfer-sim{others} "Why is the sky blue?" asks the same model, and coreinfer-sim{others} alone chats.'
     )

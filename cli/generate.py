@@ -29,7 +29,7 @@ def generate(prompt: str | None, file: str | None, chat: bool, **given: Any) -> 
 
     \b
     coreinfer-sim generate --index my-index --model ./my-model "How do stars form?"
-    coreinfer-sim generate --index my-index --chat --compare --keep-ratio 0.6 "How do stars form?"
+    coreinfer-sim generate --index my-index --chat --compare --profile fast "How do stars form?"
     coreinfer-sim generate --index my-index --set sample.top_k=40 --set sample.seed=7 "How do stars form?"
     coreinfer-sim generate --index my-index --engine llamacpp --set decode.exported=my-ggufs "How do stars form?"
     """

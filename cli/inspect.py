@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,10 +13,12 @@ from coreinfer_sim.base.progress import counted
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
+from .profiles import profile_lines, profiles_summary
 from .settings import Settings, set_option
 
 if TYPE_CHECKING:
     from coreinfer_sim.index.index import SemanticIndex
+    from coreinfer_sim.index.manifest import ModelInfo
 
 _INDEX = click.argument("index", type=options.INDEX)
 _ONE_OR_THE_ONLY = click.argument("index", type=options.INDEX, required=False, metavar="[NAME]")
@@ -28,6 +31,7 @@ def index_summary(index: SemanticIndex) -> dict[str, Any]:
     del summary["model"]["weight_sketch"], summary["encoder"]["probe"]
     for entry in summary["compensation"]:
         entry["served_by_corpus"] = m.served_by_corpus(entry["keep_ratio"])
+    summary |= {"profiles": profiles_summary(m), "default_profile": m.default_profile.value}
     return {**summary, "clusters": [asdict(cluster) for cluster in index.clusters]}
 
 
@@ -43,20 +47,36 @@ def print_clusters(index: SemanticIndex) -> None:
 @_ONE_OR_THE_ONLY
 @click.argument("prompt", required=False)
 @click.option("-k", default=3, show_default=True, type=click.IntRange(1), help="Number of clusters to show for PROMPT.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the map of the index's prompts, and PROMPT on it, into this .html, .png or .svg file.",
+)
 @options.as_json
-@click.pass_context
-def show(ctx: click.Context, index: str | None, prompt: str | None, k: int, as_json: bool) -> None:
+def show(index: str | None, prompt: str | None, k: int, plot: Path | None, as_json: bool) -> None:
     """Show what is in an index, or with PROMPT its nearest clusters; NAME is the only index unless it is given.
 
     \b
     coreinfer-sim show my-index
-    coreinfer-sim show my-index "How do stars form?"
+    coreinfer-sim show my-index "How do stars form?" --plot map.html
     """
-    name = options.needed_index(index)
+    from coreinfer_sim.index.index import SemanticIndex
+
+    if plot is not None:
+        from coreinfer_sim.base.plots import check_plot
+
+        check_plot(plot)
+    loaded = SemanticIndex.load(options.needed_index(index))
+    if plot is not None:
+        _ = loaded.map  # where there is none, nothing else is printed
     if prompt is None:
-        ctx.invoke(info, index=name, as_json=as_json)
+        _print_info(loaded, as_json)
     else:
-        ctx.invoke(lookup, index=name, prompt=prompt, k=k, as_json=as_json)
+        _print_lookup(loaded, prompt, k, as_json=as_json)
+    if plot is not None:
+        from coreinfer_sim.index.plot import plot_map
+
+        plot_map(loaded, plot, prompt)
 
 
 @click.command()
@@ -66,22 +86,26 @@ def info(index: str | None, as_json: bool) -> None:
     """Show what is in an index."""
     from coreinfer_sim.index.index import SemanticIndex
 
-    loaded = SemanticIndex.load(options.needed_index(index))
+    _print_info(SemanticIndex.load(options.needed_index(index)), as_json)
+
+
+def _print_info(loaded: SemanticIndex, as_json: bool) -> None:
     if as_json:
         print_json(index_summary(loaded))
         return
     m = loaded.manifest
     click.echo(f"{loaded.name}: format version {m.format_version}")
     click.echo(
-        f"  model     {m.model.name} ({m.model.family}, {m.model.n_layers} layers, d_model {m.model.d_model}, "
-        f"d_ff {m.model.d_ff}, {m.model.dtype})"
+        f"  model     {m.model.name} ({m.model.family}, {len(set(m.model.blocks))} layers{_experts(m.model)}, d_model "
+        f"{m.model.d_model}, d_ff {m.model.d_ff}, {m.model.dtype})"
     )
     click.echo(f"  encoder   {m.encoder.name} ({m.encoder.dimension} dimensions, {m.encoder.metric})")
     click.echo(
         f"  corpus    {m.corpus.source}: {counted(m.corpus.n_sentences, 'prompt')}, {counted(m.corpus.n_tokens, 'token')}"
     )
     s = m.settings
-    click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(s.layers)}")
+    layers = sorted({m.model.blocks[each] for each in s.layers})
+    click.echo(f"  settings  α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, layers {_ranges(layers)}")
     for each in m.compensation:
         kept = [each.n_kept[layer] for layer in s.layers]
         trained = f", and trained on up to {each.distil_tokens:,}" if each.distil_tokens else ""
@@ -96,21 +120,23 @@ def info(index: str | None, as_json: bool) -> None:
             click.echo(
                 f"            the whole corpus's set in clusters {_ranges(served)}, whose texts it serves better"
             )
+    if m.map is not None:
+        without = "" if m.map.texts else ", without their texts"
+        click.echo(f"  map       {counted(m.map.n_prompts, 'prompt')} by {m.map.method}{without}")
     if m.histograms:
         click.echo(f"  thresholds of {', '.join(name.rpartition(' ')[0] for name in m.histograms)}")
-    if (p := m.profile) is not None:
-        kind = "compensated sets" if p.compensated else "plain sets" if p.keep_ratio < 1 else "dense decode"
-        if not p.of_sets:
-            kind = "tokens choose"
-        ratio = f"keep ratio {p.keep_ratio:g}" if p.of_sets else f"read ratio {p.read_ratio:g}"
-        of_weights = "" if p.weights == "stored" else f", {p.weights} weights"
-        click.echo(
-            f"  profile   {kind}, {ratio}{of_weights}: perplexity {p.ratio - 1:+.1%} ({p.low - 1:+.1%} to "
-            f"{p.high - 1:+.1%}) on {counted(p.n_rows, 'row')}, at most {p.max_increase:+.1%} promised"
-        )
+    click.echo("  profiles  (the star is the default)")
+    for line in profile_lines(m, m.default_profile):
+        click.echo(f"          {line}")
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
     click.echo(f"{counted(len(loaded), 'cluster')}:")
     print_clusters(loaded)
+
+
+def _experts(model: ModelInfo) -> str:
+    """Say how many experts a layer of a mixture has; of unlike layers the most."""
+    n = max((expert for _, expert in model.places or ()), default=-1) + 1
+    return f" of {counted(n, 'expert')}" if n else ""
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -163,6 +189,12 @@ verify = click.Command(
 )
 
 
+def _key(index: SemanticIndex, number: int) -> str:
+    """Return what JSON calls an MLP: its layer, and of an expert ``layer.expert``."""
+    places = index.manifest.model.places
+    return str(number) if places is None else ".".join(str(each) for each in places[number] if each >= 0)
+
+
 @click.command()
 @_INDEX
 @click.argument("prompt")
@@ -176,14 +208,27 @@ def lookup(
     index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str | None, ids: bool, as_json: bool
 ) -> None:
     """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
+    from coreinfer_sim.index.index import SemanticIndex
+
+    _print_lookup(SemanticIndex.load(index), prompt, k, keep_ratio, score, layers, ids, as_json)
+
+
+def _print_lookup(
+    loaded: SemanticIndex,
+    prompt: str,
+    k: int,
+    keep_ratio: float | None = None,
+    score: str = "energy",
+    layers: str | None = None,
+    ids: bool = False,
+    as_json: bool = False,
+) -> None:
     from coreinfer_sim.base.errors import PromptError
     from coreinfer_sim.choosing.index_sets import IndexSets
-    from coreinfer_sim.index.index import SemanticIndex
 
     if not options.readable(prompt).strip():
         raise PromptError("the prompt is empty, expected some text.")
     quiet_libraries()
-    loaded = SemanticIndex.load(index)
     matches = loaded.lookup(prompt, k=min(k, len(loaded)))
     chosen = IndexSets(loaded, keep_ratio, score, layers).of_match(matches[0])
     neurons = chosen.ids
@@ -192,20 +237,21 @@ def lookup(
             {
                 "prompt": prompt,
                 "matches": [{**asdict(match), "confident": match.confident} for match in matches],
-                "core_neurons": {str(layer): values.tolist() for layer, values in neurons.items()},
+                "core_neurons": {_key(loaded, layer): values.tolist() for layer, values in neurons.items()},
             }
         )
         return
     for match in matches:
         familiar = "" if match.confident else "  (unfamiliar)"
         click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}{familiar}")
+    model = loaded.manifest.model
     counts = {len(values) for values in neurons.values()}
     spread = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     click.echo(
-        f"core neurons of cluster {matches[0].cluster}: {spread} of {loaded.manifest.model.d_ff} in each of "
-        f"{len(neurons)} layers{', compensated' if chosen.compensation else ''}"
+        f"core neurons of cluster {matches[0].cluster}: {spread} of {model.d_ff} in each of "
+        f"{len(neurons)} {'layers' if model.places is None else 'experts'}{', compensated' if chosen.compensation else ''}"
     )
     for layer, values in neurons.items():
         listed = values.tolist()
         shown = listed if ids else listed[:12]
-        click.echo(f"  layer {layer:3d}: {', '.join(map(str, shown))}{'' if ids else ', …'}")
+        click.echo(f"  {model.title(layer)}: {', '.join(map(str, shown))}{'' if ids else ', …'}")

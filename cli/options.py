@@ -49,15 +49,14 @@ mode = click.option(
     help="Where the held neurons come from.  [default: similarity]",
 )
 keep_ratio = click.option(
-    "--keep-ratio",
-    type=float,
-    help="Share of neurons that decode holds; of MLP bytes in compensated sets.  [default: the index's]",
+    "--keep-ratio", type=float, hidden=True, help="The former name of select.keep_ratio, as which --set takes it."
 )
 read_ratio = click.option(
     "--read-ratio",
     type=float,
     metavar="RATIO",
-    help="Share of neurons that each token reads in full, on average; without --keep-ratio all are held.  [default: 1]",
+    help="Share of neurons that each token reads in full, on average; without select.keep_ratio all are held.  [default: "
+    "the profile's]",
 )
 engine = click.option(
     "--engine",
@@ -123,7 +122,7 @@ def index_of(given: str | None, model: str | None = None) -> str | None:
     found = given_by_user("index")
     if found is not None:
         return str(found[0])
-    own = list(own_indexes())
+    own = [name for name in own_indexes() if name != DEMO]  # a copy of the ready-made one is as much the last choice
     if len(own) > 1:
         raise ConfigError(
             f"no index was named, and there are {len(own)} ({', '.join(own)}), expected one of them; name it, or choose one for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import click
@@ -28,6 +29,7 @@ def run(prompt: str | None, raw: bool, **given: Any) -> None:
     \b
     coreinfer-sim run "How do stars form?"
     coreinfer-sim "How do stars form?"
+    coreinfer-sim run --profile fast "How do stars form?"
     coreinfer-sim run --index my-index --compare "How do stars form?"
     coreinfer-sim
     """
@@ -63,7 +65,6 @@ def _chat(asking: Asking, raw: bool) -> None:
     from .chat import Chat, typed_lines
 
     asking.note_ineffective()
-    with asking.opened() as generator:
-        chat = Chat(generator, asking.sampling, asking.system, raw=raw)
-        click.echo(f"{generator.name} · /help lists the commands, /exit or Ctrl-D ends.", err=True)
+    with Chat(asking.open(), asking.sampling, asking.system, raw=raw, reopen=partial(asking.open, "", False)) as chat:
+        click.echo(f"{chat.name} · /help lists the commands, /exit or Ctrl-D ends.", err=True)
         chat.talk(typed_lines())

@@ -12,9 +12,11 @@ import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Profile
 
 from . import options
 from .console import ConsoleProgress, note_plain_sets, quiet_libraries
+from .profiles import chosen_profile, profile_option
 from .settings import Settings, set_option
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
@@ -24,6 +26,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 @options.index_that_is_needed
 @options.model
 @click.option("--name", help="What clients call the model.  [default: the last part of its name]")
+@profile_option
 @options.mode
 @options.keep_ratio
 @options.read_ratio
@@ -47,6 +50,13 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
     help="Of one answer; a request for more gets so many.",
 )
 @click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Requests that are answered at a time; each holds keys and values of its own.",
+)
+@click.option(
     "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait at a time."
 )
 @click.option(
@@ -67,6 +77,7 @@ def serve(
     index: str | None,
     model: str | None,
     name: str | None,
+    profile: Profile | None,
     mode: str | None,
     keep_ratio: float | None,
     read_ratio: float | None,
@@ -75,6 +86,7 @@ def serve(
     api_key: str | None,
     cors_origins: tuple[str, ...],
     max_new_tokens: int,
+    parallel: int,
     queue_limit: int,
     timeout: float,
     body_limit: int,
@@ -111,11 +123,12 @@ def serve(
     decode = settings.make(DecodeConfig, engine=engine, weights=weights)
     if decode.memory_budget is not None:
         raise ConfigError("a memory budget is planned for one text, but a server generates many; leave it out.")
-    progress = ConsoleProgress()
+    progress, index = ConsoleProgress(), options.needed_index(index)
     with progress.waiting("Loading the model"):
         generator = load(
-            options.needed_index(index),
+            index,
             model,
+            profile=chosen_profile(profile, index, selection, decode),
             selection=selection,
             decode=decode,
             loading=settings.make(ModelConfig),
@@ -133,6 +146,7 @@ def serve(
         title,
         api_key=api_key,
         max_new_tokens=max_new_tokens,
+        parallel=parallel,
         queue_limit=queue_limit,
         timeout=timeout,
         body_limit=body_limit,

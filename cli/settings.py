@@ -35,7 +35,7 @@ GROUPS: dict[str, type[Any]] = {
 """By the name that users write, the settings of the library."""
 _NOT_BY_NAME = {"corpus": {"source"}, "build": {"compensation"}}
 """Fields that other options fill."""
-_BYTES = ("cache_bytes", "memory_budget", "memory_limit")
+_BYTES = ("cache_bytes", "prefix_bytes", "memory_budget", "memory_limit")
 
 
 class Settings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,28 +10,44 @@ from typing import TYPE_CHECKING
 import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
-from coreinfer_sim.base.settings import CorpusConfig
+from coreinfer_sim.base.settings import MAX_INCREASES, CorpusConfig, Profile
 
 from . import options
 from .console import ConsoleProgress, print_json, quiet_libraries, status
-from .evaluate import score_with_log
+from .profiles import profile_lines, profiles_summary
 from .settings import Settings, set_option
 from .tables import print_table
 
 if TYPE_CHECKING:
     from coreinfer_sim.base.settings import Weights
-    from coreinfer_sim.models.loading import LanguageModel
 
 
-def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
-    number = value.strip().removesuffix("%")
-    try:
-        share = float(number) / (100 if value.strip().endswith("%") else 1)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is neither a share such as 0.05 nor a percentage such as 5%.") from error
-    if not 0 < share < 100:
-        raise click.BadParameter(f"{value!r} is not above 0 and below 10000%.")
-    return share
+def _increases(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[Profile, float]:
+    """Read what profiles may lose; a share without a name is balanced's."""
+    found = dict(MAX_INCREASES)
+    for value in values:
+        name, _, share = value.rpartition("=")
+        try:
+            profile = Profile(name.strip() or Profile.BALANCED)
+            found[profile] = _share(share.strip())
+        except ValueError as error:
+            raise click.BadParameter(
+                f"{value!r} is neither a share such as 0.05 nor a percentage such as 5%, nor balanced=5% or fast=15%."
+            ) from error
+        if profile is Profile.EXACT:
+            raise click.BadParameter(f"{value!r} is of exact, which loses nothing; name balanced or fast.")
+        if not 0 < found[profile] < 100:
+            raise click.BadParameter(f"{value!r} is not above 0 and below 10000%.")
+    if found[Profile.BALANCED] > found[Profile.FAST]:
+        raise click.BadParameter(
+            f"balanced may lose {found[Profile.BALANCED]:.4g} and fast {found[Profile.FAST]:.4g}, expected fast to be allowed no "
+            "less; give fast=SHARE too."
+        )
+    return found
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 @click.command()
@@ -40,12 +56,12 @@ def _increase(_ctx: click.Context, _param: click.Parameter, value: str) -> float
 @options.model
 @click.option(
     "--max-perplexity-increase",
-    "max_increase",
-    default="5%",
-    callback=_increase,
-    show_default=True,
-    metavar="SHARE",
-    help="The promise: the upper end of the 95 % interval stays below it.",
+    "max_increases",
+    multiple=True,
+    callback=_increases,
+    metavar="[NAME=]SHARE",
+    help="What a profile may lose: the upper end of the 95 % interval stays below it; without a name, balanced.  "
+    "[default: balanced=3%, fast=10%]",
 )
 @click.option(
     "--keep-ratio",
@@ -79,7 +95,7 @@ def tune(
     sets: tuple[str, ...],
     index: str | None,
     model: str | None,
-    max_increase: float,
+    max_increases: dict[Profile, float],
     keep_ratios: tuple[float, ...],
     read_ratios: tuple[float, ...],
     weights: str,
@@ -91,7 +107,7 @@ def tune(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Find the fewest bytes a token that keep a promise on SETS, and write them into the index as its default.
+    """Find the fewest bytes a token at the loss that each profile allows, on SETS, and write the profiles into the index.
 
     SETS hold prompts and completions, as for evaluate. Take other rows than those that you build on or
     report. Tokens that choose what they read are tried at each read ratio; held sets at each keep ratio, plain and, where the
@@ -99,12 +115,12 @@ def tune(
     """
     from coreinfer_sim.base.files import check_folder
     from coreinfer_sim.engines.registry import check_engine
+    from coreinfer_sim.evaluation.compare import score_with_log
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.summary import summarise
-    from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profile, first_and_further, hopeful
+    from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profiles, first_and_further, hopeful
     from coreinfer_sim.generation.opening import open_model
     from coreinfer_sim.index.index import SemanticIndex
-    from coreinfer_sim.models.mlps import dense_bytes
 
     # 1) candidates and rows
     quiet_libraries()
@@ -117,16 +133,24 @@ def tune(
     check_rows((row.set_name for row in rows), part)
     with status("Loading the model"):
         language_model = open_model(loaded, model, loading, decode, ConsoleProgress())
-    kinds = _kinds(language_model, weights)
     engine = check_engine(language_model.model, decode)[0][0]
-    contenders = candidates(loaded, keep_ratios, read_ratios, list(kinds), engine.reads_by_token)
+    stored = "stored" if getattr(language_model.model, "own_codes", {}) else "16bit"
+    kinds = _kinds(stored, weights)
+    contenders = candidates(loaded, keep_ratios, read_ratios, list(kinds), stored, engine.reads_by_token)
     # 2) all on the first rows, the hopeful ones on the others
     score = partial(
-        score_with_log, language_model, index=loaded, decode=decode, seed=seed, max_tokens=max_tokens, log=log
+        score_with_log,
+        language_model,
+        index=loaded,
+        decode=decode,
+        seed=seed,
+        max_tokens=max_tokens,
+        log=log,
+        progress=ConsoleProgress(),
     )
     first, further = first_and_further(rows)
     results = score(contenders, first)
-    left = hopeful(contenders, summarise(results, seed), max_increase)
+    left = hopeful(contenders, summarise(results, seed), max(max_increases.values()))
     if left and further:
         if len(left) < len(contenders) and not as_json:
             click.echo(
@@ -135,46 +159,33 @@ def tune(
         results += score(left, further)
     scored = {(result.set_name, result.row_id) for result in results}
     check_rows((set_name for set_name, _ in scored), part)  # some were too short
-    # 3) the profile
+    # 3) the profiles
     summary = summarise(results, seed)
     layouts = {
         kind: engine.layout_by_token(language_model.model, language_model.layers, replace(decode, weights=named))
         for kind, named in kinds.items()
     }
-    profile = choose_profile(contenders, summary, max_increase, dense_bytes(language_model.layers), layouts)
-    loaded.write_profile(profile)
+    profiles, before = choose_profiles(contenders, summary, layouts, max_increases), loaded.folder
+    loaded.write_profiles(profiles)
+    if loaded.folder != before:
+        click.echo(
+            f"The index of the package stays as it is; {loaded.name} is a copy of yours now, in {loaded.folder}.",
+            err=True,
+        )
+    manifest = loaded.manifest
     if as_json:
-        print_json({"profile": asdict(profile), "contenders": summary})
+        of_index = {"profiles": profiles_summary(manifest), "default_profile": manifest.default_profile.value}
+        print_json({**of_index, "contenders": summary})
         return
     print_table(summary)
-    of_weights = "" if profile.weights == "stored" else f" with {profile.weights} weights"
-    if profile.read_ratio < 1:
-        click.echo(
-            f"{loaded.name} decodes{of_weights} at read ratio {profile.read_ratio:g} by default now: perplexity "
-            f"{profile.ratio - 1:+.1%}, {profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
-        )
-    elif profile.keep_ratio == 1.0 and of_weights:
-        click.echo(
-            f"{loaded.name} decodes densely{of_weights} by default now: perplexity {profile.ratio - 1:+.1%}, "
-            f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
-        )
-    elif profile.keep_ratio == 1.0:
-        click.echo(
-            f"Nothing sparse keeps the promise of at most {profile.max_increase:.1%}: {loaded.name} decodes densely by "
-            "default now."
-        )
-    else:
-        click.echo(
-            f"{loaded.name} decodes{of_weights} with {'compensated' if profile.compensated else 'plain'} sets at keep ratio "
-            f"{profile.keep_ratio:g} by default now: perplexity {profile.ratio - 1:+.1%}, "
-            f"{profile.mlp_bytes / 1e6:.1f} MB of MLP weights a token."
-        )
+    click.echo(f"Profiles of {loaded.name}; the star is the default:")
+    for line in profile_lines(manifest, manifest.default_profile):
+        click.echo(line)
 
 
-def _kinds(language_model: LanguageModel, weights: str) -> dict[str, Weights]:
-    """Return the types of weights to try, by the names that contenders have for them."""
+def _kinds(stored: str, weights: str) -> dict[str, Weights]:
+    """Return the types of weights to try, by the names that contenders have for them; ``stored`` is that of the stored ones."""
     from coreinfer_sim.base.settings import Weights
 
-    own = "stored" if getattr(language_model.model, "own_codes", {}) else "16bit"
-    every = {own: Weights.STORED, "int8": Weights.INT8, "int4": Weights.INT4}
+    every = {stored: Weights.STORED, "int8": Weights.INT8, "int4": Weights.INT4}
     return every if weights == "any" else {name: each for name, each in every.items() if each.value == weights}

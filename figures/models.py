@@ -22,13 +22,13 @@ configuration, with all sizes small and random weights, and tried: its MLPs are 
 compact MLPs give what masked ones give, and whole ones what dense ones give; it decodes; and afterwards it is what it was. Of a
 model that reads images, the text part is what is tried and served.
 
-**{n_supported} types are supported, {n_left_out} are left out**, {n_mixtures} of those as mixtures of experts.
+**{n_supported} types are supported**, {n_mixtures} of them mixtures of experts, **and {n_left_out} are left out**.
 
 ## Supported
 
-"plain" is `output(activation(input(x)))`, "gated" is `output(activation(gate(x)) * up(x))`. A norm behind an MLP stands between
-it and the residual stream, or behind their sum. {n_lean} types decode on a CPU by compiled loops ("lean"), the others by
-transformers' own code.
+"plain" is `output(activation(input(x)))`, "gated" is `output(activation(gate(x)) * up(x))`; of "experts" each is one. A norm
+behind an MLP stands between it and the residual stream, or behind their sum. {n_lean} types decode on a CPU by compiled loops
+("lean"), the others by transformers' own code.
 
 | type | text part | MLPs | engine |
 |---|---|---|---|
@@ -59,11 +59,9 @@ def types(_given: Given) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = _tried()
-    from tiny_types import MIXTURE
-
     supported = {name: each for name, each in found.items() if each.reason is None}
     left_out = {name: each.reason for name, each in found.items() if each.reason is not None}
-    mixtures = sorted(name for name, reason in left_out.items() if reason == MIXTURE)
+    mixtures = sorted(name for name, each in supported.items() if "experts" in each.layout)
     of_text = [name for name in found if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     record("types that write text, in transformers", len(found), f"types of transformers {__version__}")
     record("types for text alone, in transformers", len(of_text), f"types of transformers {__version__}")
@@ -73,9 +71,8 @@ def types(_given: Given) -> None:
     record("types that the compiled loops decode", len(lean), "types", which=lean, others=slow)
     n_of_text = sum(name in supported for name in of_text)
     record("types for text alone that are supported", n_of_text, "types", at_least(_LEAST))
-    record("types left out as mixtures of experts", len(mixtures), "types", which=mixtures)
-    others = {name: reason for name, reason in sorted(left_out.items()) if name not in mixtures}
-    record("types left out for other reasons", len(others), "types", which=others)
+    record("supported types that are mixtures of experts", len(mixtures), "types", which=mixtures)
+    record("types left out", len(left_out), "types", which=dict(sorted(left_out.items())))
     layouts = Counter(each.layout for each in supported.values())
     record("layouts of the supported types", len(layouts), "layouts", which=layouts)
     lines = [

@@ -127,7 +127,7 @@ def _record_all(summary: dict[str, Any], given: Given, clustered: bool) -> None:
 
 
 @figure(
-    FILE, "one index or several, DATA, matplotlib", "1 to 3 hours",
+    FILE, "one index or several, DATA, altair", "1 to 3 hours",
     model=DEMO_MODEL, name=None, data=REQUIRED, rows=2, max_tokens=512, dtype="auto"
 )  # fmt: skip
 @click.option(
@@ -193,14 +193,12 @@ def tune(given: Given, increase: float) -> None:
     log = RESULTS / f"tuning-{given.name.lower()}.log.jsonl"
     more = (*options(dtype=given.dtype), "--max-perplexity-increase", increase, "--log", log, "--json")
     answer = json.loads(output_of(coreinfer("tune", *sets_of(given.data), *shared, *more)))
-    found = profile = answer["profile"]
+    found = profile = answer["profiles"]["balanced"]
     kept = ("ratio", "ratio_interval", "mlp_bytes_per_token", "n_rows")
     tried = {row["contender"]: {key: row[key] for key in kept} for row in answer["contenders"]}
     ratio = profile["keep_ratio"]
     if ratio < 1:
-        score, fallback = ("compensated", "global") if profile["compensated"] else ("energy", "hybrid")
-        chosen = ("--contender", "similarity", "--keep-ratio", ratio, "--score", score, "--fallback", fallback)
-        (found,) = _evaluated(f"tuned-{given.name.lower()}", given, given.index, *chosen)
+        (found,) = _evaluated(f"tuned-{given.name.lower()}", given, given.index, "--contender", "balanced")
     title = f"{given.name}, tuned for at most {increase:.0%} more perplexity"
     unit, facts = f"at {profile['mlp_bytes'] / 1e6:.1f} MB of MLP weights a token", {"rows_per_set": given.rows}
     below_1 = Bar("below 1", lambda found: found < 1)

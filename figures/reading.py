@@ -56,7 +56,7 @@ def _record(title: str, row: dict[str, Any], dense: dict[str, Any], **facts: Any
 
 
 @figure(
-    FILE, "DATA; GGUF files that llama-quantize has made of MODEL; matplotlib", "2 hours",
+    FILE, "DATA; GGUF files that llama-quantize has made of MODEL; altair", "2 hours",
     model=REQUIRED, name=None, index=None, data=REQUIRED, rows=2, max_tokens=256,
 )  # fmt: skip
 @click.option("--read-ratio", "read_ratios", type=float, multiple=True, default=_RATIOS, show_default=True)

@@ -226,7 +226,7 @@ def _decode_speeds(contenders: dict[str, Any], ids: Any, given: Given) -> dict[s
     return {name: round(value, 2) for name, value in found.items()}
 
 
-@figure("growth-NAME.json", f"{_NEEDS}, matplotlib", "1 hour", timed=True, **_COMMON, dtype="bfloat16")
+@figure("growth-NAME.json", f"{_NEEDS}, altair", "1 hour", timed=True, **_COMMON, dtype="bfloat16")
 @click.option("--length", "lengths", multiple=True, default=(64, 256, 1024, 4096), help="Of prompts, in tokens.")
 @click.option("--batch", "sizes", multiple=True, default=(1, 2, 4, 8, 16), help="Prompts of the first length.")
 def growth(given: Given, lengths: tuple[int, ...], sizes: tuple[int, ...]) -> None:

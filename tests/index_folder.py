@@ -19,6 +19,7 @@ from coreinfer_sim.index.manifest import (
     SettingsInfo,
     manifest_checksum,
 )
+from coreinfer_sim.index.prompt_map import PromptMap
 from coreinfer_sim.index.storage import save_index
 
 PROMPTS = ["How do stars form?", "Why does bread rise?", "What do judges decide in court?"]
@@ -65,7 +66,7 @@ def manifest(**sections: Any) -> Manifest:
             "corpus": CorpusInfo("prompts.jsonl", "1" * 64, 27, 300),
             "settings": SettingsInfo(3, 0.4, 0.4, 0.5, 0, [1, 2], 16, 64, 1),
             "compensation": [],
-            "profile": None,
+            "profiles": {},
             "files": {},
             **sections,
         }
@@ -78,6 +79,7 @@ def save(
     centroids: np.ndarray | None = None,
     of_clusters: list[Cluster] | None = None,
     statistics: dict[str, np.ndarray] | None = None,
+    prompt_map: PromptMap | None = None,
     **sections: Any,
 ) -> Path:
     """Save an index; every part may be another."""
@@ -88,6 +90,7 @@ def save(
         clusters() if of_clusters is None else of_clusters,
         STATISTICS if statistics is None else statistics,
         manifest(**sections),
+        prompt_map=prompt_map,
     )
     return folder
 

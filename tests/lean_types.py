@@ -9,7 +9,7 @@ from calls import token_ids
 from tiny_models import CONTEXT, INIT, N_LAYERS, VOCABULARY, model_of
 from transformers import DynamicCache
 
-from coreinfer_sim.engines.face import StepInputs
+from coreinfer_sim.engines.steps import Step, StepInputs
 
 WINDOW = 6
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -96,11 +96,16 @@ def model_named(name):
     return model_of(getattr(transformers, config)(**settings))
 
 
+def step_of(cache, held, call, token):
+    """A step of one row."""
+    row = np.zeros(1, np.int64), np.zeros(1, bool), 1
+    return Step(StepInputs(torch.tensor([[token]]), cache, {}, *row, None), [([0], held)], call)
+
+
 def steps(engine, cache, held, tokens):
     """Decode given tokens in one row; return their logits [n_tokens, vocabulary]."""
-    row = np.zeros(1, np.int64), np.zeros(1, bool), 1
-    given = [StepInputs(torch.tensor([[token]]), cache, {}, *row, engine.model) for token in tokens]
-    return torch.stack([engine.step(inputs, [([0], held)]).logits[0, 0] for inputs in given])
+    each = [step_of(cache, held, engine.call, token) for token in tokens]
+    return torch.stack([engine.step(one.inputs, one.groups).logits[0, 0] for one in each])
 
 
 def prefilled(model, n=9):

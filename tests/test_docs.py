@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import coreinfer_sim
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 MADE = {"indexes/demo"}
@@ -46,3 +48,9 @@ def test_every_function_that_is_named_exists(document):
         if path is None or name not in defined(path):
             missing.append(f"{file}:{name}")
     assert missing == []
+
+
+def test_the_public_names_are_those_of_the_document():
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == coreinfer_sim.__all__

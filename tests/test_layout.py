@@ -30,6 +30,7 @@ ROOMS = (
     "building",
     "export",
     "bench",
+    "reporting",
     "serving",
 )
 """A room imports only from itself and those above it."""
@@ -198,6 +199,9 @@ def test_every_public_name_is_there():
     import coreinfer_sim
 
     assert dir(coreinfer_sim) == coreinfer_sim.__all__
+    of_checkers = [name.rpartition(".") for _, name in imports(PACKAGE / "__init__.py") if room_of(name)]
+    assert sorted(name for _, _, name in of_checkers) == coreinfer_sim.__all__
+    assert all(getattr(coreinfer_sim, name).__module__ == module for module, _, name in of_checkers)
     for name in coreinfer_sim.__all__:
         assert getattr(coreinfer_sim, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'build_indexes'"):
@@ -247,6 +251,7 @@ def test_a_wheel_holds_every_module(wheel):
     assert {path.relative_to(ROOT).as_posix() for path in SOURCES} <= names
     assert {f"coreinfer_sim_cli/{path.name}" for path in COMMANDS.glob("*.py")} <= names
     assert {"coreinfer_sim/py.typed", "coreinfer_sim/index/demo/manifest.json"} <= names
+    assert {"coreinfer_sim/reporting/report.html", "coreinfer_sim/reporting/report.css"} <= names
 
 
 def test_a_wheel_installs_the_command(wheel):

@@ -55,7 +55,7 @@ def tiny_index(
         corpus=CorpusInfo("prompts.jsonl", "1" * 64, 2997, 45_000),
         settings=SettingsInfo(3, 0.4, 0.4, 0.5, 0, list(recorded), 16, 64, 1),
         compensation=[],
-        profile=None,
+        profiles={},
         files={},
     )
     clusters = [Cluster(c, 1000 - c, 10_000 + 5000 * c, f"label {c}", [], [], QUANTILES) for c in range(3)]

@@ -32,7 +32,6 @@ TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEX
 N_LAYERS = 2
 _LARGEST_N_LAYERS = 8
 IDS = torch.randint(4, 90, (1, 9), generator=torch.Generator().manual_seed(0))
-MIXTURE = "a mixture of experts"
 SLOW = {"blt": "decodes bytes by four models of different widths"}
 """Types that are not even made small, and why."""
 _LAYERS = r"^(num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers)$"
@@ -80,6 +79,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mlp_multipliers": [0.9, 0.3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTATED}},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "glm4v_moe_text": {"rope_parameters": {**_ROTATED, "mrope_section": [1, 1, 0]}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "recurrent_gemma": {"num_hidden_layers": 3, "intermediate_size": 96},
@@ -92,7 +95,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 """What the sizes of a type ask for."""
-_DERIVED = {"head_dim": 8, "num_key_value_heads": 2}
+_DERIVED = {
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
 """Sizes that some configurations leave open, but the models ask for."""
 _OTHERS = ("model_type", "transformers_version", "architectures", "dtype")
 
@@ -167,14 +176,11 @@ def tried(model_type: str) -> Tried:
     try:
         model = tiny_of_type(model_type)
     except Exception as error:
-        fields = getattr(CONFIG_MAPPING[model_type], "__dataclass_fields__", ())
-        if any("experts" in name for name in fields):
-            return Tried(MIXTURE)
         return Tried(f"no tiny model could be made of its configuration: {_first_line(error)}")
     try:
         layers = find_mlps(model)
     except UnsupportedModelError as error:
-        return Tried(MIXTURE if "mixture of experts" in str(error) else str(error).rpartition(";")[0])
+        return Tried(str(error).rpartition(";")[0])
     with torch.no_grad():
         _enlarged(layers)
         try:
@@ -183,17 +189,23 @@ def tried(model_type: str) -> Tried:
         except Exception as error:
             return Tried(f"transformers does not decode text alone with it: {_first_line(error)}")
         why_slow = LeanEngine.refuses(model, DecodeConfig())
-        return Tried(checked(model, layers), layers[0].family, _layout(layers[0]), why_slow)
+        return Tried(
+            checked(model, layers),
+            layers[0].family,
+            _layout(max(layers, key=lambda each: each.expert is not None)),
+            why_slow,
+        )
 
 
 def _layout(layer: MLPLayer) -> str:
     kind = "gated in one matrix" if layer.fused else "gated" if layer.gated else "plain"
+    kind += "" if layer.expert is None else " experts"
     return kind + (", a norm behind" if layer.post_norm else "")
 
 
 def checked(model: Any, layers: list[MLPLayer]) -> str | None:
     """Return what does not hold of a model, or None."""
-    before = Snapshot(model)
+    before, untouched = Snapshot(model), _logits(model)
     # 1) the activation site, and statistics of it
     seen: dict[int, list[torch.Tensor]] = {layer.number: [] for layer in layers}
     try:
@@ -202,11 +214,15 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
             dense = _logits(model)
     except ModelError as error:
         return str(error).rpartition(";")[0]
-    for layer in layers:
+    reached = [layer for layer in layers if seen[layer.number]]
+    assert {layer.block for layer in reached} == {layer.block for layer in layers}
+    assert all(layer in reached or layer.expert is not None for layer in layers)
+    for layer in reached:
         statistics = activation_statistics(seen[layer.number][0], [0, IDS.numel()], 0.4)
         assert seen[layer.number][0].shape == (IDS.numel(), layer.d_ff)
         assert statistics.counts.shape == (1, layer.d_ff) and statistics.counts.sum() > 0
-    assert all(layer.post_norm is _norm_is_behind(model, layer) for layer in layers)
+    if all(layer.expert is None for layer in layers):  # what experts give is added up before a norm
+        assert all(layer.post_norm is _norm_is_behind(model, layer) for layer in layers)
     # 2) a compact MLP, the masked one, and a whole one
     chosen = selection(model, 0.5)
     with installed(layers, chosen):
@@ -228,6 +244,7 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
         found = _generated(sparse)
     assert torch.equal(found, expected)
     before.check()
+    assert torch.equal(_logits(model), untouched)
     return None
 
 
@@ -273,7 +290,8 @@ def _enlarged(layers: list[MLPLayer]) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
         for path in layer.projections:
-            for parameter in layer.projection(path).parameters():
+            projection = layer.projection(path)
+            for parameter in (each for each in (projection.weight, projection.bias) if each is not None):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "extra",
     "files",
     "memory",
+    "plain",
     "plots",
     "processes",
     "processor",

@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.settings import Fallback, Mode, Score, Weights, check_ratio
 
-GIB = 1 << 30
+E = TypeVar("E", bound=Enum)
+MIB, GIB = 1 << 20, 1 << 30
 MAX_SEED = 2**64 - 1
 """Of torch's generators."""
 
@@ -80,6 +81,15 @@ class SelectionConfig:
         return self.read_ratio is not None and self.read_ratio < 1
 
     @property
+    def mode_or_ratio(self) -> str | None:
+        """Name of a setting that says itself which neurons are read, so that no profile does; None: there is none."""
+        if self.named_mode is not Mode.SIMILARITY:
+            return f"mode {self.named_mode.value}"
+        names = ("keep_ratio", "read_ratio", "alpha", "sparse_layers", "score", "compensated")
+        defaults = SelectionConfig()
+        return next((name for name in names if getattr(self, name) != getattr(defaults, name)), None)
+
+    @property
     def named_mode(self) -> Mode:
         """The mode, similarity where none is named."""
         return Mode.SIMILARITY if self.mode is None else self.mode
@@ -105,6 +115,8 @@ class DecodeConfig:
     """Which MLPs read the prompt."""
     cache_bytes: int = 2 * GIB
     """Prepared weights of recent selections that stay in memory for later prompts."""
+    prefix_bytes: int = 512 * MIB
+    """Keys and values of recent texts that stay in memory for prompts which begin as they do; 0, or a memory budget: none."""
     memory_budget: int | None = None
     """Bytes that the process (on a GPU: its memory) may hold; dense MLP weights then stay on disk (in host memory)."""
     exported: str | None = None
@@ -119,7 +131,8 @@ class DecodeConfig:
         if self.weights is not None:
             object.__setattr__(self, "weights", choice("weights", self.weights, Weights))
         object.__setattr__(self, "prefill", choice("prefill", self.prefill, Prefill))
-        for name, least in (("cache_bytes", 0), ("memory_budget", 1), ("memory_limit", 1), ("context", 8)):
+        least_of = {"cache_bytes": 0, "prefix_bytes": 0, "memory_budget": 1, "memory_limit": 1, "context": 8}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}, expected {least} or more.")
@@ -227,10 +240,12 @@ def check_seed(seed: int | None) -> None:
         raise ConfigError(f"seed is {seed}, expected 0 to {MAX_SEED}.")
 
 
-def choice(name: str, value: object, kind: type[Enum]) -> Enum:
-    """Return the member of ``kind`` that ``value`` names, or raise ConfigError with all names."""
+def choice(name: str, value: object, kind: type[E]) -> E:
+    """Return the member of ``kind`` that ``value`` names, or raise ConfigError with all names and the nearest."""
     try:
         return kind(value)
     except ValueError as error:
-        known = ", ".join(str(each.value) for each in kind)
-        raise ConfigError(f"{name} is {value!r}, expected one of {known}.") from error
+        known = [str(each.value) for each in kind]
+        near = difflib.get_close_matches(str(value), known, 1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}{hint}.") from error

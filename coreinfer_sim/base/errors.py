@@ -53,6 +53,10 @@ class IndexFormatError(CoreInferSimError):
     """A folder is no index, is damaged, or has a format version that this release does not read."""
 
 
+class MissingMapError(IndexFormatError):
+    """An index has no map of its prompts, as those of earlier releases have none."""
+
+
 class IndexMismatchError(CoreInferSimError):
     """An index and a model (or encoder) do not belong together."""
 

@@ -1,4 +1,4 @@
-"""The extra `eval`: packages that only evaluation and plots need, looked for before any work starts."""
+"""Packages of an extra, which only some of the work needs, looked for before any of it starts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from coreinfer_sim.base.errors import ConfigError
 
 
-def require(purpose: str, *packages: str) -> None:
-    """Raise ConfigError if one of ``packages`` is not installed; ``purpose`` is what needs them."""
+def require(purpose: str, extra: str, *packages: str) -> None:
+    """Raise ConfigError if one of an extra's ``packages`` is not installed; ``purpose`` is what needs them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ConfigError(
-            f"{purpose} needs {', '.join(missing)}, not found here; install the extra eval: pip install '.[eval]'."
+            f"{purpose} needs {', '.join(missing)}, not found here; install the extra {extra}: pip install '.[{extra}]'."
         )

@@ -1,6 +1,9 @@
-"""What long work tells while it runs; the command line shows it, the API is silent unless given one."""
+"""What long work tells while it runs: the command line shows it, a notebook too, and elsewhere the API is silent."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 
 class Progress:
@@ -17,6 +20,43 @@ class Progress:
 
     def finish(self) -> None:
         """End the stage."""
+
+
+class NotebookProgress(Progress):
+    """Shows bars and messages in a notebook."""
+
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text)  # noqa: T201  # a notebook's output
+
+    def start(self, stage: str, total: int | None, unit: str, done: int = 0) -> None:
+        """Open a bar."""
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(desc=stage, total=total, unit=f" {unit}", initial=done)
+
+    def advance(self, n: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(n)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def shown(progress: Progress | None) -> Progress:
+    """Return where progress goes: to what was given, else into the notebook that this runs in, else nowhere."""
+    if progress is not None:
+        return progress
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return Progress() if shell is None or not hasattr(shell, "kernel") else NotebookProgress()
 
 
 def counted(n: int, noun: str) -> str:

@@ -52,6 +52,21 @@ class Mode(str, Enum):
     DENSE = "dense"
 
 
+class Profile(str, Enum):
+    """How much quality decode may give up for bytes; what that comes to was measured for the index."""
+
+    EXACT = "exact"
+    """None: tokens are dense."""
+    BALANCED = "balanced"
+    """At most 3 % of perplexity, unless the index was tuned for another share."""
+    FAST = "fast"
+    """At most 10 %."""
+
+
+MAX_INCREASES = {Profile.BALANCED: 0.03, Profile.FAST: 0.1}
+"""Of perplexity, as a share of the dense model's, that a profile may lose unless an index is tuned for another share."""
+
+
 class Weights(str, Enum):
     """Type of the weights that decode reads."""
 
@@ -213,6 +228,8 @@ class BuildConfig:
     """Sentences in one forward pass."""
     shard_size: int = 64
     """Sentences in one shard, the unit of restart and of sharing among processes."""
+    texts: bool = True
+    """Keep the beginnings of prompts: of those nearest to each centroid, and of those on the map. Labels hold words anyhow."""
     compensation: CompensationConfig | None = None
     """Fit compensated sets as well; None: store statistics alone."""
 
@@ -239,6 +256,18 @@ def layers_slice(numbers: Sequence[int]) -> str:
     """Return the slice that `parse_layers` turns into ``numbers``, rising and evenly spaced."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     return f"{numbers[0]}:{numbers[-1] + 1}:{step}"
+
+
+def members_within(text: str, layers: Sequence[int]) -> list[int]:
+    """Return which members lie in the layers that a slice names; several, such as a layer's experts, may lie in one.
+
+    Args:
+        text: as in `parse_layers`, which counts the layers that have members.
+        layers: number of each member's layer.
+    """
+    numbers = sorted(set(layers))
+    named = {numbers[place] for place in parse_layers(text, len(numbers))}
+    return [member for member, layer in enumerate(layers) if layer in named]
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:

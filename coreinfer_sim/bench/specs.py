@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.base.settings import Mode, check_ratio
+from coreinfer_sim.base.settings import Mode, Profile, check_ratio
 
 DENSE, OURS_DENSE, OFFLOAD, LLAMACPP = "dense", "ours-dense", "offload", "llamacpp"
 _MODES = {"sparse": Mode.SIMILARITY, **{mode.value: mode for mode in Mode if mode is not Mode.DENSE}}
@@ -20,6 +20,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("engine", "weights", "prefill", "score", "fallback", "sparse_layers"), str),
     "seed": int,
     "read_ratio": float,
+    "profile": Profile,
 }
 """Further settings of our own runtime, as `load` names them, by what reads their text."""
 DEFAULT_KEEP_RATIO = 0.4
@@ -52,8 +53,9 @@ class Spec:
 
     @property
     def by_token(self) -> bool:
-        """Whether each token chooses what it reads."""
-        return float(self.options.get("read_ratio", 1.0)) < 1
+        """Whether each token chooses what it reads, or may by its profile."""
+        by_profile = self.options.get("profile", Profile.EXACT) is not Profile.EXACT
+        return by_profile or float(self.options.get("read_ratio", 1.0)) < 1
 
     @property
     def needs_index(self) -> bool:
@@ -84,7 +86,7 @@ def parse_spec(text: str) -> Spec:
             raise _wrong(text, f"{part!r} gives {name} a second time")
         target[name] = value
     if kind in _MODES:
-        holds_all = kind == Mode.ALL.value or "read_ratio" in options
+        holds_all = kind == Mode.ALL.value or not {"read_ratio", "profile"}.isdisjoint(options)
         kind, ratio = _MODES[kind].value, found.get("ratio", None if holds_all else DEFAULT_KEEP_RATIO)
     else:
         ratio = found.get("ratio", 0.5 if kind == OFFLOAD else None)

@@ -119,6 +119,7 @@ class OwnProgram:
         spec, subject = self._job.spec, self._job.subject
         ratio = None if spec.mode is Mode.DENSE else spec.ratio
         settings = {"mode": spec.mode, "keep_ratio": ratio, "seed": self._job.seed, **spec.options}
+        settings["prefix_bytes"] = 0  # every run reads its prompt, as those of the others do
         loading = ModelConfig(dtype=spec.dtype, device=self._job.device)
         model = subject.model if subject.shape is None else subject.load(spec.dtype, self._job.device)
         index = open_index(subject.index, subject.encoder) if spec.needs_index else None

@@ -15,7 +15,7 @@ import numpy as np
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
-from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.progress import Progress, shown
 from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
@@ -23,7 +23,7 @@ from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.promise import measure_promise
 from coreinfer_sim.building.shards import PartialSums
-from coreinfer_sim.building.stages import add_up, cluster, draw, embed, record
+from coreinfer_sim.building.stages import add_up, cluster, draw, draw_map, embed, record
 from coreinfer_sim.building.writing import BuiltParts, write_index
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus, recorded_layers
 from coreinfer_sim.fitting.comparing import Statistics
@@ -33,6 +33,7 @@ from coreinfer_sim.index.encoder import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.fingerprint import weights_checksum
 from coreinfer_sim.models.loading import LanguageModel, load_model
+from coreinfer_sim.models.mlps import check_dense
 
 
 def build_index(
@@ -66,13 +67,13 @@ def build_index(
         threads: torch threads of each process; None a quarter of the cores. Part of the build, unlike ``workers``.
         force: replace an index that exists, and start anew where a build without it or of other settings was broken off; if
             only those of compensation are others, statistics are kept.
-        progress: takes messages and progress.
+        progress: takes messages and progress; None: see `shown`.
 
     Raises:
         CoreInferSimError: any of its kinds; what was finished is kept.
     """
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
-    config, progress = config or BuildConfig(), progress or Progress()
+    config, progress = config or BuildConfig(), shown(progress)
     out = Path(os.path.realpath(out))  # a link stays, and what it names is made
     # 1) what can be refused before anything is loaded
     for name, value in (("workers", workers), ("threads", threads)):
@@ -115,8 +116,11 @@ def _settings(
 
     Raises:
         ConfigError: the model cannot be built with these settings.
+        UnsupportedModelError: compensation was asked for, of a mixture of experts.
     """
     recorded_layers(language_model, source.config)
+    if source.config.compensation is not None:
+        check_dense(language_model.layers, "compensation")
     limit = language_model.context_length
     if limit is not None and corpus.max_tokens > limit:
         raise ConfigError(
@@ -159,7 +163,10 @@ def _run_stages(
         plan.check_disk(plan.n_clusters, folder, out)
     # 2) clusters
     with torch_threads(n_cores()):
-        clustering = cluster(folder, embed(folder, drawn.sentences, encoder, progress), config, progress)
+        embeddings = embed(folder, drawn.sentences, encoder, progress)
+        clustering = cluster(folder, embeddings, config, progress)
+        prompt_map = draw_map(embeddings, clustering, drawn.sentences, config, progress)
+        del embeddings  # what follows needs the memory
     clustered = ClusteredCorpus(language_model, drawn.sentences, clustering, config, corpus.max_tokens, folder)
     plan.check_disk(clustered.n_clusters, folder, out)
     # 3) statistics
@@ -173,10 +180,11 @@ def _run_stages(
     # 5) what tokens need, and what it promises
     with torch_threads(n_cores()):
         histograms = measure_histograms(clustered, progress) if measures else {}
-        profile = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
+        profiles = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
     # 6) the index
     parts = BuiltParts(
-        clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profile
+        *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profiles),
+        prompt_map,
     )
     write_index(out, parts)
 

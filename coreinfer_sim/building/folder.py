@@ -17,7 +17,13 @@ from coreinfer_sim.base.files import REPLACED, is_vacant, remove, restore, write
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.resuming import differing
 from coreinfer_sim.fitting.pipeline import forget_sets
-from coreinfer_sim.index.manifest import COMPENSATION_FOLDER, HISTOGRAMS_FILE, INDEX_FILES, MANIFEST_FILE
+from coreinfer_sim.index.manifest import (
+    COMPENSATION_FOLDER,
+    HISTOGRAMS_FILE,
+    INDEX_FILES,
+    MANIFEST_FILE,
+    MAP_FILE,
+)
 
 SHARDS_FOLDER = "shards"
 SETTINGS_FILE = "plan.json"
@@ -37,7 +43,7 @@ def check_output(out: Path, force: bool) -> None:
     if is_vacant(out):
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
-    parts = {*INDEX_FILES, HISTOGRAMS_FILE, COMPENSATION_FOLDER, REPLACED}
+    parts = {*INDEX_FILES, HISTOGRAMS_FILE, MAP_FILE, COMPENSATION_FOLDER, REPLACED}
     rest_of_index = names <= parts
     if not rest_of_index and not (out / MANIFEST_FILE).is_file():
         raise BuildError(

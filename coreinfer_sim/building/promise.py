@@ -11,22 +11,18 @@ import numpy as np
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
 from coreinfer_sim.base.files import write_json
-from coreinfer_sim.base.progress import Progress, counted
+from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import CorpusReport, Row
 from coreinfer_sim.engines.registry import check_engine
-from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.evaluation.run import evaluate
 from coreinfer_sim.evaluation.summary import summarise
-from coreinfer_sim.evaluation.tune import FEWEST_ROWS, READ_RATIOS, choose_profile
+from coreinfer_sim.evaluation.tune import FEWEST_ROWS, by_token_and_dense, choose_profiles
 from coreinfer_sim.generation.opening import laid_out_model
 from coreinfer_sim.index.manifest import ProfileInfo
 from coreinfer_sim.models.loading import LanguageModel
-from coreinfer_sim.models.mlps import dense_bytes
 
-MAX_INCREASE = 0.03
-"""Of perplexity, that a build promises to stay below."""
 HELD_OUT_FILE = "held-out.jsonl"
-_PROFILE_FILE = "profile.json"
+_PROFILES_FILE = "profiles.json"
 _FEWEST_TEXTS = 200
 """With fewer, what is held out would be missed in the statistics."""
 _OF_MANY, _MOST = 60, 40  # one text of so many is held out, and at most so many
@@ -61,27 +57,26 @@ def measure_promise(
     seed: int,
     lay_out: bool,
     progress: Progress,
-) -> ProfileInfo | None:
-    """Find the fewest neurons that tokens may read, as `choose_profile` does, on the second half of each text that was held out.
+) -> dict[str, ProfileInfo]:
+    """Find how few neurons tokens may read, as `choose_profiles` does, on the second half of each text that was held out.
 
     Args:
         folder: of the build.
         language_model: that the index is built for.
         histograms: that the index will hold.
         seed: of the bootstrap.
-        lay_out: lay its weights out as a start with this profile reads them, rather than beside the model in memory.
+        lay_out: lay its weights out as a start by token reads them, rather than beside the model in memory.
         progress: receives what comes of it.
 
     Returns:
-        What decodes by default, or None where nothing can be promised, so that decode is dense.
+        Profiles by name; none where nothing can be promised, so that decode is dense.
     """
-    path = folder / _PROFILE_FILE
+    path = folder / _PROFILES_FILE
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return None if kept is None else ProfileInfo(**kept)
-    profile = _measure(folder, language_model, histograms, seed, lay_out, progress)
-    write_json(path, None if profile is None else asdict(profile))
-    return profile
+        return {name: ProfileInfo(**kept) for name, kept in json.loads(path.read_text(encoding="utf-8")).items()}
+    profiles = _measure(folder, language_model, histograms, seed, lay_out, progress)
+    write_json(path, {name: asdict(profile) for name, profile in profiles.items()})
+    return profiles
 
 
 def _measure(
@@ -91,28 +86,28 @@ def _measure(
     seed: int,
     lay_out: bool,
     progress: Progress,
-) -> ProfileInfo | None:
+) -> dict[str, ProfileInfo]:
     # 1) whether there is anything to measure
     texts = [Row(**row) for row in json.loads((folder / HELD_OUT_FILE).read_text(encoding="utf-8"))]
     config = DecodeConfig()
     engine = check_engine(language_model.model, config)[0][0]
     if not engine.reads_by_token:
         progress.say(f"Nothing is promised, as the engine {engine.name} reads all neurons: decode is dense.")
-        return None
+        return {}
     if engine.is_sparse_by_itself(language_model.model, language_model.layers, config):
         progress.say("Nothing is promised, as decode reads only what ReLU does not set to zero, which loses nothing.")
-        return None
+        return {}
     if not texts:
         progress.say(
             f"Nothing is promised, which takes {_FEWEST_TEXTS} texts, some of them of {_SHORTEST} tokens or more: decode is "
             "dense until 'coreinfer-sim tune' has measured what it may leave out."
         )
-        return None
+        return {}
     # 2) scores, by weights that lie as decode will read them
     rows = [_halved(row, number) for number, row in enumerate(texts)]
     laid_out = laid_out_model(language_model.name, ModelConfig(), config, True, progress) if lay_out else None
     kind = "stored" if laid_out is None and getattr(language_model.model, "own_codes", {}) else "16bit"
-    contenders = [Contender("all", weights=kind, read_ratio=ratio) for ratio in READ_RATIOS]
+    contenders = by_token_and_dense(kind)
     results = evaluate(
         laid_out or language_model,
         contenders,
@@ -123,24 +118,13 @@ def _measure(
     )
     if len({result.row_id for result in results}) < FEWEST_ROWS:
         progress.say("Nothing is promised, as too few of the texts that were held out have two tokens to score.")
-        return None
+        return {}
     # 3) what they allow
     layout = engine.layout_by_token(language_model.model, language_model.layers, config)
-    profile = choose_profile(
-        contenders, summarise(results, seed), MAX_INCREASE, dense_bytes(language_model.layers), {kind: layout}
-    )
-    if profile.of_sets:
-        progress.say(
-            f"No read ratio keeps perplexity within {MAX_INCREASE:.0%} of the dense model's on {counted(len(rows), 'text')} that "
-            "were held out: decode is dense."
-        )
-        return None
-    progress.say(
-        f"Tokens read {profile.read_ratio:g} of the neurons by default: perplexity {profile.ratio - 1:+.1%} "
-        f"({profile.low - 1:+.1%} to {profile.high - 1:+.1%}) on {counted(len(rows), 'text')} that were held out, at most "
-        f"{MAX_INCREASE:+.0%} promised."
-    )
-    return profile
+    profiles = choose_profiles(contenders, summarise(results, seed), {kind: layout})
+    for name, profile in profiles.items():
+        progress.say(f"Profile {name}: {profile.in_words()}.")
+    return profiles
 
 
 def _halved(row: Row, number: int) -> Row:

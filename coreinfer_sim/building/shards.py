@@ -142,8 +142,8 @@ def run_shard(corpus: ClusteredCorpus, shard: np.ndarray) -> PartialSums:
         statistics = activation_statistics(z, starts, config.alpha)
         if not np.isfinite(statistics.energy).all():
             raise BuildError(
-                f"layer {number} of {corpus.language_model.name} gives what is no number, expected finite activations; its "
-                "weights are damaged or too narrow – fetch the model again, or load it in float32."
+                f"{corpus.language_model.layers[number].title} of {corpus.language_model.name} gives what is no number, expected "
+                "finite activations; its weights are damaged or too narrow – fetch the model again, or load it in float32."
             )
         parts = (
             ("counts", statistics.core_mask(config.beta).astype(np.int64)),

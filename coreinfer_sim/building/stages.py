@@ -25,6 +25,7 @@ from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.workers import CLUSTERING_FILE, SENTENCES_FILE, Workers, read_clustering
 from coreinfer_sim.index.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings
 from coreinfer_sim.index.encoder import SentenceEncoder
+from coreinfer_sim.index.prompt_map import MOST_PROMPTS, PromptMap, lay_out
 from coreinfer_sim.models.prompts import rendered
 
 _REPORT_FILE = "corpus-report.json"
@@ -110,6 +111,24 @@ def cluster(folder: Path, embeddings: np.ndarray, config: BuildConfig, progress:
             progress.finish()
         write_atomic(path, partial(_save_arrays, vars(clustering)))
     return read_clustering(folder)
+
+
+def draw_map(
+    embeddings: np.ndarray,
+    clustering: Clustering,
+    sentences: Sequence[Row],
+    config: BuildConfig,
+    progress: Progress,
+) -> PromptMap:
+    """Make the map of the prompts, whose embeddings are [n_sentences, dimension]; this takes seconds, and is not kept."""
+    progress.start("Drawing the map", min(len(sentences), MOST_PROMPTS), "prompts")
+    try:
+        prompts = [sentence.prompt for sentence in sentences]
+        found = lay_out(embeddings, clustering.assignment, prompts, config.seed, config.texts)
+        progress.advance(len(found))
+    finally:
+        progress.finish()
+    return found
 
 
 def _choose_n_clusters(embeddings: np.ndarray, seed: int, progress: Progress) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_sim.base.files import replacing
+from coreinfer_sim.base.plain import excerpt
 from coreinfer_sim.base.rows import CorpusReport
 from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.pipeline import CompensatedSets
-from coreinfer_sim.index.clustering import distinctive_terms
 from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.labels import topic_labels
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -30,12 +31,13 @@ from coreinfer_sim.index.manifest import (
     SettingsInfo,
 )
 from coreinfer_sim.index.places import places_of
+from coreinfer_sim.index.prompt_map import PromptMap
 from coreinfer_sim.index.storage import save_index
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
+from coreinfer_sim.models.mlps import MLPLayer
 
 _N_EXEMPLARS = 3
-_EXEMPLAR_LENGTH = 160
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
 
 
@@ -54,7 +56,8 @@ class BuiltParts:
     sets: CompensatedSets | None
     histograms: Mapping[str, np.ndarray]
     """Of what tokens need, by layout."""
-    profile: ProfileInfo | None
+    profiles: dict[str, ProfileInfo]
+    prompt_map: PromptMap
 
 
 def write_index(out: Path, parts: BuiltParts) -> None:
@@ -70,15 +73,23 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         if parts.sets is not None:
             parts.sets.put_into(temporary)
         manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
-        centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus)
-        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms)
+        centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus, parts.encoder)
+        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms, parts.prompt_map)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
 
-def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
+def _places(layers: Sequence[MLPLayer]) -> list[list[int]] | None:
+    """Return layer and expert of each MLP of a mixture, as the manifest holds them."""
+    if all(layer.expert is None for layer in layers):
+        return None
+    return [[layer.block, -1 if layer.expert is None else layer.expert] for layer in layers]
+
+
+def _clusters(corpus: ClusteredCorpus, encoder: SentenceEncoder) -> list[Cluster]:
     """Describe the clusters: size, label and the prompts nearest to the centroid."""
     clustering, sentences = corpus.clustering, corpus.sentences
-    labels = distinctive_terms([s.prompt for s in sentences], clustering.assignment, corpus.n_clusters)
+    prompts = [sentence.prompt for sentence in sentences]
+    labels = topic_labels(prompts, clustering.assignment, clustering.centroids, encoder.encode)
     clusters = []
     for number, label in enumerate(labels):
         members = np.flatnonzero(clustering.assignment == number).tolist()
@@ -89,7 +100,7 @@ def _clusters(corpus: ClusteredCorpus) -> list[Cluster]:
                 size=len(members),
                 n_tokens=sum(sentences[i].n_tokens for i in members),
                 label=label,
-                exemplars=[" ".join(sentences[i].prompt.split())[:_EXEMPLAR_LENGTH] for i in nearest],
+                exemplars=[excerpt(sentences[i].prompt) for i in nearest] if corpus.config.texts else [],
                 exemplar_ids=[sentences[i].id for i in nearest],
                 similarity_quantiles=clustering.quantiles(number),
             )
@@ -115,6 +126,7 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
             weight_sketch=weight_sketch(language_model.layers),
             tokenizer_sha256=tokenizer_hash(language_model.tokenizer),
             activation_site=f"input of {layers[0].output_name}",
+            places=_places(language_model.layers),
             **places_of(language_model.name, out),
         ),
         encoder=EncoderInfo(
@@ -133,6 +145,6 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
             n_threads=parts.n_threads,
         ),
         compensation=compensation,
-        profile=parts.profile,
+        profiles=parts.profiles,
         files={},
     )

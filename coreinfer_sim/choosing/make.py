@@ -8,7 +8,7 @@ from typing import Any
 
 from coreinfer_sim.base.decode_settings import SelectionConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.base.settings import Fallback, Mode, check_ratio, parse_layers
+from coreinfer_sim.base.settings import Fallback, Mode, check_ratio, members_within
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.index_sets import IndexSets, default_sets
 from coreinfer_sim.choosing.predictors import (
@@ -69,9 +69,10 @@ def _holding(config: SelectionConfig, layers: Sequence[MLPLayer], index: Semanti
     sparse_layers = config.sparse_layers
     if sparse_layers is None:
         sparse_layers = ":" if index is None else index.recorded
-    numbers = sorted(parse_layers(sparse_layers, len(layers)))
+    blocks = [layer.block for layer in layers]
+    numbers = members_within(sparse_layers, blocks)
     if not numbers:
-        raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(layers)} layers.")
+        raise ConfigError(f"layers is {sparse_layers!r}, which names none of the model's {len(set(blocks))} layers.")
     # 2) Modes that need no index
     if mode in (Mode.DENSE, Mode.ALL):
         return FixedPredictor(NeuronSelection(mode.value))

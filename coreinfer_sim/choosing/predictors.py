@@ -84,7 +84,10 @@ class ReadingPredictor:
 
 
 class StabilityPredictor:
-    """The prompt's own core neurons, taken during prefill: CoreInfer's C_α^β, or by energy as in GRIFFIN."""
+    """The prompt's own core neurons, taken during prefill: CoreInfer's C_α^β, or by energy as in GRIFFIN.
+
+    An expert that the prompt has not reached stays dense.
+    """
 
     mode = Mode.STABILITY.value
     needs_text = False
@@ -107,7 +110,7 @@ class StabilityPredictor:
                 {
                     number: torch.from_numpy(self._ids(layer, row))
                     for number, layer in statistics.items()
-                    if number in self._layers
+                    if number in self._layers and layer.reached(row)
                 },
             )
             for row in range(n_rows)

@@ -50,7 +50,7 @@ class HybridPredictor:
 
     In each layer a neuron's score is λ · prior + (1 − λ) · evidence. The prior is the cluster's statistic
     (`SemanticIndex.statistics`), the evidence the prompt's own, each divided by its sum over the layer's neurons;
-    λ is `prior_weight`.
+    λ is `prior_weight`. An expert that neither corpus nor prompt has reached stays dense.
     """
 
     mode = Mode.HYBRID.value
@@ -78,11 +78,14 @@ class HybridPredictor:
         prior, prior_ties = self._sets.index.statistics(match.cluster, self._sets.score)
         ids = {}
         for layer, place in self._rows.items():
-            own = statistics[layer]
-            weight = prior_weight(float(own.energy[row].sum()), match.confidence)
-            score = weight * _shares(prior[place]) + (1 - weight) * _shares(own.ranked_by(self._sets.score)[row])
-            ties = weight * _shares(prior_ties[place]) + (1 - weight) * _shares(own.activation[row])
-            ids[layer] = torch.from_numpy(top_ids(score, ties, n_kept(self._sets.keep_ratio, len(score))))
+            score, ties = _shares(prior[place]), _shares(prior_ties[place])
+            own = statistics.get(layer)
+            if own is not None and own.reached(row):
+                weight = prior_weight(float(own.energy[row].sum()), match.confidence)
+                score = weight * score + (1 - weight) * _shares(own.ranked_by(self._sets.score)[row])
+                ties = weight * ties + (1 - weight) * _shares(own.activation[row])
+            if score.any():
+                ids[layer] = torch.from_numpy(top_ids(score, ties, n_kept(self._sets.keep_ratio, len(score))))
         return routed_by(match, NeuronSelection(self.mode, ids))
 
 

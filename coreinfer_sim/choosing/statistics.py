@@ -48,17 +48,22 @@ class ActivationStatistics:
             self.counts + other.counts, self.energy + other.energy, self.activation + other.activation
         )
 
+    def reached(self, row: int) -> bool:
+        """Return whether tokens of a sentence have come here, as they have unless this is an expert."""
+        return bool(self.energy[row].any())
+
     def ranked_by(self, score: Score) -> np.ndarray:
         """Return the statistic that ranks the sentences' own neurons, [n, d_ff]."""
         return self.counts if score is Score.PAPER else self.energy
 
     def core_mask(self, beta: float) -> np.ndarray:
-        """Mark the sentence-wise core neurons C_α^β, [n, d_ff]."""
-        return top_mask(self.counts, self.activation, n_kept(beta, self.counts.shape[1]))
+        """Mark the sentence-wise core neurons C_α^β, [n, d_ff]: none where no token has come, as to some experts."""
+        marked = top_mask(self.counts, self.activation, n_kept(beta, self.counts.shape[1]))
+        return marked & self.counts.any(axis=1, keepdims=True)
 
 
 LayerStatistics = dict[int, ActivationStatistics]
-"""By layer number, the statistics of every row of a batch, [n_rows, d_ff]."""
+"""By layer number, the statistics of every row of a batch, [n_rows, d_ff]; an expert that no row has reached may lack."""
 
 
 def activation_statistics(z: torch.Tensor, starts: np.ndarray, alpha: float) -> ActivationStatistics:

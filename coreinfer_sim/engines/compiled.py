@@ -16,9 +16,11 @@ from transformers import CompileConfig, StaticCache
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.cutting import Projections, compact_model, linear_module
+from coreinfer_sim.engines.cutting import Projections, compact_model
 from coreinfer_sim.engines.in_transformers import TransformersEngine
 from coreinfer_sim.engines.sizes import Bytes
+from coreinfer_sim.models.mixtures import is_mixture
+from coreinfer_sim.models.structure import linear_module
 
 _STEP = 256
 """Positions by which static caches grow; another length is another shape."""
@@ -37,6 +39,13 @@ class CompiledEngine(TransformersEngine):
         self._placed: dict[int, Projections] = {}
         self._call: Callable[..., Any] | None = None
         self._compile_config: CompileConfig | None = None
+
+    @classmethod
+    def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
+        """Refuse what `TransformersEngine` does, and mixtures, whose tokens decide which experts run."""
+        if is_mixture(model):
+            return "it compiles no mixture of experts"
+        return super().refuses(model, config)
 
     @classmethod
     def plan(cls, neuron_bytes: float, n_held: Sequence[int], config: DecodeConfig) -> Bytes:

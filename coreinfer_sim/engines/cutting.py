@@ -13,6 +13,7 @@ from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer, linear_parameters
 from coreinfer_sim.models.offload import HostLinear
 from coreinfer_sim.models.store import LayerStore
+from coreinfer_sim.models.structure import linear_module
 
 Projections = dict[str, Any]
 _Parameters = tuple[torch.Tensor, torch.Tensor | None]
@@ -105,15 +106,6 @@ def _stacked(first: _Parameters, second: _Parameters) -> _Parameters:
         return weight, None
     biases = [w.new_zeros(len(w)) if b is None else b for w, b in (first, second)]
     return weight, torch.cat([biases[0], biases[1].to(biases[0])]).to(weight)
-
-
-def linear_module(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """Return a linear layer over these very tensors."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear.eval()
 
 
 def compact_model(layers: Sequence[MLPLayer], selection: NeuronSelection) -> dict[int, Projections]:

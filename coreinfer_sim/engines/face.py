@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,43 +20,13 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.prepared import Prepared, PreparedCache
 from coreinfer_sim.engines.sizes import Bytes, BytesRead, Planner
+from coreinfer_sim.engines.steps import CallState, Group, Step, StepInputs
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
-Group = tuple[Sequence[int], Prepared]
-"""Rows of a batch, and the neurons that they decode with."""
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a decode step gets."""
-
-    ids: torch.Tensor
-    """The newest token of every row, [n_rows, 1]."""
-    cache: Any
-    """Of transformers; it grows by one position in all rows."""
-    given: Mapping[str, Any]
-    """All that transformers' ``generate`` gives to a forward pass."""
-    starts: np.ndarray
-    """First position of each row that is no padding, int64 [n_rows]."""
-    finished: np.ndarray
-    """Rows whose text has ended, boolean [n_rows]; nobody looks at their logits."""
-    n_copies: int
-    """Rows of each prompt: beams, or several texts of one prompt; groups name prompts."""
-    forward: Callable[..., Any]
-    """The model's own forward pass."""
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Of the newest tokens, [n_rows]."""
-        found = self.given.get("position_ids")
-        if found is None:
-            found = torch.full((1, 1), int(self.cache.get_seq_length()))
-        return found.reshape(-1).expand(len(self.ids))
-
 
 class Engine(ABC):
-    """Decodes one model with the neurons of any selection; one call at a time."""
+    """Decodes one model with the neurons of any selection; one call at a time, or several that share steps."""
 
     name: ClassVar[str]
     """What users call it."""
@@ -71,18 +40,32 @@ class Engine(ABC):
         self.model, self.layers, self.config = model, layers, config
         self.cache = PreparedCache(config.cache_bytes)
         """Prepared weights of recent selections."""
-        self._read = BytesRead()
-        self._latest: Sequence[Group] = ()
+        self.call = self.new_call()
+        """What belongs to the call that runs; who lets calls take turns puts each one's own back."""
 
     @classmethod
     @abstractmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
         """Return why a model cannot be decoded under these settings, or None if it can."""
 
+    def new_call(self) -> CallState:
+        """Return what a call begins with."""
+        return CallState()
+
+    @property
+    def shares_steps(self) -> bool:
+        """Whether `steps` costs less than each step by itself; then calls may take turns."""
+        return False
+
     @property
     def skips_zeros(self) -> bool:
         """Whether neurons that are zero are not read, though nothing says that tokens read a share: nothing is left out."""
         return False
+
+    @property
+    def reads_as_prefill(self) -> bool:
+        """Whether decode multiplies by the same weights as prefill, so that it writes the same keys and values."""
+        return True
 
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Return why decode cannot go on from this cache in this call, or None if it can.
@@ -196,7 +179,9 @@ class Engine(ABC):
             if selection.read_ratio < 1:
                 self.check_by_token()
             made = self.cut(selection)
-            return Prepared(selection, made, self.size(made))
+            n_bytes, layers = self.size(made), self.layers
+            passed = sum((1 - layers[n].share) * self.size({n: made[n]}) for n in made if layers[n].share < 1)
+            return Prepared(selection, made, n_bytes, n_bytes - round(passed))
 
         return [self.cache.get(selection, make) for selection in selections]
 
@@ -258,6 +243,10 @@ class Engine(ABC):
             transformers' ``CausalLMOutputWithPast``, with float logits [n_rows, 1, vocabulary]. Call `count` once.
         """
 
+    def steps(self, each: Sequence[Step]) -> list[Any]:
+        """Do what `step` does for several calls at a time, each with its own cache; return what it returns for each."""
+        raise NotImplementedError(f"the engine {self.name} decodes one call at a time")
+
     @abstractmethod
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed the tokens of a given text as decode would have read them, many positions at a time.
@@ -276,8 +265,8 @@ class Engine(ABC):
         """Return the bytes of weights that a step reads outside the MLPs."""
 
     def dense_bytes(self, layer: MLPLayer) -> int:
-        """Return the bytes that a step reads in a layer that stays dense."""
-        return layer.n_bytes
+        """Return the bytes that a step reads in a layer that stays dense; of an expert, on average over its layer's."""
+        return round(layer.n_bytes * layer.share)
 
     def whole_bytes(self) -> int:
         """Return the MLP bytes that a dense step reads."""
@@ -286,7 +275,7 @@ class Engine(ABC):
     def mlp_bytes(self, held: Sequence[Prepared]) -> int:
         """Return the MLP bytes that a step reads; a layer that several selections leave dense is read once."""
         dense = [layer for layer in self.layers if any(layer.number not in each.layers for each in held)]
-        return sum(each.n_bytes for each in held) + sum(self.dense_bytes(layer) for layer in dense)
+        return sum(each.n_read for each in held) + sum(self.dense_bytes(layer) for layer in dense)
 
     def count(self, groups: Sequence[Group], n_steps: int = 1) -> None:
         """Count the bytes of steps that have been done."""
@@ -297,20 +286,20 @@ class Engine(ABC):
 
     def count_read(self, groups: Sequence[Group], mlp: int, share: float, n_steps: int) -> None:
         """Count steps that have read so many MLP bytes and such a share of all neurons in full, both summed over steps."""
-        self._latest = groups
-        self._read += BytesRead(mlp, self.other_bytes() * n_steps, n_steps, share)
+        self.call.latest = groups
+        self.call.read += BytesRead(mlp, self.other_bytes() * n_steps, n_steps, share)
 
     def read(self) -> BytesRead:
         """Return what was read since the latest `release`."""
-        return self._read
+        return self.call.read
 
     def neurons_read(self) -> list[dict[int, torch.Tensor]]:
         """Return the ids that the latest step read in full, by group and layer; layers that are not named were read whole."""
-        return [dict(prepared.selection.ids) for _, prepared in self._latest]
+        return [dict(prepared.selection.ids) for _, prepared in self.call.latest]
 
     def release(self) -> None:
         """Let go of what belongs to the latest call, and begin to count anew."""
-        self._read, self._latest = BytesRead(), ()
+        self.call = self.new_call()
 
     def close(self) -> None:
         """Let go of all prepared weights."""

@@ -13,11 +13,12 @@ from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, compact_model
-from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.lean.matrix import warm_up_products
 from coreinfer_sim.engines.linear import products_of, use_products
 from coreinfer_sim.engines.modules import grouped_model, install
 from coreinfer_sim.engines.prepared import Prepared
+from coreinfer_sim.engines.steps import Group, StepInputs
 from coreinfer_sim.models.mlps import MLPLayer, module_bytes, other_bytes
 
 

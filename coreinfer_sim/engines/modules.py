@@ -15,6 +15,7 @@ from torch import nn
 
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import Projections, compact_model
+from coreinfer_sim.models.experts import Routing
 from coreinfer_sim.models.mlps import MLPLayer
 from coreinfer_sim.models.structure import weight_shape
 
@@ -23,12 +24,28 @@ class GroupedLinear(nn.Module):
     """One projection for a batch whose rows hold different selections.
 
     Rows of one group go through that group's weights; narrower groups are padded with zeros, which add nothing to
-    the output projection.
+    the output projection. An expert sees some of the tokens, of which its routing says where they belong.
     """
 
-    def __init__(self, linears: Sequence[Any], rows: Sequence[Sequence[int]], pad_halves: bool) -> None:
-        """Use ``linears[g]`` for the batch rows ``rows[g]``; ``pad_halves`` pads gate and up of a fused projection."""
+    def __init__(
+        self,
+        linears: Sequence[Any],
+        rows: Sequence[Sequence[int]],
+        pad_halves: bool,
+        routing: Routing | None = None,
+        reads: bool = False,
+    ) -> None:
+        """Use ``linears[g]`` for the batch rows ``rows[g]``.
+
+        Args:
+            linears: one a group.
+            rows: of each group.
+            pad_halves: pad gate and up of a fused projection.
+            routing: of an expert.
+            reads: whether the projection is the first that the expert calls.
+        """
         super().__init__()
+        self.routing, self.reads = routing, reads
         self.linears = nn.ModuleList(linears)
         self.rows = [torch.tensor(group) for group in rows]
         self.n_rows = sum(len(group) for group in rows)
@@ -37,14 +54,19 @@ class GroupedLinear(nn.Module):
         self.n_out: int = max(n_out for n_out, _ in self.shapes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [n_rows · n_beams (, n_positions), n_in] to [..., n_out]."""
-        n_beams = x.shape[0] // self.n_rows  # generate lays a prompt's beams one after the other
-        by_row = x.reshape(self.n_rows, n_beams, *x.shape[1:])
-        out = x.new_zeros(*by_row.shape[:-1], self.n_parts, self.n_out // self.n_parts)
+        """Map [n_rows · n_beams (· n_positions) (, n_positions), n_in] to [..., n_out]; of an expert some of these."""
+        places, n_places = torch.arange(len(x), device=x.device), len(x)
+        if self.routing is not None:
+            if self.reads:
+                self.routing.read(x)
+            places, n_places = self.routing.tokens, self.routing.n_tokens
+        row_of = places * self.n_rows // n_places  # generate lays a prompt's beams one after the other
+        out = x.new_zeros(*x.shape[:-1], self.n_parts, self.n_out // self.n_parts)
         for linear, rows, (n_out, n_in) in zip(self.linears, self.rows, self.shapes, strict=True):
             width = n_out // self.n_parts
-            y = linear(by_row[rows][..., :n_in])
-            out[rows, ..., :width] = y.unflatten(-1, (self.n_parts, width))
+            own = torch.isin(row_of, rows.to(row_of.device)).nonzero().squeeze(1)
+            if len(own):
+                out[own, ..., :width] = linear(x[own][..., :n_in]).unflatten(-1, (self.n_parts, width))
         return out.reshape(*x.shape[:-1], self.n_out)
 
 
@@ -66,7 +88,13 @@ def grouped_model(
         dense = {name: layer.projection(name) for name in layer.projections}
         parts = [group.get(number, dense) for group in compact]
         grouped[number] = {
-            name: GroupedLinear([part[name] for part in parts], rows, layer.fused and name in layer.inputs)
+            name: GroupedLinear(
+                [part[name] for part in parts],
+                rows,
+                layer.fused and name in layer.inputs,
+                layer.routing,
+                reads=name == layer.inputs[0],
+            )
             for name in layer.projections
         }
     return grouped

@@ -21,6 +21,8 @@ class Prepared:
     """By layer number; a layer that is not named stays dense."""
     n_bytes: int
     """That they take in memory."""
+    n_read: int
+    """Bytes that a token reads of them: of experts, of as many as it takes."""
 
 
 class PreparedCache:

@@ -27,9 +27,9 @@ from coreinfer_sim.choosing.statistics import ActivationStatistics, LayerStatist
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.evaluation.rows import joined
-from coreinfer_sim.generation.in_process import generate_options
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.sparse_model import SparseModel
+from coreinfer_sim.generation.watch import generate_options
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.prompts import Message, prompt_ids
 from coreinfer_sim.models.taps import recorded_activations

@@ -82,7 +82,8 @@ class Chooser:
             n = n_kept(contender.keep_ratio, s.energy.shape[1])
             return torch.from_numpy(top_ids(s.energy[0], s.activation[0], n))
 
-        return NeuronSelection(contender.name, {number: ids(statistics[number]) for number in self._numbers})
+        reached = [number for number in self._numbers if number in statistics]  # not all experts are, by few tokens
+        return NeuronSelection(contender.name, {number: ids(statistics[number]) for number in reached})
 
     def _random_cluster(self, index: SemanticIndex, contender: Contender, case: Case) -> NeuronSelection:
         row = zlib.crc32(f"{case.row.set_name}/{case.row.id}".encode())  # the same draw when a log is continued

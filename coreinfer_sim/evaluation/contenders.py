@@ -30,6 +30,8 @@ _WAY = re.compile(
     rf"(?: else (?P<fallback>{'|'.join(Fallback)}))?"
 )
 
+_TITLE = re.compile(r"(?P<way>.+?) (?P<keep>[\d.e-]+)(?: read (?P<read>[\d.e-]+))?(?: (?P<weights>\S+))?")
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -55,8 +57,6 @@ class Contender:
         if self.of_file:
             if self.name != "dense":
                 raise ConfigError(f"{self.weights} is another file, which is read densely; compare it as dense.")
-            if not Path(self.weights).is_file():
-                raise ConfigError(f"there is no file {self.weights}, expected a GGUF file of the same model.")
             return
         if self.read_ratio < 1 and self.weights in READ_WHOLE:
             raise ConfigError(
@@ -73,6 +73,30 @@ class Contender:
             return f"dense {Path(self.weights).name if self.of_file else self.weights}"
         reads = f" read {self.read_ratio:g}" if self.read_ratio < 1 else ""
         return f"{self.way} {self.keep_ratio:g}{reads}" + ("" if self.weights == "16bit" else f" {self.weights}")
+
+    @classmethod
+    def named(cls, title: str) -> Contender:
+        """Return the contender that a name such as ``similarity/energy 0.4 q8_0`` stands for; the inverse of ``str``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if title.startswith("dense "):
+            return cls("dense", weights=title.removeprefix("dense "))
+        found = _TITLE.fullmatch(title)
+        if found is None:
+            raise ConfigError(f"there is no contender {title!r}, expected one as evaluation names it.")
+        name, score, fallback = _parts(found["way"])
+        compensated = score == COMPENSATED
+        return cls(
+            name,
+            float(found["keep"]),
+            Score.ENERGY if compensated else Score(score),
+            found["weights"] or "16bit",
+            Fallback(fallback),
+            compensated,
+            float(found["read"] or 1),
+        )
 
     @property
     def of_file(self) -> bool:
@@ -137,6 +161,9 @@ def parse_contenders(
     for ratio in read_ratios:
         check_ratio("read ratio", ratio)
     found: dict[str, Contender] = {}
+    for kind in weights:
+        if is_file_name(kind) and not Path(kind).is_file():
+            raise ConfigError(f"there is no file {kind}, expected a GGUF file of the same model.")
     for kind, given in itertools.product(weights, names):
         name, score, fallback = _parts(given)
         if name != "dense" and (is_file_name(kind) or (name == "all" and kind in READ_WHOLE)):

@@ -27,7 +27,7 @@ from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.evaluation.contenders import is_file_name
 from coreinfer_sim.models.loading import LanguageModel, load_model
-from coreinfer_sim.models.mlps import MLPLayer, find_mlps, module_bytes
+from coreinfer_sim.models.mlps import MLPLayer, check_dense, find_mlps, module_bytes
 
 BITS = {"q8_0": 8.5, "q4_0": 4.5}
 """Bits a weight, scales included."""
@@ -76,6 +76,7 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 def rounded_model(language_model: LanguageModel, kind: str) -> LanguageModel:
     """Return a model whose matrices are rounded to a format, the output head to that of `_OF_HEAD`."""
+    check_dense(language_model.layers, f"rounding to {kind}")
     whole = language_model.model
     matrices = [module.weight for module in whole.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     model = copy.deepcopy(

@@ -58,6 +58,7 @@ class CoreInferLM(HFLM):
         self,
         model: str | None = None,
         index: str | None = None,
+        profile: str | None = None,
         mode: str = "similarity",
         keep_ratio: float | None = None,
         score: str = "energy",
@@ -77,6 +78,7 @@ class CoreInferLM(HFLM):
         Args:
             model: hub id, checkpoint folder or GGUF file.
             index: folder; similarity and global need it.
+            profile: of the index: exact, balanced or fast; None: its default, unless a mode or a keep ratio is given.
             mode: similarity, hybrid, stability, global, random or dense.
             keep_ratio: share of d_ff that is held; None takes the index's.
             score: energy or paper.
@@ -116,6 +118,7 @@ class CoreInferLM(HFLM):
         opened = load(
             index,
             model,
+            profile=profile,
             selection=selection,
             loading=ModelConfig(dtype, device, encoder),
             engine=engine,

@@ -6,18 +6,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.base.plots import drawing
+from coreinfer_sim.base.plots import COLORS, HEIGHT, INK, WIDTH, check_plot, save_plot, styled
 from coreinfer_sim.evaluation.contenders import Contender
 
-_STYLES = {
-    "16bit": ("o", "-"),
-    "stored": ("P", "-"),
-    "int8": ("D", "-."),
-    "int4": ("v", "-."),
-    "q8_0": ("s", "--"),
-    "q4_0": ("^", ":"),
+_DENSE = "dense"
+_STYLES: dict[str, tuple[str, list[int]]] = {
+    "16bit": ("circle", [1, 0]),
+    "stored": ("cross", [1, 0]),
+    "int8": ("diamond", [8, 3, 2, 3]),
+    "int4": ("triangle-down", [8, 3, 2, 3]),
+    "q8_0": ("square", [6, 4]),
+    "q4_0": ("triangle-up", [2, 3]),
 }
-"""Marker and line by the weights' precision; the colour tells how the neurons were chosen."""
+"""Shape and dashes by the weights' precision; the colour tells how the neurons were chosen."""
 _LEAST = 0.001
 """KL that is drawn; the reference itself has 0, which no logarithmic axis shows."""
 
@@ -31,7 +32,7 @@ def families(
     for row in sorted(summary, key=lambda row: row["total_bytes_per_token"]):
         contender = known[row["contender"]]
         grouped.setdefault(contender.family, []).append((contender, row))
-    return dict(sorted(grouped.items(), key=lambda item: (item[0] != "dense", item[0])))
+    return dict(sorted(grouped.items(), key=lambda item: (item[0] != _DENSE, item[0])))
 
 
 def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], path: Path) -> None:
@@ -40,38 +41,64 @@ def plot(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender], pat
     Args:
         summary: rows of `summarise`.
         contenders: those that the rows are of.
-        path: a .png or .svg file; replaced in one step.
+        path: an .html, .png or .svg file; replaced in one step.
     """
-    with drawing(path) as (figure, axes):
-        _draw(families(summary, contenders), axes)
-        figure.legend(loc="outside right upper", fontsize=8)
+    check_plot(path)
+    save_plot(quality_chart(summary, contenders), path)
+
+
+def quality_chart(summary: Sequence[dict[str, Any]], contenders: Sequence[Contender]) -> Any:
+    """Return the chart that `plot` draws."""
+    import altair as alt
+
+    grouped = families(summary, contenders)
+    ways = list(dict.fromkeys(points[0][0].way for name, points in grouped.items() if name != _DENSE))
+    styles = [_style(name, points[0][0], ways) for name, points in grouped.items()]
+    colors, shapes, dashes = (list(each) for each in zip(*styles, strict=True))
+    points = [
+        {
+            "family": family,
+            "megabytes": row["total_bytes_per_token"] / 1e6,
+            "kl": max(_LEAST, row["kl"]),
+            "text": _text(contender),
+        }
+        for family, rows in grouped.items()
+        for contender, row in rows
+    ]
+
+    def by_family(values: list[Any]) -> Any:
+        return alt.Scale(domain=list(grouped), range=values)
+
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("megabytes:Q", title="weights read per decoded token (MB)", scale=alt.Scale(zero=False, nice=True)),
+        y=alt.Y(
+            "kl:Q",
+            title=["KL per token to dense", f"(nats; up to {_LEAST:g} drawn there)"],
+            scale=alt.Scale(type="log"),
+            axis=alt.Axis(tickCount=6, format="~g"),
+        ),
+        color=alt.Color("family:N", scale=by_family(colors), title=None),
+    )
+    lines = (
+        base.mark_line()
+        .encode(strokeDash=alt.StrokeDash("family:N", scale=by_family(dashes), title=None))
+        .transform_filter(alt.datum.family != _DENSE)  # whose points differ in more than one number
+    )
+    dots = base.mark_point().encode(shape=alt.Shape("family:N", scale=by_family(shapes), title=None))
+    texts = base.mark_text(align="left", dx=7, dy=-7).encode(text="text:N", color=alt.value(INK))
+    chart = alt.layer(lines, dots, texts).properties(width=WIDTH, height=HEIGHT)
+    return styled(chart, "Quality over the bytes that a token reads")
+
+
+def _style(family: str, contender: Contender, ways: list[str]) -> tuple[str, str, list[int]]:
+    """Return a family's colour, shape and dashes."""
+    if family == _DENSE:
+        return INK, "circle", [1, 0]
+    return (COLORS[ways.index(contender.way) % len(COLORS)], *_STYLES[contender.weights])
 
 
 def _text(contender: Contender) -> str:
     """Return what stands beside a point: the weights of a dense one, or the ratio that its line varies."""
-    if contender.name == "dense":
+    if contender.name == _DENSE:
         return Path(contender.weights).stem if contender.of_file else contender.weights
     return f"{contender.read_ratio if contender.read_ratio < 1 else contender.keep_ratio:g}"
-
-
-def _draw(grouped: dict[str, list[tuple[Contender, dict[str, Any]]]], axes: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    ways = list(dict.fromkeys(points[0][0].way for points in grouped.values()))
-    for family, points in grouped.items():
-        contender = points[0][0]
-        marker, line = _STYLES["16bit" if family == "dense" else contender.weights]
-        x = [row["total_bytes_per_token"] / 1e6 for _, row in points]
-        y = [max(_LEAST, row["kl"]) for _, row in points]
-        color = "black" if family == "dense" else f"C{ways.index(contender.way) % 10}"
-        line = "" if family == "dense" else line  # which differ in more than one number
-        axes.plot(x, y, label=family, marker=marker, linestyle=line, color=color)
-        for (contender, _), at in zip(points, zip(x, y, strict=True), strict=True):
-            axes.annotate(_text(contender), at, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("weights read per decoded token (MB)")
-    axes.set_ylabel(f"KL per token to dense (nats; up to {_LEAST:g} drawn there)")
-    axes.grid(alpha=0.3)

@@ -16,7 +16,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def check_text_scores() -> None:
     """Raise ConfigError if a package that `text_scores` needs is not installed."""
-    require("scoring generated texts", "rouge_score", "sacrebleu")
+    require("scoring generated texts", "eval", "rouge_score", "sacrebleu")
 
 
 def text_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:

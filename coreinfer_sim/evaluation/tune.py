@@ -1,4 +1,4 @@
-"""Choosing the keep ratio: the fewest bytes a token that keep a promise about perplexity."""
+"""Choosing what profiles decode by: the fewest bytes a token that keep a promise about perplexity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.rows import Row
-from coreinfer_sim.base.settings import Fallback
+from coreinfer_sim.base.settings import MAX_INCREASES, Fallback, Profile
 from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import ProfileInfo
@@ -58,9 +58,10 @@ def candidates(
     keep_ratios: Sequence[float] = (),
     read_ratios: Sequence[float] = (),
     kinds: Sequence[str] = ("16bit",),
+    stored: str = "16bit",
     by_token: bool = True,
 ) -> list[Contender]:
-    """Return what may decode: of each type of weights, sets at each keep ratio, and tokens that choose at each read ratio.
+    """Return what may decode: of each type of weights sets at each keep ratio, tokens that choose at each read ratio, and all.
 
     Sets are plain and, where there are some, compensated: compensation that was fitted to few tokens may do more harm than good
     where few neurons are dropped. Each has the fallback that `make_predictor` takes by default.
@@ -69,7 +70,8 @@ def candidates(
         index: to choose for.
         keep_ratios: of sets to try; none: those of the compensated sets and KEEP_RATIOS, unless read ratios are named.
         read_ratios: to try; none: READ_RATIOS, unless keep ratios are named.
-        kinds: of weights, as contenders name them; rounded ones are tried densely too.
+        kinds: of weights, as contenders name them.
+        stored: the one of the stored weights, whose dense decode all are compared with.
         by_token: whether the engine lets tokens choose.
 
     Raises:
@@ -82,16 +84,22 @@ def candidates(
     if not keep_ratios and not read_ratios:
         keep_ratios = [*KEEP_RATIOS, *(info.keep_ratio for info in index.manifest.compensation)]
         read_ratios = READ_RATIOS if by_token else ()
-    found = []
+    found = [] if stored in kinds else [Contender("dense", weights=stored)]
     for kind in kinds:
         for ratio in sorted({*keep_ratios}):
             if index.manifest.holds_sets(ratio):
                 found.append(Contender("similarity", ratio, weights=kind, fallback=Fallback.GLOBAL, compensated=True))
             found.append(Contender("similarity", ratio, weights=kind, fallback=Fallback.HYBRID))
-        found += [Contender("all", weights=kind, read_ratio=ratio) for ratio in sorted({*read_ratios})]
-        if kind not in ("16bit", "stored"):
-            found.append(Contender("dense", weights=kind))
+        found += [*by_token_and_dense(kind, sorted({*read_ratios}))]
     return found
+
+
+def by_token_and_dense(kind: str, read_ratios: Sequence[float] = READ_RATIOS) -> list[Contender]:
+    """Return tokens that choose at each read ratio, and those that read all weights of a type."""
+    return [
+        *(Contender("all", weights=kind, read_ratio=ratio) for ratio in read_ratios),
+        Contender("dense", weights=kind),
+    ]
 
 
 def first_and_further(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -107,52 +115,57 @@ def first_and_further(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def hopeful(contenders: Sequence[Contender], summary: Sequence[dict[str, Any]], max_increase: float) -> list[Contender]:
-    """Return the candidates that may yet keep the promise; arguments as for `choose_profile`."""
-    low = {row["contender"]: row["ratio_interval"][0] for row in summary if row["ratio_interval"] is not None}
-    return [contender for contender in contenders if low.get(str(contender), 0.0) <= 1 + _FAR * max_increase]
-
-
-def choose_profile(
-    contenders: Sequence[Contender],
-    summary: Sequence[dict[str, Any]],
-    max_increase: float,
-    dense_bytes: int,
-    layouts: Mapping[str, str] | None = None,
-) -> ProfileInfo:
-    """Return the contender with the fewest bytes whose whole 95 % interval keeps the promise, or dense decode.
-
-    Of those with about as few, it is the one of the lowest ratio.
+    """Return the candidates that may yet keep the promise, and dense decode, whose bytes are needed.
 
     Args:
         contenders: the candidates.
+        summary: of `summarise`, for them.
+        max_increase: largest allowed increase of perplexity, as a share of the dense model's.
+    """
+    low = {row["contender"]: row["ratio_interval"][0] for row in summary if row["ratio_interval"] is not None}
+    most = 1 + _FAR * max_increase
+    return [each for each in contenders if each.name == "dense" or low.get(str(each), 0.0) <= most]
+
+
+def choose_profiles(
+    contenders: Sequence[Contender],
+    summary: Sequence[dict[str, Any]],
+    layouts: Mapping[str, str] | None = None,
+    max_increases: Mapping[Profile, float] = MAX_INCREASES,
+) -> dict[str, ProfileInfo]:
+    """Return, for each profile by its name, the contender with the fewest bytes whose whole 95 % interval keeps the promise.
+
+    Of those with about as few, it is the one of the lowest ratio. Dense decode of the stored weights always keeps it.
+
+    Args:
+        contenders: the candidates; the first that is dense is of the stored weights.
         summary: of `summarise`, for them, on rows that `check_rows` has passed.
-        max_increase: allowed increase of perplexity, as a share of the dense model's.
-        dense_bytes: MLP bytes a token of the dense model.
         layouts: by kinds of weights, what `Engine.layout_by_token` says.
+        max_increases: by profile, allowed increase of perplexity, as a share of the dense model's.
     """
     by_name = {row["contender"]: row for row in summary}
-    kept = [
-        (row["total_bytes_per_token"], row["ratio"], contender)
-        for contender in contenders
-        if (row := by_name[str(contender)])["ratio_interval"][1] <= 1 + max_increase
-    ]
-    if not kept:
-        n_rows = max(row["n_rows"] for row in summary)
-        return ProfileInfo(1.0, False, max_increase, 1.0, 1.0, 1.0, dense_bytes, n_rows)
-    fewest = min(n_bytes for n_bytes, _, _ in kept)
-    _, ratio, chosen = min((f for f in kept if f[0] <= _SAME_BYTES * fewest), key=lambda found: found[1])
-    row = by_name[str(chosen)]
-    low, high = row["ratio_interval"]
-    return ProfileInfo(
-        chosen.keep_ratio,
-        chosen.compensated,
-        max_increase,
-        ratio,
-        low,
-        high,
-        row["mlp_bytes_per_token"],
-        row["n_rows"],
-        chosen.read_ratio,
-        "stored" if chosen.weights == "16bit" else chosen.weights,
-        (layouts or {}).get(chosen.weights, "") if chosen.read_ratio < 1 else "",
-    )
+    rows = [(contender, by_name[str(contender)]) for contender in contenders]
+    stored = next((contender, row) for contender, row in rows if contender.name == "dense")
+    found = {}
+    for profile, most in max_increases.items():
+        kept = [stored, *(each for each in rows if each[1]["ratio_interval"][1] <= 1 + most)]
+        fewest = min(row["total_bytes_per_token"] for _, row in kept)
+        near = [each for each in kept if each[1]["total_bytes_per_token"] <= _SAME_BYTES * fewest]
+        chosen, row = min(near, key=lambda each: each[1]["ratio"])
+        low, high = row["ratio_interval"]
+        found[profile.value] = ProfileInfo(
+            chosen.keep_ratio,
+            chosen.compensated,
+            most,
+            row["ratio"],
+            low,
+            high,
+            row["mlp_bytes_per_token"],
+            row["n_rows"],
+            chosen.read_ratio,
+            "stored" if chosen.weights == "16bit" else chosen.weights,
+            (layouts or {}).get(chosen.weights, "") if chosen.read_ratio < 1 else "",
+            row["total_bytes_per_token"],
+            stored[1]["total_bytes_per_token"],
+        )
+    return found

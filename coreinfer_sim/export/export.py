@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coreinfer_sim.base.errors import ExportError
 from coreinfer_sim.base.files import is_vacant, replacing, restore
-from coreinfer_sim.base.progress import Progress, counted, readable_size
+from coreinfer_sim.base.progress import Progress, counted, readable_size, shown
 from coreinfer_sim.base.settings import check_ratio
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.index_sets import wanted_sets
@@ -26,6 +26,7 @@ from coreinfer_sim.export.weights import (
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.chat_templates import template_of
 from coreinfer_sim.models.loading import LanguageModel
+from coreinfer_sim.models.mlps import check_dense
 
 FORMATS = ("hf", "gguf")
 
@@ -70,8 +71,9 @@ def export(
         ExportError: the format cannot hold the model, something is in the way, or the disk is too small.
     """
     # 1) What is requested, and which of it is there.
-    progress, out = progress or Progress(), Path(out)
+    progress, out = shown(progress), Path(out)
     check_model(index, language_model.layers)
+    check_dense(language_model.layers, "an export")
     keep_ratio, compensated = wanted_sets(index, keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
     written_as = weights if kind == "gguf" else language_model.dtype_name

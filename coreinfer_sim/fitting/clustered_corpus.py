@@ -11,7 +11,7 @@ import numpy as np
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.rows import Row
-from coreinfer_sim.base.settings import BuildConfig, parse_layers
+from coreinfer_sim.base.settings import BuildConfig, members_within
 from coreinfer_sim.index.clustering import Clustering
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
@@ -114,9 +114,10 @@ def recorded_layers(language_model: LanguageModel, config: BuildConfig) -> list[
     Raises:
         ConfigError: the settings name none of the model's layers.
     """
-    numbers = sorted(parse_layers(config.layers, len(language_model.layers)))
+    blocks = [layer.block for layer in language_model.layers]
+    numbers = members_within(config.layers, blocks)
     if not numbers:
-        raise ConfigError(f"layers is {config.layers!r}, which names none of {len(language_model.layers)} layers.")
+        raise ConfigError(f"layers is {config.layers!r}, which names none of {len(set(blocks))} layers.")
     return [language_model.layers[number] for number in numbers]
 
 

@@ -6,9 +6,12 @@ __all__ = [
     "in_process",
     "memory_plan",
     "opening",
+    "prefix_cache",
     "reading",
     "routing",
     "sparse_model",
     "streaming",
     "text",
+    "turns",
+    "watch",
 ]

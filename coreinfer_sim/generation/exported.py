@@ -51,6 +51,7 @@ class ExportedGenerator(Generator):
         Raises:
             ConfigError: settings that export has decided, or an export of another index.
         """
+        super().__init__()
         defaults = SelectionConfig(), DecodeConfig()
         fixed = [name for name in _FIXED if getattr(selection, name) != getattr(defaults[0], name)]
         fixed += [name for name in ("weights", "memory_budget") if getattr(decode, name) != getattr(defaults[1], name)]
@@ -117,6 +118,7 @@ class ExportedGenerator(Generator):
             keep_ratio=None,
             engine="llamacpp",
             n_prompt_tokens=len(ids),
+            n_cached_tokens=latest.n_cached,
             prefill_seconds=latest.prefill_seconds + looked_up - begin,
             decode_seconds=seconds - latest.prefill_seconds,
             mlp_bytes_per_token=None,

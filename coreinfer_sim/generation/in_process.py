@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, SamplingConfig, SelectionConfig
-from coreinfer_sim.base.errors import ContextLengthError, SamplingError
+from coreinfer_sim.base.errors import ContextLengthError, GenerationCancelledError, SamplingError
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.make import predictor_of
-from coreinfer_sim.choosing.predictors import Predictor
+from coreinfer_sim.choosing.predictors import FixedPredictor, Predictor
+from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.calibration import calibrate
-from coreinfer_sim.engines.face import Engine, Group
+from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.registry import choose_engines
+from coreinfer_sim.engines.steps import Group
+from coreinfer_sim.generation.prefix_cache import PrefixCache
 from coreinfer_sim.generation.reading import read_prompt
 from coreinfer_sim.generation.routing import chat_format_of, routing_text
 from coreinfer_sim.generation.sparse_model import SparseModel
-from coreinfer_sim.generation.streaming import Detokenizer, TextOutput
+from coreinfer_sim.generation.streaming import Cancelled, TextOutput
 from coreinfer_sim.generation.text import Generation, Generator, Request
+from coreinfer_sim.generation.watch import GenerationWatch, generate_options
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.prompts import prompt_ids, within
-
-_SAMPLED = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-_ALWAYS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
 
 
 class TextGenerator(Generator):
@@ -61,6 +61,7 @@ class TextGenerator(Generator):
             ConfigError: settings that contradict each other, the index or the model.
             IndexMismatchError: the index belongs to another model.
         """
+        super().__init__()
         if index is not None:
             check_model(index, language_model.layers)
         self.language_model, self.index, self.name = language_model, index, language_model.name
@@ -73,6 +74,10 @@ class TextGenerator(Generator):
             calibrate(self.engines[0], language_model.tokenizer, progress, known)
             if self.selection.named_mode is not Mode.DENSE:
                 self.engines[0].check_by_token()
+        self.prefixes = PrefixCache(0 if self.decode.memory_budget is not None else self.decode.prefix_bytes)
+        """Keys and values of recent texts, for all modes."""
+        self._unread: torch.Tensor | None = None
+        """The latest text, [1, n_tokens], if not all neurons have read its answer."""
         self._sparse: dict[str, SparseModel] = {}
         if predictor is not None:
             self.modes: tuple[str, ...] = (predictor.mode,)
@@ -92,9 +97,20 @@ class TextGenerator(Generator):
 
     def _wrapped(self, predictor: Predictor) -> SparseModel:
         model = self.language_model
-        return SparseModel(model.model, predictor, model.tokenizer, self.decode, engines=self.engines)
+        return SparseModel(
+            model.model, predictor, model.tokenizer, self.decode, engines=self.engines, prefixes=self.prefixes
+        )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether calls of several threads share their decode steps; otherwise each waits for the one before it."""
+        return self.engines[0].shares_steps and self.decode.prefill is Prefill.DENSE
 
     def _generate(self, request: Request) -> Generation:
+        with self.sparse_model().turns.call(request.output.check):
+            return self._generate_in_turn(request)
+
+    def _generate_in_turn(self, request: Request) -> Generation:
         # 1) ids that fit
         model, sparse, sampling = self.language_model, self.sparse_model(request.mode), request.sampling
         ids = prompt_ids(model.tokenizer, model.name, request.prompt, request.chat, request.chat_template_kwargs)
@@ -112,9 +128,9 @@ class TextGenerator(Generator):
         begin = time.perf_counter()
         try:
             with watch.in_prefill(model.model):
-                output = sparse.generate(
+                output, facts = sparse.generate_beside_others(
                     ids,
-                    prompts=[request.routed_by],
+                    [request.routed_by],
                     attention_mask=torch.ones_like(ids),
                     pad_token_id=model.tokenizer.pad_token_id,
                     stopping_criteria=StoppingCriteriaList([watch]),
@@ -123,15 +139,15 @@ class TextGenerator(Generator):
         except ValueError as error:  # transformers' own word on settings that contradict each other
             reason = " ".join(str(error).split())[:300]
             raise SamplingError(f"transformers refused the settings ({reason}); change or leave them out.") from error
-        end = time.perf_counter()
         # 3) what came of it
-        facts = sparse.latest
         new = output[0, n_prompt:].tolist()
         text = watch.end(new)
-        first = watch.first_token or end
+        assert watch.first_token is not None and watch.latest_token is not None
+        first, end = watch.first_token, watch.latest_token
         selection = facts.selections[0]
         counted = facts.read.n_steps > 0
         engine = next(engine for engine in self.engines if engine.name == facts.engine)
+        self._unread = output if self._is_read_again(selection) and len(output) == 1 else None
         return Generation(
             prompt=request.routed_by,
             text=text,
@@ -142,6 +158,7 @@ class TextGenerator(Generator):
             keep_ratio=selection.keep_ratio(sparse.layers),
             engine=facts.engine,
             n_prompt_tokens=n_prompt,
+            n_cached_tokens=facts.n_known,
             prefill_seconds=first - begin,
             decode_seconds=end - first - (facts.prepare_seconds if facts.prepared_in_decode else 0.0),
             mlp_bytes_per_token=facts.read.mlp_per_step if counted else None,
@@ -155,6 +172,27 @@ class TextGenerator(Generator):
             disk_bytes_per_token=facts.read.disk_per_step,
             found_ratio=facts.read.found_ratio,
         )
+
+    def _is_read_again(self, selection: NeuronSelection) -> bool:
+        """Return whether a next turn will read the answer once more, and goes on from what was kept."""
+        is_sparse = bool(selection.ids) or selection.read_ratio < 1
+        reads_all = selection.mode in (Mode.STABILITY.value, Mode.HYBRID.value)
+        return is_sparse and not reads_all and self.decode.prefill is Prefill.DENSE and self.prefixes.limit > 0
+
+    def read_ahead(self, cancelled: Cancelled) -> None:
+        """Read the latest answer densely, as the next turn of its conversation would, and keep it."""
+        text, self._unread = self._unread, None
+        model, limit = self.language_model, self.language_model.context_length
+        if text is None or (limit is not None and text.shape[1] >= limit):
+            return
+        reader = self._wrapped(FixedPredictor(NeuronSelection(Mode.DENSE.value)))
+        output = TextOutput(cancelled=lambda: cancelled() or reader.turns.is_wanted)
+        watch = GenerationWatch(model.tokenizer, output, text.shape[1])
+        with suppress(GenerationCancelledError), reader.turns.alone() as is_free:
+            if is_free:
+                with watch.in_prefill(model.model):
+                    options = generate_options(SamplingConfig(max_new_tokens=1))
+                    reader.generate_beside_others(text, None, attention_mask=torch.ones_like(text), **options)
 
     @property
     def has_chat_template(self) -> bool:
@@ -198,7 +236,8 @@ class TextGenerator(Generator):
         self.engines[0].take_over()
 
     def close(self) -> None:
-        """Let go of the prepared weights."""
+        """Let go of the prepared weights, and of the texts that were read."""
+        self.prefixes.clear()
         for engine in self.engines:
             engine.close()
 
@@ -222,99 +261,5 @@ class TextGenerator(Generator):
             )
 
 
-def generate_options(sampling: SamplingConfig) -> dict[str, Any]:
-    """Return the settings as transformers' ``generate`` names them, but for stop texts, which `GenerationWatch` looks for.
-
-    A checkpoint's own sampling settings do not apply to greedy decoding.
-    """
-    found: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.samples}
-    found["num_beams"] = sampling.num_beams
-    if sampling.samples:
-        found.update({name: getattr(sampling, name) for name in _SAMPLED if getattr(sampling, name) is not None})
-    else:
-        found.update(temperature=None, top_k=None, top_p=None)
-    found.update({name: getattr(sampling, name) for name in _ALWAYS if getattr(sampling, name) is not None})
-    if sampling.ignore_eos:  # rather than a least length, which costs a pass over all logits
-        found["eos_token_id"] = None
-    return found
-
-
 def _least(sampling: SamplingConfig, n_new: int) -> int | None:
     return None if sampling.min_new_tokens is None else min(sampling.min_new_tokens, n_new)
-
-
-class GenerationWatch(StoppingCriteria):
-    """Looks at every new token: makes text of it, ends at a stop text, and breaks off what nobody wants any more."""
-
-    def __init__(self, tokenizer: Any, output: TextOutput, n_prompt: int, ends: Sequence[int] = ()) -> None:
-        """Begin a text.
-
-        Args:
-            tokenizer: of the model.
-            output: takes the text.
-            n_prompt: tokens of the prompt.
-            ends: tokens that end a text.
-        """
-        self._tokenizer, self._output, self._n_prompt, self._ends = tokenizer, output, n_prompt, ends
-        self._detokenizer = Detokenizer(tokenizer, ends)
-        added = tokenizer.added_tokens_decoder if output.stops else {}
-        self._stop_ids = {number for number, token in added.items() if token.content in output.stops}
-        """Tokens that are stop texts as a whole, as special ones may be, which are no text."""
-        self._hooks: list[Any] = []
-        self._streams = True
-        self.first_token: float | None = None
-        """When the first new token came, by `time.perf_counter`."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        """Look at the newest tokens of rows [n_rows, n_positions]; return which rows have come to a stop."""
-        if self.first_token is None:
-            self.first_token = time.perf_counter()
-            self._remove_hooks()
-            self._streams = len(input_ids) == 1
-        self._output.check()
-        if self._streams:
-            stopped = [self._take(int(input_ids[0, -1]))]
-        else:  # beams change places, so that no row's text is known before the end
-            stopped = [self._has_stop(row[self._n_prompt :].tolist()) for row in input_ids]
-        return torch.tensor(stopped, device=input_ids.device)
-
-    def _take(self, token: int) -> bool:
-        if token in self._stop_ids:
-            self._output.add(self._detokenizer.end())
-            self._output.stop()
-        else:
-            self._output.add(self._detokenizer.add(token))
-        return self._output.stopped
-
-    @contextmanager
-    def in_prefill(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within the block, ask before every step of the model's forward code whether somebody still wants the text.
-
-        From the first new token on, that is asked once a token.
-        """
-        if self._output.cancelled is not None:
-            steps = [module for module in model.modules() if next(module.children(), None) is None]
-            self._hooks = [step.register_forward_pre_hook(lambda *_: self._output.check()) for step in steps]
-        try:
-            yield
-        finally:
-            self._remove_hooks()
-
-    def end(self, tokens: list[int]) -> str:
-        """Hand on the rest of the text, whose tokens are given, and return it whole."""
-        if not self._streams:
-            tokens = [token for token in tokens if token not in self._ends]
-            self._output.add(self._decode(tokens))
-        else:
-            self._output.add(self._detokenizer.end())
-        return self._output.end()
-
-    def _has_stop(self, tokens: list[int]) -> bool:
-        return bool(self._output.stops) and any(stop in self._decode(tokens) for stop in self._output.stops)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _remove_hooks(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()

@@ -8,8 +8,8 @@ from typing import Any
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError, MissingModelError, ModelError
-from coreinfer_sim.base.progress import Progress
-from coreinfer_sim.base.settings import Fallback, Mode
+from coreinfer_sim.base.progress import Progress, shown
+from coreinfer_sim.base.settings import Fallback, Mode, Profile
 from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.choosing.promised import promised
 from coreinfer_sim.engines.registry import AUTO, EXPORTED, check_engine, engine_class
@@ -29,6 +29,7 @@ def load(
     index: str | Path | SemanticIndex | None = None,
     model: str | LanguageModel | None = None,
     *,
+    profile: Profile | str | None = None,
     selection: SelectionConfig | None = None,
     decode: DecodeConfig | None = None,
     loading: ModelConfig | None = None,
@@ -44,19 +45,22 @@ def load(
         ...     print(generator.generate("How do stars form?", max_new_tokens=64).text)
 
     Args:
-        index: folder of an index, or a loaded one; None: only modes that need none.
+        index: name or folder of an index, or a loaded one; None: only modes that need none.
         model: hub id, checkpoint folder, GGUF file or a loaded model; None: the index's.
+        profile: exact, balanced or fast, as they were measured for the index; None: balanced where it has a gain, else exact,
+            unless a mode or a ratio is given.
         selection: which neurons decode holds.
         decode: what decodes.
         loading: type and device of the model, and the sentence encoder.
         longest: for a memory budget, which is planned before anything is loaded.
-        progress: receives messages.
+        progress: receives messages and progress; None: see `shown`.
         **settings: further fields of these, such as ``mode="global"``, ``engine="lean"`` or ``device="cpu"``.
 
     Raises:
         CoreInferSimError: what is missing, damaged or does not belong together.
     """
     # 1) settings
+    progress = shown(progress)
     selection, decode, loading = with_settings(
         settings, (selection or SelectionConfig(), decode or DecodeConfig(), loading or ModelConfig())
     )
@@ -67,14 +71,18 @@ def load(
     if decode.engine == EXPORTED:
         if opened is None:
             raise ConfigError("llama.cpp needs an index that routes and the models exported from it; give both.")
+        if profile is not None:
+            raise ConfigError(
+                "a profile does not apply to the engine llamacpp, whose models were fixed by export; leave it out."
+            )
         return ExportedGenerator(opened, selection, decode)
     given = [name for name in _OF_LLAMACPP if getattr(decode, name) != getattr(DecodeConfig(), name)]
     if given:
         raise ConfigError(f"{given[0]} is of the engine llamacpp, but {decode.engine} was asked for; leave it out.")
-    was_asked, was_named = selection.by_token, selection.mode is not None
-    selection = selection.resolved(opened is not None)
-    is_faster = engine_class(_first(decode)).is_faster_by_token
-    selection, decode, why_dense = promised(selection, decode, opened, is_faster)
+    was_asked, was_named = selection.by_token, selection.mode is not None or profile is not None
+    found = promised(selection, decode, opened, engine_class(_first(decode)).is_faster_by_token, profile)
+    decode, used, why_dense = found.decode, found.profile, found.why_dense
+    selection = found.selection.resolved(opened is not None)
     # 3) the model
     if isinstance(model, LanguageModel):
         loaded = model
@@ -95,11 +103,12 @@ def load(
     if selection.by_token and not was_asked:
         engine = check_engine(loaded.model, decode)[0][0]
         if not engine.reads_by_token:
-            selection = replace(selection, read_ratio=None)
+            selection, used = replace(selection, read_ratio=None), Profile.EXACT
             why_dense = f"Decode is dense, as the engine {engine.name} reads all neurons."
-    if why_dense is not None and progress is not None:
+    if why_dense is not None:
         progress.say(why_dense)
     generator = TextGenerator(loaded, opened, selection, decode, progress=progress)
+    generator.profile = used
     if not isinstance(model, LanguageModel):  # nobody else knows it
         generator.take_over()
     return generator

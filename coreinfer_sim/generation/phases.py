@@ -7,6 +7,7 @@ prefill and calls that bring a cache along are therefore right.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,9 +23,12 @@ from coreinfer_sim.base.memory import reusing_memory
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
 from coreinfer_sim.choosing.selection import NeuronSelection
-from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.sizes import BytesRead
+from coreinfer_sim.engines.steps import Group, Step, StepInputs
+from coreinfer_sim.generation.prefix_cache import PrefixCache, Writer
 from coreinfer_sim.generation.reading import passes_of
+from coreinfer_sim.generation.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class CallFacts:
     """To prepare the held weights and put them in place; next to nothing if they are at hand from an earlier prompt."""
     prepared_in_decode: bool = True
     """Whether that was after prefill, as it is unless prefill is sparse or the weights lie on disk."""
+    n_known: int = 0
+    """Tokens of the prompt whose keys and values were kept from an earlier text."""
     decode_began: float | None = None
     """When the first pass after prefill began, by `time.perf_counter`; None: there was none."""
 
@@ -72,6 +78,7 @@ class PhasedCall:
         prompts: Sequence[str] | None,
         ends: torch.Tensor,
         chunked: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         """Choose the neurons, unless the predictor wants the prompts' activations first.
 
@@ -83,10 +90,12 @@ class PhasedCall:
             prompts: by which rows are routed.
             ends: tokens that end a text.
             chunked: the caller has said how many positions a pass of prefill reads; otherwise the engine does.
+            turns: that the call takes with others, where the engine lets calls share their steps; None: it has the model to
+                itself.
         """
         self._model, self._engines, self._engine = model, engines, engines[0]
         self._predictor, self._mask, self._prompts, self._ends = predictor, mask, prompts, ends
-        self._chunked = chunked
+        self._chunked, self._turns = chunked, turns
         self._refused: str | None = None
         self._prepare_seconds, self._prepared_in_decode = 0.0, True
         self._decode_began: float | None = None
@@ -104,6 +113,9 @@ class PhasedCall:
         self._mount = ExitStack()
         """Holds the weights of sparse prefill in the model."""
         self._decoding = False
+        self._cache: Any = None
+        """Of transformers, as the latest pass was given it."""
+        self._n_known = 0
         self._n_copies = 1
         self._starts, self._finished = np.zeros(0, np.int64), np.zeros(0, bool)
 
@@ -118,8 +130,32 @@ class PhasedCall:
             self._lookup_seconds,
             self._prepare_seconds,
             self._prepared_in_decode,
+            self._n_known,
             self._decode_began,
         )
+
+    def known(self, prefixes: PrefixCache, ids: torch.Tensor) -> Any:
+        """Return a cache of the beginning of the call's one prompt [n_tokens], or None.
+
+        A predictor that wants the prompt's activations reads all of it.
+        """
+        found = None if self._reader is not None else prefixes.find(self._model, ids, self._writer)
+        self._n_known = 0 if found is None else int(found.get_seq_length())
+        return found
+
+    def keep(self, prefixes: PrefixCache, ids: torch.Tensor, n_prompt: int) -> None:
+        """Keep the call's one text [n_tokens]: its prompt, and the rest where decode has read it as prefill would."""
+        if self._decoding:
+            (selection,) = self._selections
+            alike = self._engine.reads_as_prefill and selection.read_ratio == 1
+            n_prompt = len(ids) if alike and _writer(selection) is self._writer else n_prompt
+        if self._cache is not None:
+            prefixes.keep(self._model, ids[:n_prompt], self._cache, self._writer)
+
+    @property
+    def _writer(self) -> Writer:
+        """What reads the prompt."""
+        return _writer(self._selections[0]) if self._engine.config.prefill is Prefill.SPARSE else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -134,7 +170,7 @@ class PhasedCall:
                 self._begin_prefill()
             for engine in self._engines:
                 stack.callback(engine.release)
-            stack.enter_context(_forward_of(self._model, self._forward, self._compiled))
+            stack.enter_context(_passes_through(self._model, self._forward, self._compiled))
             yield
 
     def finish(self) -> None:
@@ -160,19 +196,31 @@ class PhasedCall:
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the model's forward pass: prefill goes through it, decode steps through the engine."""
+        self._cache = cache = kwargs.get("past_key_values")  # none where transformers reads a text anew
         if not self._decoding:
-            cache = kwargs.get("past_key_values")
             n_past = int(cache.get_seq_length()) if cache is not None else 0
             if n_past < self._mask.shape[1]:
                 return self._prefill(original, args, kwargs, n_past)
             self._begin_decode(cache, kwargs)
-        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")  # none where transformers reads a text anew
+        ids = kwargs["input_ids"]
         if self._engine.skips_finished and len(ids) == len(
             self._mask
         ):  # among the beams of a prompt rows change places
             self._finished |= torch.isin(ids[:, -1].cpu(), self._ends).numpy()
         inputs = StepInputs(ids, cache, kwargs, self._starts, self._finished, self._n_copies, original)
-        return self._engine.step(inputs, self._groups)
+        return self._step(inputs)
+
+    def _step(self, inputs: StepInputs) -> Any:
+        """Decode a token in every row, with other calls where that is possible; each goes on with its own chance."""
+        engine = self._engine
+        shares = engine.shares_steps and engine.config.prefill is Prefill.DENSE and inputs.ids.shape[1] == 1
+        if self._turns is None or not shares:
+            return engine.step(inputs, self._groups)
+        own, chance = engine.call, torch.get_rng_state()
+        output = self._turns.step(engine, Step(inputs, self._groups, own))
+        engine.call = own
+        torch.set_rng_state(chance)
+        return output
 
     def _prefill(
         self, original: Callable[..., Any], args: tuple[Any, ...], given: Mapping[str, Any], n_past: int
@@ -230,24 +278,48 @@ class PhasedCall:
         self._selections = found
 
 
+def _writer(selection: NeuronSelection) -> Writer:
+    """Return what reads with the neurons of a selection."""
+    return selection.ids or None
+
+
+class _Passes:
+    """Stands in for a model's forward pass: those of a thread go through the call that it makes."""
+
+    def __init__(self, model: Any) -> None:
+        """Stand in for the forward pass of ``model``, from now on until `restore`."""
+        self._model, self._original, self._own = model, model.forward, vars(model).get("forward")
+        self.calls: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        """By thread: what is called in place of a pass, and of making a compiled one."""
+
+        @functools.wraps(model.forward)
+        def through(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls.get(threading.get_ident())
+            return self._original(*args, **kwargs) if call is None else call[0](self._original, *args, **kwargs)
+
+        model.forward, model.passes = through, self
+        model.get_compiled_call = lambda config: self.calls[threading.get_ident()][1](self._original, config)
+
+    def restore(self) -> None:
+        """Leave the model as it was."""
+        del self._model.get_compiled_call, self._model.passes
+        if self._own is None:
+            del self._model.forward
+        else:
+            self._model.forward = self._own
+
+
 @contextmanager
-def _forward_of(
+def _passes_through(
     model: Any, forward: Callable[..., Any], compiled: Callable[[Callable[..., Any], Any], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Within the block let calls of the model go through ``forward(original, …)``, and compiled ones through ``compiled``."""
-    original, own = model.forward, vars(model).get("forward")
-
-    @functools.wraps(original)
-    def through(*args: Any, **kwargs: Any) -> Any:
-        return forward(original, *args, **kwargs)
-
-    model.forward = through
-    model.get_compiled_call = functools.partial(compiled, original)
+    """Within the block let this thread's calls of the model go through ``forward(original, …)``, and compiled ones likewise."""
+    passes: _Passes = vars(model).get("passes") or _Passes(model)
+    thread = threading.get_ident()
+    passes.calls[thread] = forward, compiled
     try:
         yield
     finally:
-        del model.get_compiled_call
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+        del passes.calls[thread]
+        if not passes.calls:
+            passes.restore()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,16 @@ from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.registry import choose_engines
 from coreinfer_sim.generation.phases import CallFacts, PhasedCall
+from coreinfer_sim.generation.prefix_cache import PrefixCache
 from coreinfer_sim.generation.refusals import CallSettings, check_ids
 from coreinfer_sim.generation.routing import routing_text_of_ids
+from coreinfer_sim.generation.turns import Turns
 from coreinfer_sim.models.mending import outside
 from coreinfer_sim.models.mlps import find_mlps
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+_CACHES = ("past_key_values", "cache_implementation")
+"""Arguments of ``generate`` that say what holds keys and values."""
+_TURNS: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
 
 
 class SparseModel:
@@ -42,6 +45,7 @@ class SparseModel:
         config: DecodeConfig | None = None,
         *,
         engines: Sequence[Engine] | None = None,
+        prefixes: PrefixCache | None = None,
         **settings: Any,
     ) -> None:
         """Wrap ``model``.
@@ -52,6 +56,7 @@ class SparseModel:
             tokenizer: turns prompt ids back into text for predictors that route by meaning.
             config: what decodes.
             engines: of another wrapper of the same model with the same settings, to share prepared weights with it.
+            prefixes: where texts of one row are kept for prompts that begin as they do; None: each is read as a whole.
             **settings: further fields of `DecodeConfig`, such as ``engine="lean"``.
 
         Raises:
@@ -75,9 +80,11 @@ class SparseModel:
         if isinstance(predictor, ReadingPredictor) and tokenizer is not None:
             known = None if predictor.index is None else predictor.index.histograms
             calibrate(self.engines[0], tokenizer, known=known)
+        self._prefixes = prefixes
         self.latest = CallFacts()
         """What the latest call chose and cost."""
-        self._lock = _LOCKS.setdefault(model, threading.Lock())
+        self.turns = _TURNS.setdefault(model, Turns())
+        """Who has the model, of all wrappers of it."""
 
     def __enter__(self) -> SparseModel:
         """Return the wrapper itself."""
@@ -115,26 +122,37 @@ class SparseModel:
             GenerationError: an option that sparse decode cannot honour, or a call while another one runs.
         """
         input_ids: Any = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        with self.held():
+            self.latest = CallFacts()
+            output, self.latest = self._checked(input_ids, prompts, None, kwargs)
+        return output
+
+    def generate_beside_others(
+        self, input_ids: torch.Tensor, prompts: Sequence[str] | None, **kwargs: Any
+    ) -> tuple[Any, CallFacts]:
+        """Generate as `generate` does, in a block of `Turns.call`; return also what the call chose and cost."""
+        return self._checked(input_ids, prompts, self.turns, kwargs)
+
+    def _checked(
+        self, input_ids: Any, prompts: Sequence[str] | None, turns: Turns | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, CallFacts]:
         check_ids(input_ids, None)
         settings = CallSettings(self.model, kwargs)
         settings.refuse()
         mask = kwargs.get("attention_mask")
         mask = settings.mask_of(input_ids) if mask is None else mask
         check_ids(input_ids, mask, self._n_rows)
-        with self.held():
-            return self._generate(input_ids, mask, prompts, settings, kwargs)
+        return self._generate(input_ids, mask, prompts, settings, turns, kwargs)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other calls from the model's weights within the block, or raise GenerationError if one is running."""
-        if not self._lock.acquire(blocking=False):
-            raise GenerationError(
-                "this model is generating already, and its weights serve one call at a time; wait, or load it twice."
-            )
-        try:
+        with self.turns.alone() as is_free:
+            if not is_free:
+                raise GenerationError(
+                    "this model is generating already, and its weights serve one call at a time; wait, or load it twice."
+                )
             yield
-        finally:
-            self._lock.release()
 
     def _generate(
         self,
@@ -142,8 +160,9 @@ class SparseModel:
         mask: torch.Tensor,
         prompts: Sequence[str] | None,
         settings: CallSettings,
+        turns: Turns | None,
         kwargs: dict[str, Any],
-    ) -> Any:
+    ) -> tuple[Any, CallFacts]:
         # 1) what routes each row
         if self.predictor.needs_text and prompts is None:
             prompts = self._texts(input_ids, mask)
@@ -152,8 +171,10 @@ class SparseModel:
                 f"{len(prompts)} prompts were given for {len(input_ids)} rows of ids, expected one a row."
             )
         # 2) what the engine adds to the call, and what the model's own settings shall not decide
+        n_copies = max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        added = self._engine_options(input_ids, n_copies, settings, kwargs)
         kwargs = {
-            **self._engine_options(input_ids, settings, kwargs),
+            **added,
             **kwargs,
             "attention_mask": mask,
             "use_cache": True,
@@ -166,26 +187,35 @@ class SparseModel:
         ends = settings.get("eos_token_id")
         end_ids = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
         chunked = settings.get("prefill_chunk_size") is not None
-        call = PhasedCall(self.model, self.engines, self.predictor, mask, prompts, end_ids, chunked)
-        self.latest = CallFacts()
-        with call.running():
-            output = self.model.generate(input_ids, **kwargs)
-            call.finish()
-            self.latest = call.facts
-        return output
+        call = PhasedCall(self.model, self.engines, self.predictor, mask, prompts, end_ids, chunked, turns)
+        prefixes = self._prefixes if n_copies * len(input_ids) == 1 and bool(mask.all()) else None
+        if any(kwargs.get(name) is not None for name in _CACHES):  # the call's, or the engine's own
+            prefixes = None
+        read = input_ids[0]
+        if prefixes is not None and (known := call.known(prefixes, read)) is not None:
+            kwargs["past_key_values"] = known
+        try:
+            with call.running():
+                output = self.model.generate(input_ids, **kwargs)
+                read = getattr(output, "sequences", output)[0]
+                call.finish()
+                facts = call.facts
+        finally:  # what was read of a text that is broken off is worth keeping, too
+            if prefixes is not None:
+                call.keep(prefixes, read, input_ids.shape[1])
+        return output, facts
 
     def _engine_options(
-        self, input_ids: torch.Tensor, settings: CallSettings, kwargs: dict[str, Any]
+        self, input_ids: torch.Tensor, n_copies: int, settings: CallSettings, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         n_new = settings.get("max_new_tokens")
         n_positions = input_ids.shape[1] + n_new if n_new is not None else settings.get("max_length")
-        n_copies = max(settings.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
         added = self.engines[0].generate_options(
             n_copies * len(input_ids),
             n_positions or input_ids.shape[1] + 20,
             reuse=not settings.get("return_dict_in_generate"),
         )
-        for name in ("past_key_values", "cache_implementation"):
+        for name in _CACHES:
             if "past_key_values" in added and kwargs.get(name) is not None:
                 raise GenerationError(
                     f"{name} was given, but the {self.engines[0].name} engine brings its own cache; leave it out."

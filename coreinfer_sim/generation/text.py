@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
 
 from coreinfer_sim.base.decode_settings import SamplingConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError, GenerationCancelledError, PromptError, UnknownModeError
+from coreinfer_sim.base.settings import Profile
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.generation.routing import routing_text
 from coreinfer_sim.generation.streaming import Cancelled, TextOutput, Write
@@ -18,6 +21,8 @@ from coreinfer_sim.index.clusters import Match
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.chat_templates import ChatFormat
 from coreinfer_sim.models.prompts import Message
+
+_PATIENCE = 0.1  # seconds until a call that waits asks again whether it is still wanted
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Generation:
     """The same in the dense model."""
     total_bytes_per_token: int | None = None
     """All bytes of weights that decode read for a token."""
+    n_cached_tokens: int = 0
+    """Of the prompt's tokens, those that were not read again: an earlier text began with the same ones."""
     lookup_seconds: float = 0.0
     """To choose the neurons before prefill: the prompt's embedding and the nearest cluster."""
     prepare_seconds: float = 0.0
@@ -91,6 +98,7 @@ class Generation:
             "file": self.file,
             "ended": self.ended,
             "n_prompt_tokens": self.n_prompt_tokens,
+            "n_cached_tokens": self.n_cached_tokens,
             "n_new_tokens": self.n_new_tokens,
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
@@ -132,6 +140,12 @@ class Generator(ABC):
     """Of the model."""
     chat_format: ChatFormat | None = None
     """How the model's chat template marks turns; None: it has none, or it cannot be told."""
+    profile: Profile | None = None
+    """By which the default mode decodes; None: a mode or a ratio was named instead."""
+
+    def __init__(self) -> None:
+        """Let one text at a time be generated."""
+        self._free = threading.RLock()
 
     def __enter__(self) -> Generator:
         """Return the generator itself."""
@@ -155,7 +169,7 @@ class Generator(ABC):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Generation:
-        """Generate one continuation.
+        """Generate one continuation; one call at a time, whichever thread it comes from.
 
         Args:
             prompt: a text, or the messages of a conversation.
@@ -184,12 +198,23 @@ class Generator(ABC):
             )
         sampling = with_settings(settings, (sampling or SamplingConfig(),))[0]
         output = TextOutput(sampling.stop, write, cancelled)
-        output.check()
-        routed = routed_by or routing_text(self.index, prompt, self.chat_format)
-        output.check()
         chat = chat or not isinstance(prompt, str)
         kwargs = chat_template_kwargs or {}
-        return self._generate(Request(prompt, sampling, routed, mode, chat, shorten, kwargs, output))
+        with self._turn(output):
+            routed = routed_by or routing_text(self.index, prompt, self.chat_format)
+            output.check()
+            return self._generate(Request(prompt, sampling, routed, mode, chat, shorten, kwargs, output))
+
+    @contextmanager
+    def _turn(self, output: TextOutput) -> Iterator[None]:
+        """Wait until no other call generates, as long as somebody wants the text."""
+        output.check()
+        while not self._free.acquire(timeout=_PATIENCE):
+            output.check()
+        try:
+            yield
+        finally:
+            self._free.release()
 
     @abstractmethod
     def _generate(self, request: Request) -> Generation:
@@ -200,19 +225,7 @@ class Generator(ABC):
     ) -> Iterator[str]:
         """Yield the new text as it comes; options as for `generate`. Leaving the loop early breaks the generation off."""
         pieces: queue.Queue[str | BaseException | None] = queue.Queue()
-        left = threading.Event()
-
-        def work() -> None:
-            try:
-                self.generate(prompt, sampling, write=pieces.put, cancelled=left.is_set, **options)
-            except GenerationCancelledError:  # nobody reads the stream any more
-                pass
-            except BaseException as error:  # it is raised where the text is read
-                pieces.put(error)
-            pieces.put(None)
-
-        worker = threading.Thread(target=work, name="coreinfer-sim-stream", daemon=True)
-        worker.start()
+        worker, left = self._in_thread(pieces.put, prompt, sampling, options)
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
@@ -222,11 +235,78 @@ class Generator(ABC):
             left.set()
             worker.join()
 
+    async def astream(
+        self, prompt: str | list[Message], sampling: SamplingConfig | None = None, **options: Any
+    ) -> AsyncGenerator[str, None]:
+        """Yield the new text as it comes, to asyncio; options as for `generate`.
+
+        Closing the stream, or cancelling the task that reads it, breaks the generation off.
+
+        Example:
+            >>> async for piece in generator.astream("How do stars form?", max_new_tokens=64):
+            ...     print(piece, end="", flush=True)
+        """
+        pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(piece: str | BaseException | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        worker, left = self._in_thread(put, prompt, sampling, options)
+        try:
+            while (piece := await pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left.set()
+            await asyncio.to_thread(worker.join)
+
+    def _in_thread(
+        self,
+        put: Callable[[Any], None],
+        prompt: str | list[Message],
+        sampling: SamplingConfig | None,
+        options: Mapping[str, Any],
+    ) -> tuple[threading.Thread, threading.Event]:
+        """Generate in a thread; ``put`` takes the pieces, then an error if there was one, then None.
+
+        Returns:
+            The thread, and what breaks it off once it is set.
+        """
+        left = threading.Event()
+
+        def work() -> None:
+            try:
+                self.generate(prompt, sampling, write=put, cancelled=left.is_set, **options)
+            except GenerationCancelledError:  # nobody reads the stream any more
+                pass
+            except BaseException as error:  # it is raised where the text is read
+                put(error)
+            put(None)
+
+        worker = threading.Thread(target=work, name="coreinfer-sim-stream", daemon=True)
+        worker.start()
+        return worker, left
+
     def checked_mode(self, mode: str | None) -> str:
         """Return the mode that a call named, or the default; raise UnknownModeError if there is no such mode."""
         if mode is not None and mode not in self.modes:
             raise UnknownModeError(f"the mode is {mode!r}, expected one of {', '.join(self.modes)}.")
         return mode or self.modes[0]
+
+    def read_ahead(self, cancelled: Cancelled) -> None:
+        """Read what a next turn will begin with, while nobody wants anything else: `generate` by another thread goes first.
+
+        Args:
+            cancelled: says whether something else is wanted; asked often.
+        """
+        return None
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether calls of several threads share their decode steps; otherwise one thread calls it at a time."""
+        return False
 
     @property
     @abstractmethod

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import IndexFormatError
-from coreinfer_sim.base.settings import Weights
+from coreinfer_sim.base.settings import Profile, Weights
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    OPTIONAL,
     REBUILD,
     CompensationInfo,
     CorpusInfo,
     EncoderInfo,
     FileInfo,
     Manifest,
+    MapInfo,
     ModelInfo,
     ProfileInfo,
     SettingsInfo,
@@ -63,7 +65,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"install the release that wrote it or {REBUILD}."
         )
     expected = {*(field.name for field in dataclasses.fields(Manifest)), "sha256"}
-    if {"histograms", *raw} != expected:  # earlier releases made none
+    found = ["profiles" if name == "profile" else name for name in raw]  # earlier releases wrote one
+    if len(found) > len({*found}) or {*OPTIONAL, *found} != expected:
         raise IndexFormatError(f"{path} lacks or misspells a field ({sorted(set(raw) ^ expected)}); {REBUILD}.")
     if raw["sha256"] != manifest_checksum(raw):
         raise IndexFormatError(
@@ -74,9 +77,10 @@ def read_manifest(folder: Path) -> Manifest:
         sections = {name: _typed(kind, raw[name], name) for name, kind in _SECTIONS.items()}
         files = {str(name): _typed(FileInfo, entry, name) for name, entry in raw["files"].items()}
         compensation = [_compensation(entry) for entry in raw["compensation"]]
-        profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
+        profiles = _profiles(raw, compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
         histograms = [str(name) for name in raw.get("histograms", [])]
+        of_map = _typed(MapInfo, raw["map"], "map") if "map" in raw else None
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     manifest = Manifest(
@@ -84,8 +88,9 @@ def read_manifest(folder: Path) -> Manifest:
         versions=versions,
         files=files,
         compensation=compensation,
-        profile=profile,
+        profiles=profiles,
         histograms=histograms,
+        map=of_map,
         **sections,
     )
     _check_contents(manifest, path)
@@ -105,8 +110,18 @@ def _compensation(raw: dict[str, Any]) -> CompensationInfo:
     return found
 
 
+def _profiles(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> dict[str, ProfileInfo]:
+    """Make the profiles from a manifest's JSON; the one of an earlier release, by which decode went, is balanced."""
+    if "profile" in raw:
+        return {} if raw["profile"] is None else {Profile.BALANCED.value: _profile(raw["profile"], compensation)}
+    unknown = sorted(set(raw["profiles"]) - {Profile.BALANCED.value, Profile.FAST.value})
+    if unknown:
+        raise TypeError(f"profiles: {unknown}")
+    return {name: _profile(each, compensation) for name, each in raw["profiles"].items()}
+
+
 def _profile(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> ProfileInfo:
-    """Make the profile from JSON; where it does not say so, it is of compensated sets if there are some of its keep ratio."""
+    """Make a profile from JSON; where it does not say so, it is of compensated sets if there are some of its keep ratio."""
     there = any(math.isclose(info.keep_ratio, raw["keep_ratio"]) for info in compensation)
     profile: ProfileInfo = _typed(
         ProfileInfo, {"compensated": there, "read_ratio": 1.0, "weights": "stored", "layout": "", **raw}, "profile"
@@ -121,6 +136,7 @@ def _is_sound_profile(profile: ProfileInfo) -> bool:
         0 < profile.keep_ratio <= 1
         and 0 < profile.read_ratio <= 1
         and profile.weights in {weights.value for weights in Weights}
+        and (profile.dense_total_bytes is None or profile.dense_total_bytes > 0)
     )
 
 
@@ -136,14 +152,18 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         and layers[-1] < model.n_layers,
         "model.weight_sketch": len(model.weight_sketch) == model.n_layers
         and all(_are_numbers(row, SKETCH_SIZE) for row in model.weight_sketch),
+        "model.places": model.places is None
+        or len(model.places) == model.n_layers
+        and all(isinstance(each, list) and [type(n) for n in each] == [int, int] for each in model.places),
         "encoder.probe": _are_numbers(probe, PROBE_LENGTH),
         **{f"settings.{name}": 0 < getattr(settings, name) <= 1 for name in ("alpha", "beta", "gamma")},
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
-        "profile": manifest.profile is None or _is_sound_profile(manifest.profile),
+        "profiles": all(map(_is_sound_profile, manifest.profiles.values())),
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,
+        "map.n_prompts": manifest.map is None or manifest.map.n_prompts > 0,
     }
     for name, holds in sound.items():
         if not holds:

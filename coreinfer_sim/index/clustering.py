@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import faiss
@@ -150,28 +150,3 @@ def choose_n_clusters(
             f"{n_different}; name the number."
         )
     return max(curve, key=lambda k: (curve[k], -k)), curve
-
-
-def distinctive_terms(texts: Sequence[str], assignment: np.ndarray, n_clusters: int, n_terms: int = 4) -> list[str]:
-    """Label each cluster by the terms that tell it from the others (TF-IDF over clusters as documents).
-
-    Returns:
-        One label a cluster, terms joined by ", ".
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    documents = [" ".join(texts[i] for i in np.flatnonzero(assignment == c).tolist()) for c in range(n_clusters)]
-    vectorizer = TfidfVectorizer(
-        sublinear_tf=True, stop_words="english", max_features=50_000, token_pattern=r"(?u)\b[^\W\d_]{3,}\b"
-    )
-    try:
-        weights = vectorizer.fit_transform(documents)
-    except ValueError:  # nothing but stop words and digits
-        return [f"cluster {c}" for c in range(n_clusters)]
-    terms = vectorizer.get_feature_names_out()
-    labels = []
-    for c in range(n_clusters):
-        row = weights[c].toarray()[0]
-        best = [terms[i] for i in np.argsort(-row, kind="stable")[:n_terms] if row[i] > 0]
-        labels.append(", ".join(best) or f"cluster {c}")
-    return labels

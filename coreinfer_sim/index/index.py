@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError
+from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError, MissingMapError
 from coreinfer_sim.base.files import check_folder
 from coreinfer_sim.base.memory import give_back_memory
-from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, parse_layers
+from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, members_within
 from coreinfer_sim.index.checks import read_manifest, verified_files
 from coreinfer_sim.index.clustering import faiss_index, nearest
 from coreinfer_sim.index.clusters import Cluster, Match
@@ -26,14 +26,16 @@ from coreinfer_sim.index.manifest import (
     HISTOGRAMS_FILE,
     INDEX_FILES,
     MANIFEST_FILE,
+    MAP_FILE,
     NEURONS_FILE,
     REBUILD,
     Manifest,
     ProfileInfo,
     compensation_file,
 )
-from coreinfer_sim.index.names import folder_of
+from coreinfer_sim.index.names import check_no_own_demo, copy_demo, folder_of, is_ready_made
 from coreinfer_sim.index.places import find
+from coreinfer_sim.index.prompt_map import Place, PromptMap, read_map
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_histograms, read_statistics, write_manifest
 from coreinfer_sim.index.verified import StoredArray, VerifiedFile
@@ -78,6 +80,7 @@ class SemanticIndex:
         self.centroids = centroids
         self._searcher = faiss_index(centroids)
         self._encoder = encoder
+        self._of_corpus: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.keeps_encoder = True
         """Whether the encoder stays in memory after a lookup; one that was not given is loaded again when it is needed."""
 
@@ -156,6 +159,30 @@ class SemanticIndex:
         file = VerifiedFile(self._folder / HISTOGRAMS_FILE, manifest.files[HISTOGRAMS_FILE])
         return read_histograms(file, manifest.histograms, manifest.model.n_layers)
 
+    @cached_property
+    def map(self) -> PromptMap:
+        """Prompts of the corpus as dots of the plane; whether there is a map, ``manifest.map`` tells.
+
+        Raises:
+            MissingMapError: there is none.
+            IndexFormatError: the file is damaged.
+        """
+        manifest = self.manifest
+        if self._folder is None or manifest.map is None:
+            raise MissingMapError(
+                f"{self.name} has no map of its prompts, expected one of this release's indexes; {REBUILD}."
+            )
+        file = VerifiedFile(self._folder / MAP_FILE, manifest.files[MAP_FILE])
+        return read_map(file, manifest.map, manifest.encoder.dimension, len(self))
+
+    def place(self, text: str) -> Place:
+        """Return where a prompt stands on the map: at the weighted mean of the dots nearest in meaning.
+
+        Raises:
+            MissingMapError: the index has no map.
+        """
+        return self.map.place(self._embed([text])[0])
+
     @overload
     def lookup(self, text: str, k: int = 1) -> list[Match]: ...
     @overload
@@ -164,12 +191,15 @@ class SemanticIndex:
         """Return the ``k`` semantic clusters nearest to a prompt, or to each of several, best first."""
         if isinstance(text, str):
             return self.lookup([text], k)[0]
-        embeddings = self.encoder.encode(text)
+        return self.lookup_embeddings(self._embed(text), k)
+
+    def _embed(self, texts: list[str]) -> np.ndarray:
+        embeddings = self.encoder.encode(texts)
         if not self.keeps_encoder:
             del self.encoder
             gc.collect()  # modules refer to one another
             give_back_memory()
-        return self.lookup_embeddings(embeddings, k)
+        return embeddings
 
     def lookup_embeddings(self, embeddings: np.ndarray, k: int = 1) -> list[list[Match]]:
         """Return the nearest clusters of unit vectors [n, dim]."""
@@ -200,7 +230,7 @@ class SemanticIndex:
             layers: slice of the model's layers, such as ``4:``.
 
         Returns:
-            Ascending ids [n_kept] by layer number.
+            Ascending ids [n_kept] by layer number; an expert that no text of the corpus has reached is not named.
         """
         import torch
 
@@ -211,9 +241,11 @@ class SemanticIndex:
             keep_ratio = self.manifest.plain_keep_ratio
         check_ratio("keep ratio", keep_ratio)
         n = n_kept(keep_ratio, self.manifest.model.d_ff)
+        reached = self._reached(values, ties)
         return {
             layer: torch.from_numpy(top_ids(values[row], ties[row], n))
             for layer, row in self.rows_of_layers(layers).items()
+            if reached[row]
         }
 
     def check_cluster(self, cluster: int) -> None:
@@ -224,28 +256,35 @@ class SemanticIndex:
     @property
     def recorded(self) -> str:
         """The layers that are in the index, as a slice."""
-        return layers_slice(self.manifest.settings.layers)
+        blocks = self.manifest.model.blocks
+        numbers = sorted(set(blocks))
+        recorded = {blocks[each] for each in self.manifest.settings.layers}
+        return layers_slice([place for place, number in enumerate(numbers) if number in recorded])
 
     def rows_of_layers(self, layers: str = ":") -> dict[int, int]:
-        """Return the row of each layer of a slice in the statistics.
+        """Return the row of each layer of a slice in the statistics, of a mixture that of each of its experts.
 
         Raises:
             ConfigError: the slice names no layer, or one that was not recorded.
         """
         settings, model = self.manifest.settings, self.manifest.model
-        wanted = set(parse_layers(layers, model.n_layers))
+        blocks = model.blocks
+        wanted = set(members_within(layers, blocks))
         if not wanted:
-            raise ConfigError(f"layers is {layers!r}, which names none of the model's {model.n_layers} layers.")
+            raise ConfigError(f"layers is {layers!r}, which names none of the model's {len(set(blocks))} layers.")
         missing = wanted - set(settings.layers)
         if missing:
+            lacks, held = (sorted({blocks[each] for each in found}) for found in (missing, settings.layers))
             raise ConfigError(
-                f"layers {sorted(missing)} were not recorded in {self.name}, which holds {settings.layers}; name fewer in "
+                f"layers {lacks} were not recorded in {self.name}, which holds {held}; name fewer in "
                 f"layers, or {REBUILD}."
             )
         return {layer: row for row, layer in enumerate(settings.layers) if layer in wanted}
 
     def statistics(self, cluster: int | None, score: Score | str = Score.ENERGY) -> tuple[np.ndarray, np.ndarray]:
         """Return what ranks a cluster's neurons, and the summed activation, which breaks ties.
+
+        Of an expert that no text of the cluster has reached, it is the whole corpus's.
 
         Args:
             cluster: its number; None sums over all clusters.
@@ -254,7 +293,19 @@ class SemanticIndex:
         Returns:
             Two arrays [n_recorded_layers, d_ff].
         """
-        return self._statistic(_RANKED_BY[Score(score)], cluster), self._statistic("activation", cluster)
+        name = _RANKED_BY[Score(score)]
+        own = self._statistic(name, cluster), self._statistic("activation", cluster)
+        unused = ~self._reached(*own)[:, None]
+        if cluster is None or not unused.any():
+            return own
+        if name not in self._of_corpus:
+            self._of_corpus[name] = self.statistics(None, score)
+        values, ties = (np.where(unused, *pair) for pair in zip(self._of_corpus[name], own, strict=True))
+        return values, ties
+
+    def _reached(self, values: np.ndarray, ties: np.ndarray) -> np.ndarray:
+        """Return to which rows of statistics tokens have come, boolean [n_recorded_layers]: to all but some experts."""
+        return values.any(axis=1) | ties.any(axis=1) | (self.manifest.model.places is None)
 
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         values = self._statistics[name]
@@ -266,24 +317,33 @@ class SemanticIndex:
         return total
 
     def check_writable(self) -> None:
-        """Raise ConfigError unless `write_profile` may write into the index folder."""
-        assert self._folder is not None
-        check_folder(self._folder / MANIFEST_FILE)
+        """Raise ConfigError unless `write_profiles` may write where the profiles are to go."""
+        if is_ready_made(self.folder):
+            check_no_own_demo()
+        else:
+            check_folder(self.folder / MANIFEST_FILE)
 
-    def write_profile(self, profile: ProfileInfo) -> None:
-        """Put a profile into the index folder's manifest, in one step.
+    def write_profiles(self, profiles: Mapping[str, ProfileInfo]) -> None:
+        """Put profiles into the index folder's manifest, in one step.
+
+        The index that comes with the package stays as it is: the user gets a copy of it, which from then on bears its name.
+
+        Args:
+            profiles: by the names of `Profile`, but for exact.
 
         Raises:
+            ConfigError: there is such a copy by now.
             IndexFormatError: the folder holds another index by now.
         """
-        assert self._folder is not None
-        found = read_manifest(self._folder)
+        found = read_manifest(self.folder)
         if found.identity() != self.manifest.identity():
             raise IndexFormatError(
                 f"{self.name} holds another index than the one that was loaded; run the same command again for that."
             )
-        self.manifest = replace(self.manifest, profile=profile)
-        write_manifest(self._folder, self.manifest)
+        if is_ready_made(self.folder):
+            self._folder = copy_demo()
+        self.manifest = replace(self.manifest, profiles=dict(profiles))
+        write_manifest(self.folder, self.manifest)
 
     def warm_up(self, routed: bool = True) -> None:
         """Do once, for nothing, what the first prompt would, so that memory is measured with what that takes."""

@@ -9,12 +9,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from coreinfer_sim.base.progress import counted
+from coreinfer_sim.base.settings import Profile
+
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
 HISTOGRAMS_FILE = "histograms.safetensors"
+MAP_FILE = "map.safetensors"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
@@ -45,6 +49,18 @@ class ModelInfo:
     """Where the build found it; None: on the hub, or an earlier release built the index."""
     relative_path: str | None = None
     """The same, from the index folder on."""
+    places: list[list[int]] | None = None
+    """Of a mixture of experts, whose layers hold several MLPs: each MLP's layer and expert, -1 for one beside the experts."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """Number of the model's layer that each MLP lies in."""
+        return list(range(self.n_layers)) if self.places is None else [layer for layer, _ in self.places]
+
+    def title(self, number: int) -> str:
+        """Return what an MLP is called."""
+        layer, expert = (number, -1) if self.places is None else self.places[number]
+        return f"layer {layer:3d}" + (f" expert {expert:3d}" if expert >= 0 else "")
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ class CompensationInfo:
 
 @dataclass(frozen=True)
 class ProfileInfo:
-    """What decodes for who names no keep ratio, and the measurement that it rests on."""
+    """What a named profile decodes by, and the measurement that it rests on."""
 
     keep_ratio: float
     compensated: bool
@@ -130,11 +146,56 @@ class ProfileInfo:
     """Type of the weights that it was measured with."""
     layout: str = ""
     """What the rows are that tokens choose among, as the engine names them; empty where all are read."""
+    total_bytes: int | None = None
+    """Bytes of all weights that a decoded token reads; None: an earlier release measured it."""
+    dense_total_bytes: int | None = None
+    """The same of a dense token."""
 
     @property
     def of_sets(self) -> bool:
         """Whether it speaks of sets that are held, rather than of what tokens read."""
         return self.read_ratio == 1
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was found that reads fewer bytes at a loss that was allowed."""
+        return self.keep_ratio == 1 and self.of_sets and self.weights == "stored"
+
+    @property
+    def gain(self) -> float | None:
+        """Share of a dense token's bytes that a token does not read; None: an earlier release measured it."""
+        if self.total_bytes is None or self.dense_total_bytes is None:
+            return None
+        return 1 - self.total_bytes / self.dense_total_bytes
+
+    def in_words(self) -> str:
+        """Say in one line how it decodes, what that loses and what it gains."""
+        if self.is_dense:
+            return f"no gain: nothing that reads fewer bytes keeps perplexity within {self.max_increase:+.1%}, so dense decode"
+        kind = "compensated sets" if self.compensated else "plain sets" if self.keep_ratio < 1 else "dense decode"
+        how = (
+            f"{kind}, keep ratio {self.keep_ratio:g}"
+            if self.of_sets
+            else f"tokens choose, read ratio {self.read_ratio:g}"
+        )
+        of_weights = "" if self.weights == "stored" else f", {self.weights} weights"
+        gain = "" if self.gain is None else f", {self.gain:.0%} fewer bytes a token"
+        return (
+            f"{how}{of_weights}: perplexity {self.ratio - 1:+.1%} ({self.low - 1:+.1%} to {self.high - 1:+.1%}) on "
+            f"{counted(self.n_rows, 'row')}, at most {self.max_increase:+.1%} allowed{gain}"
+        )
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """The map of the corpus's prompts."""
+
+    n_prompts: int
+    """Prompts on it: all, or as many as were drawn at random."""
+    method: str
+    """How they were laid out, "t-SNE" or "PCA"."""
+    texts: bool
+    """Whether it holds their beginnings."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +217,13 @@ class Manifest:
     corpus: CorpusInfo
     settings: SettingsInfo
     compensation: list[CompensationInfo]
-    profile: ProfileInfo | None
+    profiles: dict[str, ProfileInfo]
+    """What was measured, by the names of `Profile`; exact needs no measurement."""
     files: dict[str, FileInfo]
     histograms: list[str] = dataclasses.field(default_factory=list)
     """Layouts of which there are histograms of what tokens need, as the engine names them."""
+    map: MapInfo | None = None
+    """Of the map of its prompts; None: there is none."""
 
     def file_names(self) -> list[str]:
         """Return the files of the index beside the manifest, relative to its folder."""
@@ -167,6 +231,7 @@ class Manifest:
         return [
             *INDEX_FILES,
             *([HISTOGRAMS_FILE] if self.histograms else []),
+            *([MAP_FILE] if self.map else []),
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
@@ -189,6 +254,16 @@ class Manifest:
         return next((info.n_kept for info in found), None)
 
     @property
+    def profile(self) -> ProfileInfo | None:
+        """That of balanced, by which decode goes where nothing is named; None: none was measured."""
+        return self.profiles.get(Profile.BALANCED.value)
+
+    @property
+    def default_profile(self) -> Profile:
+        """The profile where none is named: balanced where it has a gain, else exact."""
+        return Profile.EXACT if self.profile is None or self.profile.is_dense else Profile.BALANCED
+
+    @property
     def plain_keep_ratio(self) -> float:
         """The keep ratio of plain sets where none is named: the profile's if it is of such, else the build's γ."""
         profile = self.profile
@@ -204,7 +279,7 @@ class Manifest:
         places: dict[str, Any] = {"path": None, "relative_path": None}
         return dataclasses.replace(
             self,
-            profile=None,
+            profiles={},
             model=dataclasses.replace(self.model, **places),
             encoder=dataclasses.replace(self.encoder, **places),
         ).checksum()
@@ -216,13 +291,21 @@ class Manifest:
     def _fields(self) -> dict[str, Any]:
         """Return all fields; what is not there is left out of those that earlier releases did not have."""
         fields = dataclasses.asdict(self)
-        if not self.histograms:
-            del fields["histograms"]
+        for name in OPTIONAL:
+            if not fields[name]:
+                del fields[name]
+        if not self.profiles:
+            del fields["profiles"]
+            fields["profile"] = None  # as earlier releases write it
         for section in (fields["model"], fields["encoder"]):
-            for name in ("path", "relative_path"):
-                if section[name] is None:
+            for name in ("path", "relative_path", "places"):
+                if section.get(name, ()) is None:
                     del section[name]
         return fields
+
+
+OPTIONAL = ("histograms", "map")
+"""Fields of a manifest that earlier releases did not have."""
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import platformdirs
 
 from coreinfer_sim.base.errors import ConfigError, IndexFormatError
+from coreinfer_sim.base.files import replacing
 from coreinfer_sim.index.manifest import MANIFEST_FILE
 
 DEMO = "demo"
@@ -68,6 +70,36 @@ def own_folder(name: str) -> Path:
     raise ConfigError(
         f"there is no index {name!r} in {indexes_folder()}, expected one of your own: {own}; 'coreinfer-sim list' shows them."
     )
+
+
+def is_ready_made(folder: Path) -> bool:
+    """Return whether a folder is the index that comes with the package."""
+    return os.path.realpath(folder) == os.path.realpath(DEMO_FOLDER)
+
+
+def check_no_own_demo() -> None:
+    """Raise ConfigError if the user has an index of the ready-made one's name, which a copy of that would replace."""
+    if DEMO in own_indexes():
+        raise ConfigError(
+            f"{DEMO_FOLDER} comes with the package and stays as it is, and you have an index {DEMO!r} in {indexes_folder()}, "
+            "expected one of your own; name that."
+        )
+
+
+def copy_demo() -> Path:
+    """Copy the ready-made index into the user's data folder, where its name then stands for the copy; return that.
+
+    Raises:
+        ConfigError: as `check_no_own_demo`.
+    """
+    check_no_own_demo()
+    folder = indexes_folder() / DEMO
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder, MANIFEST_FILE) as part:
+        part.mkdir()
+        for path in DEMO_FOLDER.iterdir():  # without its permissions, which may be those of a system's package
+            shutil.copyfile(path, part / path.name)
+    return folder
 
 
 def unfinished(folder: Path) -> Path:

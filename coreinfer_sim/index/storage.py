@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.numpy import save
 
 from coreinfer_sim.base.errors import IndexFormatError
 from coreinfer_sim.base.files import flush_to_disk, sha256_of, write_json
+from coreinfer_sim.base.plain import plain
 from coreinfer_sim.index.clustering import faiss_index
 from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.manifest import (
@@ -21,16 +23,16 @@ from coreinfer_sim.index.manifest import (
     CLUSTERS_FILE,
     HISTOGRAMS_FILE,
     MANIFEST_FILE,
+    MAP_FILE,
     NEURONS_FILE,
     REBUILD,
     FileInfo,
     Manifest,
 )
-from coreinfer_sim.index.verified import StoredArray, VerifiedFile
+from coreinfer_sim.index.prompt_map import PromptMap
+from coreinfer_sim.index.verified import NUMPY_TYPES, StoredArray, VerifiedFile
 
 STATISTICS = ("counts", "energy", "activation")
-_TYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
-"""Safetensors' names of the types that statistics may have, and numpy's."""
 _FLAT_HEADER = 45  # bytes before the vectors of a FAISS flat index: kind, dimension, count, flags, metric, length
 
 
@@ -62,14 +64,14 @@ def read_centroids(file: VerifiedFile, n_clusters: int, dimension: int) -> np.nd
 
 
 def read_clusters(file: VerifiedFile, n_clusters: int) -> list[Cluster]:
-    """Read the clusters' descriptions.
+    """Read the clusters' descriptions, whose label and exemplars are a stranger's words and made fit to be shown.
 
     Raises:
         IndexFormatError: the file is damaged, or describes other clusters.
     """
     path, content = file.path, bytes(file.read(0, file.size))
     try:  # splitlines() would also cut at characters inside a text
-        clusters = [Cluster(**json.loads(line)) for line in io.StringIO(content.decode("utf-8"), newline=None)]
+        clusters = [_cluster(**json.loads(line)) for line in io.StringIO(content.decode("utf-8"), newline=None)]
     except (ValueError, TypeError) as error:
         raise IndexFormatError(f"{path} cannot be read ({error}); {REBUILD}.") from error
     for cluster in clusters:
@@ -78,6 +80,10 @@ def read_clusters(file: VerifiedFile, n_clusters: int) -> list[Cluster]:
     if [cluster.id for cluster in clusters] != list(range(n_clusters)):
         raise IndexFormatError(f"{path} describes {len(clusters)} clusters, expected {n_clusters}; {REBUILD}.")
     return clusters
+
+
+def _cluster(label: str, exemplars: list[str], **rest: Any) -> Cluster:
+    return Cluster(label=plain(label), exemplars=[plain(text) for text in exemplars], **rest)
 
 
 def read_statistics(file: VerifiedFile, shape: tuple[int, int, int]) -> dict[str, StoredArray]:
@@ -89,11 +95,11 @@ def read_statistics(file: VerifiedFile, shape: tuple[int, int, int]) -> dict[str
     tensors, statistics = file.tensors(), {}
     for name in STATISTICS:
         tensor = tensors.get(name)
-        if tensor is None or tensor.dtype not in _TYPES:
+        if tensor is None or tensor.dtype not in NUMPY_TYPES:
             raise IndexFormatError(f"{file.path} lacks {name}, expected {', '.join(STATISTICS)} as numbers; {REBUILD}.")
         if tensor.shape != shape:
             raise IndexFormatError(f"{file.path}: {name} has the shape {tensor.shape}, expected {shape}; {REBUILD}.")
-        statistics[name] = StoredArray(file, tensor, _TYPES[tensor.dtype])
+        statistics[name] = StoredArray(file, tensor)
     return statistics
 
 
@@ -109,7 +115,7 @@ def read_histograms(file: VerifiedFile, layouts: Sequence[str], n_layers: int) -
     found = {}
     for name, tensor in tensors.items():
         if (
-            tensor.dtype not in _TYPES
+            tensor.dtype not in NUMPY_TYPES
             or tensor.dtype[0] == "F"
             or len(tensor.shape) != 2
             or tensor.shape[0] != n_layers
@@ -118,8 +124,7 @@ def read_histograms(file: VerifiedFile, layouts: Sequence[str], n_layers: int) -
                 f"{file.path}: {name} has the shape {tensor.shape} of {tensor.dtype}, expected whole numbers of {n_layers} "
                 f"layers; {REBUILD}."
             )
-        content = file.read(tensor.begin, tensor.end)
-        found[name] = np.frombuffer(content, _TYPES[tensor.dtype]).reshape(tensor.shape)
+        found[name] = file.array(tensor)
     return found
 
 
@@ -130,6 +135,7 @@ def save_index(
     statistics: Mapping[str, np.ndarray],
     manifest: Manifest,
     histograms: Mapping[str, np.ndarray] | None = None,
+    prompt_map: PromptMap | None = None,
 ) -> Manifest:
     """Write the files of an index, each forced to disk, the manifest last.
 
@@ -138,16 +144,21 @@ def save_index(
         centroids: unit norm, [n_clusters, dim].
         clusters: one entry a cluster.
         statistics: by the names in `STATISTICS`, each [n_clusters, n_recorded_layers, d_ff].
-        manifest: whose ``files`` and ``histograms`` are not looked at.
+        manifest: whose ``files``, ``histograms`` and ``map`` are not looked at.
         histograms: of what tokens need, by layout, whole numbers [n_layers, n_bins].
+        prompt_map: of the corpus.
 
     Returns:
         The manifest with these.
     """
-    manifest = replace(manifest, histograms=sorted(histograms or ()))
+    manifest = replace(
+        manifest, histograms=sorted(histograms or ()), map=None if prompt_map is None else prompt_map.info()
+    )
     if histograms:
         smallest = {name: counts.astype(np.min_scalar_type(int(counts.max()))) for name, counts in histograms.items()}
         (folder / HISTOGRAMS_FILE).write_bytes(save(smallest))
+    if prompt_map is not None:
+        (folder / MAP_FILE).write_bytes(prompt_map.as_bytes())
     # Made in memory and written by Python, which reports a full disk; FAISS would not.
     (folder / CENTROIDS_FILE).write_bytes(faiss.serialize_index(faiss_index(centroids)).tobytes())
     (folder / NEURONS_FILE).write_bytes(save({name: np.ascontiguousarray(v) for name, v in statistics.items()}))

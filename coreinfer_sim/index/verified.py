@@ -19,6 +19,11 @@ from coreinfer_sim.base.files import open_to_read, read_at
 from coreinfer_sim.index.manifest import REBUILD, FileInfo
 
 _BLOCK = 1 << 18
+NUMPY_TYPES = {
+    **{"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8"},
+    **{"F16": "<f2", "F32": "<f4", "F64": "<f8"},
+}
+"""Safetensors' names of the types that numpy has, and numpy's."""
 _ITEM_BYTES = {
     **{"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I32": 4, "I64": 8},
     **{"BF16": 2, "F16": 2, "F32": 4, "F64": 8},
@@ -105,6 +110,10 @@ class VerifiedFile:
             raise self._unreadable("it holds no tensors")
         return found
 
+    def array(self, tensor: StoredTensor) -> np.ndarray:
+        """Read a whole tensor, of one of `NUMPY_TYPES`."""
+        return np.frombuffer(self.read(tensor.begin, tensor.end), NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
+
     def _open(self) -> int:
         try:
             return open_to_read(self.path)
@@ -129,9 +138,9 @@ class StoredTensor:
 class StoredArray:
     """An array [n, …] in a file, of which one row is read at a time."""
 
-    def __init__(self, file: VerifiedFile, tensor: StoredTensor, dtype: str) -> None:
-        """Stand for a tensor of at least one dimension; ``dtype`` as numpy names it."""
-        self.shape, self.dtype = tensor.shape, np.dtype(dtype)
+    def __init__(self, file: VerifiedFile, tensor: StoredTensor) -> None:
+        """Stand for a tensor of at least one dimension, of one of `NUMPY_TYPES`."""
+        self.shape, self.dtype = tensor.shape, np.dtype(NUMPY_TYPES[tensor.dtype])
         self._file, self._begin = file, tensor.begin
         self._row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
 

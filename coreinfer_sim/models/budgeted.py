@@ -20,7 +20,7 @@ from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.models.loading import DTYPES, LanguageModel, dtype_name, load_model, usable, usable_device
-from coreinfer_sim.models.mlps import MLPLayer, dense_bytes, find_mlps, linear_parameters
+from coreinfer_sim.models.mlps import MLPLayer, check_dense, dense_bytes, find_mlps, linear_parameters
 from coreinfer_sim.models.offload import HostLinear, Staging, in_host_memory
 from coreinfer_sim.models.parameters import ParameterNames, empty_model, main_dtype
 from coreinfer_sim.models.source import read_config, source_of
@@ -87,6 +87,7 @@ def load_within(
             f"{str(model.dtype).removeprefix('torch.')}; leave dtype at auto."
         )
     layers = find_mlps(model)
+    check_dense(layers, "a memory budget")
     names = ParameterNames(model, checkpoint)
     notes += check_whole(name, model, layers, names.found())
     streamed_table = names.streams_table()
@@ -120,6 +121,7 @@ def load_on_device(
     place = torch.device(usable_device(device))
     loaded = load_model(name, "stored" if dtype == "auto" else dtype, "cpu")
     model, layers = loaded.model, loaded.layers
+    check_dense(layers, "a memory budget")
     limit = planner(loaded, model_shape(model, layers))
     if place.type == "cuda":
         total = torch.cuda.get_device_properties(place).total_memory

@@ -1,13 +1,15 @@
 """Where a model's MLPs are: found by their structure, in the modules of its text part.
 
-The model's own forward code keeps running, only narrower. What is known by name is listed in `_MIXTURE` and `_NORM_BEHIND`.
+The model's own forward code keeps running, only narrower. An expert of a mixture is an MLP of its own. What is known by name is
+listed in `_MIXTURE` and `_NORM_BEHIND`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,27 +18,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.errors import UnsupportedModelError
+from coreinfer_sim.models.experts import Routing
+from coreinfer_sim.models.finding import Found, found_mlps, place_of
+from coreinfer_sim.models.mixtures import n_chosen
 from coreinfer_sim.models.offload import HostLinear
 from coreinfer_sim.models.store import LayerStore
 from coreinfer_sim.models.streaming import StreamedLinear
-from coreinfer_sim.models.structure import (
-    LINEARS,
-    Arrangement,
-    Mismatch,
-    arrangements,
-    kind_of,
-    verify,
-    weight_shape,
-)
+from coreinfer_sim.models.structure import Arrangement, weight_shape
 
 _MIXTURE = re.compile(r"Experts$|SparseMoe|MoeBlock|MoEBlock|MoeMLP|MoE$|TopKRouter")
-"""Class names of mixtures of experts. By name, as experts beside which dense MLPs stand must be refused, too."""
+"""Class names of mixtures of experts. By name, as experts that are stored in an unknown way are not found by their parts."""
 _NORM_BEHIND = re.compile(r"post_?(feed_?forward|mlp|ffn)_?\w*norm|^post_norm2$")
 """Attributes of a layer whose norm stands behind its MLP. By name, as the layer alone does not run without its model."""
 _NORMS_SUMS = ("openai-gpt",)
 """Types whose layers norm the sum of MLP and residual stream outside the MLP's module. By name for the same reason."""
-_PLACE = re.compile(r"^(.*?\.\d+)(\.|$)")
-"""Of a module within a numbered layer."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,29 @@ class MLPLayer:
     d_ff: int
     """Number of neurons of the dense MLP, also while a compact one is in its place."""
     n_bytes: int
-    """Bytes of weights and biases that one token reads in the dense MLP."""
+    """Bytes of weights and biases of the dense MLP."""
     post_norm: bool = False
     """Whether a norm stands between the MLP and the residual stream, or, as in OPT-350m, behind their sum."""
     store: LayerStore | None = None
     """Where the weights are if they are not in memory."""
+    path: str = ""
+    """Of the owner in the model; of experts whose weights lie together, that of the module that holds them, and a number."""
+    block: int = 0
+    """The same number, but of a mixture of experts that of the model's layer, which holds several MLPs."""
+    routing: Routing | None = None
+    """Of an expert: says which tokens it computes; None: the MLP computes all."""
+    share: float = 1.0
+    """Of the tokens that pass through the MLP, on average over the experts of a layer."""
+
+    @property
+    def expert(self) -> int | None:
+        """Number of an expert in its layer; None of an MLP that computes all tokens."""
+        return None if self.routing is None else int(self.path.rpartition(".")[2])
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return f"layer {self.block}" if self.expert is None else f"expert {self.expert} of layer {self.block}"
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -119,34 +132,60 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def find_mlps(model: Any) -> list[MLPLayer]:
-    """Find the MLP of every layer of a model's text part, in the order of the model's layers.
+    """Find the MLP of every layer of a model's text part, in the order of the model's layers; of a mixture those of all experts.
 
-    Every kind of layer is verified: see `structure.verify`.
+    Every kind of layer is verified: see `structure.verify` and `mixtures.verify_experts`.
 
     Raises:
-        UnsupportedModelError: no MLP, or one that computes something else; a mixture of experts, or an encoder-decoder model.
+        UnsupportedModelError: no MLP, or one that computes something else; experts that are stored in an unknown way, or an
+            encoder-decoder model.
     """
     name = type(model).__name__
     text = model.config.get_text_config()
     modules = dict(_text_modules(model, text))
-    mixture = sorted({type(m).__name__ for m in modules.values() if _MIXTURE.search(type(m).__name__)})
-    if mixture:
-        raise UnsupportedModelError(
-            f"{name} is a mixture of experts ({mixture[0]}), which choose neurons by themselves, expected dense MLPs; name a "
-            "dense model."
-        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model, expected a causal one; name a decoder.")
-    found = _verified(name, modules, _width_of(model, text))
-    widths = {weight_shape(owner.get_submodule(arrangement.output)) for _, owner, arrangement in found}
+    d_model = _width_of(model, text)
+    found = found_mlps(name, modules, d_model)
+    mixture = sorted({type(m).__name__ for m in modules.values() if _MIXTURE.search(type(m).__name__)})
+    if mixture and not any(each.routing for each in found):
+        raise _unknown_mixture(name, mixture[0])
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} holds no MLP: no layer has linear layers from {d_model} features to more and back; name another model."
+        )
+    widths = {weight_shape(each.owner.get_submodule(each.arrangement.output)) for each in found}
     if len(widths) > 1:
         raise UnsupportedModelError(
             f"the layers of {name} differ in width ({sorted(widths)}), expected one d_ff; name a model of equal layers."
         )
-    return [
-        _mlp_layer(number, str(text.model_type), owner, arrangement, modules[_place(path)])
-        for number, (path, owner, arrangement) in enumerate(found)
-    ]
+    chosen, is_mixture = n_chosen(text), any(each.routing for each in found)
+    n_experts = Counter(place_of(each.path) for each in found if each.routing)
+    layers = []
+    for number, each in enumerate(found):
+        place = place_of(each.path)
+        layer = _mlp_layer(number, str(text.model_type), each, modules[place])
+        if is_mixture:
+            share = min(1.0, chosen / n_experts[place]) if each.routing and chosen else 1.0
+            layer = replace(layer, block=int(place.rpartition(".")[2]), share=share)
+        layers.append(layer)
+    return layers
+
+
+def check_dense(layers: Sequence[MLPLayer], what: str) -> None:
+    """Raise UnsupportedModelError if MLPs are experts of a mixture, with which ``what`` does not work."""
+    if any(layer.routing for layer in layers):
+        raise UnsupportedModelError(
+            f"{what} was asked for, but {layers[0].family} is a mixture of experts, where it is not known how; leave it out, or "
+            "name a dense model."
+        )
+
+
+def _unknown_mixture(name: str, experts: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is a mixture of experts ({experts}) that are stored in a way that is not known, expected gate_up_proj or "
+        "up_proj with down_proj for all experts, or a list of MLPs; name another model."
+    )
 
 
 def _text_modules(model: Any, text: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -167,68 +206,13 @@ def _width_of(model: Any, text: Any) -> int:
     return int(width if width else model.get_input_embeddings().weight.shape[1])
 
 
-_Found = tuple[str, Any, Arrangement]
-"""An owner's path, the owner, and its projections."""
-
-
-def _verified(name: str, modules: Mapping[str, nn.Module], d_model: int) -> list[_Found]:
-    """Return all MLPs of the widest kind that numbered layers hold."""
-    # 1) what may be an MLP: of several owners of the same projections the innermost
-    candidates: list[_Found] = []
-    taken: set[frozenset[int]] = set()
-    for path, module in sorted(modules.items(), key=lambda each: -each[0].count(".")):
-        for each in arrangements(module, d_model) if _PLACE.match(path) else ():
-            projections = frozenset(id(module.get_submodule(part)) for part in (*each.inputs, each.output))
-            if projections not in taken:
-                candidates.append((path, module, each))
-                taken.add(projections)
-    if not candidates:
-        raise UnsupportedModelError(
-            f"{name} holds no MLP: no layer has linear layers from {d_model} features to more and back; name another model."
-        )
-    # 2) those of the widest kind, each kind verified once
-    widest = max(candidates, key=lambda each: weight_shape(each[1].get_submodule(each[2].output))[1])
-    order = {path: number for number, path in enumerate(modules)}
-    kinds: dict[Any, Arrangement | Mismatch] = {}
-    found = []
-    for path, owner, arrangement in sorted(candidates, key=lambda each: order[each[0]]):
-        if (type(owner), arrangement) != (type(widest[1]), widest[2]):
-            continue
-        _check_kinds(path, owner, arrangement)
-        kind = kind_of(owner, arrangement)
-        if kind not in kinds:
-            kinds[kind] = verify(owner, arrangement)
-        verified = kinds[kind]
-        if isinstance(verified, Mismatch):
-            raise UnsupportedModelError(
-                f"{path} of {name}, a {type(owner).__name__}, is no MLP whose neurons can be left out: {verified.reason}; name "
-                "another model."
-            )
-        found.append((path, owner, verified))
-    return found
-
-
-def _check_kinds(path: str, owner: Any, arrangement: Arrangement) -> None:
-    for name in (*arrangement.inputs, arrangement.output):
-        kind = type(owner.get_submodule(name))
-        if kind not in LINEARS:
-            raise UnsupportedModelError(
-                f"{name} of {path} is a {kind.__module__}.{kind.__name__}, expected a plain linear layer; merge adapters, and "
-                "load the model without quantisation."
-            )
-
-
-def _place(path: str) -> str:
-    """Return the path of the numbered layer that a module lies in."""
-    found = _PLACE.match(path)
-    assert found is not None  # as only such modules are candidates
-    return found[1]
-
-
-def _mlp_layer(number: int, family: str, owner: Any, arrangement: Arrangement, block: nn.Module) -> MLPLayer:
+def _mlp_layer(number: int, family: str, found: Found, block: nn.Module) -> MLPLayer:
+    owner, arrangement = found.owner, found.arrangement
     output = owner.get_submodule(arrangement.output)
     d_model, d_ff = weight_shape(output)
-    n_bytes = sum(module_bytes(owner.get_submodule(path)) for path in (*arrangement.inputs, arrangement.output))
+    projections = [owner.get_submodule(path) for path in (*arrangement.inputs, arrangement.output)]
+    tensors = [tensor for each in projections for tensor in (each.weight, each.bias) if tensor is not None]
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     store = output.store if isinstance(output, StreamedLinear) else None
     post_norm = (
         arrangement.norm
@@ -237,12 +221,14 @@ def _mlp_layer(number: int, family: str, owner: Any, arrangement: Arrangement, b
             _NORM_BEHIND.search(name) for name, module in block.named_children() if not isinstance(module, nn.Identity)
         )
     )
-    return MLPLayer(number, family, owner, arrangement, d_model, d_ff, n_bytes, post_norm, store)
+    return MLPLayer(
+        number, family, owner, arrangement, d_model, d_ff, n_bytes, post_norm, store, found.path, number, found.routing
+    )
 
 
 def dense_bytes(layers: Sequence[MLPLayer]) -> int:
-    """Return the MLP bytes that one token reads in the dense model."""
-    return sum(layer.n_bytes for layer in layers)
+    """Return the MLP bytes that one token reads in the dense model; of experts those of as many as a token takes."""
+    return round(sum(layer.n_bytes * layer.share for layer in layers))
 
 
 def compact_bytes(layer: MLPLayer, n_kept: int, compensated: bool = False) -> int:
@@ -298,4 +284,8 @@ def other_bytes(model: Any, layers: Sequence[MLPLayer]) -> int:
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     if head is not None:
         tables.pop(id(head.weight), None)
-    return every - dense_bytes(layers) - sum(table.numel() * table.element_size() for table in tables.values())
+    return (
+        every
+        - sum(layer.n_bytes for layer in layers)
+        - sum(table.numel() * table.element_size() for table in tables.values())
+    )

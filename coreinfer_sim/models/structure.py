@@ -23,17 +23,18 @@ from transformers.activations import ACT2FN
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from coreinfer_sim.models.experts import ExpertLinear
 from coreinfer_sim.models.offload import HostLinear
 from coreinfer_sim.models.streaming import StreamedLinear
 
-LINEARS = (nn.Linear, Conv1D, FalconLinear, StreamedLinear, HostLinear)
+LINEARS = (nn.Linear, Conv1D, FalconLinear, StreamedLinear, HostLinear, ExpertLinear)
 """Kinds of linear layers that can be cut; a subclass may hold more than its weight."""
-_WIDTH = 24
+WIDTH = 24
 """Neurons of a stand-in, of which every other one is kept in a second, narrower one."""
-_ROWS = 3
+ROWS = 3
 _ROUNDING = 1e-6
 """Of the largest value: two ways of computing the same in float32."""
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 """Of the largest value; float32 rounds sums of some thousand products to about 1e-6 of it."""
 _OTHER_KINDS = re.compile(r"(Attention|Att|Attn|Mixer|RecurrentBlock|DeltaNet|Conv)\w*$")
 """Class names of modules that hold linear layers of fitting widths, but mix positions; nothing else tells them by their parts."""
@@ -107,11 +108,15 @@ def kind_of(owner: nn.Module, arrangement: Arrangement) -> Any:
     """Return what is equal for layers that compute the same, whatever their weights are."""
     paths = (*arrangement.inputs, arrangement.output)
     biases = tuple(owner.get_submodule(path).bias is None for path in paths)
-    parts = tuple(
+    return arrangement, weight_shape(owner.get_submodule(arrangement.output)), biases, parts_of(owner)
+
+
+def parts_of(owner: nn.Module) -> Any:
+    """Return the classes of a module's parts, and the numbers and names that decide what they compute."""
+    return tuple(
         (type(module), tuple(sorted((name, value) for name, value in vars(module).items() if _decides(name, value))))
         for module in owner.modules()
     )
-    return arrangement, weight_shape(owner.get_submodule(arrangement.output)), biases, parts
 
 
 def _decides(name: str, value: Any) -> bool:
@@ -130,26 +135,26 @@ def verify(owner: nn.Module, arrangement: Arrangement) -> Arrangement | Mismatch
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         d_model, _ = weight_shape(owner.get_submodule(arrangement.output))
-        x = torch.randn(1, _ROWS, d_model, generator=generator)
+        x = torch.randn(1, ROWS, d_model, generator=generator)
         projections = _narrow(owner, arrangement, generator)
         try:
             stand_in = _stand_in(owner, projections)
             with _norms(stand_in) as norms:
                 seen, out = _run(stand_in, projections, x)
         except Exception as error:  # whatever a module's code raises that wants more than hidden states
-            return Mismatch(f"it cannot be called on hidden states alone ({_first_line(error)})")
+            return Mismatch(f"it cannot be called on hidden states alone ({first_line(error)})")
         found = _ordered(stand_in, arrangement, seen)
         if isinstance(found, Mismatch):
             return found
-        kept = torch.arange(0, _WIDTH, 2)
+        kept = torch.arange(0, WIDTH, 2)
         outputs = []
         for own in (_cut(projections, found, kept), _masked(projections, found, kept)):
             try:
                 outputs.append(_run(_stand_in(owner, own), own, x)[1])
             except Exception as error:
-                return Mismatch(f"it cannot be called with fewer neurons ({_first_line(error)})")
-        difference = _difference(*outputs)
-        if difference > _TOLERANCE:
+                return Mismatch(f"it cannot be called with fewer neurons ({first_line(error)})")
+        difference = relative_difference(*outputs)
+        if difference > TOLERANCE:
             return Mismatch(f"without half of its neurons it differs by {difference:.2g} from one where those are zero")
         y = seen[found.output][0][1]
         return replace(found, norm=any(torch.equal(read, y) or torch.equal(given, out) for read, given in norms))
@@ -211,12 +216,12 @@ def _ordered(stand_in: nn.Module, arrangement: Arrangement, seen: _Seen) -> Arra
     for activation in _activations(stand_in, z.shape):
         for places in itertools.permutations(range(len(parts))):
             neurons = activation(parts[places[0]])
-            difference = _difference(neurons * parts[places[1]] if len(places) == 2 else neurons, z)
+            difference = relative_difference(neurons * parts[places[1]] if len(places) == 2 else neurons, z)
             if difference < best:
                 best, order, name = difference, places, getattr(activation, "__name__", type(activation).__name__)
         if best < _ROUNDING:
             break
-    if best > _TOLERANCE:
+    if best > TOLERANCE:
         formula = "activation(gate(x)) * up(x)" if len(parts) == 2 else "activation(input(x))"
         return Mismatch(f"its neurons differ by {best:.2g} from {formula} with the nearest activation, {name}")
     if arrangement.fused and order == (1, 0):
@@ -264,38 +269,39 @@ def _narrow(owner: nn.Module, arrangement: Arrangement, generator: torch.Generat
         module = owner.get_submodule(path)
         n_out, n_in = weight_shape(module)
         if path == arrangement.output:
-            n_in = _WIDTH
+            n_in = WIDTH
         else:
-            n_out = 2 * _WIDTH if arrangement.fused else _WIDTH
+            n_out = 2 * WIDTH if arrangement.fused else WIDTH
         weight = torch.randn(n_out, n_in, generator=generator) * n_in**-0.5
-        narrow[path] = _linear(weight, None if module.bias is None else torch.randn(n_out, generator=generator))
+        narrow[path] = linear_module(weight, None if module.bias is None else torch.randn(n_out, generator=generator))
     return narrow
 
 
 def _cut(projections: Mapping[str, nn.Linear], arrangement: Arrangement, kept: torch.Tensor) -> dict[str, nn.Linear]:
-    rows = torch.cat([kept, kept + _WIDTH]) if arrangement.fused else kept
+    rows = torch.cat([kept, kept + WIDTH]) if arrangement.fused else kept
     cut = {
-        path: _linear(module.weight[rows], None if module.bias is None else module.bias[rows])
+        path: linear_module(module.weight[rows], None if module.bias is None else module.bias[rows])
         for path, module in projections.items()
         if path != arrangement.output
     }
     output = projections[arrangement.output]
-    return {**cut, arrangement.output: _linear(output.weight[:, kept], output.bias)}
+    return {**cut, arrangement.output: linear_module(output.weight[:, kept], output.bias)}
 
 
 def _masked(projections: Mapping[str, nn.Linear], arrangement: Arrangement, kept: torch.Tensor) -> dict[str, nn.Linear]:
     output = projections[arrangement.output]
     weight = torch.zeros_like(output.weight)
     weight[:, kept] = output.weight[:, kept]
-    return {**projections, arrangement.output: _linear(weight, output.bias)}
+    return {**projections, arrangement.output: linear_module(weight, output.bias)}
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def linear_module(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Return a linear layer over these very tensors."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+    return linear.eval()
 
 
 def _stand_in(owner: nn.Module, projections: Mapping[str, nn.Linear]) -> nn.Module:
@@ -330,12 +336,13 @@ class _Averaging(nn.Module):
         return x.mean(-1, keepdim=True).expand(*x.shape[:-1], self.n_out)
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference over the largest value."""
     if one.shape != other.shape:
         return float("inf")
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-6))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says first."""
     return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -11,7 +11,7 @@ from coreinfer_sim.base.errors import ModelError
 from coreinfer_sim.models.mlps import MLPLayer
 
 Sink = Callable[[int, torch.Tensor], None]
-"""Takes a layer's number and its activations [n_tokens, d_ff], padding excluded."""
+"""Takes a layer's number and its activations [n_tokens, d_ff], padding excluded; an expert's are zero at tokens of others."""
 
 
 class ActivationTap:
@@ -37,18 +37,21 @@ class ActivationTap:
         """Read nothing until the next mask is set."""
         self._open = False
 
-    def read(self, layer: int, z: torch.Tensor) -> None:
+    def read(self, layer: MLPLayer, z: torch.Tensor) -> None:
         """Pass one layer's activations on, flattened to tokens and without padding."""
         if not self._open:
             return
+        number = layer.number
         z = z.detach().reshape(-1, z.shape[-1])  # some MLPs see [n_tokens, d_ff] already, the others a batch
-        if len(z) != self._n_positions or layer in self.seen:
+        if layer.routing is not None:
+            z = layer.routing.spread(z)
+        if len(z) != self._n_positions or number in self.seen:
             raise ModelError(
-                f"layer {layer} ran {'again' if layer in self.seen else f'on {len(z)} positions'} in a pass over "
+                f"{layer.title} ran {'again' if number in self.seen else f'on {len(z)} positions'} in a pass over "
                 f"{self._n_positions}, expected once on each; name a model that runs each layer once for a token."
             )
-        self.seen.add(layer)
-        self._sink(layer, z if self._kept is None else z.index_select(0, self._kept.to(z.device)))
+        self.seen.add(number)
+        self._sink(number, z if self._kept is None else z.index_select(0, self._kept.to(z.device)))
 
 
 @contextmanager
@@ -56,19 +59,32 @@ def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[Act
     """Send the activation site of ``layers`` to ``sink`` in every forward pass inside the block.
 
     Raises:
-        ModelError: at the end, if a layer was never reached – the model does not run where its adapter says.
+        ModelError: at the end, if a layer was never reached – the model does not run where its adapter says. Of a layer's
+            experts, a pass may reach some.
     """
     tap = ActivationTap(sink)
     hooks = [
-        layer.output.register_forward_pre_hook(lambda _module, inputs, number=layer.number: tap.read(number, inputs[0]))
+        layer.output.register_forward_pre_hook(lambda _module, inputs, layer=layer: tap.read(layer, inputs[0]))
         for layer in layers
+    ]
+    hooks += [
+        layer.projection(layer.inputs[0]).register_forward_pre_hook(
+            lambda _module, inputs, routing=layer.routing: routing.read(inputs[0])
+        )
+        for layer in layers
+        if layer.routing is not None
     ]
     try:
         yield tap
     finally:
         for hook in hooks:
             hook.remove()
-    missed = [layer.number for layer in layers if layer.number not in tap.seen]
+    reached = {layer.block for layer in layers if layer.routing is not None and layer.number in tap.seen}
+    missed = [
+        layer.number
+        for layer in layers
+        if layer.number not in tap.seen and not (layer.routing is not None and layer.block in reached)
+    ]
     if missed:
         raise ModelError(
             f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; these MLPs "

@@ -118,14 +118,14 @@ def _is_of_decoder(tensor: str, model: Any, layers: Sequence[MLPLayer]) -> bool:
         return False
     if tensor.startswith("blk."):  # GGUF's name for a layer
         return True
-    modules = dict(model.named_modules())
-    owner = next(name for name, module in modules.items() if module is layers[0].owner)
+    modules, owner = dict(model.named_modules()), layers[0].path
     list_name = owner[: re.search(r"\.\d+(\.|$)", owner).start()]  # type: ignore[union-attr]
     for name in (tensor, f"{model.base_model_prefix}.{tensor}"):  # a checkpoint of the bare decoder
         place = re.match(rf"{re.escape(list_name)}\.(\d+)\.", name)
         if place:
             n_predicting = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-            return not len(layers) <= int(place[1]) < len(layers) + n_predicting
+            n_layers = layers[-1].block + 1
+            return not n_layers <= int(place[1]) < n_layers + n_predicting
         part = modules.get(name.rpartition(".")[0])
         if part is not None and not any(True for _ in part.children()):
             return True

@@ -43,6 +43,7 @@ def make_app(
     *,
     api_key: str | None = None,
     max_new_tokens: int = 1024,
+    parallel: int = 4,
     queue_limit: int = 64,
     timeout: float = 300.0,
     body_limit: int = 2 << 20,
@@ -55,6 +56,7 @@ def make_app(
         name: of the model, as /v1/models lists it.
         api_key: that requests must bring, except for the page and /health; None requires none.
         max_new_tokens: of one text; also the number where a request names none, or a larger one.
+        parallel: requests that are answered at a time, where the backend lets them share decode steps.
         queue_limit: requests that may wait or be answered at a time.
         timeout: seconds that a request may take, waiting included.
         body_limit: bytes of a request.
@@ -63,7 +65,7 @@ def make_app(
     Returns:
         The app; ``app.state.stop`` refuses further requests and ends open ones after a grace period.
     """
-    queue = RequestQueue(backend, queue_limit=queue_limit, timeout=timeout)
+    queue = RequestQueue(backend, parallel=parallel, queue_limit=queue_limit, timeout=timeout)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

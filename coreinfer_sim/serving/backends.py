@@ -9,7 +9,7 @@ from typing import Any
 from coreinfer_sim.base.decode_settings import MAX_SEED, SamplingConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.generation.streaming import Cancelled, Write
-from coreinfer_sim.generation.text import Generator
+from coreinfer_sim.generation.text import Generation, Generator
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message
 
@@ -55,10 +55,12 @@ class Completion:
     """Whether the text came to its end, rather than to the limit of new tokens."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Where it was routed and how fast it was."""
+    timings: dict[str, float | None] = field(default_factory=dict)
+    """What it took, as llama.cpp's server says it; see `timings_of`."""
 
 
 class Backend:
-    """Generates one text at a time."""
+    """Generates texts: one at a time, or several in threads that share decode steps."""
 
     def __init__(self, generator: Generator) -> None:
         """Serve what a generator gives.
@@ -74,6 +76,8 @@ class Backend:
         """That a request may name, the default first."""
         self.chats = generator.has_chat_template
         """Whether it answers conversations; a base model only continues texts."""
+        self.takes_turns = generator.takes_turns
+        """Whether several threads may call `complete` at a time."""
 
     def complete(self, request: TextRequest, write: Write, cancelled: Cancelled | None = None) -> Completion:
         """Generate at most ``max_new_tokens``, fewer where the context has no room for them.
@@ -108,9 +112,38 @@ class Backend:
         )
         facts = run.as_dict()
         return Completion(
-            run.text, run.n_prompt_tokens, run.n_new_tokens, run.ended, {name: facts[name] for name in _FACTS}
+            run.text,
+            run.n_prompt_tokens,
+            run.n_new_tokens,
+            run.ended,
+            {name: facts[name] for name in _FACTS},
+            timings_of(run),
         )
+
+    def read_ahead(self, cancelled: Cancelled) -> None:
+        """Read what a next turn will begin with until ``cancelled`` says that something else is wanted."""
+        self._generator.read_ahead(cancelled)
 
     def close(self) -> None:
         """Let go of everything."""
         self._generator.close()
+
+
+def timings_of(run: Generation) -> dict[str, float | None]:
+    """Return what a text took, by the names of llama.cpp's server: tokens, milliseconds, and rates.
+
+    The first new token comes out of the prompt's last pass, so that decode's rates are of the others; None where there are none.
+    """
+    n_read, n_decoded = run.n_prompt_tokens - run.n_cached_tokens, run.n_new_tokens - 1
+    prompt_ms, predicted_ms = 1000 * run.prefill_seconds, 1000 * run.decode_seconds
+    return {
+        "cache_n": run.n_cached_tokens,
+        "prompt_n": n_read,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / n_read if n_read else None,
+        "prompt_per_second": n_read / run.prefill_seconds if run.prefill_seconds else None,
+        "predicted_n": run.n_new_tokens,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / n_decoded if n_decoded > 0 else None,
+        "predicted_per_second": run.tokens_per_second,
+    }

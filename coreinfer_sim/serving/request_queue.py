@@ -1,9 +1,10 @@
-"""One worker that answers requests in turn, and the queue before it."""
+"""The workers that answer requests, and the queue before them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from coreinfer_sim.serving.backends import Backend, Completion, TextRequest
 from coreinfer_sim.serving.errors import QueueFullError, RequestTimeoutError, ShutdownError
 from coreinfer_sim.serving.metrics import Metrics
 
+_log = logging.getLogger(__name__)
 GRACE = 8.0
 """Seconds that open requests have left when the server is stopped; less than uvicorn waits for connections."""
 
@@ -41,13 +43,14 @@ class _Task:
 
 
 class RequestQueue:
-    """Answers requests one after the other: decode is bound by memory, and so is every other request meanwhile."""
+    """Answers requests as they come, so many at a time as share decode steps."""
 
-    def __init__(self, backend: Backend, *, queue_limit: int = 64, timeout: float = 300.0) -> None:
-        """Start the worker.
+    def __init__(self, backend: Backend, *, parallel: int = 1, queue_limit: int = 64, timeout: float = 300.0) -> None:
+        """Start the workers.
 
         Args:
             backend: generates the texts.
+            parallel: requests that are answered at a time, if the backend lets them share decode steps; otherwise one.
             queue_limit: requests that may wait or be answered at a time.
             timeout: seconds that a request may take, waiting included.
         """
@@ -56,8 +59,12 @@ class RequestQueue:
         self.metrics = Metrics(lambda: self.n_open)
         self._tasks: queue.Queue[_Task | None] = queue.Queue()
         self._closing = False
-        self._worker = threading.Thread(target=self._work, name="coreinfer-sim-worker", daemon=True)
-        self._worker.start()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"coreinfer-sim-worker-{number}", daemon=True)
+            for number in range(parallel if backend.takes_turns else 1)
+        ]
+        for worker in self._workers:
+            worker.start()
 
     async def generate(self, request: TextRequest) -> AsyncIterator[str | Completion]:
         """Yield the text as it comes, then what it cost.
@@ -113,11 +120,13 @@ class RequestQueue:
         timer.start()
 
     def close(self, grace: float = 10.0) -> None:
-        """Answer no further requests; the one being answered has ``grace`` seconds left."""
-        self._closing = True
-        self._tasks.put(None)
-        self._worker.join(grace)
-        if not self._worker.is_alive():
+        """Answer no further requests; those being answered have ``grace`` seconds left."""
+        self._closing, end = True, time.monotonic() + grace
+        for _ in self._workers:
+            self._tasks.put(None)
+        for worker in self._workers:
+            worker.join(max(0.0, end - time.monotonic()))
+        if not any(worker.is_alive() for worker in self._workers):
             self.backend.close()
 
     def _work(self) -> None:
@@ -137,3 +146,7 @@ class RequestQueue:
                 continue
             self.metrics.count(completion, time.perf_counter() - begin)
             task.put(completion)
+            try:
+                self.backend.read_ahead(lambda: self._closing or not self._tasks.empty())
+            except Exception as error:  # no request fails by it
+                _log.error("reading ahead failed", exc_info=error)

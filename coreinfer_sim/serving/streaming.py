@@ -65,7 +65,7 @@ class ResponseFormat:
         return {**self._chunk, "choices": [], "usage": _usage(completion)}
 
     def _facts(self, completion: Completion) -> dict[str, Any]:
-        return {"coreinfer": {**completion.facts, "ignored": self._ignored}}
+        return {"timings": completion.timings, "coreinfer": {**completion.facts, "ignored": self._ignored}}
 
 
 def _finish_reason(completion: Completion) -> str:

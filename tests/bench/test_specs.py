@@ -27,6 +27,10 @@ def test_a_share_that_tokens_read():
     assert (parse_spec("all").ratio, parse_spec("all").by_token) == (None, False)
     assert parse_spec("sparse:read_ratio=0.3").ratio is None  # all are held
     assert (parse_spec("sparse:0.6:read_ratio=0.3").ratio, parse_spec("all:read_ratio=1").by_token) == (0.6, False)
+    fast, exact = (parse_spec(f"sparse:profile={name}") for name in ("fast", "exact"))
+    assert (fast.ratio, fast.by_token, fast.needs_index, exact.by_token) == (None, True, True, False)
+    with pytest.raises(ConfigError, match="'fsat' is no profile"):
+        parse_spec("sparse:profile=fsat")
     with pytest.raises(ConfigError, match="'half' is no read_ratio; expected .*OPTION .*read_ratio"):
         parse_spec("all:read_ratio=half")
     for text in ("dense:read_ratio=0.5", "offload:read_ratio=0.5", "llamacpp:read_ratio=0.5"):

@@ -23,7 +23,7 @@ from coreinfer_sim.models.loading import load_model
 def measuring():
     """Sixty prompts are enough to measure on; what is promised matters little."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_FEWEST_TEXTS": 30, "_SHORTEST": 4, "READ_RATIOS": (0.5,), "MAX_INCREASE": 90.0}.items():
+        for name, value in {"_FEWEST_TEXTS": 30, "_SHORTEST": 4}.items():
             patch.setattr(promise, name, value)
         yield
 

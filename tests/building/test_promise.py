@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from builds import TOPICS, write_rows
@@ -10,10 +11,11 @@ from tiny_models import save_tiny_checkpoint
 
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.rows import Row
-from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
+from coreinfer_sim.base.settings import BuildConfig, CorpusConfig, Profile
 from coreinfer_sim.building import promise
 from coreinfer_sim.building.build import build_index
 from coreinfer_sim.building.promise import held_out
+from coreinfer_sim.evaluation.tune import choose_profiles
 from coreinfer_sim.index.index import SemanticIndex
 
 
@@ -52,6 +54,12 @@ def corpus(tmp_path):
     return write_rows(tmp_path / "corpus.jsonl", rows)
 
 
+def allow(monkeypatch, increase):
+    """Let every profile lose so much of perplexity."""
+    most = dict.fromkeys((Profile.BALANCED, Profile.FAST), increase)
+    monkeypatch.setattr(promise, "choose_profiles", partial(choose_profiles, max_increases=most))
+
+
 def built(corpus, tiny_checkpoint, encoder, tmp_path, **more):
     said = Said()
     config = BuildConfig(clusters=3, shard_size=8)
@@ -63,23 +71,28 @@ def built(corpus, tiny_checkpoint, encoder, tmp_path, **more):
 
 def test_a_build_promises_what_it_has_measured(corpus, tiny_checkpoint, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(promise, "_FEWEST_TEXTS", 30)
-    monkeypatch.setattr(promise, "MAX_INCREASE", 90.0)
+    allow(monkeypatch, 90.0)
     index, lines = built(corpus, tiny_checkpoint, encoder, tmp_path)
     profile = index.manifest.profile
+    assert index.manifest.profiles == {"balanced": profile, "fast": profile}
     assert (profile.keep_ratio, profile.read_ratio, profile.weights) == (1.0, 0.2, "stored")
     assert profile.layout == "float32" and profile.n_rows == 12 and profile.low <= profile.ratio <= profile.high
     assert any("12 texts held out" in line for line in lines)
-    assert any(line.startswith("Tokens read 0.2 of the neurons by default") for line in lines)
+    assert 0 < profile.gain < 1 and index.manifest.default_profile is Profile.BALANCED
+    assert [line for line in lines if line.startswith("Profile ")] == [
+        f"Profile {name}: {profile.in_words()}." for name in ("balanced", "fast")
+    ]
+    assert profile.in_words().startswith("tokens choose, read ratio 0.2: perplexity ")
     assert index.manifest.corpus.n_sentences == 18 == sum(cluster.size for cluster in index.clusters)
-    assert SemanticIndex.load(tmp_path / "index", encoder).manifest.profile == profile
+    assert SemanticIndex.load(tmp_path / "index", encoder).manifest.profiles == index.manifest.profiles
 
 
 def test_a_promise_that_nothing_keeps_leaves_decode_dense(corpus, tiny_checkpoint, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(promise, "_FEWEST_TEXTS", 30)
-    monkeypatch.setattr(promise, "MAX_INCREASE", -0.9)
+    allow(monkeypatch, -0.9)
     index, lines = built(corpus, tiny_checkpoint, encoder, tmp_path)
-    assert index.manifest.profile is None
-    assert any(line.startswith("No read ratio keeps perplexity within") for line in lines)
+    assert index.manifest.profile.is_dense and index.manifest.default_profile is Profile.EXACT
+    assert [line for line in lines if line.startswith("Profile fast: no gain")]
 
 
 def test_few_texts_promise_nothing_and_all_are_counted(corpus, tiny_checkpoint, encoder, tmp_path):
@@ -99,7 +112,7 @@ def test_models_that_skip_zeros_need_no_promise(corpus, encoder, tmp_path, monke
 def test_what_was_measured_is_not_measured_again(corpus, tiny_checkpoint, encoder, tmp_path, monkeypatch):
     """A build that was killed after it goes on with what it has found."""
     monkeypatch.setattr(promise, "_FEWEST_TEXTS", 30)
-    monkeypatch.setattr(promise, "MAX_INCREASE", 90.0)
+    allow(monkeypatch, 90.0)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -107,7 +120,7 @@ def test_what_was_measured_is_not_measured_again(corpus, tiny_checkpoint, encode
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("coreinfer_sim.building.build.write_index", killed)
         built(corpus, tiny_checkpoint, encoder, tmp_path)
-    kept = json.loads(next(tmp_path.glob("index.build/profile.json")).read_text(encoding="utf-8"))
+    kept = json.loads(next(tmp_path.glob("index.build/profiles.json")).read_text(encoding="utf-8"))
     monkeypatch.setattr(promise, "evaluate", killed)
     index, _ = built(corpus, tiny_checkpoint, encoder, tmp_path)
-    assert index.manifest.profile.ratio == kept["ratio"] and index.manifest.profile.n_rows == 12
+    assert index.manifest.profile.ratio == kept["balanced"]["ratio"] and index.manifest.profile.n_rows == 12

@@ -78,7 +78,7 @@ def test_the_manifest_says_what_the_index_was_built_from(built, corpus, tiny_che
         "shard_size": 8,
         "n_threads": 1,
     }
-    for name in FILES[:3]:
+    for name in FILES[:-1]:
         assert raw["files"][name] == {"size": (built / name).stat().st_size, "sha256": sha256_of(built / name)}
 
 
@@ -210,3 +210,24 @@ def test_more_tokens_than_the_model_reads_are_refused(build, corpus, tmp_path):
     with pytest.raises(ConfigError, match="max_tokens is 1025, but the model's context is 1024; .*smaller max_tokens"):
         build(tmp_path / "index", source=CorpusConfig(corpus, max_tokens=1025))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_map_shows_every_prompt_with_its_topic(built, corpus, encoder):
+    index = SemanticIndex.load(built, encoder)
+    prompts = [json.loads(line)["prompt"] for line in Path(corpus).read_text().splitlines()]
+    assert index.manifest.map is not None and index.manifest.map.n_prompts == 60 and index.manifest.map.texts
+    assert index.map.excerpts == prompts
+    assert [match.cluster for (match,) in index.lookup(prompts)] == index.map.clusters.tolist()
+    place = index.place(prompts[7])
+    assert place.nearest[0] == 7 and np.allclose((place.x, place.y), index.map.coordinates[7], atol=0.05)
+
+
+def test_an_index_may_be_built_without_texts(build, built, tmp_path):
+    index = build(tmp_path / "index", BuildConfig(clusters=3, shard_size=8, texts=False))
+    assert index.map.excerpts is None and index.manifest.map.texts is False
+    assert [cluster.exemplars for cluster in index.clusters] == [[], [], []]
+    with_texts = SemanticIndex.load(built)
+    np.testing.assert_array_equal(index.map.coordinates, with_texts.map.coordinates)
+    assert [cluster.label for cluster in index.clusters] == [cluster.label for cluster in with_texts.clusters]
+    for path in (tmp_path / "index").iterdir():
+        assert b"tell us about" not in path.read_bytes()

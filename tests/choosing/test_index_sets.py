@@ -52,7 +52,7 @@ def test_sets_are_made_once(index):
     ids=["gamma", "profile"],
 )
 def test_the_keep_ratio_comes_from_the_profile_or_the_build(tmp_path, profile, expected):
-    index = SemanticIndex.load(save(tmp_path / "index", profile=profile))
+    index = SemanticIndex.load(save(tmp_path / "index", profiles={} if profile is None else {"balanced": profile}))
     assert wanted_sets(index) == wanted_sets(index, compensated=False) == (expected, False)
     assert wanted_sets(index, 0.3) == (0.3, False)
     assert default_sets(index, Mode.HYBRID) == (expected, False)

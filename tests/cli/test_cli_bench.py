@@ -73,7 +73,7 @@ def test_bad_contenders_are_usage_errors(text, says):
         (["--shape", "opt-6.7b", "--contender", "sparse"], 1, "needs an index"),
         (["--shape", "opt-6.7b", "--prompt-tokens", "2040"], 1, "context is 2048"),
         (["--model", "./nowhere"], 1, "cannot be loaded"),
-        (["--shape", "opt-6.7b", "--plot", "speed.pdf"], 1, "ends in .png or .svg"),
+        (["--shape", "opt-6.7b", "--plot", "speed.pdf"], 1, "ends in .html, .png or .svg"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(arguments, code, says):

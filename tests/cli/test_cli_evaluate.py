@@ -106,10 +106,10 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_the_model_loads(tmp_path,
         assert done.exit_code == 1
         return done.stderr
 
-    assert "expected a name that ends in .png or .svg" in refused("a.pdf")
+    assert "expected a name that ends in .html, .png or .svg" in refused("a.pdf")
     assert "no folder" in refused("none/a.png")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert "a plot needs matplotlib, not found here; install the extra eval" in refused("a.png")
+    monkeypatch.setitem(sys.modules, "altair", None)  # as if it were not installed
+    assert "a plot needs altair, not found here; install the extra plots" in refused("a.png")
 
 
 def test_what_would_be_lost_or_mixed_up_is_refused_before_the_model_loads(tmp_path):

@@ -7,6 +7,8 @@ import pty
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import click
 import pytest
@@ -16,7 +18,12 @@ from coreinfer_sim_cli.main import main
 
 import coreinfer_sim
 from coreinfer_sim.base.decode_settings import SamplingConfig
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.settings import Profile
+from coreinfer_sim.engines.lean.engine import LeanEngine
 from coreinfer_sim.generation.text import Generator
+from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import ProfileInfo
 
 ASKED = "How do stars form?"
 SHORT = "--max-new-tokens", 8
@@ -29,11 +36,23 @@ def generator(index) -> Iterator[Generator]:
 
 
 @pytest.fixture
+def tuned(index, tmp_path, monkeypatch) -> Path:
+    """A copy of the index with profiles by token, which are faster here."""
+    copied = shutil.copytree(index, tmp_path / "tuned")
+    balanced = ProfileInfo(1.0, False, 0.03, 1.01, 1.0, 1.02, 60, 12, 0.5, "stored", "float32", 80, 100)
+    fast = replace(balanced, max_increase=0.1, ratio=1.06, high=1.09, read_ratio=0.2, total_bytes=50)
+    SemanticIndex.load(copied).write_profiles({"balanced": balanced, "fast": fast})
+    monkeypatch.setattr(LeanEngine, "is_faster_by_token", lambda layout: layout == "float32")
+    return copied
+
+
+@pytest.fixture
 def said(generator, capsys):
     """Give lines to a chat, and return what it wrote to stdout and stderr."""
 
     def talk(*lines: str, system: str | None = None, raw: bool = False, most: int = 8) -> tuple[list[str], str]:
-        Chat(generator, SamplingConfig(max_new_tokens=most), system, raw=raw).talk(lines)
+        sampling = SamplingConfig(max_new_tokens=most)
+        Chat(generator, sampling, system, raw=raw, reopen=lambda profile: generator).talk(lines)
         captured = capsys.readouterr()
         return captured.out.splitlines(), captured.err
 
@@ -85,8 +104,9 @@ def test_what_does_not_go_together(index):
 
 @pytest.mark.parametrize(("command", "most"), [("run", 15), ("generate", 15), ("build-index", 12)])
 def test_options_are_few(command, most):
-    """Those that every command has are not counted."""
-    names = {param.name for param in main.commands[command].params if isinstance(param, click.Option)}
+    """Those that every command has are not counted, nor the former names that are kept for a release."""
+    shown = [param for param in main.commands[command].params if isinstance(param, click.Option) and not param.hidden]
+    names = {param.name for param in shown}
     assert len(names - {"settings", "as_json"}) <= most
 
 
@@ -107,8 +127,68 @@ def test_commands_of_a_chat(said, generator):
     assert lines[1].startswith(f"  similarity {topics[0].similarity:.3f}  {topics[0].label}")
     assert len(topics) == 3 and "cluster" in lines[4]
     assert lines[5] == lines[0] and lines[6].startswith("  dense · ")  # this index promises nothing: both are dense
-    assert lines[7].startswith("  last: dense · ") and lines[8].startswith("  all: 2 answers, 16 tokens in ")
-    assert [line.split()[0] for line in lines[9:]] == ["/why", "/dense", "/stats", "/help", "/exit"]
+    n_prompt = generator.generate(ASKED, chat=True, max_new_tokens=1).n_prompt_tokens
+    assert lines[7].startswith("  last: dense · ")
+    assert lines[8] == f"  its prompt: {n_prompt} tokens, of which {n_prompt - 1} had been read for an earlier one"
+    assert lines[9].startswith("  all: 2 answers, 16 tokens in ")
+    assert [line.split()[0] for line in lines[10:]] == ["/why", "/dense", "/profile", "/stats", "/help", "/exit"]
+
+
+def test_a_chat_goes_on_by_another_profile(tuned, capsys):
+    """Topics are familiar, so that tokens choose; the conversation is the one that went before."""
+    question = "What do stars tell us about space, case 0?"
+    opened = []
+
+    def reopen(profile: Profile | None) -> Generator:
+        opened.append(profile)
+        return coreinfer_sim.load(tuned, profile=profile)
+
+    sampling = SamplingConfig(max_new_tokens=8)
+    with Chat(reopen(None), sampling, None, raw=False, reopen=reopen) as chat:
+        chat.talk(
+            ["/profile", question, "/profile fast", "Why?", "/stats", "/profile exact", "/profile fsat", "/dense"]
+        )
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["exact", "dense"], ["*", "balanced"], ["fast", "tokens"]]
+    assert [line.split(":")[0] for line in lines if line.startswith("  * ")] == [
+        "  * balanced  tokens choose, read ratio 0.5",
+        "  * fast      tokens choose, read ratio 0.2",
+        "  * exact     dense decode",
+    ]
+    assert opened == [None, Profile.FAST, Profile.EXACT]
+    assert captured.err.count("The model was opened again in ") == 2 and "keeps the conversation" in captured.err
+    assert "Error: profile is 'fsat', expected one of exact, balanced, fast; nearest: fast." in captured.err
+    with coreinfer_sim.load(tuned) as balanced:
+        messages = [{"role": "user", "content": question}]
+        first = balanced.generate(messages, sampling).text
+        messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Why?"}]
+    with coreinfer_sim.load(tuned, profile="fast") as fast:
+        second = fast.generate(messages, sampling).text
+        assert fast.generate(question, max_new_tokens=8).read_ratio < 0.3
+    assert f"{first}\n" in captured.out
+    assert f"{second}\n  last: " in captured.out
+
+
+def test_a_chat_that_cannot_switch_goes_on_as_before(index, generator, capsys):
+    opened = []
+
+    def reopen(profile: Profile | None) -> Generator:
+        opened.append(profile)
+        if len(opened) == 1 or "/why" in lines:
+            raise ConfigError("there is no room.")
+        return generator
+
+    lines = ["/profile fast", "/profile exact", ASKED]
+    given = generator, SamplingConfig(max_new_tokens=4), None
+    Chat(*given, raw=False, reopen=reopen).talk(lines)
+    captured = capsys.readouterr()
+    assert f"Error: {index} has no profile fast, expected one of exact; 'coreinfer-sim tune'" in captured.err
+    assert "Error: there is no room." in captured.err and "opened again" not in captured.err
+    assert opened == [Profile.EXACT, generator.profile] and captured.out.strip()
+    lines.append("/why")  # there is no room for what was open either
+    with pytest.raises(ConfigError, match="no room"):
+        Chat(*given, raw=False, reopen=reopen).talk(lines)
 
 
 def test_dense_leaves_the_history_alone(said):

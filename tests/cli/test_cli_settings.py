@@ -97,7 +97,7 @@ def test_several_groups_and_values():
 
 
 @pytest.mark.parametrize(("text", "n_bytes"), [("2GiB", 2 << 30), ("500 MB", 500_000_000), ("4096", 4096)])
-@pytest.mark.parametrize("name", ["cache_bytes", "memory_budget", "memory_limit"])
+@pytest.mark.parametrize("name", ["cache_bytes", "prefix_bytes", "memory_budget", "memory_limit"])
 def test_sizes(name, text, n_bytes):
     assert getattr(read(f"decode.{name}={text}").make(DecodeConfig), name) == n_bytes
 

@@ -1,4 +1,4 @@
-"""`coreinfer-sim tune`: the profile that it writes is what decode takes by default."""
+"""`coreinfer-sim tune`: the profiles that it writes are what decode goes by."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ def rows(tmp_path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", texts)
 
 
+ANY = ["--max-perplexity-increase", "9000%", "--max-perplexity-increase", "fast=9000%"]
+
+
 def test_the_profile_is_what_decode_takes(copied, rows):
     given = ("tune", rows, "--index", copied, "--part", "0:100", "--keep-ratio", 0.25)
-    found = parsed(*given, "--max-perplexity-increase", "9000%")
-    assert found["profile"]["keep_ratio"] == 0.25 and len(found["contenders"]) == 1
+    found = parsed(*given, *ANY)
+    assert found["profiles"]["balanced"]["keep_ratio"] == 0.25 and found["default_profile"] == "balanced"
+    assert [row["contender"] for row in found["contenders"]] == ["similarity/energy else hybrid 0.25", "dense 16bit"]
+    assert 0 < found["profiles"]["fast"]["gain"] < 1
     assert generated(copied)["keep_ratio"] == 0.25
-    other = parsed(*given, "--max-perplexity-increase", "9000%", *setting("decode.engine", "transformers"))
-    assert other["profile"]["ratio"] == pytest.approx(found["profile"]["ratio"], abs=1e-3)
+    other = parsed(*given, *ANY, *setting("decode.engine", "transformers"))
+    ratios = [each["profiles"]["balanced"]["ratio"] for each in (found, other)]
+    assert ratios[1] == pytest.approx(ratios[0], abs=1e-3)
     strict = succeeded(*given, "--max-perplexity-increase", "1e-9", "--log", rows.with_name("log.jsonl"))
-    assert "Nothing sparse keeps the promise" in strict.stdout or "keep ratio 0.25 by default now" in strict.stdout
+    assert "balanced  no gain" in strict.stdout or "balanced  plain sets, keep ratio 0.25" in strict.stdout
     assert generated(copied)["keep_ratio"] == SemanticIndex.load(copied).manifest.profile.keep_ratio
     line = refused(
         call(*given, "--log", rows.with_name("log.jsonl"), *setting("decode.engine", "transformers")), "engine"
@@ -44,10 +50,10 @@ def test_the_profile_is_what_decode_takes(copied, rows):
     assert "auto there, transformers here" in line
 
 
-@pytest.mark.parametrize("increase", ["much", "0", "-1%", "10000%"])
+@pytest.mark.parametrize("increase", ["much", "0", "-1%", "10000%", "exact=1%", "fsat=1%", "20%"])
 def test_a_promise_that_is_none(copied, rows, increase):
     result = call("tune", rows, "--index", copied, "--max-perplexity-increase", increase)
-    refused(result, increase, code=2)
+    refused(result, "0.2 and fast 0.1" if increase == "20%" else increase, code=2)
 
 
 def test_what_cannot_be_tuned_on(copied, rows, tmp_path):
@@ -60,11 +66,11 @@ def test_what_cannot_be_tuned_on(copied, rows, tmp_path):
 
 
 def test_tokens_read_what_was_tuned(copied, rows, monkeypatch):
-    given = ("tune", rows, "--index", copied, "--part", "0:100", "--max-perplexity-increase", "9000%")
+    given = ("tune", rows, "--index", copied, "--part", "0:100", *ANY)
     found = parsed(*given, "--read-ratio", 0.3)
-    profile = found["profile"]
+    profile = found["profiles"]["balanced"]
     assert (profile["read_ratio"], profile["weights"], profile["layout"]) == (0.3, "stored", "float32")
-    assert [row["contender"] for row in found["contenders"]] == ["all 1 read 0.3"]
+    assert [row["contender"] for row in found["contenders"]] == ["all 1 read 0.3", "dense 16bit"]
     assert "read ratio 0.3: perplexity" in succeeded("info", copied).stdout
     named = generated(copied, "--read-ratio", 0.3, prompt=FAMILIAR)
     monkeypatch.setattr(LeanEngine, "is_faster_by_token", lambda layout: layout == "float32")
@@ -79,7 +85,7 @@ def test_tokens_read_what_was_tuned(copied, rows, monkeypatch):
 
 
 def test_an_engine_that_reads_all_neurons_decodes_densely(copied, rows):
-    given = ("tune", rows, "--index", copied, "--part", "0:100", "--max-perplexity-increase", "9000%")
+    given = ("tune", rows, "--index", copied, "--part", "0:100", *ANY)
     succeeded(*given, "--read-ratio", 0.3)
     options = setting("decode.engine", "transformers")
     assert generated(copied, *options, prompt=FAMILIAR)["read_ratio"] == 1.0
@@ -88,8 +94,24 @@ def test_an_engine_that_reads_all_neurons_decodes_densely(copied, rows):
 
 
 def test_any_type_of_weights_may_win(copied, rows):
-    given = ("tune", rows, "--index", copied, "--part", "0:100", "--max-perplexity-increase", "9000%")
+    given = ("tune", rows, "--index", copied, "--part", "0:100", *ANY)
     result = succeeded(*given, "--read-ratio", 0.5, "--weights", "any")
     profile = SemanticIndex.load(copied).manifest.profile
-    assert profile.weights in ("int8", "int4") and f"with {profile.weights} weights" in result.stdout
+    assert profile.weights in ("int8", "int4") and f", {profile.weights} weights: perplexity" in result.stdout
     assert generated(copied)["n_new_tokens"] == 8
+
+
+def test_the_ready_made_index_stays_as_it_is(rows, tmp_path, monkeypatch, index):
+    """What is tuned is a copy of the user's own."""
+    ready_made = shutil.copytree(index, tmp_path / "package")
+    monkeypatch.setattr("coreinfer_sim.index.names.DEMO_FOLDER", ready_made)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    given = ("tune", rows, "--part", "0:100", "--read-ratio", 0.3, *ANY)
+    tuned = succeeded(*given, "--index", "demo")
+    own = tmp_path / "data" / "coreinfer_sim" / "indexes" / "demo"
+    assert f"demo is a copy of yours now, in {own}" in tuned.stderr
+    assert SemanticIndex.load("demo").folder == own and SemanticIndex.load("demo").manifest.profile.read_ratio == 0.3
+    assert SemanticIndex.load(ready_made).manifest.profiles == {}
+    refused(call(*given, "--index", ready_made), "stays as it is, and you have an index 'demo'")
+    shutil.copytree(index, own.with_name("mine"))
+    assert parsed("show")["index"] == "mine"  # the copy does not compete with the only one

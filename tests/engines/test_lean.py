@@ -30,12 +30,12 @@ from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.predictors import FixedPredictor
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import compact_projections
-from coreinfer_sim.engines.face import StepInputs
 from coreinfer_sim.engines.lean import kv_cache
 from coreinfer_sim.engines.lean.compact import WholeMLP, held_mlp
 from coreinfer_sim.engines.lean.engine import LeanEngine
 from coreinfer_sim.engines.lean.matrix import Matrix
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP
+from coreinfer_sim.engines.steps import StepInputs
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import find_mlps

@@ -6,13 +6,14 @@ import pytest
 import torch
 import transformers
 from calls import generate, left_padded, logits, selection, token_ids
-from lean_types import TYPES, WINDOW, model_named, prefilled, steps
+from lean_types import TYPES, WINDOW, model_named, prefilled, step_of, steps
 from tiny_models import N_LAYERS, model_of
 from transformers import DynamicCache
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.choosing.predictors import FixedPredictor
+from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.lean import kv_cache
 from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
 from coreinfer_sim.engines.lean.engine import LeanEngine
@@ -20,6 +21,7 @@ from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.models.mlps import find_mlps
 
 N_NEW = 34
+DENSE = NeuronSelection("dense")
 
 
 def test_every_type_is_here():
@@ -50,6 +52,28 @@ def test_forced_text_equals_single_steps(name):
     found = engine.forced(new, cache, held)
     expected = steps(engine, cache, held, new[0].tolist())
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_calls_that_share_steps_decode_as_each_alone(name):
+    """Of unlike lengths; two hold the same neurons, one comes later, one goes earlier."""
+    model = model_named(name)
+    engine = LeanEngine(model, find_mlps(model), DecodeConfig())
+    one, other, all_of_them = engine.prepare([selection(model, 0.5), selection(model, 0.3, seed=1), DENSE])
+    lengths, held, n = [9, 1, 20, 5], [one, all_of_them, one, other], 9
+    texts = [token_ids(1, n, seed=number)[0].tolist() for number in range(4)]
+    expected = [steps(engine, prefilled(model, m), h, text) for m, h, text in zip(lengths, held, texts, strict=True)]
+    calls = [(prefilled(model, m), h, engine.new_call()) for m, h in zip(lengths, held, strict=True)]
+    found = [[], [], [], []]
+    for moment in range(n):
+        there = [0, 1, 2] if moment < 3 else [0, 1, 2, 3] if moment < 6 else [3, 1, 2]
+        tokens = [texts[number][len(found[number])] for number in there]
+        outputs = engine.steps([step_of(*calls[number], token) for number, token in zip(there, tokens, strict=True)])
+        for number, output in zip(there, outputs, strict=True):
+            found[number].append(output.logits[0, 0])
+    assert [len(each) for each in found] == [6, 9, 9, 6]
+    for own, alone in zip(found, expected, strict=True):
+        assert (torch.stack(own) - alone[: len(own)]).abs().max() <= 1e-5 * alone.abs().max()
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral"])

@@ -116,7 +116,7 @@ def test_files_that_cannot_stand_beside_a_model(quantised_file, language_model, 
     with pytest.raises(ConfigError, match=r"holds another model than .*: layers, widths or vocabulary differ"):
         engine_for(language_model, str(path), DecodeConfig())
     with pytest.raises(ConfigError, match=r"no file .*none\.gguf, expected a GGUF file of the same model"):
-        Contender("dense", weights=str(tmp_path / "none.gguf"))
+        parse_contenders(["dense"], [1.0], ["energy"], [str(tmp_path / "none.gguf")])
     with pytest.raises(ConfigError, match="another file, which is read densely"):
         Contender("griffin", weights=str(path))
     second = tmp_path / "again" / path.name

@@ -87,7 +87,9 @@ def test_the_profile_says_what_decodes_where_no_keep_ratio_is_named(
     built, tiny_checkpoint, encoder, keep_ratio, compensated, tmp_path
 ):
     copy = shutil.copytree(built, tmp_path / "index")
-    SemanticIndex.load(copy).write_profile(ProfileInfo(keep_ratio, compensated, 0.1, 1.0, 1.0, 1.0, 1, 10))
+    SemanticIndex.load(copy).write_profiles(
+        {"balanced": ProfileInfo(keep_ratio, compensated, 0.1, 1.0, 1.0, 1.0, 1, 10)}
+    )
     index, layers = SemanticIndex.load(copy, encoder), load_model(tiny_checkpoint).layers
     assert wanted_sets(index) == (keep_ratio, compensated)
     assert wanted_sets(index, compensated=False) == (0.8 if compensated else keep_ratio, False)
@@ -103,8 +105,9 @@ def test_the_profile_says_what_decodes_where_no_keep_ratio_is_named(
     assert named.compensation
     assert (make_predictor("similarity", layers, index).alpha is None) == compensated  # hybrid for unfamiliar prompts
     shown = CliRunner().invoke(main, ["info", str(copy)])
-    kind = "compensated sets" if compensated else "plain sets" if keep_ratio < 1 else "dense decode"
-    assert f"profile   {kind}, keep ratio {keep_ratio:g}: perplexity +0.0%" in shown.output
+    kind = "compensated sets" if compensated else "plain sets"
+    words = f"{kind}, keep ratio {keep_ratio:g}: perplexity +0.0%" if keep_ratio < 1 else "no gain"
+    assert f"balanced  {words}" in shown.output
     run = ["generate", "Tell me of stars.", "--index", str(copy), "--model", tiny_checkpoint, "--json"]
     for budget in ([], ["--memory-budget", "8GiB"]):  # it counts all that the tests hold
         done = CliRunner().invoke(main, [*run, *budget, "--max-new-tokens", "2"])
@@ -114,14 +117,17 @@ def test_the_profile_says_what_decodes_where_no_keep_ratio_is_named(
 def test_manifests_of_earlier_releases_are_read(built, tmp_path):
     copy = shutil.copytree(built, tmp_path / "index")
     path = copy / "manifest.json"
-    SemanticIndex.load(copy).write_profile(ProfileInfo(0.5, True, 0.1, 1.0, 1.0, 1.0, 1, 10))
+    SemanticIndex.load(copy).write_profiles({"balanced": ProfileInfo(0.5, True, 0.1, 1.0, 1.0, 1.0, 1, 10)})
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    del manifest["profile"]["compensated"]
+    manifest["profile"] = manifest.pop("profiles")["balanced"]
+    for name in ("compensated", "total_bytes", "dense_total_bytes"):
+        del manifest["profile"][name]
     for entry in manifest["compensation"]:
         del entry["plain"]
         entry |= {"rank": None, "bypass_rank": 0, "distil_from": "joint"}
     path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
     loaded = SemanticIndex.load(copy).manifest
+    assert loaded.profiles.keys() == {"balanced"} and loaded.profile.gain is None
     assert loaded.profile.compensated and not loaded.compensation[0].plain
     manifest["profile"] |= {"keep_ratio": 0.6, "compensated": True}
     path.write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}), encoding="utf-8")
@@ -163,18 +169,21 @@ WIDE = ["--keep-ratio", "0.7", "--max-perplexity-increase", "1e-9"]
 """For tune: chance favours the narrower sets of a random model."""
 
 
+ANY = ["--max-perplexity-increase", "9000%", "--max-perplexity-increase", "fast=9000%"]
+
+
 def test_tune_tries_compensated_sets(asked):
     index, arguments = asked
     ratios = ["--keep-ratio", "0.5", "--keep-ratio", "0.7"]
     arguments = [*arguments, "--part", "0:100"]
-    tuned = call("tune", *arguments, *ratios, "--max-perplexity-increase", "9000%")
+    tuned = call("tune", *arguments, *ratios, *ANY)
     assert tuned.exit_code == 0, tuned.stderr
-    assert json.loads(tuned.stdout)["profile"]["keep_ratio"] == 0.5
+    assert json.loads(tuned.stdout)["profiles"]["balanced"]["keep_ratio"] == 0.5
     assert wanted_sets(SemanticIndex.load(index))[0] == 0.5
     strict = call("tune", *arguments, *WIDE)
     assert strict.exit_code == 0 and wanted_sets(SemanticIndex.load(index)) == (1.0, False)
     names = {row["contender"] for row in json.loads(strict.stdout)["contenders"]}
-    assert names == {"similarity/compensated else global 0.7", "similarity/energy else hybrid 0.7"}
+    assert names == {"similarity/compensated else global 0.7", "similarity/energy else hybrid 0.7", "dense 16bit"}
     few = call("tune", *arguments, "--limit", "9")
     assert few.exit_code == 1 and "there are 9 rows to tune on, expected 10 or more" in few.stderr
     assert call("tune", *arguments, "--keep-ratio", "1").exit_code == 1
@@ -184,11 +193,11 @@ def test_tune_goes_on_from_its_log_whatever_the_profile_is_now(asked, tmp_path):
     _, arguments = asked
     log = tmp_path / "log.jsonl"
     arguments = [*arguments, "--part", "0:100"]
-    logged = call("tune", *arguments, "--log", log, "--max-perplexity-increase", "9000%")
+    logged = call("tune", *arguments, "--log", log, *ANY)
     lines = log.read_text(encoding="utf-8").splitlines()
     assert logged.exit_code == 0 and len(lines) > 10
     again = call("tune", *arguments, "--log", log, *WIDE)
-    assert json.loads(again.stdout)["profile"]["keep_ratio"] == 1.0
+    assert json.loads(again.stdout)["profiles"]["balanced"]["keep_ratio"] == 1.0
     assert log.read_text(encoding="utf-8").splitlines() == lines
     nowhere = call("tune", *arguments, "--log", tmp_path / "none" / "log.jsonl")
     assert nowhere.exit_code == 1 and "there is no folder" in nowhere.stderr

@@ -18,7 +18,7 @@ from calls import (
     stability,
     token_ids,
 )
-from tiny_models import VOCABULARY, tiny_mixtral, tiny_model
+from tiny_models import VOCABULARY, tiny_mamba, tiny_model
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from coreinfer_sim.base.errors import GenerationError, IndexMismatchError, UnsupportedModelError
@@ -164,8 +164,8 @@ def test_embeddings_in_place_of_ids(models):
 
 
 def test_unsupported_models_are_refused():
-    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
-        SparseModel(tiny_mixtral(), FixedPredictor(NeuronSelection("dense")))
+    with pytest.raises(UnsupportedModelError, match="holds no MLP"):
+        SparseModel(tiny_mamba(), FixedPredictor(NeuronSelection("dense")))
 
 
 def test_a_selection_that_does_not_fit_is_refused(models):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 
 import pytest
@@ -10,7 +12,14 @@ from tiny_models import save_tiny_checkpoint
 from transformers import DynamicCache
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, SelectionConfig
-from coreinfer_sim.base.errors import ConfigError, ContextLengthError, PromptError, SamplingError, UnknownModeError
+from coreinfer_sim.base.errors import (
+    ConfigError,
+    ContextLengthError,
+    GenerationCancelledError,
+    PromptError,
+    SamplingError,
+    UnknownModeError,
+)
 from coreinfer_sim.engines.modules import installed
 from coreinfer_sim.generation.in_process import TextGenerator
 from coreinfer_sim.models.loading import load_model
@@ -113,6 +122,62 @@ def test_an_error_while_tokens_come_is_raised_after_them(language_model, generat
     finally:
         hook.remove()
     assert pieces and generator.generate(PROMPT, max_new_tokens=60).text.startswith("".join(pieces))
+
+
+def test_asyncio_reads_the_same_stream(generator):
+    """Two at a time, one of which waits for the other."""
+
+    async def read(**options):
+        return [piece async for piece in generator.astream(PROMPT, **options)]
+
+    async def both():
+        return await asyncio.gather(read(max_new_tokens=40), read(max_new_tokens=20, chat=True))
+
+    long, chat = asyncio.run(both())
+    assert "".join(long) == generator.generate(PROMPT, max_new_tokens=40).text and len(long) > 1
+    assert "".join(chat) == generator.generate(PROMPT, max_new_tokens=20, chat=True).text
+    with pytest.raises(ContextLengthError):
+        asyncio.run(read(max_new_tokens=5000))
+    assert not streaming_threads()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "left"])
+def test_who_cancels_an_asynchronous_stream_ends_the_generation(language_model, passes, how):
+    generator = generator_of(language_model, "transformers")
+    expected = generator.generate(PROMPT, max_new_tokens=8).text
+    passes.clear()
+
+    async def read(first):
+        stream = generator.astream(PROMPT, max_new_tokens=900)
+        async with contextlib.aclosing(stream):
+            async for piece in stream:
+                if not first.done():
+                    first.set_result(piece)
+                if how == "left":
+                    break
+
+    async def leave():
+        first = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(read(first))
+        piece = await first
+        if how == "cancelled":
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled() == (how == "cancelled")
+        return piece
+
+    assert expected.startswith(asyncio.run(leave()))
+    assert not streaming_threads() and len(passes) < 500
+    assert generator.generate(PROMPT, max_new_tokens=8).text == expected
+
+
+def test_a_call_that_waits_for_another_can_be_cancelled(generator):
+    stream = generator.stream(PROMPT, max_new_tokens=900)
+    next(stream)
+    with pytest.raises(GenerationCancelledError):
+        generator.generate(PROMPT, max_new_tokens=2, cancelled=lambda: True)
+    stream.close()
+    assert generator.generate(PROMPT, max_new_tokens=2).n_new_tokens == 2
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

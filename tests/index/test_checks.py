@@ -254,3 +254,8 @@ def test_a_profile_with_impossible_contents_raises(index_folder, name, value):
     rewrite(index_folder, raw)
     with pytest.raises(IndexFormatError, match="profile"):
         SemanticIndex.load(index_folder)
+    del raw["profile"]
+    for profiles in ({"fast": {**earlier, "mlp_bytes": 1, "n_rows": 10, name: value}}, {"exact": earlier}, [1]):
+        rewrite(index_folder, {**raw, "profiles": profiles})
+        with pytest.raises(IndexFormatError, match="profiles"):
+            SemanticIndex.load(index_folder)

@@ -1,4 +1,4 @@
-"""Clusters: the planted ones are found, by number and by name, and the same every time."""
+"""Clusters: the planted ones are found, and the same every time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from coreinfer_sim.index.clustering import (
     Clustering,
     choose_n_clusters,
     cluster_embeddings,
-    distinctive_terms,
     faiss_index,
     nearest,
 )
@@ -149,45 +148,3 @@ def test_auto_needs_enough_sentences():
 def test_auto_copes_with_prompts_that_repeat():
     embeddings = np.repeat(planted([1, 1, 1])[0], 20, axis=0)
     assert choose_n_clusters(embeddings, 0)[0] == 3
-
-
-# Labels
-
-TEXTS = [
-    "What do stars and planets tell us?",
-    "Do stars outlive planets?",
-    "What do yeast and flour tell us?",
-    "Does yeast eat flour?",
-    "What do judges tell us about contracts?",
-    "Do judges read contracts?",
-]
-ASSIGNMENT = np.array([0, 0, 1, 1, 2, 2])
-
-
-def test_a_label_holds_the_terms_of_its_own_cluster():
-    labels = distinctive_terms(TEXTS, ASSIGNMENT, 3, n_terms=2)
-    assert [set(label.split(", ")) for label in labels] == [
-        {"stars", "planets"},
-        {"yeast", "flour"},
-        {"judges", "contracts"},
-    ]
-
-
-def test_a_label_prefers_what_the_other_clusters_lack():
-    texts = ["galaxy tell " * 3, "flour tell " * 3, "court tell " * 3]
-    assert distinctive_terms(texts, np.arange(3), 3, n_terms=1) == ["galaxy", "flour", "court"]
-
-
-def test_a_label_follows_the_assignment_not_the_order():
-    labels = distinctive_terms(TEXTS, np.array([2, 2, 0, 0, 1, 1]), 3, n_terms=2)
-    assert "yeast" in labels[0] and "judges" in labels[1] and "stars" in labels[2]
-
-
-def test_a_cluster_without_words_is_named_by_its_number():
-    assert distinctive_terms(["1 2 3", "the of and"], np.array([0, 1]), 2) == ["cluster 0", "cluster 1"]
-    assert distinctive_terms(["stars", "7 + 8"], np.array([0, 1]), 2) == ["stars", "cluster 1"]
-
-
-def test_labels_take_letters_of_any_language():
-    labels = distinctive_terms(["Öffnung der Gebäude", "открытие здания"], np.array([0, 1]), 2)
-    assert "gebäude" in labels[0] and "здания" in labels[1]

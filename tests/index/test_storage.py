@@ -99,6 +99,15 @@ def test_other_histograms_than_the_manifest_says_raise(tmp_path, held):
         _ = SemanticIndex.load(folder).histograms
 
 
+def test_labels_and_exemplars_are_fit_to_be_shown(tmp_path):
+    """Whoever wrote the index: escapes of terminals, and marks that turn the direction of writing."""
+    named = [
+        replace(c, label="\x1b[31mstars\x07", exemplars=["a\u202eb\r\n\x9b2Jc", "né 👩\u200d🚀"]) for c in clusters()
+    ]
+    for cluster in SemanticIndex.load(save(tmp_path / "index", of_clusters=named)).clusters:
+        assert cluster.label == "[31mstars" and cluster.exemplars == ["a b 2Jc", "né 👩\u200d🚀"]
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\n"])
 def test_an_id_may_hold_any_character(tmp_path, separator):
     named = [replace(cluster, exemplar_ids=[f"a{separator}b"]) for cluster in clusters()]

@@ -66,7 +66,7 @@ def test_the_working_directory_may_change(index_folder, monkeypatch):
     monkeypatch.chdir(index_folder.parent)
     index = SemanticIndex.load(index_folder.name)
     monkeypatch.chdir("/")
-    index.write_profile(PROFILE)
+    index.write_profiles({"balanced": PROFILE})
     assert SemanticIndex.load(index_folder).manifest.profile == PROFILE
 
 
@@ -75,7 +75,7 @@ def test_a_profile_is_not_written_into_another_index(index_folder, tmp_path):
     shutil.rmtree(index_folder)
     save(index_folder, settings=manifest().settings.__class__(3, 0.4, 0.4, 0.7, 0, [1, 2], 16, 64, 1))
     with pytest.raises(IndexFormatError, match="holds another index than the one that was loaded"):
-        index.write_profile(PROFILE)
+        index.write_profiles({"balanced": PROFILE})
     assert SemanticIndex.load(index_folder).manifest.profile is None
 
 
@@ -125,7 +125,7 @@ def test_rows_are_those_of_the_array(tmp_path):
     values = np.arange(5 * 3 * 70_000, dtype="<u4").reshape(5, 3, 70_000)
     save_file({"values": values, "more": np.ones(3, np.int8).view(np.uint8)}, tmp_path / "file")
     file = VerifiedFile(tmp_path / "file")
-    array = StoredArray(file, file.tensors()["values"], "<u4")
+    array = StoredArray(file, file.tensors()["values"])
     assert len(array) == 5 and array.shape == values.shape
     assert all(np.array_equal(array[number], values[number]) for number in range(5))
     assert [row[0, 0] for row in array] == values[:, 0, 0].tolist()

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import N_LAYERS, tiny_bitnet, tiny_mamba, tiny_mixtral, tiny_model, tiny_t5
+from tiny_models import N_LAYERS, tiny_bitnet, tiny_mamba, tiny_model, tiny_t5
 from torch import nn
 
 from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
@@ -56,12 +56,11 @@ def test_bytes_are_those_of_the_projections(tiny, model):
 @pytest.mark.parametrize(
     ("build", "found"),
     [
-        (tiny_mixtral, "mixture of experts"),
         (tiny_t5, "encoder-decoder"),
         (tiny_mamba, "holds no MLP"),
         (tiny_bitnet, r"model.layers.0.mlp of .*, a BitNetMLP, is no MLP"),
     ],
-    ids=["mixtral", "t5", "mamba", "bitnet"],
+    ids=["t5", "mamba", "bitnet"],
 )
 def test_refusals_say_what_was_found(build, found):
     model = build()

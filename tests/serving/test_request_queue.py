@@ -89,7 +89,7 @@ def test_a_client_that_hangs_up_frees_the_worker(stuck, stream, where):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/{where}", json=body, timeout=after)
 
-    with Served(make_app(stuck, NAME)) as server, ThreadPoolExecutor() as pool:
+    with Served(make_app(stuck, NAME, parallel=1)) as server, ThreadPoolExecutor() as pool:
         running = pool.submit(hang_up, 1.0)
         assert within(1, lambda: stuck.wanted == [True])
         hang_up(0.3)  # in the queue
@@ -97,6 +97,24 @@ def test_a_client_that_hangs_up_frees_the_worker(stuck, stream, where):
         running.result()
         assert within(1, lambda: stuck.wanted == [False])
         assert within(1, lambda: outcomes(server) == {"hung up": 2})
+
+
+@pytest.mark.parametrize(("takes_turns", "n_running"), [(True, 3), (False, 1)])
+def test_so_many_requests_are_answered_at_a_time(stuck, takes_turns, n_running):
+    stuck.takes_turns = takes_turns
+    body = {"prompt": "hi", "max_tokens": 5}
+
+    def hang_up():
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=1.0)
+
+    with Served(make_app(stuck, NAME, parallel=3)) as server, ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(hang_up) for _ in range(4)]
+        assert within(1, lambda: httpx.get(f"{server.url}/health").json()["open_requests"] == 4)
+        assert within(0.5, lambda: stuck.wanted == [True] * n_running)
+        for each in waiting:
+            each.result()
+        assert within(1, lambda: not any(stuck.wanted))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -8,6 +8,7 @@ from numba import prange
 
 from coreinfer_sim.engines.lean.intrinsics import (
     address,
+    array_at,
     centre,
     exp,
     float_name,
@@ -30,6 +31,9 @@ from coreinfer_sim.engines.lean.products import multiply, rounded, width
 
 OF_NONE, OF_HEADS, OF_CENTRED_HEADS, OF_WIDTH = range(4)
 """Norms of queries and keys: none, RMSNorm or LayerNorm of each head, or RMSNorm over all heads together."""
+
+KEYS, VALUES, CAPACITY, FIRST = range(4)
+"""Of a row's cache in one layer: addresses, positions that it has room for, and the position that lies first in it."""
 
 _CHUNK = 64  # positions that one task attends to; widened, they fit into the first-level cache
 
@@ -100,7 +104,7 @@ def _weights(query, keys, n, scaling, cap, product, scores):
 
 
 @parallel
-def over_cache(loops, queries, keys, values, rows, starts, begin, end, scaling, cap, out):
+def over_cache(loops, queries, like, caches, n_keys, begins, ends, scaling, cap, out):
     """Softmax attention of every query head over a cache.
 
     A task takes the query heads that share a key head, so that keys and values are read once for all of them, and some
@@ -109,34 +113,34 @@ def over_cache(loops, queries, keys, values, rows, starts, begin, end, scaling, 
     Args:
         loops: see `cache_loops`.
         queries: float32 [n_rows, n_heads, head_dim], rotated.
-        keys: cache, [n_batch, n_key_heads, capacity, head_dim].
-        values: as keys.
-        rows: each row's place in the cache's batch, [n_rows].
-        starts: first position of each row that is no padding, [n_rows].
-        begin: the first position that any row attends to.
-        end: one past the last position.
+        like: an array of the cache's type.
+        caches: of each row, see `KEYS`, int64 [n_rows, 4]; keys and values lie as [n_key_heads, capacity, head_dim].
+        n_keys: key heads.
+        begins: the first place in its cache that each row attends to, [n_rows].
+        ends: one past the last one.
         scaling: of the scores.
         cap: softly, of the scores; 0: none.
         out: float32 [n_rows, n_heads, head_dim].
     """
     n_rows, n_heads, head_dim = queries.shape
-    n_keys = keys.shape[1]
-    n_shared, n_chunks = n_heads // n_keys, (end - begin + _CHUNK - 1) // _CHUNK
+    n_shared, n_chunks = n_heads // n_keys, (np.max(ends - begins) + _CHUNK - 1) // _CHUNK
     parts = np.empty((n_rows, n_heads, n_chunks, head_dim), np.float32)
     weights = np.zeros((n_rows, n_heads, n_chunks, 2), np.float32)  # highest score, and sum
     for task in prange(n_rows * n_keys * n_chunks):
         chunk, r, key = task % n_chunks, task // n_chunks // n_keys, task // n_chunks % n_keys
-        first, last = max(starts[r], begin + chunk * _CHUNK), min(end, begin + (chunk + 1) * _CHUNK)
+        first = begins[r] + chunk * _CHUNK
+        last = min(ends[r], first + _CHUNK)
         if first < last:
             scores = np.empty((n_shared, _CHUNK), np.float32)
             wide = np.empty((_CHUNK, head_dim), np.float32)  # of all query heads: keys first, values then
-            n, own = (last - first) * head_dim, rows[r]
-            call_widened(loops[2], (address(keys[own, key, first]), n, address(wide)))
+            n, shape = (last - first) * head_dim, (n_keys, caches[r, CAPACITY], head_dim)
+            keys, values = array_at(caches[r, KEYS], like, shape), array_at(caches[r, VALUES], like, shape)
+            call_widened(loops[2], (address(keys[key, first]), n, address(wide)))
             for i in range(n_shared):
                 head = key * n_shared + i
                 highest, total = _weights(queries[r, head], wide, last - first, scaling, cap, loops[0], scores[i])
                 weights[r, head, chunk, 0], weights[r, head, chunk, 1] = highest, total
-            call_widened(loops[2], (address(values[own, key, first]), n, address(wide)))
+            call_widened(loops[2], (address(values[key, first]), n, address(wide)))
             for i in range(n_shared):
                 into = address(parts[r, key * n_shared + i, chunk])
                 call_five(loops[1], (address(wide), address(scores[i]), head_dim, last - first, into))
@@ -177,18 +181,17 @@ def attention(
     cos,
     sin,
     interleaved,
-    keys,
-    values,
-    rows,
-    starts,
-    begin,
-    place,
+    like,
+    caches,
+    n_keys,
+    begins,
+    ends,
     scaling,
     cap,
     n_threads,
     out,
 ):
-    """Set ``out`` to what one layer's attention gives, and put the new position into its cache.
+    """Set ``out`` to what one layer's attention gives, and put each row's new position into its cache.
 
     Args:
         loops: see `cache_loops`.
@@ -201,19 +204,18 @@ def attention(
         cos: of each row's position, float32 [n_rows, half of the features that are rotated]; none: no rotary positions.
         sin: as cos.
         interleaved: whether rotated pairs are neighbours, rather than of two halves.
-        keys: cache, [n_batch, n_key_heads, capacity, head_dim].
-        values: as keys.
-        rows: each row's place in the cache's batch, [n_rows].
-        starts: first position of each row that is no padding, [n_rows].
-        begin: first position that is attended to.
-        place: where the new position goes; from there back to ``begin`` all are attended to.
+        like: see `over_cache`.
+        caches: see `over_cache`.
+        n_keys: key heads.
+        begins: see `over_cache`.
+        ends: see `over_cache`; the new position is the last one.
         scaling: of the scores.
         cap: softly, of the scores; 0: none.
         n_threads: that products use.
         out: float32 [n_rows, outputs of o, filled up to a multiple of 16].
     """
     n_rows = x.shape[0]
-    n_keys, head_dim = keys.shape[1], keys.shape[3]
+    head_dim = norms.shape[2]
     n_heads = columns.shape[0] - 2 * n_keys
     # 1) queries, keys and values
     codes, factors, sums = rounded(stack[0], x)
@@ -227,15 +229,17 @@ def attention(
         _heads(made[r], columns, n_heads, norm_kind, norms, eps, fresh)
         for head in range(n_heads):
             _rotate(queries[r, head], cos[r], sin[r], interleaved)
+        shape, place = (n_keys, caches[r, CAPACITY], head_dim), ends[r] - 1
+        keys, values = array_at(caches[r, KEYS], like, shape), array_at(caches[r, VALUES], like, shape)
         for head in range(n_keys):
             _rotate(fresh[head], cos[r], sin[r], interleaved)
             first = columns[n_heads + n_keys + head]
             for j in range(head_dim):
-                keys[rows[r], head, place, j] = narrowed(keys[rows[r], head, place, j], fresh[head, j])
-                values[rows[r], head, place, j] = narrowed(values[rows[r], head, place, j], made[r, first + j])
+                keys[head, place, j] = narrowed(keys[head, place, j], fresh[head, j])
+                values[head, place, j] = narrowed(values[head, place, j], made[r, first + j])
     # 3) all positions
     mixed = np.empty((n_rows, n_heads * head_dim), np.float32)
     by_head = mixed.reshape((n_rows, n_heads, head_dim))
-    over_cache(loops, queries, keys, values, rows, starts, begin, place + 1, scaling, cap, by_head)
+    over_cache(loops, queries, like, caches, n_keys, begins, ends, scaling, cap, by_head)
     codes, factors, sums = rounded(stack[3], mixed)
     multiply(n_threads, stack[3:], mixed, codes, factors, sums, out)

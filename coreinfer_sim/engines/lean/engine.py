@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import held_ids
-from coreinfer_sim.engines.face import Engine, Group, StepInputs
+from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
 from coreinfer_sim.engines.lean.attention import cache_loops
 from coreinfer_sim.engines.lean.blocks import DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
@@ -30,8 +31,9 @@ from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
 from coreinfer_sim.engines.lean.instructions import Products
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
+from coreinfer_sim.engines.lean.joined_rows import JoinedRows, LeanCall
 from coreinfer_sim.engines.lean.kernels import host_products
-from coreinfer_sim.engines.lean.kv_cache import GrowingCache, refuses_cache
+from coreinfer_sim.engines.lean.kv_cache import refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out, load_on_disk
 from coreinfer_sim.engines.lean.matrix import Array, Matrix
 from coreinfer_sim.engines.lean.measuring import Text, known_or_measured, layout_of, measured_histograms
@@ -42,17 +44,15 @@ from coreinfer_sim.engines.linear import hand_over, hand_over_table, mlp_modules
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.engines.sizes import BytesRead, Planner
+from coreinfer_sim.engines.steps import Group, Step, StepInputs
 from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
-FASTER_BY_TOKEN = {
-    Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
-}
-"""Layouts of which half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
-was not measured is not there."""
+FASTER_BY_TOKEN = {Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high")}
+"""Layouts of which half of the neurons decode faster than all, by the processor's instructions, where that was measured."""
 
 
 class LeanEngine(Engine):
@@ -67,11 +67,9 @@ class LeanEngine(Engine):
         super().__init__(model, layers, config)
         warm_up(model.dtype)  # now, rather than within the first text
         self._weights = LeanModel(model, layers, config.weights_type)
-        self._ready: dict[int, tuple[Prepared, list[DenseMLP], Array, Array]] = {}
-        """By prepared selection: all layers' MLPs, their words, int64 [n_layers, 3, N_WORDS], and thresholds."""
-        self._cache = GrowingCache()
         self._histograms: Histograms | None = None
         self._disk: DiskRecords | None = getattr(model, "laid_out_disk", None)
+        self._took_over = False
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
@@ -153,7 +151,7 @@ class LeanEngine(Engine):
 
     def take_over(self) -> None:
         """Let prefill multiply by the same weights as decode."""
-        table = self._weights.table
+        table, self._took_over = self._weights.table, True
         self._weights.hold_once()
         for name, matrix in self._weights.matrices():
             layer = self.model.get_submodule(name)
@@ -162,6 +160,11 @@ class LeanEngine(Engine):
         if table is not None:
             hand_over_table(self.model.get_input_embeddings(), table)
             table.rows(torch.zeros(1, dtype=torch.int64))  # compiles its loops now, rather than within the first text
+
+    @property
+    def reads_as_prefill(self) -> bool:
+        """Unless it packed weights which prefill reads as they are stored."""
+        return self._took_over or self.config.weights_type is Weights.STORED
 
     def cut(self, selection: NeuronSelection) -> Mapping[int, DenseMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
@@ -177,6 +180,11 @@ class LeanEngine(Engine):
             return read_mlp(layer, ids, repair)
         whole = self._weights.token_mlp(number) if by_token else self._weights.dense_mlp(number)
         return held_mlp(whole, ids, repair) if isinstance(whole, WholeMLP) else whole.held(ids, repair)
+
+    @property
+    def shares_steps(self) -> bool:
+        """Unless weights come from the disk."""
+        return self._disk is None and not self.layers[0].away
 
     @property
     def skips_zeros(self) -> bool:
@@ -219,57 +227,57 @@ class LeanEngine(Engine):
     def step(self, inputs: StepInputs, groups: Sequence[Group]) -> CausalLMOutputWithPast:
         """Decode one token in every row that has not finished; the others' logits are zero."""
         if inputs.ids.shape[1] > 1:  # transformers reads a text anew where it grows out of its rotary positions
-            with self.mounted(groups):
+            with self.running(), self.mounted(groups):
                 output: CausalLMOutputWithPast = inputs.forward(**inputs.given)
             self.count(groups)
             return output
-        n_threads, weights = set_threads(), self._weights
-        # 1) the rows that go on, and the places of each group's among them
-        n = inputs.n_copies
-        of_group = [[row * n + i for row in rows for i in range(n)] for rows, _ in groups]
-        of_group = [[row for row in rows if not inputs.finished[row]] for rows in of_group]
-        rows = np.array(sorted(row for each in of_group for row in each), np.int64)
-        place_of = {int(row): place for place, row in enumerate(rows)}
-        parts = [
-            (np.array([place_of[row] for row in own], np.int64), prepared)
-            for own, (_, prepared) in zip(of_group, groups, strict=True)
-            if own
-        ]
+        return self.steps([Step(inputs, groups, self.call)])[0]
+
+    def steps(self, each: Sequence[Step]) -> list[CausalLMOutputWithPast]:
+        """Decode one token in every row of all calls in one compiled call; what rows read alike is read once."""
+        n_threads, weights, rows, own = set_threads(), self._weights, JoinedRows(each), self.call
+        # 1) what enters the layers, and what each row and group of rows reads there
+        hidden = rows.joined(lambda inputs, picked: weights.embedded(inputs.ids[picked, 0], inputs.positions[picked]))
+        cos, sin = rows.joined(lambda inputs, picked: weights.angles(inputs.positions)[:, :, picked], 2)
+        starts = rows.joined(lambda inputs, picked: torch.from_numpy(inputs.starts)[picked])
+        caches, positions = rows.adopt()
+        words, thresholds = (
+            np.stack(part) for part in zip(*(self._mlps(prepared)[1:] for _, prepared in rows.parts), strict=True)
+        )
         # 2) all layers
-        n_past = self._cache.adopt(inputs.cache, 1)
-        picked = torch.from_numpy(rows)
-        hidden = weights.embedded(inputs.ids[picked, 0], inputs.positions[picked]).numpy()
-        cos, sin = (part.numpy() for part in weights.angles(inputs.positions)[:, :, picked])
-        of_parts, thresholds = (np.stack(each) for each in zip(*(self._mlps(own)[1:] for _, own in parts), strict=True))
         n_read = np.zeros((*thresholds.shape, 2), np.int64)
-        n_rows = len(inputs.ids)
-        made = np.empty((len(rows), -(-weights.head.n_out // TILE) * TILE), np.float32)
+        made = np.empty((len(hidden), -(-weights.head.n_out // TILE) * TILE), np.float32)
         n_exact = decode_step(
-            *(cache_loops(self.model.dtype), hidden, weights.description, of_parts, thresholds, n_read),
-            *(np.array([len(places) for places, _ in parts]), np.concatenate([places for places, _ in parts])),
-            *(cos, sin, bits(self._cache.buffers[0][0]), self._cache.places, self._cache.shape),
-            *(rows, inputs.starts[rows], n_past),
+            *(cache_loops(self.model.dtype), hidden, weights.description, words, thresholds, n_read),
+            np.array([len(places) for places, _ in rows.parts]),
+            np.concatenate([places for places, _ in rows.parts]),
+            *(cos, sin, bits(each[0].inputs.cache.layers[0].keys), caches, weights.n_keys, starts, positions),
             *(weights.head.words[None], weights.head_loops, made, n_threads),
         )
-        self._cache.hand_back(inputs.cache, n_past + 1)
-        # 3) logits
-        logits = weights.logits(torch.from_numpy(made)[:, : weights.head.n_out])
-        if len(rows) < n_rows:
-            whole = torch.zeros(n_rows, weights.head.n_out)
-            whole[picked] = logits
-            logits = whole
-        self._count(groups, parts, n_read)
-        self._read += BytesRead(other=n_exact * weights.head.n_bytes // weights.head.n_out)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=inputs.cache)
+        rows.hand_back()
+        # 3) what each call has read
+        for one, (parts, n_own) in zip(each, rows.parts_of_calls(n_read), strict=True):
+            self.call = one.call
+            self._count(one.groups, parts, n_own)
+            of_head = n_exact * sum(len(places) for places, _ in parts) // len(hidden)
+            self.call.read += BytesRead(other=of_head * weights.head.n_bytes // weights.head.n_out)
+        self.call = own
+        # 4) logits
+        logits = rows.parted(weights.logits(torch.from_numpy(made)[:, : weights.head.n_out]))
+        return [
+            CausalLMOutputWithPast(logits=of_call, past_key_values=one.inputs.cache)
+            for of_call, one in zip(logits, each, strict=True)
+        ]
 
     def _mlps(self, prepared: Prepared) -> tuple[list[DenseMLP], Array, Array]:
         """Return all layers' MLPs, their words and thresholds, made once a text."""
-        if id(prepared) not in self._ready:
+        ready = cast(LeanCall, self.call).ready
+        if id(prepared) not in ready:
             whole = self._weights.token_mlp if prepared.selection.read_ratio < 1 else self._weights.dense_mlp
             mlps = [prepared.layers[n] if n in prepared.layers else whole(n) for n in range(len(self.layers))]
             words = np.stack([mlp.words for mlp in mlps])
-            self._ready[id(prepared)] = prepared, mlps, words, self._thresholds(prepared, mlps)
-        return self._ready[id(prepared)][1:]
+            ready[id(prepared)] = prepared, mlps, words, self._thresholds(prepared, mlps)
+        return ready[id(prepared)][1:]
 
     def _thresholds(self, prepared: Prepared, mlps: Sequence[DenseMLP]) -> Array:
         """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are."""
@@ -322,14 +330,16 @@ class LeanEngine(Engine):
                     n_bytes += mlp.bytes_read(by_any, n_steps, prepared.selection.read_ratio)
                     n_neurons += by_all
         if self._disk is not None:
-            self._read += self._disk.end_step()
+            self.call.read += self._disk.end_step()
         n_all = sum(layer.d_ff for layer in self.layers) * sum(len(rows) for rows, _ in parts)
         self.count_read(groups, n_bytes + sum(whole.values()), n_neurons / n_all, n_steps)
 
     def release(self) -> None:
         """Let go of the latest call's cache, and forget what was counted on the way to its prompt."""
-        self._cache.release()
         if self._disk is not None:
             self._disk.end_step()
-        self._ready = {}
         super().release()
+
+    def new_call(self) -> LeanCall:
+        """Return a call without a cache."""
+        return LeanCall()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from coreinfer_sim.engines.lean.step import CAPACITY, FIRST
+from coreinfer_sim.engines.lean.attention import CAPACITY, FIRST, KEYS, VALUES
 
 SPARE = 256
 """Positions by which a cache grows beyond what it holds."""
@@ -42,15 +42,17 @@ class GrowingCache:
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Keys and values by layer, [n_rows, n_heads, capacity, head_dim]."""
         self.places = np.zeros((0, 4), np.int64)
-        """Addresses, capacity and first position of each layer; see `step.KEYS`. Layers with a window let go of the past."""
+        """Addresses, capacity and first position of each layer; see `attention.KEYS`. Layers with a window let go of the past."""
         self._seen: list[torch.Tensor] = []
         """The keys that transformers' cache was given by layer."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Rows, heads and head_dim of each buffer."""
-        n_rows, n_heads, _, head_dim = self.buffers[0][0].shape
-        return n_rows, n_heads, head_dim
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return where the layers of some rows [n_rows] lie, int64 [n_layers, n_rows, 4]; see `attention.KEYS`."""
+        found = np.repeat(self.places[:, None], len(rows), 1)
+        row_bytes = np.array([keys[0].nbytes for keys, _ in self.buffers])
+        for part in (KEYS, VALUES):
+            found[:, :, part] += row_bytes[:, None] * rows
+        return found
 
     def adopt(self, cache: Any, n_new: int) -> int:
         """Hold every layer's cache in a buffer with room for ``n_new`` positions; return how many the text has."""
@@ -79,10 +81,6 @@ class GrowingCache:
                 first = max(0, n - layer.sliding_window + 1)
             layer.keys, layer.values = keys.narrow(2, first, n - first), values.narrow(2, first, n - first)
             self._seen[number] = layer.keys
-
-    def release(self) -> None:
-        """Let go of the buffers."""
-        self.buffers, self._seen = [], []
 
 
 def _other(one: torch.Tensor, two: torch.Tensor) -> bool:

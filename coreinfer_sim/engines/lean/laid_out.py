@@ -22,6 +22,7 @@ from coreinfer_sim.engines.lean.blocks import HEAD, TOKEN_KINDS, rounded_kind, s
 from coreinfer_sim.engines.lean.disk_parts import disk_parts
 from coreinfer_sim.engines.lean.head import CoarseHead
 from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
+from coreinfer_sim.engines.lean.mlp_loops import by_token_loop, from_disk_loop
 from coreinfer_sim.engines.lean.opened_layout import MATRICES, TENSORS, Parts, from_layout, whole
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, of_relu
@@ -93,6 +94,8 @@ def load_laid_out(
         return None
     place = layout_folder(files, kind, progress)
     keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
+    if by_token:
+        by_token_loop()  # what compiling takes is free again before weights come into memory
     return _kept(name, place, wanted, progress) or _made(name, place, wanted, progress)
 
 
@@ -119,6 +122,7 @@ def load_on_disk(
     files, empty = files_of(name), open_weightless(name, ARCHITECTURES)
     if not files or empty is None or not _fits(empty, by_token=True):
         return None
+    from_disk_loop()
     if skips_zeros(empty.model.config, weights):
         raise ConfigError(
             f"{name} has ReLU, whose zeros tokens pass over in memory, but under a memory budget no token chooses among its "

@@ -7,23 +7,16 @@ from typing import Any
 
 import torch
 
+from coreinfer_sim.models.positions import GROWING, rope_types
+
 _STATIC = {"default", "linear", "llama3", "yarn"}
 """Types whose angles depend on the position alone."""
-_GROWING = {"dynamic", "longrope"}
-"""Types whose angles also depend on how long the text is."""
 _SPARE = 256  # positions by which the table grows
-
-
-def rope_types(config: Any) -> set[str]:
-    """Return the types of a configuration's rotary positions."""
-    found = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in found.values() if isinstance(part, dict)] or [found]
-    return {part.get("rope_type", "default") for part in parts}
 
 
 def refuses_ropes(config: Any) -> str | None:
     """Return why a model's rotary positions cannot be computed here, or None if they can."""
-    unknown = sorted(rope_types(config) - _STATIC - _GROWING)
+    unknown = sorted(rope_types(config) - _STATIC - GROWING)
     return f"its rotary positions are of type {', '.join(unknown)}" if unknown else None
 
 
@@ -46,7 +39,7 @@ class Angles:
         self.turns = [len(named) if kind is None else named.index(kind) for kind in kinds]
         if rotary is None:
             self.turns = [0] * len(kinds)
-        self._grows = bool(rope_types(config) & _GROWING)
+        self._grows = bool(rope_types(config) & GROWING)
         self._table = torch.zeros(2, 1, 0, 0)
 
     def of(self, positions: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coreinfer_sim.engines.lean.attention import attention
+from coreinfer_sim.engines.lean.attention import FIRST, attention
 from coreinfer_sim.engines.lean.head import logits_of
-from coreinfer_sim.engines.lean.intrinsics import address, array_at, centre, normalise, serial
+from coreinfer_sim.engines.lean.intrinsics import address, centre, normalise, serial
 from coreinfer_sim.engines.lean.kernels import call_rows
 from coreinfer_sim.engines.lean.products import LOOP, width
 
@@ -17,8 +17,6 @@ NO_NORM, RMS, LAYER = range(3)
 BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP = range(4)
 """Where a layer may have norms: of what attention or MLP read, and of what they add."""
 N_NORMS = 4
-KEYS, VALUES, CAPACITY, FIRST = range(4)
-"""Of a layer's cache: addresses, positions that it has room for, and the position that lies first in it."""
 
 
 class Layers(NamedTuple):
@@ -110,16 +108,15 @@ def decode_step(
     sin,
     like,
     caches,
-    cache_shape,
-    rows,
+    n_keys,
     starts,
-    place,
+    positions,
     head,
     head_loops,
     logits,
     n_threads,
 ):
-    """Set ``logits`` from the embeddings of the newest tokens, and put their position into the cache.
+    """Set ``logits`` from the embeddings of the newest tokens, and put their positions into their caches.
 
     Returns how many exact rows of the output head were read behind a copy; see `head.logits_of`.
 
@@ -135,11 +132,10 @@ def decode_step(
         cos: of each row's position, float32 [n_tables, n_rows, half of the features that are rotated].
         sin: as cos.
         like: an array of the cache's type.
-        caches: of each layer, see `KEYS`, int64 [n_layers, 4].
-        cache_shape: n_batch, n_key_heads, head_dim.
-        rows: each row's place in the cache's batch.
-        starts: first position of each row that is no padding.
-        place: where the new position goes.
+        caches: of each layer and row, see `attention.KEYS`, int64 [n_layers, n_rows, 4].
+        n_keys: key heads.
+        starts: first position of each row that is no padding, int64 [n_rows].
+        positions: where each row's new position goes, int64 [n_rows].
         head: words of the output head, [1, N_WORDS].
         head_loops: see `head.CoarseHead.loops`.
         logits: float32 [n_rows, vocabulary, filled up to a multiple of 16].
@@ -147,16 +143,16 @@ def decode_step(
     """
     n_layers = layers.products.shape[0]
     x, added = np.empty(hidden.shape, np.float32), np.empty(hidden.shape, np.float32)
-    own_starts = np.empty(starts.shape, np.int64)
+    begins, ends = np.empty(starts.shape, np.int64), np.empty(starts.shape, np.int64)
     for layer in range(n_layers):
         kinds, norms, eps = layers.norm_kinds[layer], layers.norms[layer], layers.eps[layer]
         # 1) attention
-        first = caches[layer, FIRST]
-        shape = (cache_shape[0], cache_shape[1], caches[layer, CAPACITY], cache_shape[2])
-        begin = max(0, place + 1 - layers.windows[layer]) if layers.windows[layer] > 0 else 0
-        begin = max(first, begin)
         for r in range(starts.shape[0]):
-            own_starts[r] = max(0, starts[r] - first)
+            first = caches[layer, r, FIRST]
+            ends[r] = positions[r] + 1 - first
+            begins[r] = max(0, starts[r] - first)
+            if layers.windows[layer] > 0:
+                begins[r] = max(begins[r], ends[r] - layers.windows[layer])
         turn, scores = layers.turns[layer], layers.scores[layer]
         made = np.empty((hidden.shape[0], width(layers.products[layer, 3])), np.float32)
         _norm_rows(kinds[BEFORE_ATTENTION], norms[BEFORE_ATTENTION], eps[BEFORE_ATTENTION], hidden, x)
@@ -170,8 +166,7 @@ def decode_step(
                 sin[turn],
                 layers.interleaved,
             ),
-            *(array_at(caches[layer, KEYS], like, shape), array_at(caches[layer, VALUES], like, shape)),
-            *(rows, own_starts, begin - first, place - first, scores[0], scores[1], n_threads, made),
+            *(like, caches[layer], n_keys, begins, ends, scores[0], scores[1], n_threads, made),
         )
         _norm_rows(kinds[AFTER_ATTENTION], norms[AFTER_ATTENTION], eps[AFTER_ATTENTION], made, made)
         # 2) MLP

@@ -71,6 +71,8 @@ class Piece:
     """To the first new token, the handover of the cache included."""
     ended: bool = False
     """Whether an end token came, rather than the limit of new tokens; of the last piece."""
+    n_cached: int = 0
+    """Tokens of the prompt that were not read again; of the last piece."""
 
 
 class ExportedModel:
@@ -140,7 +142,7 @@ class ExportedModel:
         begin, prefill_seconds = time.perf_counter(), 0.0
         # 1) The dense model reads the prompt and gives the first token.
         new: list[int] = []
-        cut = False
+        cut, n_cached = False, 0
         if self._reader is not None:
             answer = self._reader.complete({**request, "prompt": list(ids), "n_predict": 1}, settings.cancelled)
             new, text, ended = answer["tokens"], answer["content"], answer["stop_type"] != "limit"
@@ -148,8 +150,8 @@ class ExportedModel:
             cut = goes_on and text.endswith(_BROKEN)
             if goes_on:
                 self._hand_over()
-            prefill_seconds = time.perf_counter() - begin
-            yield Piece("" if cut else text, len(new), prefill_seconds, ended)
+            prefill_seconds, n_cached = time.perf_counter() - begin, _n_cached(answer)
+            yield Piece("" if cut else text, len(new), prefill_seconds, ended, n_cached)
             if not goes_on:
                 return
         # 2) The set's model decodes. A first token that ends within a character waits for those that complete it.
@@ -161,7 +163,8 @@ class ExportedModel:
                 text, ended = part["content"], part.get("stop_type", "limit") not in ("limit", "none")
                 if waiting:
                     text, waiting = self._completed(waiting, part)
-                yield Piece(text, len(new) + part["tokens_predicted"], prefill_seconds, ended)
+                n_cached = n_cached if self._reader is not None else _n_cached(part)
+                yield Piece(text, len(new) + part["tokens_predicted"], prefill_seconds, ended, n_cached)
 
     def _completed(self, waiting: list[int], part: dict[str, Any]) -> tuple[str, list[int]]:
         """Return the text of tokens that waited and of a further part, and what waits on."""
@@ -304,6 +307,11 @@ class LlamaCppEngine:
         """Close all models and remove saved caches."""
         self.pool.close()
         self._saved.cleanup()
+
+
+def _n_cached(answer: Mapping[str, Any]) -> int:
+    """Return how many tokens of the prompt llama.cpp did not read again."""
+    return int(answer.get("timings", {}).get("cache_n", 0))
 
 
 def set_of(selection: NeuronSelection) -> int | str:
