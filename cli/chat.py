@@ -200,14 +200,8 @@ class Chat:
             profile = choice("profile", name, Profile)
             if profile is not Profile.EXACT:
                 measured(index, profile)  # before anything is closed
-            before, begin = self._generator.profile, time.perf_counter()
-            try:
-                self._open(profile)
-            except CoreInferSimError:
-                self._open(before)
-                raise
-            seconds = time.perf_counter() - begin
-            click.echo(f"The model was opened again in {seconds:.1f} s; the conversation goes on.", err=True)
+            if profile is not self._generator.profile:
+                self._switch(profile)
         for line in profile_lines(manifest, self._generator.profile):
             click.echo(line)
         if name is None:
@@ -215,6 +209,16 @@ class Chat:
                 "/profile NAME opens the model again, which takes as long as the start, and keeps the conversation.",
                 err=True,
             )
+
+    def _switch(self, profile: Profile) -> None:
+        before, begin = self._generator.profile, time.perf_counter()
+        try:
+            self._open(profile)
+        except CoreInferSimError:
+            self._open(before)
+            raise
+        seconds = time.perf_counter() - begin
+        click.echo(f"The model was opened again in {seconds:.1f} s; the conversation goes on.", err=True)
 
     def _open(self, profile: Profile | None) -> None:
         """Open the model for a profile, once the memory of what answered before is free."""

@@ -31,6 +31,7 @@ def index_summary(index: SemanticIndex) -> dict[str, Any]:
     del summary["model"]["weight_sketch"], summary["encoder"]["probe"]
     for entry in summary["compensation"]:
         entry["served_by_corpus"] = m.served_by_corpus(entry["keep_ratio"])
+    summary.pop("profile", None)  # which stands for none in the file
     summary |= {"profiles": profiles_summary(m), "default_profile": m.default_profile.value}
     return {**summary, "clusters": [asdict(cluster) for cluster in index.clusters]}
 
