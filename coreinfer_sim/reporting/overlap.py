@@ -29,8 +29,9 @@ def overlap(index: SemanticIndex) -> Overlap:
     held = core_masks(index, share, layers)
     common = in_common(held, held)
     others = ~np.eye(len(index), dtype=bool)
-    of_layers = {layer: float(common[place][others].mean()) for place, layer in enumerate(layers)}
-    return Overlap(share, common.mean(axis=0), of_layers if others.any() else {})
+    compared = enumerate(layers) if others.any() else ()
+    of_layers = {layer: float(common[place][others].mean()) for place, layer in compared}
+    return Overlap(share, common.mean(axis=0), of_layers)
 
 
 def core_masks(index: SemanticIndex, share: float, layers: Sequence[int]) -> np.ndarray:
