@@ -19,6 +19,7 @@ from coreinfer_sim.evaluation.run import evaluate
 from coreinfer_sim.evaluation.summary import summarise
 from coreinfer_sim.evaluation.tune import FEWEST_ROWS, READ_RATIOS, choose_profile
 from coreinfer_sim.generation.opening import laid_out_model
+from coreinfer_sim.index.compensated import Refit
 from coreinfer_sim.index.manifest import ProfileInfo
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import dense_bytes
@@ -58,6 +59,7 @@ def measure_promise(
     folder: Path,
     language_model: LanguageModel,
     histograms: Mapping[str, np.ndarray],
+    refit: Refit | None,
     seed: int,
     lay_out: bool,
     progress: Progress,
@@ -68,6 +70,7 @@ def measure_promise(
         folder: of the build.
         language_model: that the index is built for.
         histograms: that the index will hold.
+        refit: likewise.
         seed: of the bootstrap.
         lay_out: lay its weights out as a start with this profile reads them, rather than beside the model in memory.
         progress: receives what comes of it.
@@ -79,7 +82,7 @@ def measure_promise(
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return None if kept is None else ProfileInfo(**kept)
-    profile = _measure(folder, language_model, histograms, seed, lay_out, progress)
+    profile = _measure(folder, language_model, histograms, refit, seed, lay_out, progress)
     write_json(path, None if profile is None else asdict(profile))
     return profile
 
@@ -88,6 +91,7 @@ def _measure(
     folder: Path,
     language_model: LanguageModel,
     histograms: Mapping[str, np.ndarray],
+    refit: Refit | None,
     seed: int,
     lay_out: bool,
     progress: Progress,
@@ -120,6 +124,7 @@ def _measure(
         max_tokens=_MAX_TOKENS,
         progress=progress,
         histograms=histograms,
+        refit=refit,
     )
     if len({result.row_id for result in results}) < FEWEST_ROWS:
         progress.say("Nothing is promised, as too few of the texts that were held out have two tokens to score.")

@@ -22,6 +22,7 @@ from coreinfer_sim.index.manifest import (
     Manifest,
     ModelInfo,
     ProfileInfo,
+    RefitInfo,
     SettingsInfo,
     manifest_checksum,
 )
@@ -63,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"install the release that wrote it or {REBUILD}."
         )
     expected = {*(field.name for field in dataclasses.fields(Manifest)), "sha256"}
-    if {"histograms", *raw} != expected:  # earlier releases made none
+    if {"histograms", "refit", *raw} != expected:  # earlier releases made none
         raise IndexFormatError(f"{path} lacks or misspells a field ({sorted(set(raw) ^ expected)}); {REBUILD}.")
     if raw["sha256"] != manifest_checksum(raw):
         raise IndexFormatError(
@@ -77,6 +78,7 @@ def read_manifest(folder: Path) -> Manifest:
         profile = None if raw["profile"] is None else _profile(raw["profile"], compensation)
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
         histograms = [str(name) for name in raw.get("histograms", [])]
+        refit = _typed(RefitInfo, raw["refit"], "refit") if "refit" in raw else None
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     manifest = Manifest(
@@ -86,6 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
         compensation=compensation,
         profile=profile,
         histograms=histograms,
+        refit=refit,
         **sections,
     )
     _check_contents(manifest, path)
@@ -141,6 +144,7 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
         "profile": manifest.profile is None or _is_sound_profile(manifest.profile),
+        "refit": manifest.refit is None or 0 < manifest.refit.read_ratio < 1,
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,

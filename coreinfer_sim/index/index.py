@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from coreinfer_sim.index.manifest import (
     MANIFEST_FILE,
     NEURONS_FILE,
     REBUILD,
+    REFIT_FILE,
     Manifest,
     ProfileInfo,
     compensation_file,
@@ -41,7 +43,7 @@ from coreinfer_sim.index.verified import StoredArray, VerifiedFile
 if TYPE_CHECKING:  # an index is looked up and described without torch
     import torch
 
-    from coreinfer_sim.index.compensated import StoredCompensation
+    from coreinfer_sim.index.compensated import Refit, StoredCompensation
 
 _RANKED_BY = {Score.ENERGY: "energy", Score.PAPER: "counts"}
 
@@ -155,6 +157,24 @@ class SemanticIndex:
             return {}
         file = VerifiedFile(self._folder / HISTOGRAMS_FILE, manifest.files[HISTOGRAMS_FILE])
         return read_histograms(file, manifest.histograms, manifest.model.n_layers)
+
+    def refit(self, read_ratio: float) -> Refit | None:
+        """Return what was fitted for tokens that read such a share of all neurons, or None if nothing was.
+
+        Raises:
+            IndexFormatError: the file is damaged.
+        """
+        from coreinfer_sim.index.compensated import Refit, load_compensated
+
+        info, model = self.manifest.refit, self.manifest.model
+        if self._folder is None or info is None or not math.isclose(info.read_ratio, read_ratio):
+            return None
+        ids, changes = load_compensated(
+            self._folder / REFIT_FILE, model.d_model, model.n_layers, self.manifest.files[REFIT_FILE]
+        )
+        if [len(ids.get(number, ())) for number in range(model.n_layers)] != [model.d_ff] * model.n_layers:
+            raise IndexFormatError(f"{self._folder / REFIT_FILE} lacks layers or neurons; {REBUILD}.")
+        return Refit(info.read_ratio, info.layout, changes)
 
     @overload
     def lookup(self, text: str, k: int = 1) -> list[Match]: ...

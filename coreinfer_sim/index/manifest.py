@@ -15,6 +15,7 @@ CENTROIDS_FILE = "centroids.faiss"
 NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
 HISTOGRAMS_FILE = "histograms.safetensors"
+REFIT_FILE = "refit.safetensors"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
@@ -138,6 +139,18 @@ class ProfileInfo:
 
 
 @dataclass(frozen=True)
+class RefitInfo:
+    """Output rows that were refitted for the neurons that tokens leave out."""
+
+    read_ratio: float
+    """Share of d_ff that a token reads, for which alone they are meant."""
+    layout: str
+    """Of the weights, as the engine names it."""
+    tokens: int
+    """That they were fitted to, about."""
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
 
@@ -160,6 +173,8 @@ class Manifest:
     files: dict[str, FileInfo]
     histograms: list[str] = dataclasses.field(default_factory=list)
     """Layouts of which there are histograms of what tokens need, as the engine names them."""
+    refit: RefitInfo | None = None
+    """Of output rows; None: there are none."""
 
     def file_names(self) -> list[str]:
         """Return the files of the index beside the manifest, relative to its folder."""
@@ -167,6 +182,7 @@ class Manifest:
         return [
             *INDEX_FILES,
             *([HISTOGRAMS_FILE] if self.histograms else []),
+            *([REFIT_FILE] if self.refit is not None else []),
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
@@ -216,8 +232,9 @@ class Manifest:
     def _fields(self) -> dict[str, Any]:
         """Return all fields; what is not there is left out of those that earlier releases did not have."""
         fields = dataclasses.asdict(self)
-        if not self.histograms:
-            del fields["histograms"]
+        for name in ("histograms", "refit"):
+            if not fields[name]:
+                del fields[name]
         for section in (fields["model"], fields["encoder"]):
             for name in ("path", "relative_path"):
                 if section[name] is None:

@@ -14,12 +14,12 @@ from coreinfer_sim.engines.lean.by_token import (
     BY_CODES,
     MIDDLE,
     N_OUTPUTS,
-    OUT_AT,
     RECORD_BYTES,
     RECORDS,
     ROWS,
     TILES,
     add_waiting,
+    output_at,
     starts_of,
     summed,
 )
@@ -54,8 +54,8 @@ def _add(stack, first, positive, n_own, at, gates, x, codes, factors, starts, ki
                 up += float_at(stack[1, BIAS] + 4 * (first + i))
             value *= up
         values[n_waiting] = value
-        rows[n_waiting] = record + own[OUT_AT]
-        n_waiting = add_waiting(own, at, positive, c, n_own, values, rows, n_waiting + 1, out)
+        rows[n_waiting] = output_at(own, first + i, record)
+        n_waiting = add_waiting(own, first, at, positive, c, n_own, values, rows, n_waiting + 1, out)
 
 
 @parallel
