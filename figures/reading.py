@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,37 @@ def _record(title: str, row: dict[str, Any], dense: dict[str, Any], **facts: Any
         f"{title}: KL per token", row["kl"], f"nats, at {share:.2f} of the dense MLP bytes", None,
         share_of_bytes=share, ratio=row["ratio"], ratio_interval=row["ratio_interval"], same_top=row["same_top"],
         mlp_bytes=row["mlp_bytes_per_token"], **facts,
+    )  # fmt: skip
+
+
+@figure(
+    FILE, "an index that was built with build.refit, DATA", "10 minutes for 135 million weights",
+    model=REQUIRED, name=None, index=REQUIRED, data=REQUIRED, rows=8, max_tokens=192,
+)  # fmt: skip
+def refit(given: Given) -> None:
+    """KL per token with refitted output rows over KL without them, by the same thresholds and at the same bytes."""
+    from coreinfer_sim.index.checks import read_manifest
+    from coreinfer_sim.index.manifest import REFIT_FILE
+    from coreinfer_sim.index.storage import write_manifest
+
+    manifest, seen = read_manifest(given.index), sets_of(given.data, seen_only=True)
+    if manifest.refit is None:
+        raise click.ClickException(f"{given.index} holds no refitted rows; build it with --set build.refit=0.4")
+    ratio = manifest.refit.read_ratio
+    with tempfile.TemporaryDirectory() as folder:
+        without = Path(folder, "without")
+        shutil.copytree(given.index, without, ignore=shutil.ignore_patterns(REFIT_FILE))
+        files = {name: entry for name, entry in manifest.files.items() if name != REFIT_FILE}
+        write_manifest(without, replace(manifest, refit=None, files=files))
+        contender = ("--contender", "all", "--read-ratio", ratio)
+        found = [_evaluated(given, seen, [*contender, "--index", each]) for each in (given.index, without)]
+    with_rows, plain = (next(iter(rows.values())) for rows in found)
+    what = ("kl", "ratio", "ratio_interval", "same_top", "read_ratio", "mlp_bytes_per_token")
+    record(
+        f"{given.name}, 16bit, read ratio {ratio:g}: KL per token with refitted output rows over that without",
+        with_rows["kl"] / plain["kl"], "×", None,
+        refitted={name: with_rows[name] for name in what}, plain={name: plain[name] for name in what},
+        refit_tokens=manifest.refit.tokens, rows_per_set=given.rows, n_sets=len(seen), max_tokens=given.max_tokens,
     )  # fmt: skip
 
 

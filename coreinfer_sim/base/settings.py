@@ -230,6 +230,8 @@ class BuildConfig:
     """Sentences in one shard, the unit of restart and of sharing among processes."""
     texts: bool = True
     """Keep the beginnings of prompts: of those nearest to each centroid, and of those on the map. Labels hold words anyhow."""
+    refit: float | None = None
+    """Share of the neurons that tokens read for which output rows are refitted, to make up for the others; None: they are not."""
     compensation: CompensationConfig | None = None
     """Fit compensated sets as well; None: store statistics alone."""
 
@@ -242,6 +244,10 @@ class BuildConfig:
                 raise ConfigError(f"clusters is {self.clusters!r}, expected a number or 'auto'.")
         else:
             _check_at_least("clusters", self.clusters, 1)
+        if self.refit is not None:
+            check_ratio("refit", self.refit)
+            if self.refit == 1.0:
+                raise ConfigError("refit is 1, where tokens read all neurons and nothing is to be made up for.")
         _check_at_least("seed", self.seed, 0)
         _check_at_least("batch_size", self.batch_size, 1)
         _check_at_least("shard_size", self.shard_size, 1)

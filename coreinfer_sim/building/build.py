@@ -22,6 +22,7 @@ from coreinfer_sim.building.folder import begin_or_continue, build_folder, check
 from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.promise import measure_promise
+from coreinfer_sim.building.refit import fit_refit, read_refit
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.building.stages import add_up, cluster, draw, draw_map, embed, record
 from coreinfer_sim.building.writing import BuiltParts, write_index
@@ -180,10 +181,12 @@ def _run_stages(
     # 5) what tokens need, and what it promises
     with torch_threads(n_cores()):
         histograms = measure_histograms(clustered, progress) if measures else {}
-        profiles = measure_promise(folder, language_model, histograms, config.seed, lay_out, progress)
+        refit = fit_refit(clustered, histograms, progress)
+        unwritten = None if refit is None else read_refit(folder, refit, language_model)
+        profiles = measure_promise(folder, language_model, histograms, unwritten, config.seed, lay_out, progress)
     # 6) the index
     parts = BuiltParts(
-        *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, profiles),
+        *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, refit, profiles),
         prompt_map,
     )
     write_index(out, parts)

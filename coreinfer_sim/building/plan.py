@@ -13,6 +13,7 @@ from coreinfer_sim.base.progress import counted, readable_size
 from coreinfer_sim.base.rows import CorpusReport
 from coreinfer_sim.base.settings import BuildConfig
 from coreinfer_sim.building.folder import SHARDS_FOLDER
+from coreinfer_sim.building.refit import refit_disk, refit_memory
 from coreinfer_sim.fitting.costs import CompensationCosts
 from coreinfer_sim.fitting.pipeline import LARGE_FOLDERS
 from coreinfer_sim.index.clustering import CANDIDATES
@@ -57,7 +58,7 @@ class BuildPlan:
         n_clusters, costs = self.n_clusters, CompensationCosts(self.layers, self.config.compensation)
         index_bytes, build_bytes = self._disk(n_clusters)
         model_bytes = self.model_bytes + LIBRARY_BYTES
-        memory = model_bytes + max(costs.fitting(), costs.training(n_clusters), costs.comparing(), self.layout_bytes)
+        memory = model_bytes + max(costs.fitting(), costs.training(n_clusters), costs.comparing(), self._fitting())
         memory += n_clusters * self._n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
         at_most = "at most " if self.config.clusters == "auto" else ""
         return (
@@ -89,6 +90,10 @@ class BuildPlan:
                 "anew with fewer clusters."
             )
 
+    def _fitting(self) -> int:
+        """Return the memory that measuring what tokens need takes, and fitting rows to it."""
+        return self.layout_bytes + refit_memory(self.layers, self.config)
+
     @property
     def _n_shards(self) -> int:
         return -(-self.corpus.n_kept // self.config.shard_size)
@@ -101,7 +106,8 @@ class BuildPlan:
     def _disk(self, n_clusters: int) -> tuple[int, int]:
         """Return the bytes that the index takes, and what the build takes beside it until its end."""
         costs = CompensationCosts(self.layers, self.config.compensation)
+        rows = refit_disk(self.layers, self.config)
         return (
-            n_clusters * self._n_values * _BYTES_PER_STATISTIC + costs.index_disk(n_clusters),
-            (self._n_shards + n_clusters) * self._n_values * _BYTES_PER_SUM + costs.build_disk(n_clusters),
+            n_clusters * self._n_values * _BYTES_PER_STATISTIC + costs.index_disk(n_clusters) + rows,
+            (self._n_shards + n_clusters) * self._n_values * _BYTES_PER_SUM + costs.build_disk(n_clusters) + rows,
         )

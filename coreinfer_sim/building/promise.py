@@ -18,6 +18,7 @@ from coreinfer_sim.evaluation.run import evaluate
 from coreinfer_sim.evaluation.summary import summarise
 from coreinfer_sim.evaluation.tune import FEWEST_ROWS, by_token_and_dense, choose_profiles
 from coreinfer_sim.generation.opening import laid_out_model
+from coreinfer_sim.index.compensated import Refit
 from coreinfer_sim.index.manifest import ProfileInfo
 from coreinfer_sim.models.loading import LanguageModel
 
@@ -54,6 +55,7 @@ def measure_promise(
     folder: Path,
     language_model: LanguageModel,
     histograms: Mapping[str, np.ndarray],
+    refit: Refit | None,
     seed: int,
     lay_out: bool,
     progress: Progress,
@@ -64,6 +66,7 @@ def measure_promise(
         folder: of the build.
         language_model: that the index is built for.
         histograms: that the index will hold.
+        refit: likewise.
         seed: of the bootstrap.
         lay_out: lay its weights out as a start by token reads them, rather than beside the model in memory.
         progress: receives what comes of it.
@@ -74,7 +77,7 @@ def measure_promise(
     path = folder / _PROFILES_FILE
     if path.exists():
         return {name: ProfileInfo(**kept) for name, kept in json.loads(path.read_text(encoding="utf-8")).items()}
-    profiles = _measure(folder, language_model, histograms, seed, lay_out, progress)
+    profiles = _measure(folder, language_model, histograms, refit, seed, lay_out, progress)
     write_json(path, {name: asdict(profile) for name, profile in profiles.items()})
     return profiles
 
@@ -83,6 +86,7 @@ def _measure(
     folder: Path,
     language_model: LanguageModel,
     histograms: Mapping[str, np.ndarray],
+    refit: Refit | None,
     seed: int,
     lay_out: bool,
     progress: Progress,
@@ -115,6 +119,7 @@ def _measure(
         max_tokens=_MAX_TOKENS,
         progress=progress,
         histograms=histograms,
+        refit=refit,
     )
     if len({result.row_id for result in results}) < FEWEST_ROWS:
         progress.say("Nothing is promised, as too few of the texts that were held out have two tokens to score.")

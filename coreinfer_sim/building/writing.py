@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,12 +23,14 @@ from coreinfer_sim.index.labels import topic_labels
 from coreinfer_sim.index.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    REFIT_FILE,
     CompensationInfo,
     CorpusInfo,
     EncoderInfo,
     Manifest,
     ModelInfo,
     ProfileInfo,
+    RefitInfo,
     SettingsInfo,
 )
 from coreinfer_sim.index.places import places_of
@@ -56,6 +59,8 @@ class BuiltParts:
     sets: CompensatedSets | None
     histograms: Mapping[str, np.ndarray]
     """Of what tokens need, by layout."""
+    refit: RefitInfo | None
+    """Of the rows that lie in the build's folder."""
     profiles: dict[str, ProfileInfo]
     prompt_map: PromptMap
 
@@ -72,6 +77,8 @@ def write_index(out: Path, parts: BuiltParts) -> None:
         }
         if parts.sets is not None:
             parts.sets.put_into(temporary)
+        if parts.refit is not None:
+            shutil.copyfile(parts.corpus.folder / REFIT_FILE, temporary / REFIT_FILE)
         manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
         centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus, parts.encoder)
         save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms, parts.prompt_map)
@@ -146,5 +153,6 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
         ),
         compensation=compensation,
         profiles=parts.profiles,
+        refit=parts.refit,
         files={},
     )

@@ -15,7 +15,7 @@ import torch
 
 from coreinfer_sim.base.errors import GenerationError
 from coreinfer_sim.base.settings import Mode, Score
-from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.selection import NeuronSelection, refitted
 from coreinfer_sim.choosing.statistics import ActivationStatistics, LayerStatistics
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.ranking import n_kept, top_ids
@@ -69,6 +69,7 @@ class ReadingPredictor:
         self.mode, self.needs_text, self.alpha = held.mode, held.needs_text, held.alpha
         self.index = index
         self._held, self._read_ratio = held, read_ratio
+        self._refit = None if index is None else index.refit(read_ratio)
 
     def select(
         self, prompts: Sequence[str] | None, statistics: LayerStatistics | None, n_rows: int
@@ -80,7 +81,8 @@ class ReadingPredictor:
     def _reading(self, selection: NeuronSelection) -> NeuronSelection:
         if selection.mode == Mode.DENSE.value:
             return selection
-        return replace(selection, read_ratio=self._read_ratio)
+        reading = replace(selection, read_ratio=self._read_ratio)
+        return reading if self._refit is None else refitted(reading, self._refit)
 
 
 class StabilityPredictor:

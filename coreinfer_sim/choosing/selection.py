@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from coreinfer_sim.base.errors import IndexMismatchError
 from coreinfer_sim.base.settings import UNFAMILIAR
-from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.index.compensated import LayerCompensation, Refit
 from coreinfer_sim.models.mlps import MLPLayer
 
 
@@ -33,6 +34,8 @@ class NeuronSelection:
     """Of the routing; see `Match`."""
     read_ratio: float = 1.0
     """Share of d_ff that a token reads in full, on average; 1: all that is kept."""
+    refit: Refit | None = None
+    """What makes up for the others, where all neurons are kept."""
 
     @property
     def confident(self) -> bool | None:
@@ -58,3 +61,9 @@ class NeuronSelection:
         """Return kept neurons over all neurons of the model."""
         kept = sum(len(self.ids[layer.number]) if layer.number in self.ids else layer.d_ff for layer in layers)
         return kept / sum(layer.d_ff for layer in layers)
+
+
+def refitted(selection: NeuronSelection, refit: Refit) -> NeuronSelection:
+    """Return a selection with refitted output rows, if tokens read such a share of all neurons."""
+    meant = not selection.ids and math.isclose(selection.read_ratio, refit.read_ratio)
+    return replace(selection, refit=refit) if meant else selection

@@ -7,7 +7,7 @@ An engine decides how held neurons are laid out, read and multiplied. To add one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -111,6 +111,27 @@ class Engine(ABC):
             Counts by the name of the layout, int64 [n_layers, n_bins]; empty if the engine reads no share of neurons.
         """
         return {}
+
+    def values_by_token(
+        self,
+        texts: Sequence[tuple[torch.Tensor, int]],
+        read_ratio: float,
+        numbers: Container[int],
+        take: Callable[[int, torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """Give what neurons that tokens read come to, on texts that are read densely, by an engine that was calibrated.
+
+        Args:
+            texts: as for `histograms`.
+            read_ratio: share of d_ff that a token reads.
+            numbers: of the layers that count.
+            take: for each text and layer its number, the values of its neurons, 0 where they are not read [n_tokens, d_ff],
+                and what all neurons give [n_tokens, d_model].
+
+        Raises:
+            ConfigError: the engine reads no share of neurons.
+        """
+        self.check_by_token()
 
     @classmethod
     def warm_up(cls, model: Any) -> None:

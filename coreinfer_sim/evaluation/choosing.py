@@ -14,10 +14,11 @@ from coreinfer_sim.base.settings import Mode, Score
 from coreinfer_sim.choosing.index_sets import IndexSets
 from coreinfer_sim.choosing.make import predictor_of
 from coreinfer_sim.choosing.predictors import Predictor
-from coreinfer_sim.choosing.selection import NeuronSelection
+from coreinfer_sim.choosing.selection import NeuronSelection, refitted
 from coreinfer_sim.choosing.statistics import ActivationStatistics
 from coreinfer_sim.evaluation.cases import Case
 from coreinfer_sim.evaluation.contenders import NEED_INDEX, Contender
+from coreinfer_sim.index.compensated import Refit
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.models.loading import LanguageModel
@@ -32,8 +33,18 @@ class Chooser:
     All make the layers sparse that the index recorded, so that they are compared at equal bytes; without an index, all layers.
     """
 
-    def __init__(self, language_model: LanguageModel, index: SemanticIndex | None, seed: int) -> None:
-        """Choose among the neurons of ``language_model``; ``index`` is needed by those that route by meaning."""
+    def __init__(
+        self, language_model: LanguageModel, index: SemanticIndex | None, seed: int, refit: Refit | None = None
+    ) -> None:
+        """Choose among the neurons of a model.
+
+        Args:
+            language_model: whose neurons they are.
+            index: needed by those that route by meaning.
+            seed: of random choices.
+            refit: of an index that is still to be written.
+        """
+        self._refit = refit
         self._language_model, self._index, self._seed = language_model, index, seed
         self._numbers = list(range(len(language_model.layers))) if index is None else index.manifest.settings.layers
         self._clusters: dict[tuple[Contender, int], NeuronSelection] = {}
@@ -61,7 +72,7 @@ class Chooser:
             self._predictors[contender] = predictor_of(self._config(contender), self._language_model.layers, index)
         chosen = self._predictors[contender].select([case.row.prompt], case.statistics, n_rows=1)
         assert chosen is not None
-        return chosen[0]
+        return chosen[0] if self._refit is None else refitted(chosen[0], self._refit)
 
     def _config(self, contender: Contender) -> SelectionConfig:
         own = contender.name in _RANKED_BY

@@ -22,6 +22,7 @@ from coreinfer_sim.evaluation.choosing import Chooser
 from coreinfer_sim.evaluation.contenders import Contender, check_known_before
 from coreinfer_sim.evaluation.formats import engine_for
 from coreinfer_sim.evaluation.results import Result
+from coreinfer_sim.index.compensated import Refit
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.loading import LanguageModel
 
@@ -47,6 +48,7 @@ def evaluate(
     log: TextIO | None = None,
     progress: Progress | None = None,
     histograms: Mapping[str, np.ndarray] | None = None,
+    refit: Refit | None = None,
 ) -> list[Result]:
     """Score contenders on rows under forced sparse decode.
 
@@ -65,6 +67,7 @@ def evaluate(
         log: receives every result as a line of JSON, as it comes.
         progress: receives progress.
         histograms: of what tokens need, as an index that is still to be written will hold; None: those of ``index``.
+        refit: of output rows, likewise.
 
     Raises:
         ConfigError: prompt and completion, or generated text, do not fit into the model's context, a contender knows its
@@ -88,7 +91,8 @@ def evaluate(
     reads_prompts = any(contender.reads_prompt for contender in contenders)
     if histograms is None and index is not None and any(contender.read_ratio < 1 for contender in contenders):
         histograms = index.histograms
-    scorer = _Scorer(language_model, index, decode, max_tokens, alpha if reads_prompts else None, seed, histograms)
+    chooser = Chooser(language_model, index, seed, refit)
+    scorer = _Scorer(language_model, chooser, decode, max_tokens, alpha if reads_prompts else None, histograms)
     progress.start("Evaluating", len(rows) * len(kinds), "rows")
     n_at_once = _rows_at_once(language_model, max_tokens)
     for begin in range(0, len(rows), n_at_once):
@@ -138,16 +142,15 @@ class _Scorer:
     def __init__(
         self,
         language_model: LanguageModel,
-        index: SemanticIndex | None,
+        chooser: Chooser,
         decode: DecodeConfig,
         max_tokens: int,
         alpha: float | None,
-        seed: int,
         known: Mapping[str, np.ndarray] | None,
     ) -> None:
         self._known = known
         self._whole, self._decode, self._max_tokens, self._alpha = language_model, decode, max_tokens, alpha
-        self._chooser = Chooser(language_model, index, seed)
+        self._chooser = chooser
         self._dense: dict[str, Engine] = {}
         """What decodes 16-bit weights, by the setting of the engine."""
         self._references: dict[tuple[str, Row], Case] = {}

@@ -1,3 +1,3 @@
 """Sets whose held neurons make up for the dropped ones."""
 
-__all__ = ["clustered_corpus", "comparing", "costs", "pipeline", "workers"]
+__all__ = ["clustered_corpus", "comparing", "costs", "pipeline", "refit", "workers"]

@@ -24,6 +24,7 @@ from coreinfer_sim.index.manifest import (
     MapInfo,
     ModelInfo,
     ProfileInfo,
+    RefitInfo,
     SettingsInfo,
     manifest_checksum,
 )
@@ -81,6 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
         histograms = [str(name) for name in raw.get("histograms", [])]
         of_map = _typed(MapInfo, raw["map"], "map") if "map" in raw else None
+        refit = _typed(RefitInfo, raw["refit"], "refit") if "refit" in raw else None
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     manifest = Manifest(
@@ -91,6 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
         profiles=profiles,
         histograms=histograms,
         map=of_map,
+        refit=refit,
         **sections,
     )
     _check_contents(manifest, path)
@@ -160,6 +163,7 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         **{f"model.{name}": getattr(model, name) > 0 for name in ("n_layers", "d_model", "d_ff")},
         "settings.n_clusters": settings.n_clusters > 0,
         "profiles": all(map(_is_sound_profile, manifest.profiles.values())),
+        "refit": manifest.refit is None or 0 < manifest.refit.read_ratio < 1,
         "compensation": all(_is_sound(info, model) for info in manifest.compensation)
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,

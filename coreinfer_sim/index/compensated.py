@@ -38,6 +38,18 @@ class LayerCompensation:
         return LayerCompensation(self.bias.to(device, copy=copy), delta)
 
 
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """What makes up for the neurons that tokens leave out, where each token chooses among all of them."""
+
+    read_ratio: float
+    """Share of d_ff that a token reads, for which alone it is meant."""
+    layout: str
+    """Of the weights that it was fitted to, as the engine names it."""
+    changes: Mapping[int, LayerCompensation]
+    """Of all layers' output weights and biases, over all neurons."""
+
+
 def save_compensated(
     path: Path, ids: Mapping[int, torch.Tensor], compensation: Mapping[int, LayerCompensation]
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError, MissingMapError
+from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError
 from coreinfer_sim.base.files import check_folder
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, members_within
@@ -23,10 +23,8 @@ from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.manifest import (
     CENTROIDS_FILE,
     CLUSTERS_FILE,
-    HISTOGRAMS_FILE,
     INDEX_FILES,
     MANIFEST_FILE,
-    MAP_FILE,
     NEURONS_FILE,
     REBUILD,
     Manifest,
@@ -34,11 +32,12 @@ from coreinfer_sim.index.manifest import (
     compensation_file,
 )
 from coreinfer_sim.index.names import check_no_own_demo, copy_demo, folder_of, is_ready_made
+from coreinfer_sim.index.optional_parts import OptionalParts
 from coreinfer_sim.index.places import find
-from coreinfer_sim.index.prompt_map import Place, PromptMap, read_map
+from coreinfer_sim.index.prompt_map import Place
 from coreinfer_sim.index.ranking import n_kept, top_ids
-from coreinfer_sim.index.storage import read_centroids, read_clusters, read_histograms, read_statistics, write_manifest
-from coreinfer_sim.index.verified import StoredArray, VerifiedFile
+from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
+from coreinfer_sim.index.verified import StoredArray
 
 if TYPE_CHECKING:  # an index is looked up and described without torch
     import torch
@@ -48,7 +47,7 @@ if TYPE_CHECKING:  # an index is looked up and described without torch
 _RANKED_BY = {Score.ENERGY: "energy", Score.PAPER: "counts"}
 
 
-class SemanticIndex:
+class SemanticIndex(OptionalParts):
     """Semantic clusters with their core-neuron statistics."""
 
     def __init__(
@@ -143,37 +142,6 @@ class SemanticIndex:
             )
         encoder.check_probe(self.manifest.encoder.probe, self.name)
         return encoder
-
-    @cached_property
-    def histograms(self) -> dict[str, np.ndarray]:
-        """What neurons are estimated to count where the corpus's texts are decoded, as counts by layout, [n_layers, n_bins].
-
-        The build has them from the engine; they are empty where it has measured none.
-
-        Raises:
-            IndexFormatError: the file is damaged.
-        """
-        manifest = self.manifest
-        if self._folder is None or not manifest.histograms:
-            return {}
-        file = VerifiedFile(self._folder / HISTOGRAMS_FILE, manifest.files[HISTOGRAMS_FILE])
-        return read_histograms(file, manifest.histograms, manifest.model.n_layers)
-
-    @cached_property
-    def map(self) -> PromptMap:
-        """Prompts of the corpus as dots of the plane; whether there is a map, ``manifest.map`` tells.
-
-        Raises:
-            MissingMapError: there is none.
-            IndexFormatError: the file is damaged.
-        """
-        manifest = self.manifest
-        if self._folder is None or manifest.map is None:
-            raise MissingMapError(
-                f"{self.name} has no map of its prompts, expected one of this release's indexes; {REBUILD}."
-            )
-        file = VerifiedFile(self._folder / MAP_FILE, manifest.files[MAP_FILE])
-        return read_map(file, manifest.map, manifest.encoder.dimension, len(self))
 
     def place(self, text: str) -> Place:
         """Return where a prompt stands on the map: at the weighted mean of the dots nearest in meaning.

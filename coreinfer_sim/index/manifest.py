@@ -19,6 +19,7 @@ NEURONS_FILE = "neurons.safetensors"
 CLUSTERS_FILE = "clusters.jsonl"
 HISTOGRAMS_FILE = "histograms.safetensors"
 MAP_FILE = "map.safetensors"
+REFIT_FILE = "refit.safetensors"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
@@ -199,6 +200,18 @@ class MapInfo:
 
 
 @dataclass(frozen=True)
+class RefitInfo:
+    """Output rows that were refitted for the neurons that tokens leave out."""
+
+    read_ratio: float
+    """Share of d_ff that a token reads, for which alone they are meant."""
+    layout: str
+    """Of the weights, as the engine names it."""
+    tokens: int
+    """That they were fitted to, about."""
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
 
@@ -224,6 +237,8 @@ class Manifest:
     """Layouts of which there are histograms of what tokens need, as the engine names them."""
     map: MapInfo | None = None
     """Of the map of its prompts; None: there is none."""
+    refit: RefitInfo | None = None
+    """Of output rows; None: there are none."""
 
     def file_names(self) -> list[str]:
         """Return the files of the index beside the manifest, relative to its folder."""
@@ -232,6 +247,7 @@ class Manifest:
             *INDEX_FILES,
             *([HISTOGRAMS_FILE] if self.histograms else []),
             *([MAP_FILE] if self.map else []),
+            *([REFIT_FILE] if self.refit is not None else []),
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
@@ -304,7 +320,7 @@ class Manifest:
         return fields
 
 
-OPTIONAL = ("histograms", "map")
+OPTIONAL = ("histograms", "map", "refit")
 """Fields of a manifest that earlier releases did not have."""
 
 

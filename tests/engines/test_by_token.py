@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -310,3 +312,23 @@ def test_parts_are_linear_maps(kind, d_model, n_ff):
             assert (found - expected).abs().max() <= most * expected.abs().max()
         many = part.times(x.repeat(40, 1))  # more rows than a tile is put together for
         assert (many - found.repeat(40, 1)).abs().max() <= most * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refitted_output_rows_are_read_in_place_of_the_records_own(kind):
+    _, _, mlp = gated(kind, 77 if KINDS[kind][1] is None else 320, 277, biased=True)
+    x, d_model = inputs(5, mlp.d_model), mlp.d_model
+    change = LayerCompensation(torch.randn(d_model), torch.randn(d_model, 277) / 16)
+    changed = mlp.refit(change)
+    threshold = float(mlp.contributions(x, SILU).quantile(0.5))
+    before, n_before = mlp.outputs(x, SILU, threshold)
+    found, n_read = changed.outputs(x, SILU, threshold)
+    # 1) what is chosen, and how many bytes that is, stays the same
+    assert n_read == n_before and changed.bytes_read(n_read, 5, 0.5) == mlp.bytes_read(n_read, 5, 0.5)
+    # 2) as if the rows were the MLP's own
+    ids = torch.arange(277)
+    expected, _ = replace(mlp.held(ids, change), norms=mlp.norms).outputs(x, SILU, threshold)
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+    # 3) prefill and dense decode read the records' own, over the same memory
+    assert torch.equal(changed.whole_outputs(x, SILU), mlp.whole_outputs(x, SILU))
+    assert changed.records is mlp.records and changed.n_bytes < 0.6 * mlp.n_bytes

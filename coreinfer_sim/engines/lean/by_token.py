@@ -15,11 +15,13 @@ from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
 
 ROWS, ADDED, RECORDS, RECORD_BYTES, UP_AT, OUT_AT, SCALED, MIDDLE, N_OUTPUTS, OUT_BIAS, OUT_NORMS, ON_DISK = range(12)
+REFITTED, REFITTED_BYTES = 12, 13
 """Places in the words of a layer's records: addresses of the products with two rows and of what adds output rows; address of
 the first record, and bytes of each; where its up row and its output row begin; of rows that complete the estimate's codes
 the address of what multiplies their scales (0: they are floats), and twice the middle of what they can add to a code; outputs
 that a record holds; addresses of the outputs' bias (0: none), of ‖w_out‖, and of the words of records that lie on the disk (see
-`disk_reads`; 0: all lie in memory)."""
+`disk_reads`; 0: all lie in memory); address of output rows that are read in place of those in the records (0: none), and bytes of
+each."""
 BY_CODES = SCALED
 TILES = 16
 """Whose neurons are estimated before the chosen among them are read."""
@@ -60,13 +62,20 @@ def _chosen(gates, ups, norms, first, threshold, kind, reads, places):
 
 
 @inline
-def add_waiting(own, at, chosen, c, n_own, values, rows, n_waiting, out):
+def output_at(own, n, record):
+    """Return where the output row of a neuron lies whose record lies at ``record``."""
+    return record + own[OUT_AT] if own[REFITTED] == 0 else own[REFITTED] + n * own[REFITTED_BYTES]
+
+
+@inline
+def add_waiting(own, first, at, chosen, c, n_own, values, rows, n_waiting, out):
     """Add what neurons give to the outputs, once as many wait as are added together, or none follows.
 
     What other rows of inputs read does not matter, so that one alone gives the same.
 
     Args:
         own: words of the records.
+        first: neuron from which ``chosen`` counts.
         at: addresses of the records of the neurons that ``chosen`` numbers, int64 [n].
         chosen: neurons that are read, in order.
         c: place of the latest one among them.
@@ -86,7 +95,7 @@ def add_waiting(own, at, chosen, c, n_own, values, rows, n_waiting, out):
         values[k], rows[k] = np.float32(0.0), rows[0]
     for k in range(together):
         following = chosen[min(c + (1 if together > 1 else AHEAD) + k, n_own - 1)]
-        rows[together + k] = at[following] + own[OUT_AT]
+        rows[together + k] = output_at(own, first + following, at[following])
     call_five(own[ADDED], (address(rows), address(values), own[N_OUTPUTS], address(out), 0))
     return 0
 
@@ -132,8 +141,8 @@ def read_chosen(stack, first, places, n_chosen, at, reads, x, codes, factors, st
                 if stack[1, BIAS] != 0:
                     up += float_at(stack[1, BIAS] + 4 * n)
             values[n_waiting] = activated(gate, kind) * up
-            rows[n_waiting] = record + own[OUT_AT]
-            n_waiting = add_waiting(own, at, chosen, c, n_own, values, rows, n_waiting + 1, out[r])
+            rows[n_waiting] = output_at(own, n, record)
+            n_waiting = add_waiting(own, first, at, chosen, c, n_own, values, rows, n_waiting + 1, out[r])
 
 
 @inline

@@ -7,7 +7,7 @@ cache is transformers' own, grown in place. All else – prefill, sampling, stop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
@@ -29,30 +29,28 @@ from coreinfer_sim.engines.lean.compact import WholeMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.disk_records import DiskRecords
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
-from coreinfer_sim.engines.lean.instructions import Products
 from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
 from coreinfer_sim.engines.lean.joined_rows import JoinedRows, LeanCall
 from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import refuses_cache
 from coreinfer_sim.engines.lean.laid_out import load_laid_out, load_on_disk
 from coreinfer_sim.engines.lean.matrix import Array, Matrix
-from coreinfer_sim.engines.lean.measuring import Text, known_or_measured, layout_of, measured_histograms
+from coreinfer_sim.engines.lean.measuring import FASTER_BY_TOKEN, Text, known_or_measured, named_histograms
+from coreinfer_sim.engines.lean.refit import Take, read_by_token, refitted_mlps
 from coreinfer_sim.engines.lean.step import decode_step
-from coreinfer_sim.engines.lean.thresholds import Histograms, name_of
+from coreinfer_sim.engines.lean.thresholds import Histograms
 from coreinfer_sim.engines.lean.warm_up import warm_up
 from coreinfer_sim.engines.linear import hand_over, hand_over_table, mlp_modules, products_of
 from coreinfer_sim.engines.modules import grouped_model, installed_projections
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.engines.sizes import BytesRead, Planner
 from coreinfer_sim.engines.steps import Group, Step, StepInputs
-from coreinfer_sim.index.compensated import LayerCompensation
+from coreinfer_sim.index.compensated import LayerCompensation, Refit
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
 PASS_TOKENS = 512
 """That one pass of prefill reads: its activations grow with them, and a few hundred are enough to be bound by arithmetic."""
-FASTER_BY_TOKEN = {Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high")}
-"""Layouts of which half of the neurons decode faster than all, by the processor's instructions, where that was measured."""
 
 
 class LeanEngine(Engine):
@@ -70,6 +68,7 @@ class LeanEngine(Engine):
         self._histograms: Histograms | None = None
         self._disk: DiskRecords | None = getattr(model, "laid_out_disk", None)
         self._took_over = False
+        self._refit: tuple[Refit, Mapping[int, DenseMLP]] | None = None
 
     @classmethod
     def refuses(cls, model: Any, config: DecodeConfig) -> str | None:
@@ -128,9 +127,14 @@ class LeanEngine(Engine):
         """Measure how much each neuron is estimated to count at the positions that decode would reach."""
         if self._weights.refuses_by_token() is not None:
             return {}
-        n_layers = len(self.layers)
-        name = name_of(layout_of(self._weights, n_layers))
-        return {name: measured_histograms(self._weights, n_layers, self.model.dtype, texts, report).counts}
+        return named_histograms(self._weights, len(self.layers), self.model.dtype, texts, report)
+
+    def values_by_token(self, texts: Sequence[Text], read_ratio: float, numbers: Container[int], take: Take) -> None:
+        """Choose by the estimates and thresholds of decode."""
+        self.check_by_token()
+        assert self._histograms is not None
+        found = self._histograms.thresholds(read_ratio)
+        read_by_token(self._weights, self.model.dtype, texts, found, numbers, take)
 
     def refuses_call(self, cache: Any, mask: torch.Tensor, given: Mapping[str, Any]) -> str | None:
         """Refuse caches that do not grow, masks with gaps, and calls for more than logits."""
@@ -169,10 +173,15 @@ class LeanEngine(Engine):
     def cut(self, selection: NeuronSelection) -> Mapping[int, DenseMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
         repairs, by_token = selection.compensation or {}, selection.read_ratio < 1
-        return {
+        held = {
             number: self._held(number, ids, repairs.get(number), by_token)
             for number, ids in held_ids(self.layers, selection).items()
         }
+        if not by_token or selection.refit is None or held or self._disk is not None:
+            return held
+        if self._refit is None or self._refit[0] is not selection.refit:
+            self._refit = selection.refit, refitted_mlps(self._weights, len(self.layers), selection.refit)
+        return self._refit[1]
 
     def _held(self, number: int, ids: torch.Tensor, repair: LayerCompensation | None, by_token: bool) -> DenseMLP:
         layer = self.layers[number]
@@ -241,9 +250,7 @@ class LeanEngine(Engine):
         cos, sin = rows.joined(lambda inputs, picked: weights.angles(inputs.positions)[:, :, picked], 2)
         starts = rows.joined(lambda inputs, picked: torch.from_numpy(inputs.starts)[picked])
         caches, positions = rows.adopt()
-        words, thresholds = (
-            np.stack(part) for part in zip(*(self._mlps(prepared)[1:] for _, prepared in rows.parts), strict=True)
-        )
+        words, thresholds = map(np.stack, zip(*(self._mlps(prepared)[1:] for _, prepared in rows.parts), strict=True))
         # 2) all layers
         n_read = np.zeros((*thresholds.shape, 2), np.int64)
         made = np.empty((len(hidden), -(-weights.head.n_out // TILE) * TILE), np.float32)
@@ -282,10 +289,12 @@ class LeanEngine(Engine):
     def _thresholds(self, prepared: Prepared, mlps: Sequence[DenseMLP]) -> Array:
         """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are."""
         ratio = prepared.selection.read_ratio
-        if ratio == 1:
-            return np.zeros(len(mlps), np.float32)
-        assert self._histograms is not None
-        return self._histograms.thresholds(ratio)
+        assert ratio == 1 or self._histograms is not None
+        return (
+            np.zeros(len(mlps), np.float32)
+            if self._histograms is None or ratio == 1
+            else self._histograms.thresholds(ratio)
+        )
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""

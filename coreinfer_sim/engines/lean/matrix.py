@@ -112,7 +112,7 @@ class Matrix:
             0 if scales is None else scales.shape[1] * scales.shape[2],
             int(self.packed),
             unpacked_address(self.kind) if self.packed else 0,
-            0,
+            *(0, 0, 0),
         ]
         assert len(words) == N_WORDS
         return np.array(words, np.int64)

@@ -9,6 +9,7 @@ import torch
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.engines.lean.blocks import LeanModel
 from coreinfer_sim.engines.lean.forced import forced_states
+from coreinfer_sim.engines.lean.instructions import Products
 from coreinfer_sim.engines.lean.matrix import Array
 from coreinfer_sim.engines.lean.thresholds import (
     Histograms,
@@ -21,6 +22,11 @@ from coreinfer_sim.models.fingerprint import weights_checksum
 from coreinfer_sim.models.mlps import MLPLayer
 
 _FIRST = 8  # positions of a passage that are left out
+FASTER_BY_TOKEN = {
+    Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
+}
+"""Layouts of which half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
+was not measured is not there."""
 Text = tuple[torch.Tensor, int]
 """Token ids [n_tokens], and how many of them stand before those that count."""
 
@@ -49,6 +55,14 @@ def measured_histograms(
             forced_states(weights, dtype, ids, None, mlp)
         report(1)
     return found
+
+
+def named_histograms(
+    weights: LeanModel, n_layers: int, dtype: torch.dtype, texts: Sequence[Text], report: Callable[[int], None]
+) -> dict[str, Array]:
+    """Return such counts under the name by which an index knows them."""
+    name = name_of(layout_of(weights, n_layers))
+    return {name: measured_histograms(weights, n_layers, dtype, texts, report).counts}
 
 
 def layout_of(weights: LeanModel, n_layers: int) -> str:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from coreinfer_sim.engines.cutting import merge_delta
 from coreinfer_sim.engines.lean import by_token
@@ -45,6 +46,16 @@ Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
+class RefittedOutputs:
+    """What decode reads in place of the output rows of the records, where tokens leave neurons out."""
+
+    rows: torch.Tensor
+    """uint8 [n_ff, …], of the MLP's ``output_kind``."""
+    bias: torch.Tensor
+    """Float32, filled up to a multiple of 16."""
+
+
+@dataclass(frozen=True, eq=False)
 class TokenMLP:
     """Gate and up [n_ff, d_model] and down [d_model, n_ff], by neuron."""
 
@@ -63,6 +74,8 @@ class TokenMLP:
     """Of the outputs, float32, filled up to a multiple of 16."""
     on_disk: LayerRecords | None = None
     """Where decode finds the records, which are mapped from a file; None: in memory."""
+    refitted: RefittedOutputs | None = None
+    """Prefill reads the records' own; None: decode does, too."""
 
     @property
     def n_ff(self) -> int:
@@ -94,7 +107,11 @@ class TokenMLP:
         words[by_token.SCALED] = scales_address(self.kind) if self.packed else 0
         words[by_token.MIDDLE] = FORMATS[self.kind].step - 1 if self.packed else 0
         words[by_token.N_OUTPUTS] = n_outputs(self.output_kind, self.d_model)
-        words[by_token.OUT_BIAS] = 0 if self.bias is None else self.bias.data_ptr()
+        bias = self.bias
+        if self.refitted is not None:
+            rows, bias = self.refitted.rows, self.refitted.bias
+            words[by_token.REFITTED], words[by_token.REFITTED_BYTES] = rows.data_ptr(), rows.shape[1]
+        words[by_token.OUT_BIAS] = 0 if bias is None else bias.data_ptr()
         words[by_token.OUT_NORMS] = self.norms.data_ptr()
         words[by_token.ON_DISK] = 0 if self.on_disk is None else self.on_disk.words.ctypes.data
         stack = np.stack([self.gate.words, self.up.words, words])
@@ -120,8 +137,8 @@ class TokenMLP:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in memory."""
-        return self.estimate_bytes + self.records.nbytes
+        """Bytes in memory; of what was refitted, those beside the MLP that it was made of."""
+        return self.estimate_bytes + self.records.nbytes if self.refitted is None else self.refitted.rows.nbytes
 
     @property
     def dense_bytes(self) -> int:
@@ -185,14 +202,26 @@ class TokenMLP:
         gate, up = self.gate.outputs(ids), self.up.outputs(ids)
         records, norms, bias = self.records[ids], self.norms[ids], self.bias
         if compensation is not None:
-            outputs = torch.cat([self.rows(2, n, n + ROWS) for n in range(0, self.n_ff, ROWS)])[ids].T.contiguous()
-            merge_delta(outputs, compensation)
-            added = compensation.bias.float()
-            bias = filled_bias(added if bias is None else bias[: self.d_model] + added)
+            outputs, bias = self._compensated(ids, compensation)
             ends = output_rows(outputs, self.output_kind)
             records[:, 2 * self._row_bytes : 2 * self._row_bytes + ends.shape[1]] = ends
             norms = outputs.norm(dim=0)
         return replace(self, gate=gate, up=up, records=records, norms=norms, bias=bias)
+
+    def refit(self, change: LayerCompensation) -> TokenMLP:
+        """Return the MLP over the same memory, whose decode reads changed output rows: what tokens choose stays the same."""
+        outputs, bias = self._compensated(torch.arange(self.n_ff), change)
+        rows = output_rows(outputs, self.output_kind)
+        return replace(self, refitted=RefittedOutputs(F.pad(rows, (0, -rows.shape[1] % LINE)), bias))
+
+    def _compensated(self, ids: torch.Tensor, compensation: LayerCompensation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output weights [d_model, n] of some neurons with a compensation merged in, and the bias."""
+        outputs = torch.cat([self.rows(2, n, n + ROWS) for n in range(0, self.n_ff, ROWS)])[ids].T.contiguous()
+        merge_delta(outputs, compensation)
+        bias = compensation.bias.float()
+        filled = filled_bias(bias if self.bias is None else self.bias[: self.d_model] + bias)
+        assert filled is not None
+        return outputs, filled
 
 
 def of_weights(weights: Weights, biases: Biases, rounded: str | None = None) -> TokenMLP:

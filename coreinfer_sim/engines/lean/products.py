@@ -12,7 +12,7 @@ ONE, MANY, WEIGHTS, SCALES, BIAS, N_OUT, N_IN, CODE_STEP, SCALE_STEP, PACKED, UN
 """Places in the words of a matrix: addresses of the product with one row and with four, of weights, scales and bias (0: none);
 outputs; inputs, filled up to the type's span; bytes from tile to tile of weights and of scales; 1 if its inputs are rounded to
 8 bits; address of what widens a tile; of an MLP's first matrix, that of its loop (see `mlp_loops`)."""
-N_WORDS = 12
+N_WORDS = 14  # of a matrix the last two are nothing
 
 
 @inline

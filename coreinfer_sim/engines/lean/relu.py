@@ -13,12 +13,12 @@ from coreinfer_sim.engines.lean.by_token import (
     AHEAD,
     BY_CODES,
     N_OUTPUTS,
-    OUT_AT,
     RECORD_BYTES,
     RECORDS,
     ROWS,
     TILES,
     add_waiting,
+    output_at,
     started,
     summed,
 )
@@ -50,8 +50,8 @@ def _add(stack, first, positive, n_own, at, gates, x, codes, factors, starts, ki
                 up += float_at(stack[1, BIAS] + 4 * (first + i))
             value *= up
         values[n_waiting] = value
-        rows[n_waiting] = record + own[OUT_AT]
-        n_waiting = add_waiting(own, at, positive, c, n_own, values, rows, n_waiting + 1, out)
+        rows[n_waiting] = output_at(own, first + i, record)
+        n_waiting = add_waiting(own, first, at, positive, c, n_own, values, rows, n_waiting + 1, out)
 
 
 @parallel

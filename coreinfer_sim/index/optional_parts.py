@@ -1,0 +1,76 @@
+"""What an index may hold beside its clusters and their statistics, each in a file of its own that is read when it is needed."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coreinfer_sim.base.errors import IndexFormatError, MissingMapError
+from coreinfer_sim.index.manifest import HISTOGRAMS_FILE, MAP_FILE, REBUILD, REFIT_FILE, Manifest
+from coreinfer_sim.index.prompt_map import PromptMap, read_map
+from coreinfer_sim.index.storage import read_histograms
+from coreinfer_sim.index.verified import VerifiedFile
+
+if TYPE_CHECKING:  # an index is looked up and described without torch
+    from coreinfer_sim.index.compensated import Refit
+
+
+class OptionalParts:
+    """The optional parts of one index."""
+
+    manifest: Manifest
+    name: str
+    _folder: Path | None
+
+    @cached_property
+    def histograms(self) -> dict[str, np.ndarray]:
+        """What neurons are estimated to count where the corpus's texts are decoded, as counts by layout, [n_layers, n_bins].
+
+        The build has them from the engine; they are empty where it has measured none.
+
+        Raises:
+            IndexFormatError: the file is damaged.
+        """
+        manifest = self.manifest
+        if self._folder is None or not manifest.histograms:
+            return {}
+        file = VerifiedFile(self._folder / HISTOGRAMS_FILE, manifest.files[HISTOGRAMS_FILE])
+        return read_histograms(file, manifest.histograms, manifest.model.n_layers)
+
+    @cached_property
+    def map(self) -> PromptMap:
+        """Prompts of the corpus as dots of the plane; whether there is a map, ``manifest.map`` tells.
+
+        Raises:
+            MissingMapError: there is none.
+            IndexFormatError: the file is damaged.
+        """
+        manifest = self.manifest
+        if self._folder is None or manifest.map is None:
+            raise MissingMapError(
+                f"{self.name} has no map of its prompts, expected one of this release's indexes; {REBUILD}."
+            )
+        file = VerifiedFile(self._folder / MAP_FILE, manifest.files[MAP_FILE])
+        return read_map(file, manifest.map, manifest.encoder.dimension, manifest.settings.n_clusters)
+
+    def refit(self, read_ratio: float) -> Refit | None:
+        """Return what was fitted for tokens that read such a share of all neurons, or None if nothing was.
+
+        Raises:
+            IndexFormatError: the file is damaged.
+        """
+        from coreinfer_sim.index.compensated import Refit, load_compensated
+
+        info, model = self.manifest.refit, self.manifest.model
+        if self._folder is None or info is None or not math.isclose(info.read_ratio, read_ratio):
+            return None
+        ids, changes = load_compensated(
+            self._folder / REFIT_FILE, model.d_model, model.n_layers, self.manifest.files[REFIT_FILE]
+        )
+        if [len(ids.get(number, ())) for number in range(model.n_layers)] != [model.d_ff] * model.n_layers:
+            raise IndexFormatError(f"{self._folder / REFIT_FILE} lacks layers or neurons; {REBUILD}.")
+        return Refit(info.read_ratio, info.layout, changes)
