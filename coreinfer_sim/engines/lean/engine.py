@@ -173,10 +173,8 @@ class LeanEngine(Engine):
     def cut(self, selection: NeuronSelection) -> Mapping[int, DenseMLP]:
         """Lay out held neurons; of layers on disk that the selection does not name, all neurons."""
         repairs, by_token = selection.compensation or {}, selection.read_ratio < 1
-        held = {
-            number: self._held(number, ids, repairs.get(number), by_token)
-            for number, ids in held_ids(self.layers, selection).items()
-        }
+        named = held_ids(self.layers, selection)
+        held = {number: self._held(number, ids, repairs.get(number), by_token) for number, ids in named.items()}
         if not by_token or selection.refit is None or held or self._disk is not None:
             return held
         if self._refit is None or self._refit[0] is not selection.refit:
@@ -289,12 +287,9 @@ class LeanEngine(Engine):
     def _thresholds(self, prepared: Prepared, mlps: Sequence[DenseMLP]) -> Array:
         """Return from which estimate on neurons are read, float32 [n_layers]; 0: all are."""
         ratio = prepared.selection.read_ratio
-        assert ratio == 1 or self._histograms is not None
-        return (
-            np.zeros(len(mlps), np.float32)
-            if self._histograms is None or ratio == 1
-            else self._histograms.thresholds(ratio)
-        )
+        if ratio == 1 or self._histograms is None:  # see `check_by_token`
+            return np.zeros(len(mlps), np.float32)
+        return self._histograms.thresholds(ratio)
 
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:
         """Feed all positions through the same weights; sums of products differ in their order alone, see `forced`."""
