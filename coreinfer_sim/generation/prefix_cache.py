@@ -1,8 +1,8 @@
 """Keys and values of texts that were read, kept for prompts that begin with the same tokens.
 
-What is kept is what prefill would write again, whatever is in the cache, so that no text depends on what other texts left there:
-positions that prefill read, and decoded ones where decode read them with the weights of prefill. The tokens of a sparse answer
-saw fewer neurons; they are read once more with the prompt that repeats them, and are kept from then on.
+What is kept is what prefill would write again but for the order of sums, so that no text depends on which neurons an earlier
+one read: positions that prefill read, and decoded ones where decode read them with the weights of prefill. The tokens of a
+sparse answer saw fewer neurons; they are read once more with the prompt that repeats them, and are kept from then on.
 """
 
 from __future__ import annotations
