@@ -273,8 +273,10 @@ class SemanticIndex(OptionalParts):
 
     def _reached(self, values: np.ndarray, ties: np.ndarray) -> np.ndarray:
         """Return to which rows of statistics tokens have come, boolean [n_recorded_layers]: to all but some experts."""
-        is_mixture = self.manifest.model.places is not None
-        return np.logical_or(values.any(axis=1), ties.any(axis=1)) if is_mixture else np.ones(len(values), bool)
+        if self.manifest.model.places is None:
+            return np.ones(len(values), bool)
+        reached: np.ndarray = np.logical_or(values.any(axis=1), ties.any(axis=1))
+        return reached
 
     def _statistic(self, name: str, cluster: int | None) -> np.ndarray:
         values = self._statistics[name]
