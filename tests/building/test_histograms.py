@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from coreinfer_sim.building import promise
 from coreinfer_sim.building.histograms import n_tokens_measured
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.lean.thresholds import N_BINS
+from coreinfer_sim.evaluation.tune import by_token_and_dense
 from coreinfer_sim.generation.sparse_model import SparseModel
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.manifest import HISTOGRAMS_FILE
@@ -23,7 +25,8 @@ from coreinfer_sim.models.loading import load_model
 def measuring():
     """Sixty prompts are enough to measure on; what is promised matters little."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_FEWEST_TEXTS": 30, "_SHORTEST": 4}.items():
+        few = partial(by_token_and_dense, read_ratios=(0.5,))
+        for name, value in {"_FEWEST_TEXTS": 30, "_SHORTEST": 4, "by_token_and_dense": few}.items():
             patch.setattr(promise, name, value)
         yield
 

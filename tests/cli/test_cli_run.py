@@ -169,7 +169,8 @@ def test_a_chat_goes_on_by_another_profile(tuned, capsys):
     assert f"{second}\n  last: " in captured.out
 
 
-def test_a_chat_that_cannot_switch_goes_on_as_before(index, generator, capsys):
+def test_a_chat_that_cannot_switch_goes_on_as_before(index, generator, capsys, monkeypatch):
+    monkeypatch.setattr(generator, "profile", Profile.BALANCED)
     opened = []
 
     def reopen(profile: Profile | None) -> Generator:
@@ -184,7 +185,7 @@ def test_a_chat_that_cannot_switch_goes_on_as_before(index, generator, capsys):
     captured = capsys.readouterr()
     assert f"Error: {index} has no profile fast, expected one of exact; 'coreinfer-sim tune'" in captured.err
     assert "Error: there is no room." in captured.err and "opened again" not in captured.err
-    assert opened == [Profile.EXACT, generator.profile] and captured.out.strip()
+    assert opened == [Profile.EXACT, Profile.BALANCED] and captured.out.strip()
     lines.append("/why")  # there is no room for what was open either
     with pytest.raises(ConfigError, match="no room"):
         Chat(*given, raw=False, reopen=reopen).talk(lines)
