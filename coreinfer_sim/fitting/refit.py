@@ -17,7 +17,7 @@ from coreinfer_sim.index.compensated import LayerCompensation
 from coreinfer_sim.models.mlps import MLPLayer, linear_parameters
 
 N_TOKENS = 32_000
-"""To which rows are fitted, about; more of them are no better as far as measured."""
+"""To which rows are fitted, about."""
 _RIDGE = 2.0
 """λ, relative to each neuron's own variance: less of it learns the noise of so few tokens."""
 _FIRST = 8
