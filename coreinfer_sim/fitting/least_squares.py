@@ -92,6 +92,13 @@ class Moments:
         cross = (self.cross / n).addr_(mean_features, mean_targets, alpha=-1)
         return CentredMoments(gram, cross, mean_features, mean_targets)
 
+    def about_zero(self) -> CentredMoments:
+        """Return second moments about zero in place of covariances, for a regression without a bias."""
+        n = self.n_tokens
+        return CentredMoments(
+            self.gram / n, self.cross / n, torch.zeros_like(self.features), torch.zeros_like(self.targets)
+        )
+
 
 @dataclass(frozen=True)
 class CentredMoments:
@@ -144,6 +151,7 @@ def compensate(
     output_bias: torch.Tensor | None,
     *,
     ridge: float,
+    of_mean: bool = False,
 ) -> LayerCompensation:
     """Fit one layer's compensation.
 
@@ -153,11 +161,12 @@ def compensate(
         output_weight: dense, [d_model, d_ff].
         output_bias: dense, [d_model], or None.
         ridge: λ, relative to each feature's own variance; see `best_ridge`.
+        of_mean: λ is relative to the mean of all variances instead.
     """
     kept = output_weight.float()[:, ids]  # [d_model, n_kept]
     gram = moments.gram[ids][:, ids]
     open_cross = moments.cross[ids] - gram @ kept.T  # covariance of f_S with what the kept neurons leave open
-    delta = torch.cholesky_solve(open_cross, _cholesky(gram, ridge)).T  # [d_model, n_kept]
+    delta = torch.cholesky_solve(open_cross, _cholesky(gram, ridge, of_mean)).T  # [d_model, n_kept]
     bias = moments.mean_targets - (kept + delta) @ moments.mean_features[ids]
     if output_bias is not None:
         bias = bias - output_bias.float()
@@ -209,11 +218,12 @@ def _fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+def _cholesky(gram: torch.Tensor, ridge: float, of_mean: bool = False) -> torch.Tensor:
     """Factor a covariance with the ridge on its diagonal; features that never vary get the mean's share."""
     variance = gram.diagonal()
     ridged = gram.clone()
-    ridged.diagonal().add_(ridge * variance.clamp_min(0) + 1e-6 * variance.mean().clamp_min(1e-20))
+    own = variance.mean() if of_mean else variance.clamp_min(0)
+    ridged.diagonal().add_(ridge * own + 1e-6 * variance.mean().clamp_min(1e-20))
     try:
         factor: torch.Tensor = torch.linalg.cholesky(ridged)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

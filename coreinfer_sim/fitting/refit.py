@@ -18,8 +18,8 @@ from coreinfer_sim.models.mlps import MLPLayer, linear_parameters
 
 N_TOKENS = 32_000
 """To which rows are fitted, about."""
-_RIDGE = 2.0
-"""λ, relative to each neuron's own variance: less of it learns the noise of so few tokens."""
+_RIDGE = 1.0
+"""λ, relative to the mean of the neurons' second moments: rows of neurons that are seldom read stay near what they are."""
 _FIRST = 8
 _MOMENTS_BYTES = 2 << 30
 """Memory for the moments of the layers that are fitted in one pass over the texts: one layer at least."""
@@ -42,7 +42,7 @@ def refit_rows(
     read_ratio: float,
     report: Callable[[int], None],
 ) -> dict[int, LayerCompensation]:
-    """Fit the change of all layers' output weights, [d_model, d_ff], and of their output biases.
+    """Fit the change of all layers' output weights, [d_model, d_ff]; output biases stay.
 
     Args:
         engine: reads by token, and was calibrated.
@@ -60,14 +60,16 @@ def refit_rows(
         def take(
             number: int, values: torch.Tensor, outputs: torch.Tensor, moments: dict[int, Moments] = moments
         ) -> None:
-            moments[number].add(values, outputs, torch.ones(len(values)))
+            bias = linear_parameters(layers[number].output)[1]
+            wanted = outputs if bias is None else outputs - bias.float()
+            moments[number].add(values, wanted, torch.ones(len(values)))
 
         for text in texts:
             if len(text.ids) > _FIRST:
                 engine.values_by_token([(torch.tensor(text.ids), _FIRST)], read_ratio, group, take)
             report(1)
         for number, layer in group.items():
-            weight, bias = linear_parameters(layer.output)
-            centred = moments.pop(number).centred()
-            found[number] = compensate(centred, torch.arange(layer.d_ff), weight, bias, ridge=_RIDGE)
+            weight, _ = linear_parameters(layer.output)
+            ids, about_zero = torch.arange(layer.d_ff), moments.pop(number).about_zero()
+            found[number] = compensate(about_zero, ids, weight, None, ridge=_RIDGE, of_mean=True)
     return found

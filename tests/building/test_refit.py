@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from index_folder import raw_manifest, rewrite
 import coreinfer_sim
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.errors import ConfigError, IndexFormatError
-from coreinfer_sim.base.settings import BuildConfig
+from coreinfer_sim.base.settings import BuildConfig, Profile
 from coreinfer_sim.building import promise
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.registry import choose_engines
+from coreinfer_sim.evaluation.tune import by_token_and_dense, choose_profiles
 from coreinfer_sim.fitting import refit
 from coreinfer_sim.fitting.clustered_corpus import CalibrationText
 from coreinfer_sim.fitting.refit import refit_rows
@@ -29,12 +31,24 @@ from coreinfer_sim.models.mlps import linear_parameters
 REFIT = replace(CONFIG, refit=0.4)
 
 
+def promising(patch):
+    """Measure on few texts, and let every profile lose whatever a read ratio of 0.4 costs."""
+    most = dict.fromkeys((Profile.BALANCED, Profile.FAST), 90.0)
+    named = {
+        "_FEWEST_TEXTS": 30,
+        "_SHORTEST": 4,
+        "by_token_and_dense": partial(by_token_and_dense, read_ratios=(0.4,)),
+        "choose_profiles": partial(choose_profiles, max_increases=most),
+    }
+    for name, value in named.items():
+        patch.setattr(promise, name, value)
+
+
 @pytest.fixture(scope="module")
 def refitted(build, tmp_path_factory):
     """An index with refitted rows, and what it promises."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_FEWEST_TEXTS": 30, "_SHORTEST": 4, "READ_RATIOS": (0.4,), "MAX_INCREASE": 90.0}.items():
-            patch.setattr(promise, name, value)
+        promising(patch)
         folder = tmp_path_factory.mktemp("refitted") / "index"
         build(folder, REFIT)
     return folder
@@ -95,8 +109,7 @@ def test_a_held_set_leaves_rows_as_they_are(refitted, encoder, tiny_checkpoint):
 
 
 def test_what_is_promised_was_measured_with_them(refitted, build, tmp_path, monkeypatch):
-    for name, value in {"_FEWEST_TEXTS": 30, "_SHORTEST": 4, "READ_RATIOS": (0.4,), "MAX_INCREASE": 90.0}.items():
-        monkeypatch.setattr(promise, name, value)
+    promising(monkeypatch)
     build(tmp_path / "index")
     with_rows, without = (SemanticIndex.load(each).manifest.profile for each in (refitted, tmp_path / "index"))
     assert with_rows.read_ratio == without.read_ratio == 0.4 and with_rows.ratio != without.ratio
