@@ -169,7 +169,7 @@ class Generator(ABC):
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Generation:
-        """Generate one continuation; one call at a time, whichever thread it comes from.
+        """Generate one continuation; calls of several threads wait for each other, or share their steps (`takes_turns`).
 
         Args:
             prompt: a text, or the messages of a conversation.
@@ -207,8 +207,11 @@ class Generator(ABC):
 
     @contextmanager
     def _turn(self, output: TextOutput) -> Iterator[None]:
-        """Wait until no other call generates, as long as somebody wants the text."""
+        """Wait until no other call generates, unless calls take turns, as long as somebody wants the text."""
         output.check()
+        if self.takes_turns:
+            yield
+            return
         while not self._free.acquire(timeout=_PATIENCE):
             output.check()
         try:

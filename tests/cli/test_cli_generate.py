@@ -10,7 +10,18 @@ import pytest
 from commands import MODES, NOUNS, call, generated, parsed, refused, setting, succeeded
 
 FIELDS = {
-    *("prompt", "text", "mode", "cluster", "label", "similarity", "keep_ratio", "n_prompt_tokens", "n_new_tokens"),
+    *(
+        "prompt",
+        "text",
+        "mode",
+        "cluster",
+        "label",
+        "similarity",
+        "keep_ratio",
+        "n_prompt_tokens",
+        "n_cached_tokens",
+        "n_new_tokens",
+    ),
     "read_ratio",
     "skips_zeros",
     *(
