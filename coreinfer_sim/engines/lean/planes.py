@@ -51,7 +51,7 @@ class RefittedOutputs:
 
     rows: torch.Tensor
     """uint8 [n_ff, …], of the MLP's ``output_kind``."""
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     """Float32, filled up to a multiple of 16."""
 
 
@@ -214,14 +214,14 @@ class TokenMLP:
         rows = output_rows(outputs, self.output_kind)
         return replace(self, refitted=RefittedOutputs(F.pad(rows, (0, -rows.shape[1] % LINE)), bias))
 
-    def _compensated(self, ids: torch.Tensor, compensation: LayerCompensation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return output weights [d_model, n] of some neurons with a compensation merged in, and the bias."""
+    def _compensated(
+        self, ids: torch.Tensor, compensation: LayerCompensation
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return output weights [d_model, n] of some neurons with a compensation merged in, and the bias, if there is one."""
         outputs = torch.cat([self.rows(2, n, n + ROWS) for n in range(0, self.n_ff, ROWS)])[ids].T.contiguous()
         merge_delta(outputs, compensation)
         bias = compensation.bias.float()
-        filled = filled_bias(bias if self.bias is None else self.bias[: self.d_model] + bias)
-        assert filled is not None
-        return outputs, filled
+        return outputs, filled_bias(bias if self.bias is None else self.bias[: self.d_model] + bias)
 
 
 def of_weights(weights: Weights, biases: Biases, rounded: str | None = None) -> TokenMLP:
