@@ -24,6 +24,7 @@ from coreinfer_sim.models.mlps import MLPLayer
 _FIRST = 8  # positions of a passage that are left out
 FASTER_BY_TOKEN = {
     Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high"),
+    Products.AVX2: ("bfloat16",),
 }
 """Layouts of which half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
 was not measured is not there."""
