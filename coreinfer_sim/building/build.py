@@ -122,6 +122,11 @@ def _settings(
     recorded_layers(language_model, source.config)
     if source.config.compensation is not None:
         check_dense(language_model.layers, "compensation")
+    if source.config.refit is not None and not layout_bytes(language_model):
+        raise ConfigError(
+            f"build.refit was asked for, but decode reads all neurons of {language_model.name}, or those that are not zero, so "
+            "that nothing is to be made up for; leave it out."
+        )
     limit = language_model.context_length
     if limit is not None and corpus.max_tokens > limit:
         raise ConfigError(

@@ -19,10 +19,9 @@ from coreinfer_sim.base.resuming import differing
 from coreinfer_sim.fitting.pipeline import forget_sets
 from coreinfer_sim.index.manifest import (
     COMPENSATION_FOLDER,
-    HISTOGRAMS_FILE,
     INDEX_FILES,
     MANIFEST_FILE,
-    MAP_FILE,
+    OPTIONAL,
 )
 
 SHARDS_FOLDER = "shards"
@@ -43,7 +42,7 @@ def check_output(out: Path, force: bool) -> None:
     if is_vacant(out):
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
-    parts = {*INDEX_FILES, HISTOGRAMS_FILE, MAP_FILE, COMPENSATION_FOLDER, REPLACED}
+    parts = {*INDEX_FILES, *OPTIONAL.values(), COMPENSATION_FOLDER, REPLACED}
     rest_of_index = names <= parts
     if not rest_of_index and not (out / MANIFEST_FILE).is_file():
         raise BuildError(

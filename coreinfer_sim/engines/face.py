@@ -20,7 +20,7 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.prepared import Prepared, PreparedCache
 from coreinfer_sim.engines.sizes import Bytes, BytesRead, Planner
-from coreinfer_sim.engines.steps import CallState, Group, Step, StepInputs
+from coreinfer_sim.engines.steps import CallState, Group, SharesSteps, StepInputs
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -53,9 +53,9 @@ class Engine(ABC):
         return CallState()
 
     @property
-    def shares_steps(self) -> bool:
-        """Whether `steps` costs less than each step by itself; then calls may take turns."""
-        return False
+    def sharing(self) -> SharesSteps | None:
+        """What does the steps of several calls together, for less than each by itself; None: calls follow one another."""
+        return None
 
     @property
     def skips_zeros(self) -> bool:
@@ -263,10 +263,6 @@ class Engine(ABC):
         Returns:
             transformers' ``CausalLMOutputWithPast``, with float logits [n_rows, 1, vocabulary]. Call `count` once.
         """
-
-    def steps(self, each: Sequence[Step]) -> list[Any]:
-        """Do what `step` does for several calls at a time, each with its own cache; return what it returns for each."""
-        raise NotImplementedError(f"the engine {self.name} decodes one call at a time")
 
     @abstractmethod
     def forced(self, ids: torch.Tensor, cache: Any, prepared: Prepared) -> torch.Tensor:

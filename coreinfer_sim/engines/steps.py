@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,3 +60,10 @@ class Step:
     inputs: StepInputs
     groups: Sequence[Group]
     call: CallState
+
+
+class SharesSteps(Protocol):
+    """An engine that decodes for several calls at a time."""
+
+    def steps(self, each: Sequence[Step]) -> list[Any]:
+        """Do what `Engine.step` does for several calls, each with its own cache; return what it returns for each."""

@@ -104,7 +104,7 @@ class TextGenerator(Generator):
     @property
     def takes_turns(self) -> bool:
         """Whether calls of several threads share their decode steps; otherwise each waits for the one before it."""
-        return self.engines[0].shares_steps and self.decode.prefill is Prefill.DENSE
+        return self.engines[0].sharing is not None and self.decode.prefill is Prefill.DENSE
 
     def _generate(self, request: Request) -> Generation:
         with self.sparse_model().turns.call(request.output.check):

@@ -211,15 +211,15 @@ class PhasedCall:
         return self._step(inputs)
 
     def _step(self, inputs: StepInputs) -> Any:
-        """Decode a token in every row, with other calls where that is possible; each goes on with its own chance."""
-        engine = self._engine
-        shares = engine.shares_steps and engine.config.prefill is Prefill.DENSE and inputs.ids.shape[1] == 1
-        if self._turns is None or not shares:
+        """Decode a token in every row, with other calls where that is possible; each keeps its own random numbers."""
+        engine, sharing = self._engine, self._engine.sharing
+        of_decode = engine.config.prefill is Prefill.DENSE and inputs.ids.shape[1] == 1
+        if self._turns is None or sharing is None or not of_decode:
             return engine.step(inputs, self._groups)
-        own, chance = engine.call, torch.get_rng_state()
-        output = self._turns.step(engine, Step(inputs, self._groups, own))
+        own, rng_state = engine.call, torch.get_rng_state()
+        output = self._turns.step(sharing, Step(inputs, self._groups, own))
         engine.call = own
-        torch.set_rng_state(chance)
+        torch.set_rng_state(rng_state)
         return output
 
     def _prefill(

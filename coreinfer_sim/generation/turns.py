@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from coreinfer_sim.engines.face import Engine
-from coreinfer_sim.engines.steps import Step
+from coreinfer_sim.engines.steps import SharesSteps, Step
 
 _MOMENT = 0.05  # seconds after which a call that waits looks whether anybody still wants it
 
@@ -21,7 +20,7 @@ _MOMENT = 0.05  # seconds after which a call that waits looks whether anybody st
 class _Waiting:
     """A call that waits for the model, or for its step."""
 
-    def __init__(self, engine: Engine | None = None, step: Step | None = None) -> None:
+    def __init__(self, engine: SharesSteps | None = None, step: Step | None = None) -> None:
         self.engine, self.step = engine, step
         self.go = threading.Event()
         self.output: Any = None
@@ -91,7 +90,7 @@ class Turns:
                 with self._lock:
                     self._leave()
 
-    def step(self, engine: Engine, step: Step) -> Any:
+    def step(self, engine: SharesSteps, step: Step) -> Any:
         """Return what a step of the call that has the model gives; meanwhile others have it."""
         own = _Waiting(engine, step)
         with self._lock:

@@ -245,9 +245,7 @@ class Manifest:
         clusters = [None, *range(self.settings.n_clusters)]
         return [
             *INDEX_FILES,
-            *([HISTOGRAMS_FILE] if self.histograms else []),
-            *([MAP_FILE] if self.map else []),
-            *([REFIT_FILE] if self.refit is not None else []),
+            *(file for field, file in OPTIONAL.items() if getattr(self, field)),
             *(compensation_file(info.keep_ratio, cluster) for info in self.compensation for cluster in clusters),
         ]
 
@@ -320,8 +318,8 @@ class Manifest:
         return fields
 
 
-OPTIONAL = ("histograms", "map", "refit")
-"""Fields of a manifest that earlier releases did not have."""
+OPTIONAL = {"histograms": HISTOGRAMS_FILE, "map": MAP_FILE, "refit": REFIT_FILE}
+"""Fields of a manifest that earlier releases did not have, each with the file that it describes."""
 
 
 def manifest_checksum(fields: dict[str, Any]) -> str:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from builds import CONFIG
 from index_folder import raw_manifest, rewrite
+from mixtures import saved
+from tiny_models import tiny_mixtral
 
 import coreinfer_sim
 from coreinfer_sim.base.decode_settings import DecodeConfig
 from coreinfer_sim.base.errors import ConfigError, IndexFormatError
 from coreinfer_sim.base.settings import BuildConfig, Profile
 from coreinfer_sim.building import promise
+from coreinfer_sim.building.folder import check_output
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.engines.calibration import calibrate
 from coreinfer_sim.engines.registry import choose_engines
@@ -99,6 +102,17 @@ def test_decode_reads_them_at_their_read_ratio_alone(refitted, encoder, tiny_che
             (held,) = generator.engines[0].prepare(chosen)
         assert run.read_ratio < 0.7
         assert (held.n_bytes > 0) is reads and all(mlp.refitted is not None for mlp in held.layers.values())
+
+
+def test_an_index_with_them_may_be_replaced_as_any_other(refitted):
+    check_output(refitted, force=True)
+
+
+def test_models_whose_tokens_cannot_choose_are_refused_before_any_work(build, tmp_path):
+    checkpoint = saved(tmp_path / "mixtral", tiny_mixtral())
+    with pytest.raises(ConfigError, match=r"build\.refit was asked for, but decode reads all neurons of"):
+        build(tmp_path / "index", REFIT, checkpoint)
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_held_set_leaves_rows_as_they_are(refitted, encoder, tiny_checkpoint):

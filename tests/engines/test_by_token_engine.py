@@ -88,7 +88,7 @@ def test_what_was_measured_on_a_corpus_takes_the_place_of_passages(weights):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_steps_equal_forced_text(family, weights):
     engine, chosen = engine_of(family, weights), reading(0.3)
-    ids = token_ids(1, 9)
+    ids = token_ids(1, 9, seed=1)  # of seed 0, one estimate ties with its threshold, and the order of sums decides
     engine.take_over()
     found = generate(sparse_model(engine, chosen), ids, 12)
     new = found.sequences[:, 9:]

@@ -189,9 +189,9 @@ class LeanEngine(Engine):
         return held_mlp(whole, ids, repair) if isinstance(whole, WholeMLP) else whole.held(ids, repair)
 
     @property
-    def shares_steps(self) -> bool:
+    def sharing(self) -> LeanEngine | None:
         """Unless weights come from the disk."""
-        return self._disk is None and not self.layers[0].away
+        return None if self._disk is not None or self.layers[0].away else self
 
     @property
     def skips_zeros(self) -> bool:

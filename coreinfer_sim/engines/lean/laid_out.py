@@ -94,7 +94,7 @@ def load_laid_out(
         return None
     place = layout_folder(files, kind, progress)
     keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
-    if by_token:
+    if by_token and held is None:
         by_token_loop()  # what compiling takes is free again before weights come into memory
     return _kept(name, place, wanted, progress) or _made(name, place, wanted, progress)
 
@@ -122,7 +122,6 @@ def load_on_disk(
     files, empty = files_of(name), open_weightless(name, ARCHITECTURES)
     if not files or empty is None or not _fits(empty, by_token=True):
         return None
-    from_disk_loop()
     if skips_zeros(empty.model.config, weights):
         raise ConfigError(
             f"{name} has ReLU, whose zeros tokens pass over in memory, but under a memory budget no token chooses among its "
@@ -130,6 +129,7 @@ def load_on_disk(
         )
     made = layout_folder(files, _layout_kind(name, Wanted(weights, by_token=True)), progress).is_dir()
     parts = disk_parts(empty, weights, made)
+    from_disk_loop()  # what compiling takes is free again before memory is planned
     held, limit = planner(LanguageModel(empty.model, empty.tokenizer, name, empty.layers), parts)
     loaded = load_laid_out(name, weights, True, progress, held)
     return None if loaded is None else replace(loaded, position_limit=limit)

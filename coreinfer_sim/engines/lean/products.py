@@ -53,12 +53,17 @@ def rounding(words, n):
 
 
 @inline
+def _round_row(x, codes, factors, sums):
+    for block in range(factors.shape[0]):
+        quantise_block(x, block, codes, factors, sums)
+
+
+@inline
 def rounded(words, x):
     """Return the codes, factors and sums of rows of inputs of a matrix."""
     codes, factors, sums = rounding(words, x.shape[0])
     for r in range(x.shape[0]):
-        for block in range(factors.shape[1]):
-            quantise_block(x[r], block, codes[r], factors[r], sums[r])
+        _round_row(x[r], codes[r], factors[r], sums[r])
     return codes, factors, sums
 
 
@@ -149,6 +154,5 @@ def rounded_rows(words, x):
     """Do as `rounded` for many rows, which threads share."""
     codes, factors, sums = rounding(words, x.shape[0])
     for r in prange(x.shape[0]):
-        for block in range(factors.shape[1]):
-            quantise_block(x[r], block, codes[r], factors[r], sums[r])
+        _round_row(x[r], codes[r], factors[r], sums[r])
     return codes, factors, sums
