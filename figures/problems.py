@@ -40,7 +40,7 @@ def gsm8k(given: Given, read_ratio: float, weights: str) -> None:
     record(
         f"{given.name}, {weights}, read ratio {read_ratio:g}: problems of GSM8K solved, less those solved densely",
         float(difference.mean()), "points",
-        Bar("lower end of the 95 % interval above -5", lambda _: interval[0] > -5),
+        Bar("lower end of the 95 % interval above -5", lambda _: bool(interval[0] > -5)),
         interval=interval, n_problems=len(rows), n_new_tokens=given.new_tokens,
         solved={what: int(found.sum()) for what, found in solved.items()},
         differ=int((difference != 0).sum()),
