@@ -87,15 +87,22 @@ def test_what_was_measured_on_a_corpus_takes_the_place_of_passages(weights):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_steps_equal_forced_text(family, weights):
-    engine, chosen = engine_of(family, weights), reading(0.3)
-    ids = token_ids(1, 9, seed=1)  # of seed 0, one estimate ties with its threshold, and the order of sums decides
+    """Of three texts two exactly: where an estimate ties with its threshold, the order of sums decides.
+
+    A step of one row and a forced text of many add up in different orders, and so do different processors. A neuron at
+    the threshold is read by one and left out by the other, which moves the logits a little.
+    """
+    engine, chosen, errors = engine_of(family, weights), reading(0.3), []
     engine.take_over()
-    found = generate(sparse_model(engine, chosen), ids, 12)
-    new = found.sequences[:, 9:]
-    prompt = engine.model(input_ids=ids, use_cache=True).past_key_values
-    (held,) = engine.prepare([chosen])
-    expected = engine.forced(new[:, :-1], prompt, held)
-    assert (logits(found)[0, 1:] - expected).abs().max() <= 2e-4 * expected.abs().max()
+    for seed in range(3):
+        ids = token_ids(1, 9, seed=seed)
+        found = generate(sparse_model(engine, chosen), ids, 12)
+        new = found.sequences[:, 9:]
+        prompt = engine.model(input_ids=ids, use_cache=True).past_key_values
+        (held,) = engine.prepare([chosen])
+        expected = engine.forced(new[:, :-1], prompt, held)
+        errors.append(float((logits(found)[0, 1:] - expected).abs().max() / expected.abs().max()))
+    assert sorted(errors)[1] <= 2e-4 and max(errors) <= 2e-2
     dense = engine.forced(new[:, :-1], prompt, engine.prepare([NeuronSelection("dense")])[0])
     assert (dense - expected).abs().max() > 1e-3 * expected.abs().max()  # something was left out
 
