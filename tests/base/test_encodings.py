@@ -54,7 +54,7 @@ def test_windows_1252_is_refused_by_name_wherever_it_begins(tmp_path, name, text
 @pytest.mark.parametrize(
     "damage", [b"caf\xe9", b"\xcf\xf0\xe8\xe2\xe5\xf2", b"\x8e x \x8f", b"\xe2\x82", b"\xff\xfe\xff\xfe\xff"]
 )
-@pytest.mark.parametrize("n_whole", [3, 200_000])
+@pytest.mark.parametrize("n_whole", [3, 70_000])
 def test_utf8_with_a_few_damaged_rows_is_read(tmp_path, damage, n_whole):
     path = tmp_path / "a.txt"
     path.write_bytes("Gebäude {}\n".replace("{}", "建物").encode() * n_whole + damage + b"\nlast\n")

@@ -95,7 +95,7 @@ def test_contenders_take_turns_in_one_run(wide_checkpoint, wide_index, tmp_path,
         wide_checkpoint,
         "--index",
         wide_index.name,
-        *("--contender", "dense", "--contender", "global:0.5", "--contender", "random:0.5:float32"),
+        *("--contender", "dense", "--contender", "global:0.5"),
         *("--contender", "ours-dense", "--contender", "random:0.5:engine=warp"),
         *SHORT,
         "--json",
@@ -112,7 +112,7 @@ def test_contenders_take_turns_in_one_run(wide_checkpoint, wide_index, tmp_path,
     print_table(found)
     assert "tokens/s" in (table := capsys.readouterr().out) and "engine=warp was not measured:" in table
     assert "warp" in rows.pop("random:0.5:engine=warp")["error"]
-    for name in ("dense", "global:0.5", "random:0.5:float32", "ours-dense"):
+    for name in ("dense", "global:0.5", "ours-dense"):
         row = rows[name]
         assert row["tokens_per_second_lowest"] <= row["tokens_per_second"] <= row["tokens_per_second_highest"]
         assert len(row["runs"]) == 2 and all(one["n_new"] == 4 for one in row["runs"])
@@ -120,11 +120,6 @@ def test_contenders_take_turns_in_one_run(wide_checkpoint, wide_index, tmp_path,
     dense = rows["dense"]["bytes_per_token"]
     assert rows["ours-dense"]["bytes_per_token"] == dense
     assert rows["global:0.5"]["bytes_per_token"] == dense - dense_bytes(layers) // 2
-
-
-def test_when_all_fail_the_command_fails(wide_checkpoint):
-    result = run("--model", wide_checkpoint, "--contender", "random:0.5:engine=warp", *SHORT)
-    assert result.exit_code == 1 and "no contender could be measured" in result.stderr
 
 
 @needs_llamacpp
@@ -139,11 +134,11 @@ def test_a_shape_needs_no_checkpoint():
     contenders = ["--contender", "random:0.25:bf16"]
     if importlib.util.find_spec("xllamacpp"):
         contenders += ["--contender", "llamacpp:bf16"]
-    result = run("--shape", "smollm2-135m:layers=2", *contenders, *SHORT, "--fresh", "--json")
+    result = run("--shape", "smollm2-135m:layers=2", *contenders, *SHORT, "--rounds", "1", "--fresh", "--json")
     found = json.loads(result.stdout)
     assert found["model"] == "smollm2-135m (2 of 30 layers, random weights)" and found["fresh"]
     for row in found["contenders"]:
-        assert "error" not in row and len(row["runs"]) == 2
+        assert "error" not in row and len(row["runs"]) == 1
 
 
 def test_offload_reads_layers_from_disk(wide_checkpoint):

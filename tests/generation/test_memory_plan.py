@@ -253,19 +253,21 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
 _PROCESS = """
 import json, sys
 import torch
-from filelock import FileLock
+from numba.core import event
 torch.set_num_threads(1)
 from coreinfer_sim.generation.memory_plan import Use, load_within
 from coreinfer_sim.base.memory import peak_bytes
 from coreinfer_sim.choosing.make import make_predictor
 from coreinfer_sim.generation.sparse_model import SparseModel
 use = Use(n_kept=[6144] * 8, n_prompt=20, n_new=8)
-lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
-sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
-sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+with event.install_recorder("numba:compile") as compiled:
+    lm, plan = load_within(sys.argv[1], 1 << 40, lambda *_: use)
+    sparse = SparseModel(lm.model, make_predictor("random", lm.layers, keep_ratio=0.25), lm.tokenizer)
+    sparse.generate(torch.arange(4, 24)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
 mlps = sum(layer.n_bytes for layer in lm.layers)
 held = plan.parts["libraries and index"]
-print(json.dumps({"peak": peak_bytes(), "held": held, "needed": plan.needed, "mlps": mlps}))
+found = {"peak": peak_bytes(), "held": held, "needed": plan.needed, "mlps": mlps}
+print(json.dumps({**found, "n_compiled": len(compiled.buffer)}))
 """
 
 
@@ -275,15 +277,13 @@ def test_a_process_keeps_to_its_plan(tmp_path):
         tmp_path / "model", hidden_size=256, intermediate_size=24576, num_attention_heads=8, head_dim=32,
         num_hidden_layers=8,
     )  # fmt: skip
-    # The first run compiles the loops, for which LLVM takes memory of its own; the second finds them in a cache that no
-    # other test's process writes to meanwhile.
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "loops")}
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", _PROCESS, folder], env=environment, capture_output=True, text=True, check=False
-        )
+    for _ in range(3):  # one that compiles loops, for which LLVM takes memory of its own, is followed by another
+        done = subprocess.run([sys.executable, "-c", _PROCESS, folder], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+        found = json.loads(done.stdout)
+        if found["n_compiled"] == 0:
+            break
+    assert found["n_compiled"] == 0
     assert found["mlps"] > 600e6  # beside which it is little how many pages of libraries the system maps
     assert found["peak"] <= found["needed"]
     assert found["peak"] - found["held"] < 0.5 * found["mlps"]  # the dense MLPs are never all in memory
