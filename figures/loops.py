@@ -16,7 +16,18 @@ import click
 
 from figures.record import at_least, at_most, record
 from figures.table import REQUIRED, Given, figure
-from figures.tools import coreinfer, demo_prompts, exactly_new, in_turns, output_of, python, sets_of, spread
+from figures.tools import (
+    FILES,
+    benched,
+    coreinfer,
+    demo_prompts,
+    exactly_new,
+    in_turns,
+    output_of,
+    python,
+    sets_of,
+    spread,
+)
 
 FILE = "figures-loops.json"
 _OURS = {"bf16": "ours-dense:weights=bf16", "int8": "ours-dense:int8", "int4": "ours-dense:int4"}
@@ -31,17 +42,12 @@ _PEERS = {"bf16": "llamacpp:bf16", "int8": "llamacpp:q8_0", "int4": "llamacpp:q4
 @click.option(
     "--weights", "kinds", multiple=True, type=click.Choice(list(_PEERS)), help="Of a checkpoint; each by default."
 )
-def dense(given: Given, llama_bench: Path, kinds: tuple[str, ...]) -> None:
+@FILES
+def dense(given: Given, llama_bench: Path, kinds: tuple[str, ...], files: Path | None) -> None:
     """Dense decode, first token and memory over those of llama.cpp; of a GGUF file, on that same file."""
     of_file = given.model.endswith(".gguf")
     pairs = {"ours-dense": "llamacpp:file"} if of_file else {_OURS[kind]: _PEERS[kind] for kind in kinds or _PEERS}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "bench.json")
-        sizes = ("--prompt-tokens", given.prompt_tokens, "--new-tokens", given.new_tokens, "--rounds", given.rounds)
-        named = (part for pair in pairs.items() for each in pair for part in ("--contender", each))
-        peer = ("--llama-bench", llama_bench, "--threads", 2, "--out", out, "--folder", folder)
-        output_of(coreinfer("bench", "--model", given.model, *sizes, *peer, *named))
-        result = json.loads(out.read_text(encoding="utf-8"))
+    result = benched(given, [each for pair in pairs.items() for each in pair], llama_bench, files)
     rows = {row["contender"]: row for row in result["contenders"]}
     bandwidth = result["bandwidth_gb_per_s"]
     for ours, theirs in pairs.items():

@@ -14,7 +14,7 @@ import click
 
 from figures.record import RESULTS, Bar, at_least, at_most, record, slug, write
 from figures.table import REQUIRED, Given, figure
-from figures.tools import coreinfer, output_of, sets_of
+from figures.tools import FILES, benched, coreinfer, output_of, sets_of
 
 FILE = "figures-token.json"
 _KINDS = ("16bit", "int8", "int4")
@@ -162,20 +162,15 @@ def _evaluated(given: Given, sets: Sequence[Path], arguments: Sequence[object]) 
 @click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
 @click.option("--read-ratio", type=float, default=0.5, show_default=True)
 @click.option("--weights", type=click.Choice(list(_PEERS)), default="bf16", show_default=True)
-def speed(given: Given, llama_bench: Path, read_ratio: float, weights: str) -> None:
+@FILES
+def speed(given: Given, llama_bench: Path, read_ratio: float, weights: str, files: Path | None) -> None:
     """Decode that reads by token over dense decode and over llama.cpp with the same type of weights."""
     ours, dense, theirs = (
         f"all:weights={weights}:read_ratio={read_ratio:g}",
         f"ours-dense:weights={weights}",
         _PEERS[weights],
     )
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "bench.json")
-        sizes = ("--prompt-tokens", given.prompt_tokens, "--new-tokens", given.new_tokens, "--rounds", given.rounds)
-        named = (part for each in (ours, dense, theirs) for part in ("--contender", each))
-        peer = ("--llama-bench", llama_bench, "--threads", 2, "--out", out, "--folder", folder)
-        output_of(coreinfer("bench", "--model", given.model, *sizes, *peer, *named))
-        result = json.loads(out.read_text(encoding="utf-8"))
+    result = benched(given, (ours, dense, theirs), llama_bench, files)
     rows = {row["contender"]: row for row in result["contenders"]}
     missing = [f"{row['contender']}: {row['error']}" for row in rows.values() if "error" in row]
     if missing:

@@ -13,11 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import click
+
 from figures.table import ROOT, Given
 
 K = TypeVar("K")
 UNSEEN = ("dialogsum", "mbpp", "nq_open", "xsum")
 """Sets that no index is built on."""
+FILES = click.option(
+    "--files",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep GGUF files of the model here for a next time.",
+)
+"""Option of entries that run llama.cpp."""
 AS_SET = {
     "dtype": "model.dtype",
     "prefill": "decode.prefill",
@@ -87,6 +95,25 @@ def generated(
         threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "2")
         command = coreinfer("generate", *source, *options(tree, **settings), tree=tree)
         return json.loads(output_of(command, COREINFER_SIM_CACHE=str(cache or folder), **threads))
+
+
+def benched(given: Given, contenders: Iterable[str], llama_bench: Path, files: Path | None) -> dict[str, Any]:
+    """Return what `bench --json` says of contenders that take turns, on two threads.
+
+    Args:
+        given: model, prompt_tokens, new_tokens and rounds.
+        contenders: of `bench`.
+        llama_bench: the program that runs llama.cpp's.
+        files: where GGUF files of the model are kept for a next time; None: nowhere.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "bench.json")
+        sizes = {name: getattr(given, name) for name in ("model", "prompt_tokens", "new_tokens", "rounds")}
+        named = [part for each in contenders for part in ("--contender", each)]
+        made = options(**sizes, threads=2, llama_bench=llama_bench, folder=files or folder, out=out)
+        output_of(coreinfer("bench", *made, *named))
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
 
 
 def sets_of(data: Path, *, seen_only: bool = False) -> list[Path]:

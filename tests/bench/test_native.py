@@ -74,7 +74,6 @@ def test_the_file_itself_needs_to_be_one(tiny_checkpoint, tmp_path):
     command = ["bench", "--model", tiny_checkpoint, "--contender", "llamacpp:file", "--rounds", "1"]
     done = CliRunner().invoke(main, [*command, "--prompt-tokens", "8", "--new-tokens", "2"])
     assert done.exit_code == 1 and "runs the GGUF file that the model is" in done.output + done.stderr
-    assert "no contender could be measured" in done.stderr
 
 
 @pytest.mark.skipif(REAL is None, reason="llama-bench is not installed, and LLAMA_BENCH does not name it")

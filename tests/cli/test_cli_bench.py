@@ -122,6 +122,11 @@ def test_contenders_take_turns_in_one_run(wide_checkpoint, wide_index, tmp_path,
     assert rows["global:0.5"]["bytes_per_token"] == dense - dense_bytes(layers) // 2
 
 
+def test_when_all_fail_the_command_fails(wide_checkpoint):
+    result = run("--model", wide_checkpoint, "--contender", "random:0.5:engine=warp", *SHORT)
+    assert result.exit_code == 1 and "no contender could be measured" in result.stderr
+
+
 @needs_llamacpp
 def test_llama_cpp_runs_the_same_weights(wide_checkpoint, tmp_path):
     contenders = ("--contender", "llamacpp:f32", "--contender", "dense:float32")
