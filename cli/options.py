@@ -48,14 +48,15 @@ mode = click.option(
     type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "all", "dense"]),
     help="Where the held neurons come from.  [default: similarity]",
 )
+# --help lists as many options of `generate` as it may; --read-ratio names this one.
 keep_ratio = click.option(
-    "--keep-ratio", type=float, hidden=True, help="The former name of select.keep_ratio, as which --set takes it."
+    "--keep-ratio", type=float, hidden=True, metavar="RATIO", help="Share of neurons that are held in memory."
 )
 read_ratio = click.option(
     "--read-ratio",
     type=float,
     metavar="RATIO",
-    help="Share of neurons that each token reads in full, on average; without select.keep_ratio all are held.  [default: "
+    help="Share of neurons that each token reads in full, on average; all are held, unless --keep-ratio holds fewer.  [default: "
     "the profile's]",
 )
 engine = click.option(
