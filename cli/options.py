@@ -10,7 +10,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from coreinfer_sim.base.corpus_files import check_there
-from coreinfer_sim.base.errors import ConfigError, CorpusError, PromptError
+from coreinfer_sim.base.errors import ConfigError, CorpusError, ModelError, PromptError
+from coreinfer_sim.base.hub import out_of_reach
 from coreinfer_sim.base.settings import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,8 +41,23 @@ index = click.option(
 index_that_is_needed = click.option(
     "--index", type=INDEX, metavar="NAME", help="Index by name or folder.  [default: the only one]"
 )
+
+
+def reachable(ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Refuse the id of a model on a hub that does not answer, before anything heavy is imported."""
+    if value is not None and not ctx.resilient_parsing and (why := out_of_reach(value)):
+        raise ModelError(
+            f"the model {value!r} cannot be loaded ({why}), expected a hub id, a checkpoint folder or a GGUF file; check the "
+            "name or the connection."
+        )
+    return value
+
+
 model = click.option(
-    "--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]"
+    "--model",
+    callback=reachable,
+    metavar="NAME",
+    help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]",
 )
 mode = click.option(
     "--mode",
@@ -62,8 +78,9 @@ read_ratio = click.option(
 engine = click.option(
     "--engine",
     metavar="NAME",
-    help="What decodes: lean, our loops for most model types on a CPU; transformers, the model's own code; compiled, that "
-    "through torch.compile, for GPUs; llamacpp, on decode.exported.  [default: auto, lean if it can, else transformers]",
+    help="What decodes. lean: our loops for most model types on a CPU. transformers: the model's own code. compiled: that "
+    "through torch.compile, for GPUs. llamacpp: llama.cpp on decode.exported.  [default: auto, lean if it can, else "
+    "transformers]",
 )
 weights = click.option(
     "--weights",
