@@ -45,7 +45,8 @@ index_that_is_needed = click.option(
 
 def reachable(ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
     """Refuse the id of a model on a hub that does not answer, before anything heavy is imported."""
-    if value is not None and not ctx.resilient_parsing and (why := out_of_reach(value)):
+    # an id without USER/ is rare, and more often a slip beside others, which are then said first
+    if value is not None and "/" in value and not ctx.resilient_parsing and (why := out_of_reach(value)):
         raise ModelError(
             f"the model {value!r} cannot be loaded ({why}), expected a hub id, a checkpoint folder or a GGUF file; check the "
             "name or the connection."

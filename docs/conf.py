@@ -20,6 +20,7 @@ release = version = version_of("coreinfer-sim")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 default_role = "code"
+smartquotes = False  # would turn the hyphens of options into dashes
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 autodoc_typehints = "description"

@@ -166,7 +166,7 @@ def first_answer(_given: Given, interpreter: str, tool: str) -> None:
         record(f"{name}: demo, second time", _seconds(demo, **own), "s", at_most(60))
 
 
-@figure(FILE, "git", "1 minute")
+@figure(FILE, "git, twine", "1 minute")
 def packages(_given: Given) -> None:
     """Wheel and sdist: their sizes, and that twine finds nothing to say."""
     with tempfile.TemporaryDirectory() as folder:
