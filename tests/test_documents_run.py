@@ -22,6 +22,7 @@ from markdown_it import MarkdownIt
 from served import Served
 from tiny_models import save_tiny_checkpoint
 
+from coreinfer_sim.generation.text import Generator
 from coreinfer_sim.serving.app import make_app
 from coreinfer_sim.serving.backends import Backend
 
@@ -237,5 +238,5 @@ def test_what_a_document_shows_runs(document, desk, built, request, monkeypatch)
             for each in commands(content):
                 run_line(each, monkeypatch)
     for value in namespace.values():
-        if hasattr(value, "close") and hasattr(value, "generate"):
+        if isinstance(value, Generator):
             value.close()
