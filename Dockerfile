@@ -17,6 +17,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
 ENV COREINFER_SIM_CACHE=/data/cache \
     COREINFER_SIM_MODELS=/data/models:/opt/coreinfer-sim/models \
     HF_HOME=/data/hub \
+    NUMBA_CACHE_DIR=/data/cache/numba \
     XDG_CONFIG_HOME=/data/config \
     XDG_DATA_HOME=/data
 USER 1000
