@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct-q4_1.gguf
 
-.PHONY: help demo test test-slow test-oldest lint check clean
+.PHONY: help demo test test-slow test-oldest lint check check-docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-oldest  a quick look with the oldest Python that is promised"
 	@echo "make lint       formatting, lint and types"
 	@echo "make check      lint and test: what a change must pass"
+	@echo "make check-docs  build the site into docs/_build; a warning or a broken link fails"
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,10 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 demo: $(VENV)/.demo
@@ -51,6 +56,9 @@ lint: $(VENV)/.dev
 	$(BIN)/python figures/tables.py --check
 
 check: lint test
+
+check-docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
 clean:
 	rm -rf $(VENV) $(VENV)-* models build *.egg-info

@@ -56,7 +56,7 @@ _OPTIONS = (
         "--memory-budget",
         callback=options.size,
         metavar="SIZE",
-        help="Keep to this much memory, such as 2GiB: dense MLP weights stay on disk; on a GPU, whose memory is then counted, "
+        help="Keep to this much memory, such as 2GiB: dense MLP weights stay on disk. On a GPU its memory counts, and they stay "
         "in host memory.  [default: no limit]",
     ),
     set_option("corpus", "select", "decode", "sample", "model"),

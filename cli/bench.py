@@ -16,7 +16,7 @@ from .settings import Settings, set_option
 
 
 @click.command()
-@click.option("--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
+@click.option("--model", callback=options.reachable, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
 @click.option("--shape", metavar="NAME[:layers=N]", help="Random weights of a real architecture, for speed only.")
 @click.option(
     "--index", type=options.INDEX, metavar="NAME", help="Index by name or folder; sparse, hybrid and global need it."
@@ -83,7 +83,9 @@ def bench(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Measure the speed of contenders that take turns, each in a process of its own.
+    """Compare the speed of programs that take turns.
+
+    Each runs in a process of its own.
 
     \b
     SPEC is one of

@@ -23,7 +23,13 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str | None) -
 
 @click.command("build-index")
 @click.argument("corpus")
-@click.option("--model", required=True, metavar="NAME", help="Hub id, checkpoint folder or GGUF file.")
+@click.option(
+    "--model",
+    required=True,
+    callback=options.reachable,
+    metavar="NAME",
+    help="Hub id, checkpoint folder or GGUF file.",
+)
 @click.option(
     "--out",
     metavar="NAME",
@@ -75,9 +81,10 @@ def build_index(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Build an index over CORPUS: a hub id, a .jsonl, .json, .csv, .parquet or .txt file, or a folder of them.
+    """Build an index over a corpus.
 
-    A build that was broken off is continued by the same command.
+    CORPUS is a .jsonl, .json, .csv, .parquet or .txt file, a folder of these, or a hub id. A build that was broken off is
+    continued by the same command.
 
     \b
     coreinfer-sim build-index prompts.jsonl --model ./my-model

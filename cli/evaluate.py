@@ -29,9 +29,8 @@ _NAMES = (
     "contenders",
     multiple=True,
     metavar="NAME",
-    help=f"{', '.join(_NAMES)}, the last two as the index's profiles; or a way as the table names it, without keep ratio and "
-    "weights, such as 'similarity/compensated else global', for which --score and --fallback do not count. May be repeated.  "
-    "[default: all names but the last two]",
+    help=f"{', '.join(_NAMES[:-2])}; the profiles {' and '.join(_NAMES[-2:])}; or a way as the table names it, such as "
+    "'similarity/compensated else global'. May be repeated.  [default: all but the profiles]",
 )
 @click.option(
     "--keep-ratio",
@@ -68,8 +67,8 @@ _NAMES = (
     "--weights",
     multiple=True,
     metavar="TYPE",
-    help="Precision of all weights: 16bit, stored, int8, int4, q8_0, q4_0, or a GGUF file of the same model, which stands in the "
-    "table densely; may be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
+    help="Precision of all weights: 16bit, stored, int8, int4, q8_0 or q4_0. A GGUF file of the same model stands in the table "
+    "densely. May be repeated.  [default: 16bit; unless contenders are named, dense in int8 and q4_0 too]",
 )
 @options.part("0:100")
 @click.option("--limit", type=click.IntRange(1), default=40, show_default=True, help="Rows of each set.")
@@ -113,11 +112,12 @@ def evaluate(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Score ways of choosing neurons on SETS: whatever build-index reads, with prompts and completions, or conversations.
+    """Score ways of choosing neurons, on texts.
 
-    Ids, where there are some, decide which rows --part takes. Prefill is dense unless decode.prefill says otherwise, decode
-    forced sparse, by the engine that decodes; the completion's tokens from the second on are scored. With --generate, texts
-    are generated in place of the completions and compared with them: exact match, F1, ROUGE-L, BLEU and chrF.
+    SETS are whatever build-index reads, with prompts and completions, or conversations. Ids, where there are some, decide which
+    rows --part takes. Prefill is dense unless decode.prefill says otherwise. The completion's tokens are scored from the second
+    on, by the engine that decodes. With --generate, texts are also generated and compared with the completions. Scores are exact
+    match, F1, ROUGE-L, BLEU and chrF.
 
     \b
     coreinfer-sim evaluate gsm8k.jsonl squad.jsonl --model ./my-model --index my-index --part 85:100 \\

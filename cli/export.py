@@ -68,7 +68,7 @@ def export(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Write clusters of INDEX, a name or a folder, as ordinary, smaller models.
+    """Write clusters of an index as ordinary, smaller models.
 
     \b
     coreinfer-sim export my-index --cluster 3 --out exported

@@ -23,7 +23,7 @@ from .settings import Settings
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template.")
 @decoding_options
 def generate(prompt: str | None, file: str | None, chat: bool, **given: Any) -> None:
-    """Generate from PROMPT, from the rows of --file, or from the lines of stdin.
+    """Continue a prompt, or each of a file or of stdin.
 
     Prefill is dense, unless decode.prefill says otherwise; decode reads only the held neurons.
 

@@ -55,7 +55,9 @@ def print_clusters(index: SemanticIndex) -> None:
 )
 @options.as_json
 def show(index: str | None, prompt: str | None, k: int, plot: Path | None, as_json: bool) -> None:
-    """Show what is in an index, or with PROMPT its nearest clusters; NAME is the only index unless it is given.
+    """Show what is in an index, or a prompt's nearest clusters.
+
+    NAME is the only index unless it is given.
 
     \b
     coreinfer-sim show my-index
@@ -153,11 +155,16 @@ def _ranges(numbers: list[int]) -> str:
 
 @click.command()
 @_ONE_OR_THE_ONLY
-@click.option("--model", metavar="NAME", help="Also check that the index belongs to this model.")
+@click.option(
+    "--model", callback=options.reachable, metavar="NAME", help="Also check that the index belongs to this model."
+)
 @set_option("model")
 @options.as_json
 def check(index: str | None, model: str | None, settings: Settings, as_json: bool) -> None:
-    """Check an index: format, sizes, checksums, encoder, and with --model tokenizer and a sample of the model's weights."""
+    """Check an index: files, encoder, and with --model the model.
+
+    Of files these are format, sizes and checksums; of a model the tokenizer and a sample of the weights.
+    """
     from coreinfer_sim.index.checks import verified_files
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.index.manifest import INDEX_FILES
@@ -208,7 +215,7 @@ def _key(index: SemanticIndex, number: int) -> str:
 def lookup(
     index: str, prompt: str, k: int, keep_ratio: float | None, score: str, layers: str | None, ids: bool, as_json: bool
 ) -> None:
-    """Show the semantic clusters nearest to PROMPT, and the nearest one's core neurons."""
+    """Show a prompt's nearest clusters and core neurons."""
     from coreinfer_sim.index.index import SemanticIndex
 
     _print_lookup(SemanticIndex.load(index), prompt, k, keep_ratio, score, layers, ids, as_json)

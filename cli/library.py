@@ -17,7 +17,7 @@ from .console import print_json
 @click.command("list")
 @options.as_json
 def list_(as_json: bool) -> None:
-    """List the indexes that have a name; the one with a star is taken where none is named."""
+    """List your indexes; the one with a star is the default."""
     from coreinfer_sim.index.names import indexes_folder, known_indexes
 
     try:
@@ -62,7 +62,10 @@ def _row(name: str, folder: Path, is_default: bool) -> dict[str, Any]:
 @click.argument("name", type=options.INDEX)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(name: str, yes: bool) -> None:
-    """Delete one of your indexes, and what a broken-off build of it has left. Indexes elsewhere are ordinary folders."""
+    """Delete one of your indexes.
+
+    What a broken-off build of it has left goes, too. Indexes elsewhere are ordinary folders.
+    """
     from coreinfer_sim.base.files import remove
     from coreinfer_sim.index.names import own_folder, unfinished
 

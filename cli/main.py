@@ -21,6 +21,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
+from .hub import pull, push
 from .inspect import check, info, lookup, show, verify
 from .library import list_, rm
 from .report import report
@@ -123,7 +124,7 @@ def main(ctx: click.Context, wants_version: bool, verbose: bool) -> None:
 
 
 _WORK = (run, build_index, generate, evaluate, tune, bench, export, serve)
-_INDEXES = (list_, show, report, check, rm, info, lookup, verify)
+_INDEXES = (list_, show, report, check, rm, push, pull, info, lookup, verify)
 for _command in (demo, *_WORK, *_INDEXES, config, cache):
     main.add_command(_command)
 name_variables(main)

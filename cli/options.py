@@ -10,7 +10,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from coreinfer_sim.base.corpus_files import check_there
-from coreinfer_sim.base.errors import ConfigError, CorpusError, PromptError
+from coreinfer_sim.base.errors import ConfigError, CorpusError, ModelError, PromptError
+from coreinfer_sim.base.hub import out_of_reach
 from coreinfer_sim.base.settings import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,29 +41,47 @@ index = click.option(
 index_that_is_needed = click.option(
     "--index", type=INDEX, metavar="NAME", help="Index by name or folder.  [default: the only one]"
 )
+
+
+def reachable(ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Refuse the id of a model on a hub that does not answer, before anything heavy is imported."""
+    # an id without USER/ is rare, and more often a slip beside others, which are then said first
+    if value is not None and "/" in value and not ctx.resilient_parsing and (why := out_of_reach(value)):
+        raise ModelError(
+            f"the model {value!r} cannot be loaded ({why}), expected a hub id, a checkpoint folder or a GGUF file; check the "
+            "name or the connection."
+        )
+    return value
+
+
 model = click.option(
-    "--model", metavar="NAME", help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]"
+    "--model",
+    callback=reachable,
+    metavar="NAME",
+    help="Hub id, checkpoint folder or GGUF file.  [default: the index's model]",
 )
 mode = click.option(
     "--mode",
     type=click.Choice(["similarity", "hybrid", "stability", "global", "random", "all", "dense"]),
     help="Where the held neurons come from.  [default: similarity]",
 )
+# --help lists as many options of `generate` as it may; --read-ratio names this one.
 keep_ratio = click.option(
-    "--keep-ratio", type=float, hidden=True, help="The former name of select.keep_ratio, as which --set takes it."
+    "--keep-ratio", type=float, hidden=True, metavar="RATIO", help="Share of neurons that are held in memory."
 )
 read_ratio = click.option(
     "--read-ratio",
     type=float,
     metavar="RATIO",
-    help="Share of neurons that each token reads in full, on average; without select.keep_ratio all are held.  [default: "
+    help="Share of neurons that each token reads in full, on average; all are held, unless --keep-ratio holds fewer.  [default: "
     "the profile's]",
 )
 engine = click.option(
     "--engine",
     metavar="NAME",
-    help="What decodes: lean, our loops for most model types on a CPU; transformers, the model's own code; compiled, that "
-    "through torch.compile, for GPUs; llamacpp, on decode.exported.  [default: auto, lean if it can, else transformers]",
+    help="What decodes. lean: our loops for most model types on a CPU. transformers: the model's own code. compiled: that "
+    "through torch.compile, for GPUs. llamacpp: llama.cpp on decode.exported.  [default: auto, lean if it can, else "
+    "transformers]",
 )
 weights = click.option(
     "--weights",

@@ -24,9 +24,10 @@ from .console import status
 )
 @click.option("--compare", "other", type=options.INDEX, metavar="NAME", help="Put another index beside it.")
 def report(index: str, results: tuple[Path, ...], out: Path, other: str | None) -> None:
-    """Write one page on an index: what it was built from, its map, its topics, and what RESULTS hold.
+    """Write one page on an index and what was measured.
 
-    RESULTS are JSON files of 'evaluate --out', 'tune --json' and 'bench --out'. The page needs no network.
+    It says what the index was built from, and shows its map, its topics, and what RESULTS hold. These are JSON files of 'evaluate
+    --out', 'tune --json' and 'bench --out'. The page needs no network.
 
     \b
     coreinfer-sim report my-index

@@ -22,7 +22,9 @@ MOST = 512
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat template.")
 @decoding_options
 def run(prompt: str | None, raw: bool, **given: Any) -> None:
-    """Answer PROMPT, or each line of stdin; on a terminal without PROMPT, chat.
+    """Answer a prompt, or each line of stdin, or chat.
+
+    Without PROMPT it chats on a terminal.
 
     Prompts go through the model's chat template where it has one.
 

@@ -12,6 +12,7 @@ import click
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.extra import require
 from coreinfer_sim.base.settings import Profile
 
 from . import options
@@ -94,19 +95,20 @@ def serve(
     weights: str | None,
     settings: Settings,
 ) -> None:
-    """Serve the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models; also /health, /metrics, and a page at /.
+    """Serve the OpenAI API, and a page.
+
+    It answers /v1/chat/completions, /v1/completions and /v1/models. /health and /metrics tell how it goes. The page is at /.
 
     \b
     coreinfer-sim serve --index my-index --model ./my-model
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "How do stars form?"}], "max_tokens": 64}'
     """
-    try:
-        import uvicorn
+    require("the server", "serve", "fastapi", "prometheus_client", "uvicorn")
+    import uvicorn
 
-        from coreinfer_sim.serving.app import make_app
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; run: pip install 'coreinfer-sim[serve]'") from error
+    from coreinfer_sim.serving.app import make_app
+
     if not api_key and not _is_loopback(host):
         raise ConfigError(f"{host} can be reached from other machines, expected an API key then; give --api-key.")
     for origin in cors_origins:

@@ -107,11 +107,12 @@ def tune(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Find the fewest bytes a token at the loss that each profile allows, on SETS, and write the profiles into the index.
+    """Measure an index's profiles on texts of your own.
 
-    SETS hold prompts and completions, as for evaluate. Take other rows than those that you build on or
-    report. Tokens that choose what they read are tried at each read ratio; held sets at each keep ratio, plain and, where the
-    index has some, compensated. What is hopeless on the first quarter of each set's rows is not tried on the others.
+    Each profile gets what reads the fewest bytes a token at the loss that it allows. SETS hold prompts and completions, as for
+    evaluate. Take other rows than those that you build on or report. Tokens that choose what they read are tried at each read
+    ratio. Held sets are tried at each keep ratio, plain and, where the index has some, compensated. What is hopeless on the first
+    quarter of each set's rows is not tried on the others.
     """
     from coreinfer_sim.base.files import check_folder
     from coreinfer_sim.engines.registry import check_engine

@@ -23,6 +23,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     reading,
     relu,
     speed,
+    use,
 )
 from figures.table import TABLE
 

@@ -11,7 +11,7 @@ import pytest
 import coreinfer_sim
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 MADE = {"indexes/demo"}
 """What commands make; it is not part of the sources."""
 FOLDERS = "coreinfer_sim|cli|figures|tests|docs|demo|data_scripts|indexes"

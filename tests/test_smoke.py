@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import sys
 
 import coreinfer_sim_cli
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from coreinfer_sim_cli.main import main
 import coreinfer_sim
 
 PACKAGES = (coreinfer_sim, coreinfer_sim_cli)
+OF_EXTRAS = ("altair", "datasets", "fastapi", "lm_eval", "pyarrow", "uvicorn", "vl_convert", "xllamacpp")
 
 
 def succeeded(*arguments: object) -> str:
@@ -33,7 +35,9 @@ def test_every_module_imports():
     assert failed == []
 
 
-def test_a_corpus_becomes_a_text(tmp_path, tiny_checkpoint):
+def test_a_corpus_becomes_a_text_without_the_extras(tmp_path, tiny_checkpoint, monkeypatch):
+    for name in OF_EXTRAS:
+        monkeypatch.setitem(sys.modules, name, None)  # so that importing it fails
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
     rows = [
         {"prompt": f"What do {noun} tell us?"} for noun in ("stars", "planets", "comets", "bread", "soup", "cheese")

@@ -7,6 +7,7 @@ __all__ = [
     "errors",
     "extra",
     "files",
+    "hub",
     "memory",
     "plain",
     "plots",

@@ -93,6 +93,10 @@ class GenerationCancelledError(GenerationError):
     """A generation was broken off, as its caller asked for."""
 
 
+class HubError(CoreInferSimError):
+    """A hub does not answer, or refuses what was asked of it."""
+
+
 class ExportError(CoreInferSimError):
     """A set of neurons cannot be written in the format that was requested."""
 

@@ -12,5 +12,6 @@ def require(purpose: str, extra: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ConfigError(
-            f"{purpose} needs {', '.join(missing)}, not found here; install the extra {extra}: pip install '.[{extra}]'."
+            f"{purpose} needs {', '.join(missing)}, not found here; install the extra {extra}: "
+            f"pip install 'coreinfer-sim[{extra}]'."
         )

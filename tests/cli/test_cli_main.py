@@ -17,7 +17,7 @@ from commands import PROCESS, call, refused, succeeded
 from coreinfer_sim.index.index import SemanticIndex
 
 WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
-INDEXES = ["list", "show", "report", "check", "rm", "info", "lookup"]
+INDEXES = ["list", "show", "report", "check", "rm", "push", "pull", "info", "lookup"]
 COMMANDS = ["demo", *WORK, *INDEXES, "cache"]
 
 

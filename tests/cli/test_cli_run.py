@@ -104,7 +104,7 @@ def test_what_does_not_go_together(index):
 
 @pytest.mark.parametrize(("command", "most"), [("run", 15), ("generate", 15), ("build-index", 12)])
 def test_options_are_few(command, most):
-    """Those that every command has are not counted, nor the former names that are kept for a release."""
+    """Those that every command has are not counted, nor what --help does not list."""
     shown = [param for param in main.commands[command].params if isinstance(param, click.Option) and not param.hidden]
     names = {param.name for param in shown}
     assert len(names - {"settings", "as_json"}) <= most
