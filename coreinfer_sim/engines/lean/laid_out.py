@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from coreinfer_sim.base.errors import ConfigError, StoreError
+from coreinfer_sim.base.errors import StoreError
 from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
@@ -114,7 +114,7 @@ def load_on_disk(
         None: its type or its MLPs are not such that tokens could choose.
 
     Raises:
-        ConfigError: it is a GGUF file, it has ReLU, or this system has no way to read so.
+        ConfigError: it is a GGUF file, or this system has no way to read so.
         ModelError: as `load_model`.
         StoreError: it cannot be laid out on the disk.
     """
@@ -122,11 +122,6 @@ def load_on_disk(
     files, empty = files_of(name), open_weightless(name, ARCHITECTURES)
     if not files or empty is None or not _fits(empty, by_token=True):
         return None
-    if skips_zeros(empty.model.config, weights):
-        raise ConfigError(
-            f"{name} has ReLU, whose zeros tokens pass over in memory, but under a memory budget no token chooses among its "
-            "neurons; leave out the read ratio or the budget."
-        )
     made = layout_folder(files, _layout_kind(name, Wanted(weights, by_token=True)), progress).is_dir()
     parts = disk_parts(empty, weights, made)
     from_disk_loop()  # what compiling takes is free again before memory is planned
