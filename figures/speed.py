@@ -5,10 +5,8 @@ The index must be the model's; where it holds compensated sets of the keep ratio
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import click
 
 from figures.record import RESULTS, at_least, at_most, record, slug, write
 from figures.table import REQUIRED, Given, figure
-from figures.tools import coreinfer, exactly_new, generated, in_turns, medians, output_of
+from figures.tools import Clock, coreinfer, decode_speeds, exactly_new, generated, in_turns, medians, output_of
 
 FILE = "figures-speed.json"
 _NEEDS = "an index"
@@ -108,22 +106,6 @@ def _prompts(language_model: Any, n_tokens: int, n_prompts: int) -> list[Any]:
     return cut_prompts(language_model.tokenizer, None, n_tokens, n_prompts)
 
 
-class _Clock:
-    """A logits processor that notes when each token's logits came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, _ids: Any, scores: Any) -> Any:
-        self.times.append(time.perf_counter())
-        return scores
-
-    @property
-    def decode_seconds(self) -> float:
-        """From the first token, which is prefill's, to the last."""
-        return self.times[-1] - self.times[0]
-
-
 def _without(*names: str) -> dict[str, Any]:
     return {name: default for name, default in _COMMON.items() if name not in names}
 
@@ -177,7 +159,7 @@ def batch(given: Given, n_prompts: int, n_clusters: int) -> None:
     routed = [clusters[number % len(clusters)].exemplars[0] for number in range(len(ids))]
 
     def run(rows: Any, texts: list[str]) -> float:
-        clock = _Clock()
+        clock = Clock()
         options = {"prompts": texts, "attention_mask": torch.ones_like(rows), "logits_processor": [clock]}
         sparse.generate(rows, **options, **exactly_new(given.new_tokens))
         return clock.decode_seconds
@@ -196,34 +178,6 @@ def batch(given: Given, n_prompts: int, n_clusters: int) -> None:
         clusters=len(clusters),
         seconds={what: round(seconds, 3) for what, seconds in found.items()},
     )
-
-
-def _decode_speeds(contenders: dict[str, Any], ids: Any, given: Given) -> dict[str, float]:
-    """Return median decode tokens/s by contender, alternating, each after a copy of the first one's prefill.
-
-    Args:
-        contenders: a `SparseModel`, then others or models of transformers, which may be of another type.
-        ids: prompts, [n_rows, n_positions].
-        given: how many tokens and rounds.
-    """
-    import torch
-
-    reader = next(iter(contenders.values()))
-    read = reader.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **exactly_new(1))
-    texts, mask = read.sequences, torch.ones_like(read.sequences)  # with one token that is not in the cache yet
-
-    def speed(name: str, _number: int) -> float:
-        model = contenders[name]
-        cache, clock = copy.deepcopy(read.past_key_values), _Clock()
-        dtype = getattr(model, "model", model).dtype
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
-        more = {"past_key_values": cache, "logits_processor": [clock]}
-        model.generate(texts, attention_mask=mask, **more, **exactly_new(given.new_tokens))
-        return len(ids) * (given.new_tokens - 1) / clock.decode_seconds  # the first token is prefill's
-
-    found = medians(in_turns(contenders, given.rounds, speed))
-    return {name: round(value, 2) for name, value in found.items()}
 
 
 @figure("growth-NAME.json", f"{_NEEDS}, altair", "1 hour", timed=True, **_COMMON, dtype="bfloat16")
@@ -252,7 +206,8 @@ def growth(given: Given, lengths: tuple[int, ...], sizes: tuple[int, ...]) -> No
     for what, at, n_tokens, n_rows in points:
         if (n_tokens, n_rows) not in measured:
             ids = torch.tensor([prompt.ids for prompt in _prompts(loaded, n_tokens, n_rows)])
-            measured[n_tokens, n_rows] = _decode_speeds(contenders, ids, given)
+            found = medians(decode_speeds(contenders, ids, given))
+            measured[n_tokens, n_rows] = {name: round(value, 2) for name, value in found.items()}
         for contender, speed in measured[n_tokens, n_rows].items():
             series.setdefault(what, {}).setdefault(contender, []).append((at, speed))
             print(f"{what} {at}: {contender} {speed} tokens/s", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -166,3 +167,48 @@ def exactly_new(n: int) -> dict[str, Any]:
     There is no end token rather than a least length, which costs a pass over all logits that no user pays.
     """
     return {"max_new_tokens": n, "eos_token_id": None, "do_sample": False}
+
+
+class Clock:
+    """A logits processor that notes when each token's logits came."""
+
+    def __init__(self) -> None:
+        """Begin anew."""
+        self.times: list[float] = []
+
+    def __call__(self, _ids: Any, scores: Any) -> Any:
+        """Note the time, and change nothing."""
+        self.times.append(time.perf_counter())
+        return scores
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first token, which is prefill's, to the last."""
+        return self.times[-1] - self.times[0]
+
+
+def decode_speeds(contenders: Mapping[str, Any], ids: Any, given: Given) -> dict[str, list[float]]:
+    """Return each round's decode tokens/s by contender, alternating, each after a copy of the first one's prefill.
+
+    Args:
+        contenders: a `SparseModel`, then others or models of transformers, which may be of another type.
+        ids: prompts, [n_rows, n_positions].
+        given: how many tokens and rounds.
+    """
+    import torch
+
+    reader = next(iter(contenders.values()))
+    read = reader.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **exactly_new(1))
+    texts, mask = read.sequences, torch.ones_like(read.sequences)  # with one token that is not in the cache yet
+
+    def speed(name: str, _number: int) -> float:
+        model = contenders[name]
+        cache, clock = copy.deepcopy(read.past_key_values), Clock()
+        dtype = getattr(model, "model", model).dtype
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+        more = {"past_key_values": cache, "logits_processor": [clock]}
+        model.generate(texts, attention_mask=mask, **more, **exactly_new(given.new_tokens))
+        return len(ids) * (given.new_tokens - 1) / clock.decode_seconds  # the first token is prefill's
+
+    return in_turns(contenders, given.rounds, speed)

@@ -184,13 +184,12 @@ def tried(model_type: str) -> Tried:
     with torch.no_grad():
         _enlarged(layers)
         try:
-            model(input_ids=IDS, use_cache=False)
-            _generated(model)
+            logits, tokens = _logits(model), _generated(model)
         except Exception as error:
             return Tried(f"transformers does not decode text alone with it: {_first_line(error)}")
         why_slow = LeanEngine.refuses(model, DecodeConfig())
         return Tried(
-            checked(model, layers),
+            _checked(model, layers, logits, tokens),
             layers[0].family,
             _layout(max(layers, key=lambda each: each.expert is not None)),
             why_slow,
@@ -203,9 +202,9 @@ def _layout(layer: MLPLayer) -> str:
     return kind + (", a norm behind" if layer.post_norm else "")
 
 
-def checked(model: Any, layers: list[MLPLayer]) -> str | None:
-    """Return what does not hold of a model, or None."""
-    before, untouched = Snapshot(model), _logits(model)
+def _checked(model: Any, layers: list[MLPLayer], untouched: torch.Tensor, tokens: torch.Tensor) -> str | None:
+    """Return what does not hold of a model, whose own logits and tokens are given, or None."""
+    before = Snapshot(model)
     # 1) the activation site, and statistics of it
     seen: dict[int, list[torch.Tensor]] = {layer.number: [] for layer in layers}
     try:
@@ -222,7 +221,7 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
         assert seen[layer.number][0].shape == (IDS.numel(), layer.d_ff)
         assert statistics.counts.shape == (1, layer.d_ff) and statistics.counts.sum() > 0
     if all(layer.expert is None for layer in layers):  # what experts give is added up before a norm
-        assert all(layer.post_norm is _norm_is_behind(model, layer) for layer in layers)
+        assert [layer.post_norm for layer in layers] == _norms_behind(model, layers)
     # 2) a compact MLP, the masked one, and a whole one
     chosen = selection(model, 0.5)
     with installed(layers, chosen):
@@ -239,34 +238,40 @@ def checked(model: Any, layers: list[MLPLayer]) -> str | None:
     if float((whole - dense).abs().max()) > 1e-5 * scale:
         return f"whole compact MLPs differ from dense ones by {float((whole - dense).abs().max()) / scale:.1g}"
     # 3) decode
-    expected = _generated(model)
     with SparseModel(model, everything(model), engine="transformers") as sparse:
         found = _generated(sparse)
-    assert torch.equal(found, expected)
+    assert torch.equal(found, tokens)
     before.check()
     assert torch.equal(_logits(model), untouched)
     return None
 
 
-def _norm_is_behind(model: Any, layer: MLPLayer) -> bool:
-    """Observe whether a norm reads what an MLP gives, or gives what the layer gives."""
+def _norms_behind(model: Any, layers: list[MLPLayer]) -> list[bool]:
+    """Observe of each MLP whether a norm reads what it gives, or gives what the layer gives."""
     names = {id(module): path for path, module in model.named_modules()}
-    block = model.get_submodule(re.split(r"(?<=\.\d)\.", names[id(layer.owner)])[0])
+    blocks = [model.get_submodule(re.split(r"(?<=\.\d)\.", names[id(layer.owner)])[0]) for layer in layers]
     events: list[tuple[nn.Module, Any, Any]] = []
-    noted = [each for each in block.modules() if "Norm" in type(each).__name__ and not list(each.children())]
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__ and not list(module.children())]
+    watched = {id(module): module for module in (*norms, *(layer.output for layer in layers), *blocks)}
     hooks = [
         module.register_forward_hook(
             lambda module, given, out: events.append((module, given[0] if given else None, out))
         )
-        for module in (*noted, layer.output, block)
+        for module in watched.values()
     ]
     _logits(model)
     for hook in hooks:
         hook.remove()
-    first = next(place for place, event in enumerate(events) if event[0] is layer.output)
-    y, last = events[first][2], events[-1][2]
+    return [_is_behind(layer, block, events) for layer, block in zip(layers, blocks, strict=True)]
+
+
+def _is_behind(layer: MLPLayer, block: nn.Module, events: list[tuple[nn.Module, Any, Any]]) -> bool:
+    inside = {*block.modules()}
+    own = [event for event in events if event[0] in inside]
+    first = next(place for place, event in enumerate(own) if event[0] is layer.output)
+    y, last = own[first][2], own[-1][2]
     last = last[0] if isinstance(last, tuple | list) else last
-    norms = [event for event in events[first:] if event[0] in noted]
+    norms = [event for event in own[first:] if "Norm" in type(event[0]).__name__]
     return any(_same(read, y) or _same(out, last) for _, read, out in norms)
 
 

@@ -48,6 +48,13 @@ def _opt(d_model: int, n_layers: int, n_heads: int) -> Mapping[str, Any]:
 
 
 _SHAPES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "exaone-4.0-1.2b": ("Exaone4Config", _llama_like(2048, 4096, 30, 32, 8, 102400, tied=True)),
+    "gemma-3-1b": (
+        "Gemma3TextConfig",
+        _llama_like(
+            1152, 6912, 26, 4, 1, 262144, tied=True, head_dim=256, query_pre_attn_scalar=256, sliding_window=512
+        ),
+    ),
     "gpt2": (
         "GPT2Config",
         MappingProxyType(
@@ -57,11 +64,17 @@ _SHAPES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama-3.1-8b": ("LlamaConfig", _llama_like(4096, 14336, 32, 32, 8, 128256)),
     "llama-3.2-1b": ("LlamaConfig", _llama_like(2048, 8192, 16, 32, 8, 128256, tied=True)),
     "mistral-7b": ("MistralConfig", _llama_like(4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
+    "olmo-2-1b": ("Olmo2Config", _llama_like(2048, 8192, 16, 16, 16, 100352)),
+    "opt-1.3b": ("OPTConfig", _opt(2048, 24, 32)),
     "opt-125m": ("OPTConfig", _opt(768, 12, 12)),
     "opt-6.7b": ("OPTConfig", _opt(4096, 32, 32)),
+    "phi-1.5": ("PhiConfig", _llama_like(2048, 8192, 24, 32, 32, 51200)),
+    "pythia-1b": ("GPTNeoXConfig", _llama_like(2048, 8192, 16, 8, 8, 50304)),
     "qwen2.5-1.5b": ("Qwen2Config", _llama_like(1536, 8960, 28, 12, 2, 151936, tied=True)),
     "qwen2.5-7b": ("Qwen2Config", _llama_like(3584, 18944, 28, 28, 4, 152064)),
+    "qwen3-1.7b": ("Qwen3Config", _llama_like(2048, 6144, 28, 16, 8, 151936, tied=True)),
     "smollm2-135m": ("LlamaConfig", _llama_like(576, 1536, 30, 9, 3, 49152, tied=True)),
+    "stablelm-2-1.6b": ("StableLmConfig", _llama_like(2048, 5632, 24, 32, 32, 100352, use_qkv_bias=True)),
 }
 SHAPES = tuple(_SHAPES)
 

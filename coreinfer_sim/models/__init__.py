@@ -6,6 +6,7 @@ __all__ = [
     "experts",
     "fingerprint",
     "gguf_codes",
+    "gguf_names",
     "kept",
     "layout_file",
     "loading",

@@ -1,4 +1,4 @@
-"""Tensors of a Llama-like model's GGUF file under the names of the model's own parameters, one of which is read at a time."""
+"""Tensors of a GGUF file under the names of the model's own parameters, one of which is read at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import torch
 
-from coreinfer_sim.models.gguf_codes import QuantisedTensor, module_of, order_of, own_codes, stored_dtype
+from coreinfer_sim.models.gguf_codes import QuantisedTensor, own_codes, stored_dtype, unread_codes
+from coreinfer_sim.models.gguf_names import GGUFNames
 
 _ROWS = 4096  # that are dequantised at a time
 
@@ -25,6 +26,8 @@ class GGUFTensor:
     """In the file's memory map."""
     order: Any = None
     """Which of the file's rows each output is; None: they are in order."""
+    added: float = 0.0
+    """What the file's values are greater by."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,17 +42,20 @@ class GGUFCheckpoint:
         """Look at the header of a file whose configuration is given."""
         self.tensors: dict[str, GGUFTensor] = {}
         self.names: set[str] = set()
-        for tensor in gguf.GGUFReader(path).tensors:
-            parts = str(tensor.name).split(".")
-            module = module_of(parts)
-            name = str(tensor.name) if module is None else f"{module}.{parts[-1]}"
-            self.names.add(name)
-            if module is not None:
+        reader = gguf.GGUFReader(path)
+        names = GGUFNames(reader, config)
+        for tensor in reader.tensors:
+            of_file = str(tensor.name)
+            name = names.find(of_file)
+            self.names.add(name or of_file)
+            if name is not None:
                 shape = tuple(int(n) for n in reversed(tensor.shape))
-                order = order_of(parts, shape[0], config)
-                self.tensors[name] = GGUFTensor(shape, tensor.tensor_type, tensor.data, order)
-        self.codes: dict[str, QuantisedTensor] = own_codes(path, config)
+                order, added = names.order(of_file, shape[0]), names.added(of_file)
+                self.tensors[name] = GGUFTensor(shape, tensor.tensor_type, tensor.data, order, added)
+        self.codes: dict[str, QuantisedTensor] = own_codes(reader, names, config.tie_word_embeddings)
         """Matrices whose codes can be taken as they are, by the modules' names."""
+        self.widened: list[str] = unread_codes(reader)
+        """The types of others that are quantised."""
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a whole tensor, dequantised."""
@@ -59,7 +65,7 @@ class GGUFCheckpoint:
             part = slice(begin, begin + _ROWS)
             rows = tensor.raw[part] if tensor.order is None else tensor.raw[tensor.order[part]]
             values: np.ndarray[Any, Any] = gguf.quants.dequantize(rows, tensor.kind)
-            out[part] = torch.from_numpy(values.astype(np.float32)).reshape(out[part].shape)
+            out[part] = torch.from_numpy(values.astype(np.float32) - np.float32(tensor.added)).reshape(out[part].shape)
         return out
 
     def same(self, one: str, other: str) -> bool:

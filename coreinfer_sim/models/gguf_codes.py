@@ -7,12 +7,14 @@ their own, or 256 with scales of scales.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+
+from coreinfer_sim.models.gguf_names import GGUFNames
 
 Array = np.ndarray[Any, Any]
 Parts = dict[str, Array]
@@ -31,6 +33,17 @@ class QuantisedTensor:
     """uint8 [n_out, bytes of a row], in the file's memory map."""
     order: Array | None = None
     """Which of the file's rows each output is; None: they are in order."""
+
+    @property
+    def layout(self) -> str:
+        """The type that the codes are of as they are taken: of Q3_K, which has scales as Q6_K has, those of a Q6_K."""
+        return _TAKEN_AS.get(self.kind, self.kind)
+
+    def part(self, first: int, last: int) -> QuantisedTensor:
+        """Return the outputs first … last alone."""
+        if self.order is not None:
+            return replace(self, n_out=last - first, order=self.order[first:last])
+        return replace(self, n_out=last - first, raw=self.raw[first:last])
 
     def rows(self) -> Iterator[tuple[int, Array, Parts]]:
         """Yield codes and scales of some rows at a time.
@@ -108,37 +121,32 @@ def _q6_k(blocks: Array) -> tuple[Array, Parts]:
     return low | (high << 4), {"d": _halves(blocks, 208), "scale": blocks[..., 192:208].view(np.int8)}
 
 
+def _q3_k(blocks: Array) -> tuple[Array, Parts]:
+    """Return the codes as those of a Q6_K, whose zero is 32 rather than 4."""
+    shape = blocks.shape[:2]
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    low = ((blocks[..., 32:96].reshape(*shape, 2, 1, 32) >> shifts) & 3).reshape(*shape, 8, 32)
+    third = (blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    # sixteen scales of six bits in twelve bytes: the lower four bits of two in each of eight, then the upper two of four
+    lows = _nibbles(blocks[..., 96:104])
+    highs = ((blocks[..., None, 104:108] >> shifts) & 3).reshape(*shape, 16)
+    scale = (lows | (highs << 4)).astype(np.int8) - np.int8(32)
+    return (low | (third << 2)) + np.uint8(28), {"d": _halves(blocks, 108), "scale": scale}
+
+
 _TAKEN_APART: dict[str, Callable[[Array], tuple[Array, Parts]]] = {
     "Q4_0": _q4(False),
     "Q4_1": _q4(True),
     "Q5_0": _q5(False),
     "Q5_1": _q5(True),
     "Q8_0": _q8_0,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
-
-
-_PARTS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-"""Of a layer, and what transformers calls them."""
-_EMBEDDINGS = "model.embed_tokens"
-_OTHERS = {"token_embd": _EMBEDDINGS, "output": "lm_head", "output_norm": "model.norm"}
-_IN_ORDER = ("qwen2", "qwen3")
-_ROTATED_BY_PAIRS = ("llama", "mistral")
-"""Families whose files hold the features of a query's or key's head as pairs, where transformers holds them as halves."""
+_TAKEN_AS = {"Q3_K": "Q6_K"}
+"""Whose codes those of other types become, exactly."""
 
 
 def stored_dtype(kind: str) -> torch.dtype:
@@ -155,35 +163,28 @@ def main_dtype(path: str) -> torch.dtype:
     return max(sizes, key=lambda each: sizes[each], default=torch.bfloat16)
 
 
-def own_codes(path: str, config: Any) -> dict[str, QuantisedTensor]:
-    """Return the matrices of a Llama-like model's file whose codes can be taken as they are, by the modules' names."""
-    if config.model_type not in (*_IN_ORDER, *_ROTATED_BY_PAIRS):
-        return {}
+def own_codes(reader: gguf.GGUFReader, names: GGUFNames, tied: bool) -> dict[str, QuantisedTensor]:
+    """Return the matrices of a file whose codes can be taken as they are, by the modules' names.
+
+    Args:
+        reader: of the file.
+        names: of its tensors.
+        tied: the embeddings are the output head, too.
+    """
     found = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        kind, parts = tensor.tensor_type.name, str(tensor.name).split(".")
-        name = module_of(parts)
+    for tensor in reader.tensors:
+        kind, name = tensor.tensor_type.name, names.find(str(tensor.name))
         if name is not None and kind in _TAKEN_APART and len(tensor.shape) == 2:
             n_in, n_out = (int(n) for n in tensor.shape)
-            found[name] = QuantisedTensor(kind, n_out, n_in, tensor.data, order_of(parts, n_out, config))
-    if config.tie_word_embeddings and _EMBEDDINGS in found:
-        found.setdefault("lm_head", found[_EMBEDDINGS])
+            order = names.order(str(tensor.name), n_out)
+            found[name.rpartition(".")[0]] = QuantisedTensor(kind, n_out, n_in, tensor.data, order)
+    table = names.modules.get("token_embd", "")
+    if tied and table in found:
+        found.setdefault("lm_head", found[table])
     return found
 
 
-def module_of(parts: list[str]) -> str | None:
-    """Return which module a tensor belongs to whose name in the file has these parts."""
-    if len(parts) == 2 and parts[0] in _OTHERS:
-        return _OTHERS[parts[0]]
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _PARTS:
-        return f"model.layers.{parts[1]}.{_PARTS[parts[2]]}"
-    return None
-
-
-def order_of(parts: list[str], n_out: int, config: Any) -> Array | None:
-    """Return which row of the file each output of a tensor is; None: they are in order."""
-    n_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(parts[-2])
-    if n_heads is None or config.model_type not in _ROTATED_BY_PAIRS:
-        return None
-    order: Array = np.arange(n_out).reshape(int(n_heads), -1, 2).swapaxes(1, 2).reshape(-1)
-    return order
+def unread_codes(reader: gguf.GGUFReader) -> list[str]:
+    """Return the types of a file's quantised matrices whose codes are not taken as they are."""
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    return sorted(kinds - {*_TAKEN_APART, "F32", "F16", "BF16", "F64"})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
 from coreinfer_sim.models.gguf_codes import main_dtype, own_codes
+from coreinfer_sim.models.gguf_names import GGUFNames
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
@@ -144,7 +146,8 @@ def load_model(
             model = model.to(usable(model.dtype, device))
         model = model.to(device).eval()
         if options:
-            model.own_codes = own_codes(options["gguf_file"], config)
+            reader = gguf.GGUFReader(options["gguf_file"])
+            model.own_codes = own_codes(reader, GGUFNames(reader, config, model), config.tie_word_embeddings)
         unread = unread_tensors(Path(options["gguf_file"]), model) if options else set()
     layers = find_mlps(model)
     found = Found(read["missing_keys"], read["unexpected_keys"] | unread, read["mismatched_keys"])

@@ -15,7 +15,7 @@ from coreinfer_sim.models.gguf_codes import QuantisedTensor
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
 from coreinfer_sim.models.parameters import ParameterNames, Tensors, empty_model, main_dtype
-from coreinfer_sim.models.source import ADAPTER_FILE, holds_fp8, read_config, source_of
+from coreinfer_sim.models.source import ADAPTER_FILE, holds_fp8, load_errors, read_config, source_of
 from coreinfer_sim.models.whole import check_whole
 
 
@@ -103,13 +103,17 @@ def open_weightless(name: str, families: Container[str]) -> Weightless | None:
     config = read_config(name, source, options, fp8=True)
     if config.model_type not in families or holds_fp8(config):
         return None
-    tensors = GGUFCheckpoint(options["gguf_file"], config) if options else Checkpoint(Path(name))
+    with load_errors(name):
+        tensors = GGUFCheckpoint(options["gguf_file"], config) if options else Checkpoint(Path(name))
     dtype = main_dtype(tensors)
     model, tokenizer, mended = empty_model(
         name, config, source, options, dtype, lambda each: ParameterNames(each, tensors).tied_as_stored()
     )
     layers, names = find_mlps(model), ParameterNames(model, tensors)
     notes = check_whole(name, model, layers, names.found())
+    if isinstance(tensors, GGUFCheckpoint) and tensors.widened:
+        kinds, wide = ", ".join(tensors.widened), str(dtype).removeprefix("torch.")
+        notes.append(f"Note: weights of {name} in {kinds} are widened to {wide}, as the loops do not read such codes.")
     return Weightless(name, model, tokenizer, layers, notes, mended, names, tensors, bool(options))
 
 

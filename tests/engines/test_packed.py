@@ -25,7 +25,7 @@ def of_gguf(kind, n_out=50, n_in=512, bias=None, order=None):
 WHOLE = [name for name, format_ in FORMATS.items() if not format_.low_bits]
 
 
-@pytest.mark.parametrize("kind", GGUF_KINDS)
+@pytest.mark.parametrize("kind", [*GGUF_KINDS, "Q3_K"])
 def test_codes_of_a_file_are_kept_to_the_bit(kind):
     """Also with an output count that fills no tile, and rows in another order."""
     order = np.random.default_rng(1).permutation(50)

@@ -17,7 +17,7 @@ from coreinfer_sim.engines.lean.description import ACTIVATIONS, LINEAR, Blocks, 
 from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH
 from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
 from coreinfer_sim.engines.lean.intrinsics import RELU, RELU2, float_name
-from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection, from_codes
+from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection, from_codes, halves
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.lean.products import N_WORDS
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, fits, of_relu
@@ -72,8 +72,12 @@ def token_layout(model: Any, layers: Sequence[MLPLayer], weights: Weights) -> st
     own = getattr(model, "own_codes", {}) if weights is Weights.STORED else {}
     found = set()
     for layer in layers:
-        gate, up = (own.get(f"model.layers.{layer.number}.mlp.{name}") for name in layer.projections[:2])
-        found.add(floating if gate is None or up is None or gate.kind != up.kind else HIGH[gate.kind])
+        kinds = {
+            None if codes is None else codes.layout
+            for codes in (own.get(f"model.layers.{layer.number}.mlp.{name}") for name in layer.inputs)
+        }
+        (kind,) = kinds if len(kinds) == 1 else {None}
+        found.add(floating if kind is None else HIGH[kind])
     return " and ".join(sorted(found))
 
 
@@ -116,7 +120,8 @@ class LeanModel:
         laid_out: dict[int, TokenMLP | ReluMLP] = getattr(model, "laid_out_mlps", {})
         self._dense: dict[int, DenseMLP] = dict(laid_out)
         self._by_token = {number: mlp for number, mlp in laid_out.items() if isinstance(mlp, TokenMLP)}
-        of_file = bool(getattr(model, "own_codes", {}))
+        of_file = bool(getattr(model, "own_codes", {}))  # or it was laid out, matrix by matrix
+        of_file |= f"{self._owners[0]}.{layers[0].output_name}" in getattr(model, "laid_out", {})
         self.skips_zeros = (
             not self._by_token and not layers[0].away and not of_file and skips_zeros(model.config, weights)
         )
@@ -193,7 +198,8 @@ class LeanModel:
             weights, biases = (gate, up, down), (offsets[0], offsets[1], offsets[2])
             if self._weights is Weights.STORED:
                 own = getattr(self._model, "own_codes", {})
-                codes = [None] * 3 if layer.fused else [own.get(f"{owner}.{name}") for name in layer.projections]
+                codes = [own.get(f"{owner}.{name}") for name in layer.projections]
+                codes[:1] = halves(codes[0]) if layer.fused else codes[:1]
                 mlp = of_stored(codes, partial(_exact, weights, codes), biases)
             else:
                 mlp = of_weights(weights, biases, TOKEN_KINDS.get(self._weights))

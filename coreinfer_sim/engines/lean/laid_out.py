@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from coreinfer_sim.base.errors import ConfigError, StoreError
+from coreinfer_sim.base.errors import StoreError
 from coreinfer_sim.base.files import locked, remove
 from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
 from coreinfer_sim.base.progress import Progress, readable_size
@@ -21,13 +21,14 @@ from coreinfer_sim.engines.lean.architectures import ARCHITECTURES, architecture
 from coreinfer_sim.engines.lean.blocks import HEAD, TOKEN_KINDS, rounded_kind, skips_zeros, unsupported
 from coreinfer_sim.engines.lean.disk_parts import disk_parts
 from coreinfer_sim.engines.lean.head import CoarseHead
-from coreinfer_sim.engines.lean.matrix import Matrix, from_codes
+from coreinfer_sim.engines.lean.matrix import Matrix, from_codes, halves
 from coreinfer_sim.engines.lean.mlp_loops import by_token_loop, from_disk_loop
 from coreinfer_sim.engines.lean.opened_layout import MATRICES, TENSORS, Parts, from_layout, whole
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, of_relu
 from coreinfer_sim.engines.sizes import Planner
 from coreinfer_sim.models.fingerprint import SKETCH_SIZE, sketch_places
+from coreinfer_sim.models.gguf_names import TYPES as GGUF_TYPES
 from coreinfer_sim.models.layout_file import (
     Layout,
     LayoutWriter,
@@ -44,9 +45,6 @@ from coreinfer_sim.models.weightless import (
     stored_config,
     stored_dtype,
 )
-
-_GGUF = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose GGUF files are read here; transformers reads the others, and widens them."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def load_on_disk(
         None: its type or its MLPs are not such that tokens could choose.
 
     Raises:
-        ConfigError: it is a GGUF file, it has ReLU, or this system has no way to read so.
+        ConfigError: it is a GGUF file, or this system has no way to read so.
         ModelError: as `load_model`.
         StoreError: it cannot be laid out on the disk.
     """
@@ -122,11 +120,6 @@ def load_on_disk(
     files, empty = files_of(name), open_weightless(name, ARCHITECTURES)
     if not files or empty is None or not _fits(empty, by_token=True):
         return None
-    if skips_zeros(empty.model.config, weights):
-        raise ConfigError(
-            f"{name} has ReLU, whose zeros tokens pass over in memory, but under a memory budget no token chooses among its "
-            "neurons; leave out the read ratio or the budget."
-        )
     made = layout_folder(files, _layout_kind(name, Wanted(weights, by_token=True)), progress).is_dir()
     parts = disk_parts(empty, weights, made)
     from_disk_loop()  # what compiling takes is free again before memory is planned
@@ -164,7 +157,7 @@ def _kept(name: str, place: Path, wanted: Wanted, progress: Progress) -> Languag
 
 def _made(name: str, place: Path, wanted: Wanted, progress: Progress) -> LanguageModel | None:
     # 1) the model without weights
-    empty = open_weightless(name, _GGUF if is_gguf(name) else ARCHITECTURES)
+    empty = open_weightless(name, GGUF_TYPES if is_gguf(name) else ARCHITECTURES)
     if empty is None or not _fits(empty, wanted.by_token):
         return None
     # 2) its weights, on the disk or, where they find no room, in memory
@@ -316,7 +309,7 @@ def _by_neuron(empty: Weightless, layer: MLPLayer, wanted: Wanted) -> tuple[Toke
     names = [f"{empty.names.modules[id(layer.owner)]}.{name}" for name in layer.projections]
     biases, codes = [empty.bias(name) for name in names], [empty.codes(name) for name in names]
     if layer.fused:
-        names[:1], codes[:1] = names[:1] * 2, codes[:1] * 2
+        names[:1], codes[:1] = names[:1] * 2, halves(codes[0])
         biases[:1] = [None, None] if biases[0] is None else list(biases[0].split(layer.d_ff))
     floating = torch.bfloat16 if weights is Weights.BF16 else empty.model.dtype
 

@@ -219,12 +219,20 @@ def by_projection(names: Sequence[str], parts: Sequence[Linear], fused: bool) ->
 
 def from_codes(tensor: QuantisedTensor, bias: torch.Tensor | None) -> Matrix:
     """Lay out the codes and scales of a GGUF file's matrix, as they are."""
-    format_ = FORMATS[tensor.kind]
+    format_ = FORMATS[tensor.layout]
     codes, scales = room(format_, tensor.n_out, tensor.n_in)
     set_threads()
     for begin, part, scales_of in tensor.rows():
         lay(format_, part, scales_of, begin, codes, scales)
-    return Matrix(tensor.kind, tensor.n_out, tensor.n_in, codes, scales, filled_bias(bias))
+    return Matrix(format_.name, tensor.n_out, tensor.n_in, codes, scales, filled_bias(bias))
+
+
+def halves(tensor: QuantisedTensor | None) -> list[QuantisedTensor | None]:
+    """Return the codes of gate and up of a matrix that holds both."""
+    if tensor is None:
+        return [None, None]
+    half = tensor.n_out // 2
+    return [tensor.part(0, half), tensor.part(half, 2 * half)]
 
 
 def filled_bias(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -252,10 +252,10 @@ def of_stored(codes: Sequence[QuantisedTensor | None], read: Reader, biases: Bia
         biases: of the three.
     """
     gate, up, down = codes
-    if gate is None or up is None or gate.kind != up.kind:
+    if gate is None or up is None or gate.layout != up.layout:
         return of_weights((read(0, None), read(1, None), read(2, None)), biases)
-    planes = [_split(part.rows(), HIGH[part.kind], part.n_out, part.n_in) for part in (gate, up)]
-    few = down is not None and FORMATS[down.kind].bits == 4
+    planes = [_split(part.rows(), HIGH[part.layout], part.n_out, part.n_in) for part in (gate, up)]
+    few = down is not None and FORMATS[down.layout].bits == 4
     return _of_planes(planes, biases, read(2, torch.float32), "Q4_1" if few else "Q8_0")
 
 
