@@ -198,7 +198,7 @@ def _replayed(pieces: list[str], rate: int) -> Iterator[str]:
 @figure("docs/images", _NEEDS, "3 minutes", model=DEMO_MODEL, name=None, index=REQUIRED, out=ROOT / "docs" / "images")
 def pictures(given: Given) -> None:
     """Take the pictures of the page that the README and the guide show; it measures nothing."""
-    with server(given, "--name", given.name) as (url, _pid), _browser() as browser:
+    with server(given, "--name", given.name, "--read-ratio", "0.4") as (url, _pid), _browser() as browser:
         for name, kept, asked, options in (
             ("page", {}, _TURNS, {"viewport": _DESK, "color_scheme": "light"}),
             ("page-dark", {}, _TURNS[:1], {"viewport": _DESK, "color_scheme": "dark"}),

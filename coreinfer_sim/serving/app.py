@@ -208,7 +208,7 @@ def _add_topics(app: FastAPI, backend: Backend, neurons: Neurons) -> None:
     """Add what says why an answer is as it is: the map, the look-up, and the neurons."""
 
     @app.get("/api/map")
-    async def map_(_request: Request) -> Response:
+    async def map_() -> Response:
         """Return the prompts of the corpus as dots by topic."""
         return JSONResponse(await asyncio.to_thread(map_of, backend.index))
 

@@ -271,6 +271,8 @@ def test_the_map_says_what_is_pointed_at(browser, url, index):
             box["y"] + box["height"] / 2 - y * (min(box["width"], box["height"]) / 2 - 14),
         )
         visit.page.wait_for_selector("#map-tip:not([hidden])")
+        # what is drawn with colours of the style sheet gets them as a canvas understands them
+        assert visit.page.evaluate("import('/page/dom.js').then(dom => dom.color('--ink'))").startswith("rgb(")
         assert any(text in visit.text("#map-tip") for text in index.map.excerpts)
 
 

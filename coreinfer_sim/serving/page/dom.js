@@ -19,8 +19,14 @@ export function shown(text) {
   return text.replace(/\r\n?/g, "\n").replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, c => (c === "\u007f" ? "\u2421" : String.fromCharCode(0x2400 + c.charCodeAt(0))));
 }
 
-/** Return the value of a colour that the style sheet names. */
-export const color = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const probe = el("i", {hidden: true});
+
+/** Return the value of a colour that the style sheet names, as it is in the theme that is seen. */
+export function color(name) {
+  if (!probe.isConnected) document.body.append(probe);
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
+}
 
 /** Fit a canvas to the size that it is shown in; return its context in CSS pixels, its width and height, or null if it is hidden. */
 export function fitted(canvas, height) {

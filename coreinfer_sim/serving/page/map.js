@@ -72,7 +72,7 @@ export class MapView {
 
   draw() {
     if (!this.#data) return;
-    const fit = fitted(this.#canvas, Math.min(340, Math.max(220, this.#canvas.clientWidth * 0.8)));
+    const fit = fitted(this.#canvas, Math.min(300, Math.max(210, this.#canvas.clientWidth * 0.68)));
     if (!fit) return;
     const {context, width, height} = fit;
     const {x, y, topic} = this.#data.dots;

@@ -121,7 +121,7 @@ export class NeuronsView {
   #draw(whole) {
     if (!this.#order) return;
     const {rows, size} = this.#order;
-    const each = Math.max(3, Math.min(9, Math.floor(300 / rows.length)));
+    const each = Math.max(3, Math.min(9, Math.floor(190 / rows.length)));
     const fit = fitted(this.#canvas, rows.length * each + 8);
     if (!fit) return;
     // 1) which share of each cell's neurons was read
