@@ -15,6 +15,7 @@ __all__ = [
     "offload",
     "positions",
     "prompts",
+    "sharing",
     "store",
     "streaming",
     "structure",
