@@ -22,6 +22,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     quality,
     reading,
     relu,
+    scale,
     speed,
 )
 from figures.table import TABLE
