@@ -6,6 +6,7 @@ import click
 
 from coreinfer_sim.base.decode_settings import ModelConfig
 from coreinfer_sim.base.progress import counted
+from coreinfer_sim.base.scale_settings import ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig
 
 from . import options
@@ -62,7 +63,7 @@ def _clusters(_ctx: click.Context, _param: click.Parameter, value: str | None) -
 )
 @click.option("--force", is_flag=True, help="Replace an index; start a broken-off build of other settings anew.")
 @click.option("--quiet", is_flag=True, help="No plan and no progress.")
-@set_option("corpus", "build", "compensate", "model")
+@set_option("corpus", "build", "compensate", "model", "scale")
 @options.as_json
 def build_index(
     corpus: str,
@@ -126,6 +127,7 @@ def build_index(
         device=loading.device,
         workers=workers,
         threads=threads,
+        scale=settings.make(ScaleConfig),
         force=force,
         progress=progress,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.progress import Part, Progress, counted
 
 if TYPE_CHECKING:  # rich is imported where something is shown, as --help needs none of it
     from rich.progress import Progress as Bars
@@ -49,6 +50,8 @@ class ConsoleProgress(Progress):
         self._progress: Bars | None = None
         self._task: Any = None
         self._spinner: Status | None = None
+        self._n_workers = self._n_failures = self._n_rows = 0
+        self._begun = 0.0
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -84,10 +87,39 @@ class ConsoleProgress(Progress):
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[shared]}"),
         )
         self._progress = progress.Progress(*columns, console=self._console)
-        self._task = self._progress.add_task(stage, total=total, completed=done, before=done, unit=unit)
+        self._task = self._progress.add_task(stage, total=total, completed=done, before=done, unit=unit, shared="")
+        self._n_workers = self._n_failures = self._n_rows = 0
+        self._begun = time.monotonic()
         self._progress.start()
+
+    def share(self, n_workers: int) -> None:
+        """Show how many workers there are."""
+        self._n_workers = n_workers
+        self._show_shared()
+
+    def part(self, part: Part) -> None:
+        """Show how many texts a second all workers read."""
+        self._n_rows += part.n_rows
+        self._show_shared()
+
+    def failed(self, text: str) -> None:
+        """Print a line, and show how many failed."""
+        super().failed(text)
+        self._n_failures += 1
+        self._show_shared()
+
+    def _show_shared(self) -> None:
+        if self._progress is None:
+            return
+        facts = [counted(self._n_workers, "worker")]
+        if self._n_rows:
+            facts.append(f"{self._n_rows / max(time.monotonic() - self._begun, 1e-3):,.1f} rows/s")
+        if self._n_failures:
+            facts.append(counted(self._n_failures, "failure"))
+        self._progress.update(self._task, shared=", ".join(facts))
 
     def advance(self, n: int) -> None:
         """Move the bar."""

@@ -27,6 +27,7 @@ from .library import list_, rm
 from .report import report
 from .run import run
 from .serve import serve
+from .status import status
 from .tune import tune
 
 INTERRUPTED = 130
@@ -123,7 +124,7 @@ def main(ctx: click.Context, wants_version: bool, verbose: bool) -> None:
         ctx.default_map = default_map(main)
 
 
-_WORK = (run, build_index, generate, evaluate, tune, bench, export, serve)
+_WORK = (run, build_index, status, generate, evaluate, tune, bench, export, serve)
 _INDEXES = (list_, show, report, check, rm, push, pull, info, lookup, verify)
 for _command in (demo, *_WORK, *_INDEXES, config, cache):
     main.add_command(_command)

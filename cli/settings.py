@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.scale_settings import ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig, parse_size
 
 from .config import config_path, given_by_user, variable_of
@@ -31,6 +32,7 @@ GROUPS: dict[str, type[Any]] = {
     "corpus": CorpusConfig,
     "build": BuildConfig,
     "compensate": CompensationConfig,
+    "scale": ScaleConfig,
 }
 """By the name that users write, the settings of the library."""
 _NOT_BY_NAME = {"corpus": {"source"}, "build": {"compensation"}}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the same names as in _W
     from coreinfer_sim.base.decode_settings import SelectionConfig as SelectionConfig
     from coreinfer_sim.base.errors import CoreInferSimError as CoreInferSimError
     from coreinfer_sim.base.progress import Progress as Progress
+    from coreinfer_sim.base.scale_settings import ScaleConfig as ScaleConfig
     from coreinfer_sim.base.settings import BuildConfig as BuildConfig
     from coreinfer_sim.base.settings import CorpusConfig as CorpusConfig
     from coreinfer_sim.base.settings import Fallback as Fallback
@@ -45,6 +46,7 @@ _WHERE = {
     "base.decode_settings": ("DecodeConfig", "ModelConfig", "SamplingConfig", "SelectionConfig"),
     "base.errors": ("CoreInferSimError",),
     "base.progress": ("Progress",),
+    "base.scale_settings": ("ScaleConfig",),
     "base.settings": ("BuildConfig", "CorpusConfig", "Fallback", "Mode", "Profile", "Score"),
     "building.build": ("build_index",),
     "choosing.make": ("make_predictor",),

@@ -23,6 +23,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     quality,
     reading,
     relu,
+    scale,
     speed,
     use,
 )

@@ -15,6 +15,8 @@ __all__ = [
     "processor",
     "progress",
     "resuming",
+    "ray_tasks",
     "rows",
+    "scale_settings",
     "settings",
 ]

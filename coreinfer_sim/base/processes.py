@@ -6,16 +6,20 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
 from typing import Any
 
 import faiss
 import psutil
 import torch
-
-from coreinfer_sim.base.errors import BuildError
 
 LIBRARY_BYTES = 900 << 20
 """What Python, torch, the encoder and a batch take of a process, roughly."""
@@ -47,85 +51,177 @@ def default_workers(device: str, n_threads: int, worker_bytes: int, own_bytes: i
     return int(max(1, min(n_cores() // n_threads, by_memory)))
 
 
-def run_shards(
-    shards: Sequence[int],
-    run: RunShard,
-    n_workers: int,
-    make_run: Callable[[], RunShard],
-    report: Report,
-) -> None:
-    """Run shards here and in ``n_workers - 1`` further processes; every process takes the next open shard.
+@dataclass(frozen=True)
+class Finished:
+    """A shard whose result is on disk."""
+
+    number: int
+    worker: str
+    """Host and process that ran it."""
+    seconds: float
+    """That it took, without loading."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what happens to shards; always in the thread that runs them."""
+
+    advance: Report
+    """Takes what this process does of its own shards, bit by bit."""
+    finished: Callable[[Finished], None]
+    """Takes each shard that is finished; shards of other processes were not reported bit by bit."""
+    failed: Callable[[str], None]
+    """Takes a sentence on each worker that failed."""
+
+
+def this_worker() -> str:
+    """Return how this process is named among workers."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def run_shards(shards: Sequence[int], run: RunShard, helpers: Sequence[Callable[[], RunShard]], watch: Watch) -> None:
+    """Run shards here and in further processes; every process takes the next open shard.
+
+    A process that fails ends, and the shard that it had begun runs again in one of the others, at the latest in this one, whose
+    own failure is raised.
 
     Args:
         shards: numbers of the shards to run.
         run: runs one shard in this process.
-        n_workers: processes in all.
-        make_run: makes such a function in another process; it must pickle.
-        report: receives what all processes report.
-
-    Raises:
-        BuildError: a process failed; finished shards stay on disk.
+        helpers: makes such a function in each further process; they must pickle.
+        watch: is told what happens.
     """
     context = multiprocessing.get_context("spawn")
-    taken = context.Value("q", 0)
-    results = context.Queue()
-    helpers = [
-        context.Process(target=_help, args=(make_run, list(shards), taken, results), daemon=True)
-        for _ in range(min(n_workers, len(shards)) - 1)
-    ]
+    left, told = deque(shards), queue.SimpleQueue[Finished | str]()
+    started = [_Helper(context, make_run, left, told) for make_run in helpers[: max(0, len(shards) - 1)]]
     try:
         with interrupts_held():
-            for helper in helpers:
+            for helper in started:
                 helper.start()
-        while (shard := _take(taken, shards)) is not None:
-            run(shard, report)
-            _drain(results, report)
-        while any(helper.is_alive() for helper in helpers):
-            _drain(results, report, wait=0.2)
-        _drain(results, report, wait=0.2)
-        failed = [helper.exitcode for helper in helpers if helper.exitcode]
-        if failed:
-            raise BuildError(f"a worker process ended with exit code {failed[0]}; {_AGAIN}")
+        while True:
+            at_work = any(
+                helper.is_alive() for helper in started
+            )  # before the look for shards, which one may give back
+            _tell(told, watch)
+            if (number := _next(left)) is not None:
+                begin = time.monotonic()
+                run(number, watch.advance)
+                watch.finished(Finished(number, this_worker(), time.monotonic() - begin))
+            elif at_work:
+                _tell(told, watch, wait=0.2)
+            else:
+                break
     finally:
-        for helper in helpers:
-            if helper.pid is not None:  # it was started
-                helper.terminate()
-                helper.join()
+        for helper in started:
+            helper.end()
 
 
-_AGAIN = "finished shards are kept – run the same command again, with fewer workers if memory was short."
+AGAIN = "finished shards are kept – run the same command again, with fewer workers if memory was short."
 
 
-def _take(taken: Any, shards: Sequence[int]) -> int | None:
-    with taken.get_lock():
-        place: int = taken.value
-        if place >= len(shards):
-            return None
-        taken.value = place + 1
-        return shards[place]
+def _next(left: deque[int]) -> int | None:
+    try:
+        return left.popleft()
+    except IndexError:
+        return None
 
 
-def _drain(results: Any, report: Report, wait: float = 0.0) -> None:
+def _tell(told: queue.SimpleQueue[Finished | str], watch: Watch, wait: float = 0.0) -> None:
+    """Tell what helpers have said, after a wait for the first word of at most ``wait`` seconds."""
     while True:
         try:
-            result = results.get(timeout=wait) if wait else results.get_nowait()
+            word = told.get(timeout=wait) if wait else told.get_nowait()
         except queue.Empty:
             return
-        if isinstance(result, str):
-            raise BuildError(f"a worker process failed ({result}); {_AGAIN}")
-        report(result)
+        wait = 0.0
+        if isinstance(word, str):
+            watch.failed(word)
+        else:
+            watch.finished(word)
 
 
-def _help(make_run: Callable[[], RunShard], shards: list[int], taken: Any, results: Any) -> None:
+class _Helper(threading.Thread):
+    """Gives a further process one shard after the other; nothing else is shared with it, so that its death holds nobody up."""
+
+    def __init__(
+        self,
+        context: SpawnContext,
+        make_run: Callable[[], RunShard],
+        left: deque[int],
+        told: queue.SimpleQueue[Finished | str],
+    ) -> None:
+        super().__init__(daemon=True)
+        self._ours, self._theirs = context.Pipe()
+        self._process = context.Process(target=_help, args=(make_run, self._theirs), daemon=True)
+        self._left, self._told = left, told
+
+    def start(self) -> None:
+        self._process.start()
+        self._theirs.close()
+        super().start()
+
+    def run(self) -> None:
+        number = None
+        try:
+            self._answer()  # it has loaded what it needs
+            while (number := _next(self._left)) is not None:
+                self._ours.send(number)
+                self._told.put(self._answer())
+            self._ours.send(None)
+            return
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            how = "was killed, as systems do where memory is short" if code == -9 else f"ended with exit code {code}"
+        except _HelperFailedError as error:
+            how = f"failed ({error})"
+        if number is not None:
+            self._left.append(number)
+        self._told.put(f"a worker process {how}; the others do its share.")
+
+    def _answer(self) -> Any:
+        answer = self._ours.recv()
+        if isinstance(answer, str):
+            raise _HelperFailedError(answer)
+        return answer
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process.pid is not None:  # it was started
+            self._process.terminate()
+            self._process.join()
+
+
+class _HelperFailedError(Exception):
+    """What another process says of its failure."""
+
+
+def _help(make_run: Callable[[], RunShard], parent: Connection) -> None:
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run = make_run()
-        while (shard := _take(taken, shards)) is not None:
-            run(shard, results.put)
+        parent.send(None)
+        while (number := parent.recv()) is not None:
+            parent.send(timed(run, number))
+    except EOFError:  # the parent is gone
+        return
     except Exception as error:  # anything at all is the parent's to report
-        results.put(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        with suppress(OSError):
+            parent.send(in_words(error))
+
+
+def timed(run: RunShard, number: int) -> Finished:
+    """Run a shard in a process that reports nothing until it is finished."""
+    begin = time.monotonic()
+    run(number, lambda _: None)
+    return Finished(number, this_worker(), time.monotonic() - begin)
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error's kind and text on one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _end_with_parent() -> None:

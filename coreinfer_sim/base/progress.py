@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part of a stage that workers share."""
+
+    number: int
+    size: int
+    """In the stage's units, such as tokens."""
+    n_rows: int
+    """Texts of it; 0 where parts are no texts."""
+    worker: str
+    """Host and process that did it."""
+    seconds: float
+    """That it took."""
 
 
 class Progress:
@@ -17,6 +33,16 @@ class Progress:
 
     def advance(self, n: int) -> None:
         """Note that ``n`` more units are finished."""
+
+    def share(self, n_workers: int) -> None:
+        """Note that so many workers share the stage."""
+
+    def part(self, part: Part) -> None:
+        """Note that a part of the stage is finished, whose size `advance` is told besides."""
+
+    def failed(self, text: str) -> None:
+        """Take a sentence on a worker that failed while the stage goes on."""
+        self.say(f"Note: {text}")
 
     def finish(self) -> None:
         """End the stage."""

@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.extra import require
 from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
-from coreinfer_sim.base.progress import Progress, shown
+from coreinfer_sim.base.progress import Progress, counted, shown
 from coreinfer_sim.base.rows import describe_corpus
+from coreinfer_sim.base.scale_settings import Executor, ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
 from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
+from coreinfer_sim.building.log import LoggedProgress
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.promise import measure_promise
-from coreinfer_sim.building.refit import fit_refit, read_refit
+from coreinfer_sim.building.refit import fit_refit
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.building.stages import add_up, cluster, draw, draw_map, embed, record
 from coreinfer_sim.building.writing import BuiltParts, write_index
@@ -48,6 +51,7 @@ def build_index(
     device: str = "auto",
     workers: int | None = 1,
     threads: int | None = None,
+    scale: ScaleConfig | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> SemanticIndex:
@@ -66,6 +70,7 @@ def build_index(
         workers: processes that share the shards; None fills the cores. More than one needs the caller's
             ``if __name__ == "__main__"``, as always with Python's multiprocessing.
         threads: torch threads of each process; None a quarter of the cores. Part of the build, unlike ``workers``.
+        scale: who shares the shards: processes here, on GPUs that are named, or tasks of a Ray cluster.
         force: replace an index that exists, and start anew where a build without it or of other settings was broken off; if
             only those of compensation are others, statistics are kept.
         progress: takes messages and progress; None: see `shown`.
@@ -74,12 +79,13 @@ def build_index(
         CoreInferSimError: any of its kinds; what was finished is kept.
     """
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
-    config, progress = config or BuildConfig(), shown(progress)
+    config, scale, progress = config or BuildConfig(), scale or ScaleConfig(), shown(progress)
     out = Path(os.path.realpath(out))  # a link stays, and what it names is made
     # 1) what can be refused before anything is loaded
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
+    device = _check_scale(scale, device, workers)
     check_output(out, force)
     progress.say(f"Reading {describe_corpus(corpus)}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
@@ -87,7 +93,7 @@ def build_index(
     language_model = load_model(model, dtype, device) if isinstance(model, str) else model
     for note in language_model.notes:
         progress.say(note)
-    if not isinstance(model, str) and workers != 1:
+    if not isinstance(model, str) and (workers != 1 or scale.executor is Executor.RAY):
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
     kind = str(language_model.model.device)
     sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
@@ -104,10 +110,29 @@ def build_index(
     )
     with build_folder(folder):
         begin_or_continue(folder, _settings(source, corpus, language_model, sentence_encoder), force, progress)
+        progress = LoggedProgress(folder, progress)
         lay_out = isinstance(model, str) and dtype in ("auto", "stored") and kind == "cpu"
-        _run_stages(out, source, corpus, language_model, sentence_encoder, workers, lay_out, progress)
+        _run_stages(out, source, corpus, language_model, sentence_encoder, workers, scale, lay_out, progress)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
+
+
+def _check_scale(scale: ScaleConfig, device: str, workers: int | None) -> str:
+    """Return the device of this process, if what shares the work is there and goes together.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if scale.executor is Executor.RAY:
+        require("the executor ray", "scale", "ray")
+    if scale.devices is None:
+        return device
+    n = len(scale.devices)
+    if device != "auto":
+        raise ConfigError(f"device is {device!r}, but {counted(n, 'device')} are named for workers; leave device out.")
+    if workers not in (None, n):
+        raise ConfigError(f"workers is {workers}, but {counted(n, 'device')} are named, one for each; expected {n}.")
+    return scale.devices[0]
 
 
 def _settings(
@@ -153,6 +178,7 @@ def _run_stages(
     language_model: LanguageModel,
     encoder: SentenceEncoder,
     n_workers: int | None,
+    scale: ScaleConfig,
     lay_out: bool,
     progress: Progress,
 ) -> None:
@@ -163,7 +189,9 @@ def _run_stages(
     layers = recorded_layers(language_model, config)
     model_bytes = language_model.model.get_memory_footprint()
     measures = drawn.report.n_held_out > 0  # what tokens need and what that promises
-    plan = BuildPlan(layers, config, drawn.report, model_bytes, layout_bytes(language_model) if measures else 0)
+    is_shared = source.shares_weights and (n_workers != 1 or scale.executor is Executor.RAY)
+    laid_out, shared = layout_bytes(language_model) if measures else 0, model_bytes if is_shared else 0
+    plan = BuildPlan(layers, config, drawn.report, model_bytes, laid_out, shared)
     progress.say(plan.describe())
     if config.clusters != "auto":
         plan.check_disk(plan.n_clusters, folder, out)
@@ -176,19 +204,20 @@ def _run_stages(
     clustered = ClusteredCorpus(language_model, drawn.sentences, clustering, config, corpus.max_tokens, folder)
     plan.check_disk(clustered.n_clusters, folder, out)
     # 3) statistics
-    workers = Workers(clustered, source, progress, n_workers)
-    with torch_threads(source.n_threads):
-        record(workers)
     sums = cache(lambda: add_up(clustered))  # asked for once the memory of fits is free
-    # 4) compensated sets
-    settings = config.compensation
-    sets = None if settings is None else make_sets(workers, settings, _statistics(sums))
-    # 5) what tokens need, and what it promises
-    with torch_threads(n_cores()):
-        histograms = measure_histograms(clustered, progress) if measures else {}
-        refit = fit_refit(clustered, histograms, progress)
-        unwritten = None if refit is None else read_refit(folder, refit, language_model)
-        profiles = measure_promise(folder, language_model, histograms, unwritten, config.seed, lay_out, progress)
+    with Workers(clustered, source, progress, n_workers, scale).open() as workers:
+        with torch_threads(source.n_threads):
+            record(workers)
+        # 4) compensated sets
+        settings = config.compensation
+        sets = None if settings is None else make_sets(workers, settings, _statistics(sums))
+        # 5) what tokens need, and what it promises
+        with torch_threads(source.n_threads):
+            histograms = measure_histograms(workers) if measures else {}
+        with torch_threads(n_cores()):
+            refit = fit_refit(clustered, histograms, progress)
+        with torch_threads(source.n_threads):
+            profiles = measure_promise(workers, refit, lay_out)
     # 6) the index
     parts = BuiltParts(
         *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, refit, profiles),

@@ -16,6 +16,7 @@ from coreinfer_sim.base.errors import BuildError, ClusteringError, ConfigError, 
 from coreinfer_sim.base.files import REPLACED, is_vacant, remove, restore, write_json
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.resuming import differing
+from coreinfer_sim.building.log import LOG_FILE
 from coreinfer_sim.fitting.pipeline import forget_sets
 from coreinfer_sim.index.manifest import (
     COMPENSATION_FOLDER,
@@ -78,8 +79,8 @@ def build_folder(folder: Path) -> Iterator[None]:
             f"another build is at work in {folder}, expected none; wait for it or name another folder."
         ) from error
     with held:
-        for path in folder.rglob(".*.part"):  # what a kill cut short
-            path.unlink()
+        for path in list(folder.rglob(".*.part")):  # what a kill cut short
+            remove(path)
         new = not (folder / SETTINGS_FILE).exists()
         try:
             yield
@@ -88,7 +89,12 @@ def build_folder(folder: Path) -> Iterator[None]:
                 _remove_held(folder)
             raise
         finally:
-            if folder.exists() and {path.name for path in folder.iterdir()} <= {LOCK_FILE, SETTINGS_FILE, FORCED_FILE}:
+            if folder.exists() and {path.name for path in folder.iterdir()} <= {
+                LOCK_FILE,
+                LOG_FILE,
+                SETTINGS_FILE,
+                FORCED_FILE,
+            }:
                 _remove_held(folder)
 
 

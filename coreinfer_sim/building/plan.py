@@ -16,6 +16,7 @@ from coreinfer_sim.building.folder import SHARDS_FOLDER
 from coreinfer_sim.building.refit import refit_disk, refit_memory
 from coreinfer_sim.fitting.costs import CompensationCosts
 from coreinfer_sim.fitting.pipeline import LARGE_FOLDERS
+from coreinfer_sim.fitting.workers import WEIGHTS_FOLDER
 from coreinfer_sim.index.clustering import CANDIDATES
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -35,6 +36,8 @@ class BuildPlan:
     """Of the language model."""
     layout_bytes: int
     """Of its MLPs in the layout in which is measured what tokens need; 0: nothing is measured."""
+    shared_bytes: int = 0
+    """Of the file from which workers map the model's weights; 0: there is none."""
 
     @property
     def n_clusters(self) -> int:
@@ -80,7 +83,7 @@ class BuildPlan:
         Raises:
             BuildError: so it is.
         """
-        names = (SHARDS_FOLDER, *LARGE_FOLDERS)
+        names = (SHARDS_FOLDER, WEIGHTS_FOLDER, *LARGE_FOLDERS)
         written = (path for name in names for path in (folder / name).rglob("*") if path.is_file())
         taken = sum(path.stat().st_size for path in written)
         free, needed = shutil.disk_usage(folder).free, sum(self._disk(n_clusters)) - taken
@@ -109,5 +112,8 @@ class BuildPlan:
         rows = refit_disk(self.layers, self.config)
         return (
             n_clusters * self._n_values * _BYTES_PER_STATISTIC + costs.index_disk(n_clusters) + rows,
-            (self._n_shards + n_clusters) * self._n_values * _BYTES_PER_SUM + costs.build_disk(n_clusters) + rows,
+            (self._n_shards + n_clusters) * self._n_values * _BYTES_PER_SUM
+            + costs.build_disk(n_clusters)
+            + rows
+            + self.shared_bytes,
         )

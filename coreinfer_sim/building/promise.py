@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
 from coreinfer_sim.base.files import write_json
-from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.processes import Report
 from coreinfer_sim.base.rows import CorpusReport, Row
+from coreinfer_sim.building.histograms import kept_histograms, layout_bytes
+from coreinfer_sim.building.refit import read_refit
 from coreinfer_sim.engines.registry import check_engine
+from coreinfer_sim.evaluation.contenders import Contender
+from coreinfer_sim.evaluation.results import Result
 from coreinfer_sim.evaluation.run import evaluate
 from coreinfer_sim.evaluation.summary import summarise
 from coreinfer_sim.evaluation.tune import FEWEST_ROWS, by_token_and_dense, choose_profiles
+from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.fitting.workers import Workers
 from coreinfer_sim.generation.opening import laid_out_model
-from coreinfer_sim.index.compensated import Refit
-from coreinfer_sim.index.manifest import ProfileInfo
+from coreinfer_sim.index.manifest import ProfileInfo, RefitInfo
 from coreinfer_sim.models.loading import LanguageModel
 
 HELD_OUT_FILE = "held-out.jsonl"
-_PROFILES_FILE = "profiles.json"
+_PROFILES_FILE, _PARTS_FOLDER = "profiles.json", "promise"
 _FEWEST_TEXTS = 200
 """With fewer, what is held out would be missed in the statistics."""
 _OF_MANY, _MOST = 60, 40  # one text of so many is held out, and at most so many
 _SHORTEST = 32  # tokens of a text, of which half are scored
 _MAX_TOKENS = 512
+_ROWS_AT_ONCE = 10  # in a part: each has to lay weights out once
 
 
 def held_out(sentences: Sequence[Row]) -> list[int]:
@@ -51,46 +55,62 @@ def hold_out(report: CorpusReport, sentences: Sequence[Row], folder: Path) -> li
     return [sentence for number, sentence in enumerate(sentences) if number not in numbers]
 
 
-def measure_promise(
-    folder: Path,
-    language_model: LanguageModel,
-    histograms: Mapping[str, np.ndarray],
-    refit: Refit | None,
-    seed: int,
-    lay_out: bool,
-    progress: Progress,
-) -> dict[str, ProfileInfo]:
+@dataclass
+class ScoreHeldOut:
+    """The job that scores contenders on some of the texts that were held out; it reports texts."""
+
+    rows: Sequence[Row]
+    contenders: Sequence[Contender]
+    refit: RefitInfo | None
+    lay_out: bool
+    """Whether the model's weights lie as a start by token reads them, rather than beside the model in memory."""
+    _laid_out: LanguageModel | None = None
+    """The model in that layout, which is mapped from where it was laid out."""
+
+    def result(self, corpus: ClusteredCorpus, number: int) -> Path:
+        """Return where a part's scores will be."""
+        return corpus.folder / _PARTS_FOLDER / f"{number:06d}.json"
+
+    def run(self, corpus: ClusteredCorpus, number: int, report: Report) -> None:
+        """Leave the scores of one part on disk."""
+        language_model, folder = corpus.language_model, corpus.folder
+        rows = self.rows[number * _ROWS_AT_ONCE : (number + 1) * _ROWS_AT_ONCE]
+        if self.lay_out and self._laid_out is None:
+            self._laid_out = laid_out_model(language_model.name, ModelConfig(), DecodeConfig(), True)
+        results = evaluate(
+            self._laid_out or language_model,
+            self.contenders,
+            rows,
+            max_tokens=_MAX_TOKENS,
+            histograms=kept_histograms(folder),
+            refit=None if self.refit is None else read_refit(folder, self.refit, language_model),
+        )
+        write_json(self.result(corpus, number), [asdict(result) for result in results])
+        report(len(rows))
+
+
+def measure_promise(workers: Workers, refit: RefitInfo | None, lay_out: bool) -> dict[str, ProfileInfo]:
     """Find how few neurons tokens may read, as `choose_profiles` does, on the second half of each text that was held out.
 
     Args:
-        folder: of the build.
-        language_model: that the index is built for.
-        histograms: that the index will hold.
-        refit: likewise.
-        seed: of the bootstrap.
+        workers: of the build, whose folder holds the histograms.
+        refit: of the index that will be.
         lay_out: lay its weights out as a start by token reads them, rather than beside the model in memory.
-        progress: receives what comes of it.
 
     Returns:
         Profiles by name; none where nothing can be promised, so that decode is dense.
     """
-    path = folder / _PROFILES_FILE
+    path = workers.corpus.folder / _PROFILES_FILE
     if path.exists():
         return {name: ProfileInfo(**kept) for name, kept in json.loads(path.read_text(encoding="utf-8")).items()}
-    profiles = _measure(folder, language_model, histograms, refit, seed, lay_out, progress)
+    profiles = _measure(workers, refit, lay_out)
     write_json(path, {name: asdict(profile) for name, profile in profiles.items()})
     return profiles
 
 
-def _measure(
-    folder: Path,
-    language_model: LanguageModel,
-    histograms: Mapping[str, np.ndarray],
-    refit: Refit | None,
-    seed: int,
-    lay_out: bool,
-    progress: Progress,
-) -> dict[str, ProfileInfo]:
+def _measure(workers: Workers, refit: RefitInfo | None, lay_out: bool) -> dict[str, ProfileInfo]:
+    corpus, progress = workers.corpus, workers.progress
+    language_model, folder = corpus.language_model, corpus.folder
     # 1) whether there is anything to measure
     texts = [Row(**row) for row in json.loads((folder / HELD_OUT_FILE).read_text(encoding="utf-8"))]
     config = DecodeConfig()
@@ -112,21 +132,22 @@ def _measure(
     laid_out = laid_out_model(language_model.name, ModelConfig(), config, True, progress) if lay_out else None
     kind = "stored" if laid_out is None and getattr(language_model.model, "own_codes", {}) else "16bit"
     contenders = by_token_and_dense(kind)
-    results = evaluate(
-        laid_out or language_model,
-        contenders,
-        rows,
-        max_tokens=_MAX_TOKENS,
-        progress=progress,
-        histograms=histograms,
-        refit=refit,
-    )
+    job = ScoreHeldOut(rows, contenders, refit, laid_out is not None)
+    del laid_out  # each worker maps it for itself
+    (folder / _PARTS_FOLDER).mkdir(exist_ok=True)
+    sizes = {
+        number: min(_ROWS_AT_ONCE, len(rows) - begin) for number, begin in enumerate(range(0, len(rows), _ROWS_AT_ONCE))
+    }
+    n_bytes = layout_bytes(language_model)
+    workers.run(job, "Evaluating", "texts", sizes, sizes, n_bytes, n_bytes)
+    paths = [job.result(corpus, number) for number in sizes]
+    results = [Result(**each) for path in paths for each in json.loads(path.read_text(encoding="utf-8"))]
     if len({result.row_id for result in results}) < FEWEST_ROWS:
         progress.say("Nothing is promised, as too few of the texts that were held out have two tokens to score.")
         return {}
     # 3) what they allow
     layout = engine.layout_by_token(language_model.model, language_model.layers, config)
-    profiles = choose_profiles(contenders, summarise(results, seed), {kind: layout})
+    profiles = choose_profiles(contenders, summarise(results, corpus.config.seed), {kind: layout})
     for name, profile in profiles.items():
         progress.say(f"Profile {name}: {profile.in_words()}.")
     return profiles

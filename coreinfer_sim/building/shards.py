@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from coreinfer_sim.base.errors import BuildError
@@ -58,8 +59,17 @@ class PartialSums:
 
     @classmethod
     def load(cls, path: Path) -> PartialSums:
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
+        """Read what `save` wrote.
+
+        Raises:
+            BuildError: the file is damaged.
+        """
+        try:
+            return cls(**load_file(path))
+        except (SafetensorError, TypeError) as error:
+            raise BuildError(
+                f"{path} is damaged ({error}), expected the sums of a shard; delete it and run the same command again."
+            ) from error
 
 
 def cut_into_shards(assignment: np.ndarray, n_tokens: np.ndarray, shard_size: int) -> list[np.ndarray]:

@@ -149,10 +149,20 @@ def _choose_n_clusters(embeddings: np.ndarray, seed: int, progress: Progress) ->
 class RecordShards:
     """The job that runs the language model over shards of the corpus; it reports tokens."""
 
+    def __init__(self, corpus: ClusteredCorpus) -> None:
+        """Cut the corpus into shards."""
+        n_tokens = np.array([sentence.n_tokens for sentence in corpus.sentences])
+        self.shards = cut_into_shards(corpus.clustering.assignment, n_tokens, corpus.config.shard_size)
+        """The numbers of each shard's sentences."""
+
+    def result(self, corpus: ClusteredCorpus, number: int) -> Path:
+        """Return where a shard's sums will be."""
+        return corpus.folder / SHARDS_FOLDER / f"{number:06d}.safetensors"
+
     def run(self, corpus: ClusteredCorpus, number: int, report: Report) -> None:
         """Leave the sums of one shard on disk."""
-        shard = _shards_of(corpus)[number]
-        run_shard(corpus, shard).save(_shard_path(corpus.folder, number))
+        shard = self.shards[number]
+        run_shard(corpus, shard).save(self.result(corpus, number))
         report(sum(corpus.sentences[i].n_tokens for i in shard))
 
 
@@ -160,30 +170,21 @@ def record(workers: Workers) -> None:
     """Run the language model over every shard that is not finished yet."""
     corpus = workers.corpus
     (corpus.folder / SHARDS_FOLDER).mkdir(exist_ok=True)
-    shards = dict(enumerate(_shards_of(corpus)))
+    job = RecordShards(corpus)
+    shards = dict(enumerate(job.shards))
     sizes = {number: sum(corpus.sentences[i].n_tokens for i in shard) for number, shard in shards.items()}
-    finished = [number for number in sizes if _shard_path(corpus.folder, number).exists()]
+    n_rows = {number: len(shard) for number, shard in shards.items()}
     own_bytes = corpus.language_model.model.get_memory_footprint()  # room for activations, about
-    workers.run(RecordShards(), "Language model", "tokens", sizes, finished, worker_bytes=own_bytes)
+    workers.run(job, "Language model", "tokens", sizes, n_rows, worker_bytes=own_bytes)
 
 
 def add_up(corpus: ClusteredCorpus) -> PartialSums:
     """Add all shards up."""
     sums = PartialSums.zeros(np.arange(corpus.n_clusters), len(corpus.layers), corpus.layers[0].d_ff)
-    for number in range(len(_shards_of(corpus))):
-        sums.add(PartialSums.load(_shard_path(corpus.folder, number)))
+    job = RecordShards(corpus)
+    for number in range(len(job.shards)):
+        sums.add(PartialSums.load(job.result(corpus, number)))
     return sums
-
-
-def _shards_of(corpus: ClusteredCorpus) -> list[np.ndarray]:
-    """Return the numbers of each shard's sentences."""
-    n_tokens = np.array([sentence.n_tokens for sentence in corpus.sentences])
-    return cut_into_shards(corpus.clustering.assignment, n_tokens, corpus.config.shard_size)
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    """Return where a shard's sums are."""
-    return folder / SHARDS_FOLDER / f"{number:06d}.safetensors"
 
 
 def _save_array(array: np.ndarray, path: Path) -> None:

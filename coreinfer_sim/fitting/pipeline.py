@@ -23,7 +23,6 @@ from coreinfer_sim.fitting.sets import (
     TRAINING_FOLDER,
     FitSets,
     are_trained,
-    fitted_path,
     neurons_by_ratio,
     save_set,
     set_tokens,
@@ -138,16 +137,11 @@ def _share_out(corpus: ClusteredCorpus, settings: CompensationConfig, progress: 
 def _fit(workers: Workers, job: FitSets, title: str, of_clusters: bool) -> None:
     """Fit the sets of the whole corpus or of the clusters."""
     corpus, settings = workers.corpus, job.settings
-    sets = list(enumerate(sets_to_fit(settings, corpus.n_clusters)))
-    paths = {
-        number: fitted_path(corpus.folder, settings, ratio, cluster)
-        for number, (ratio, cluster) in sets
-        if (cluster is not None) is of_clusters
-    }
+    sets = enumerate(sets_to_fit(settings, corpus.n_clusters))
+    numbers = [number for number, (_, cluster) in sets if (cluster is not None) is of_clusters]
     n_bytes = CompensationCosts(corpus.layers, settings).fitting()
-    sizes = dict.fromkeys(paths, len(corpus.language_model.layers))
-    finished = [number for number, path in paths.items() if path.exists()]
-    workers.run(job, title, "layers", sizes, finished, n_bytes, n_bytes, alone=not of_clusters)
+    sizes = dict.fromkeys(numbers, len(corpus.language_model.layers))
+    workers.run(job, title, "layers", sizes, None, n_bytes, n_bytes, alone=not of_clusters)
 
 
 def _train(

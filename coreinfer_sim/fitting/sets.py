@@ -41,6 +41,11 @@ class FitSets:
     n_kept: Mapping[str, list[int]]
     """By keep ratio, the neurons of each layer that stay."""
 
+    def result(self, corpus: ClusteredCorpus, number: int) -> Path:
+        """Return where the set will be."""
+        ratio, cluster = sets_to_fit(self.settings, corpus.n_clusters)[number]
+        return fitted_path(corpus.folder, self.settings, ratio, cluster)
+
     def run(self, corpus: ClusteredCorpus, number: int, report: Report) -> None:
         """Fit a set; the whole corpus's leaves its moments, towards which those of clusters are shrunk."""
         ratio, cluster = sets_to_fit(self.settings, corpus.n_clusters)[number]
@@ -56,7 +61,7 @@ class FitSets:
             keep=(lambda layer, sums: _save_moments(folder / f"{layer}.safetensors", sums)) if leant_on else None,
             report=report,
         )
-        save_set(fitted_path(corpus.folder, self.settings, ratio, cluster), selection)
+        save_set(self.result(corpus, number), selection)
 
 
 def sets_to_fit(settings: CompensationConfig, n_clusters: int) -> list[tuple[float, int | None]]:

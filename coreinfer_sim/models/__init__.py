@@ -16,6 +16,7 @@ __all__ = [
     "offload",
     "positions",
     "prompts",
+    "sharing",
     "store",
     "streaming",
     "structure",

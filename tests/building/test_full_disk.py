@@ -81,3 +81,16 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
     assert run.exit_code == 0, run.output
     assert contents(out) == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_full_disk_stops_workers_in_one_sentence_too(build, built, tiny_checkpoint, corpus, tmp_path):
+    """They find no room for the weights that they share, or for a shard's sums."""
+    out = tmp_path / "index"
+    with pytest.raises(KeyboardInterrupt):
+        build(out, progress=BEFORE_SHARDS)
+    with largest_file(2000):
+        run = command(corpus, tiny_checkpoint, out, "--workers", "2")
+    assert run.exit_code == 1 and re.search(r"Error: .*free some space .*run the same command again", run.stderr)
+    run = command(corpus, tiny_checkpoint, out, "--workers", "2")
+    assert run.exit_code == 0, run.output
+    assert contents(out) == contents(built)
