@@ -16,4 +16,5 @@ __all__ = [
     "resuming",
     "rows",
     "settings",
+    "stores",
 ]

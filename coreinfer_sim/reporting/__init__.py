@@ -1,3 +1,3 @@
 """Says on one page what an index is, and what was measured with it."""
 
-__all__ = ["report"]
+__all__ = ["differences", "report"]
