@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from coreinfer_sim.base.decode_settings import ModelConfig
-from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.scale_settings import ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig
 
 from . import options
-from .console import ConsoleProgress, print_json, quiet_libraries
+from .console import ConsoleProgress, quiet_libraries
+from .living import place_of, print_index
 from .settings import Settings, set_option
 
 
@@ -108,34 +108,26 @@ def build_index(
 
     from coreinfer_sim.building.build import build_index as build
     from coreinfer_sim.index.encoder import DEFAULT_ENCODER
-    from coreinfer_sim.index.names import indexes_folder, name_for, place_of_new
+    from coreinfer_sim.index.names import indexes_folder, name_for
 
     quiet_libraries()
-    place = indexes_folder() / name_for(corpus) if out is None else place_of_new(out)
-    is_named = place.parent == indexes_folder()
     progress = ConsoleProgress(quiet)
-    if is_named:
-        progress.say(f"The index is called {place.name}, and goes to {place}.")
-        place.parent.mkdir(parents=True, exist_ok=True)
-    index = build(
-        model,
-        of_corpus,
-        place,
-        config,
-        encoder=loading.encoder or DEFAULT_ENCODER,
-        dtype=loading.dtype,
-        device=loading.device,
-        workers=workers,
-        threads=threads,
-        scale=settings.make(ScaleConfig),
-        force=force,
-        progress=progress,
-    )
-    from .inspect import index_summary, print_clusters
-
-    if as_json:
-        print_json(index_summary(index))
-        return
-    shown = place.name if is_named else place
-    click.echo(f"{shown}: {counted(len(index), 'cluster')} over {counted(index.manifest.corpus.n_sentences, 'prompt')}")
-    print_clusters(index)
+    with place_of(name_for(corpus) if out is None else out, force, named=out is None) as place:
+        is_named = place.parent == indexes_folder()
+        if is_named:
+            progress.say(f"The index is called {place.name}, and goes to {place}.")
+        index = build(
+            model,
+            of_corpus,
+            place,
+            config,
+            encoder=loading.encoder or DEFAULT_ENCODER,
+            dtype=loading.dtype,
+            device=loading.device,
+            workers=workers,
+            threads=threads,
+            scale=settings.make(ScaleConfig),
+            force=force,
+            progress=progress,
+        )
+    print_index(index, place.name if is_named else str(out), as_json)

@@ -17,9 +17,12 @@ from .profiles import profile_lines, profiles_summary
 from .settings import Settings, set_option
 
 if TYPE_CHECKING:
+    from coreinfer_sim.index.asked import Asked
     from coreinfer_sim.index.index import SemanticIndex
     from coreinfer_sim.index.manifest import ModelInfo
 
+_MOST_ASKED = 10
+"""Topics that `info` lists by what servers were asked."""
 _INDEX = click.argument("index", type=options.INDEX)
 _ONE_OR_THE_ONLY = click.argument("index", type=options.INDEX, required=False, metavar="[NAME]")
 
@@ -93,10 +96,13 @@ def info(index: str | None, as_json: bool) -> None:
 
 
 def _print_info(loaded: SemanticIndex, as_json: bool) -> None:
-    if as_json:
-        print_json(index_summary(loaded))
-        return
+    from coreinfer_sim.index.asked import read_asked
+
     m = loaded.manifest
+    asked = read_asked(m)
+    if as_json:
+        print_json(index_summary(loaded) | {"asked": None if asked is None else asked.as_dict()})
+        return
     click.echo(f"{loaded.name}: format version {m.format_version}")
     click.echo(
         f"  model     {m.model.name} ({m.model.family}, {len(set(m.model.blocks))} layers{_experts(m.model)}, d_model "
@@ -132,8 +138,25 @@ def _print_info(loaded: SemanticIndex, as_json: bool) -> None:
     for line in profile_lines(m, m.default_profile):
         click.echo(f"          {line}")
     click.echo(f"  versions  {', '.join(f'{name} {value}' for name, value in m.versions.items())}")
+    if asked is not None:
+        _print_asked(loaded, asked)
     click.echo(f"{counted(len(loaded), 'cluster')}:")
     print_clusters(loaded)
+
+
+def _print_asked(loaded: SemanticIndex, asked: Asked) -> None:
+    """Say which topics servers were asked about, the most unfamiliar first: by such texts the index is to be extended."""
+    n_unfamiliar = asked.unfamiliar.total()
+    click.echo(
+        f"  asked     {counted(asked.prompts.total(), 'prompt')} since {asked.since}, {n_unfamiliar:,} of them unfamiliar"
+        + ("; texts like those near these topics are what to extend the index by" if n_unfamiliar else "")
+    )
+    order = sorted(asked.prompts, key=lambda number: (-asked.unfamiliar[number], -asked.prompts[number]))
+    for number in order[:_MOST_ASKED]:
+        label = loaded.clusters[number].label if number < len(loaded) else "gone"
+        click.echo(
+            f"    {number:4d}  {asked.prompts[number]:6,d} asked, {asked.unfamiliar[number]:,d} unfamiliar  {label}"
+        )
 
 
 def _experts(model: ModelInfo) -> str:

@@ -24,6 +24,7 @@ from .generate import generate
 from .hub import pull, push
 from .inspect import check, info, lookup, show, verify
 from .library import list_, rm
+from .living import diff, extend, merge, recluster
 from .report import report
 from .run import run
 from .serve import serve
@@ -70,7 +71,7 @@ class _Group(click.Group):
         except CoreInferSimError as error:
             _fail(ctx, str(error), 1)
         except KeyboardInterrupt:
-            goes_on = ctx.invoked_subcommand in ("build-index", "export")
+            goes_on = ctx.invoked_subcommand in ("build-index", "export", "extend")
             _fail(
                 ctx,
                 "interrupted"
@@ -125,7 +126,7 @@ def main(ctx: click.Context, wants_version: bool, verbose: bool) -> None:
 
 
 _WORK = (run, build_index, status, generate, evaluate, tune, bench, export, serve)
-_INDEXES = (list_, show, report, check, rm, push, pull, info, lookup, verify)
+_INDEXES = (list_, show, report, check, diff, extend, merge, recluster, rm, push, pull, info, lookup, verify)
 for _command in (demo, *_WORK, *_INDEXES, config, cache):
     main.add_command(_command)
 name_variables(main)

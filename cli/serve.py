@@ -71,6 +71,9 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
     metavar="SIZE",
     help="Of one request's content.",
 )
+@click.option(
+    "--log-topics", is_flag=True, help="Count prompts by topic, without their texts; 'info' shows which are asked."
+)
 @options.engine
 @options.weights
 @set_option("select", "decode", "model")
@@ -91,6 +94,7 @@ def serve(
     queue_limit: int,
     timeout: float,
     body_limit: int,
+    log_topics: bool,
     engine: str | None,
     weights: str | None,
     settings: Settings,
@@ -153,6 +157,7 @@ def serve(
         timeout=timeout,
         body_limit=body_limit,
         cors_origins=cors_origins,
+        log_topics=log_topics,
     )
 
     class Server(uvicorn.Server):

@@ -14,6 +14,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     engines,
     house,
     inputs,
+    living,
     loops,
     memory,
     models,

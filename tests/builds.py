@@ -14,7 +14,10 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import BuildConfig
 from coreinfer_sim.index.index import SemanticIndex
 
-FILES = ("centroids.faiss", "neurons.safetensors", "clusters.jsonl", "map.safetensors", "manifest.json")
+FILES = (
+    *("centroids.faiss", "neurons.safetensors", "sums.safetensors", "clusters.jsonl"),
+    *("map.safetensors", "manifest.json"),
+)
 
 
 TOPICS = {

@@ -19,4 +19,5 @@ __all__ = [
     "rows",
     "scale_settings",
     "settings",
+    "stores",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.progress import counted
+from coreinfer_sim.base.stores import AnyFile, RemoteFile, is_address
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _PACKED = (".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4")
@@ -19,6 +21,7 @@ _SPLITS = {
 """What files and folders of a split are called, as `datasets` knows them."""
 _OF_HUBS = {"config.json", "dataset_infos.json"}
 """Files of a data set that hold no rows."""
+File = TypeVar("File", Path, RemoteFile)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -34,11 +37,17 @@ def set_name(source: str) -> str:
 
 
 def check_there(source: str) -> None:
-    """Raise CorpusError if a source is no file and no folder, and cannot be the id of a data set on the hub."""
+    """Raise CorpusError if a source is no file and no folder, and cannot be the id of a data set on the hub.
+
+    Raises:
+        UnreachableError: it is at an address that cannot be reached.
+    """
     if source and Path(source).exists():
         return
-    if "://" in source:
-        raise CorpusError(f"the corpus {source} is an address, expected a file or folder; download it first.")
+    if is_address(source):
+        if not RemoteFile(source).exists():
+            raise CorpusError(f"there is nothing at {source}, expected a corpus; check the address and the network.")
+        return
     if is_file_name(source) or _suffix(Path(source)) in _PACKED or not _HUB_ID.fullmatch(source):
         several = (
             "; the characters * and ? stand for themselves, so name one file, or a folder of them"
@@ -48,7 +57,7 @@ def check_there(source: str) -> None:
         raise CorpusError(f"there is no file or folder {source!r}, expected a corpus{several}.")
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: AnyFile) -> str:
     """Return the ending of a file that tells how it is read.
 
     Raises:
@@ -71,7 +80,7 @@ def kind_of(path: Path) -> str:
     return suffix
 
 
-def files_of(folder: Path, split: str, *, is_asked: bool) -> tuple[list[Path], str]:
+def files_of(folder: File, split: str, *, is_asked: bool) -> tuple[list[File], str]:
     """Return the files of a folder, at any depth, that are read as one corpus, and in words which they are.
 
     Args:
@@ -82,7 +91,7 @@ def files_of(folder: Path, split: str, *, is_asked: bool) -> tuple[list[Path], s
     Raises:
         CorpusError: there are none, they are of several kinds, or none is of the split.
     """
-    files = _found(folder)
+    files = _found(folder) if isinstance(folder, Path) else _found_at(folder)
     kinds = sorted({_suffix(path) for path in files})
     if not files:
         raise CorpusError(
@@ -126,7 +135,16 @@ def _found(folder: Path) -> list[Path]:
     return sorted(path for path in found if _suffix(path) in (*KINDS, *_PACKED))
 
 
-def _splits_of(path: Path) -> set[str]:
+def _found_at(folder: RemoteFile) -> list[RemoteFile]:
+    """Return the same of a folder at an address."""
+
+    def counts(path: PurePath) -> bool:
+        return not any(part.startswith((".", "__")) for part in path.parts) and path.name not in _OF_HUBS
+
+    return [path for path in folder.files() if counts(path.relative_to(folder)) and _suffix(path) in (*KINDS, *_PACKED)]
+
+
+def _splits_of(path: PurePath) -> set[str]:
     """Return the splits that the name of a file tells, or else that of the nearest folder around it."""
     for part in reversed(path.parts):
         found = {_SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLITS}
@@ -135,5 +153,5 @@ def _splits_of(path: Path) -> set[str]:
     return set()
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: AnyFile) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix

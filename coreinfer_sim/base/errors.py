@@ -57,6 +57,10 @@ class MissingMapError(IndexFormatError):
     """An index has no map of its prompts, as those of earlier releases have none."""
 
 
+class MissingSumsError(IndexFormatError):
+    """An index has no exact sums, as those of earlier releases have none, so that nothing can be added to it."""
+
+
 class IndexMismatchError(CoreInferSimError):
     """An index and a model (or encoder) do not belong together."""
 
@@ -107,6 +111,10 @@ class BenchmarkError(CoreInferSimError):
 
 class StoreError(CoreInferSimError):
     """A neuron-major store cannot be made, or is damaged."""
+
+
+class UnreachableError(CoreInferSimError):
+    """A store, or what it is to hold, cannot be reached at its address."""
 
 
 class BudgetError(CoreInferSimError):

@@ -73,7 +73,7 @@ class CorpusReport:
     n_refused: int = 0
     """Conversations that the model's chat template refuses."""
     n_held_out: int = 0
-    """Texts that are left out of the statistics, to measure on what the index promises."""
+    """Texts that thresholds and fits do not see, to measure on what the index promises."""
     n_other_parts: int = 0
     """Rows with parts of messages that are no text, such as images."""
     first_mended: str = ""

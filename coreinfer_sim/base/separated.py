@@ -6,18 +6,18 @@ import csv
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.settings import SEPARATORS
+from coreinfer_sim.base.stores import AnyFile
 from coreinfer_sim.base.text_files import open_text
 
 _SNIFFED = 1 << 18
 _MOST_IN_FIELD = 1 << 28
 
 
-def separator_of(path: Path, named: str | None, usual: str) -> str:
+def separator_of(path: AnyFile, named: str | None, usual: str) -> str:
     """Return the separator that was named, or else the one with which the most rows have as many fields as the header."""
     if named is not None:
         return SEPARATORS.get(named, named)
@@ -42,7 +42,7 @@ def separator_of(path: Path, named: str | None, usual: str) -> str:
 
 
 def separated_rows(
-    path: Path, separator: str, columns: Sequence[str] | None
+    path: AnyFile, separator: str, columns: Sequence[str] | None
 ) -> Iterator[tuple[int, dict[str, str | None]]]:
     """Draw the rows of a file with their lines; an empty field is None.
 
@@ -88,7 +88,7 @@ def _names_separator(line: str) -> bool:
     return line.lower().startswith("sep=") and len(line.strip()) == 5
 
 
-def check_once(path: Path, header: Sequence[str], columns: Sequence[str] | None) -> None:
+def check_once(path: AnyFile, header: Sequence[str], columns: Sequence[str] | None) -> None:
     """Raise CorpusError if a column that is asked for is in a file's header more than once."""
     twice = sorted({name for name in header if header.count(name) > 1} & set(columns or ()))
     if twice:

@@ -214,6 +214,8 @@ class BuildConfig:
 
     clusters: int | str = "auto"
     """Number of semantic clusters, or "auto": the best silhouette on a sample."""
+    centroids: str | None = None
+    """Index whose clusters are taken in place of new ones, so that the index may be merged with it; some may be empty."""
     alpha: float = 0.4
     """Share of the positive activations that makes a token's core neurons."""
     beta: float = 0.4
@@ -244,6 +246,10 @@ class BuildConfig:
                 raise ConfigError(f"clusters is {self.clusters!r}, expected a number or 'auto'.")
         else:
             _check_at_least("clusters", self.clusters, 1)
+        if self.centroids is not None and self.clusters != "auto":
+            raise ConfigError(
+                f"clusters is {self.clusters} and centroids is {self.centroids!r}, whose clusters are taken; give one of them."
+            )
         if self.refit is not None:
             check_ratio("refit", self.refit)
             if self.refit == 1.0:

@@ -19,6 +19,7 @@ from coreinfer_sim.base.extra import require
 from coreinfer_sim.base.hub import no_answer
 from coreinfer_sim.base.separated import check_once, separated_rows, separator_of
 from coreinfer_sim.base.settings import CorpusConfig
+from coreinfer_sim.base.stores import AnyFile, RemoteFile, is_address
 from coreinfer_sim.base.tables import rows_of_table
 from coreinfer_sim.base.text_files import open_text
 
@@ -79,8 +80,8 @@ def open_source(config: CorpusConfig) -> Source:
         CorpusError: there is none, or of a kind that is not read.
         ConfigError: a setting was given that does nothing for this kind.
     """
-    path = Path(config.source)
     check_there(config.source)
+    path: Any = RemoteFile(config.source) if is_address(config.source) else Path(config.source)
     with _as_corpus_errors(config.source):
         if path.is_dir() and not _is_saved(path):
             _check_without(config, "name")
@@ -105,7 +106,7 @@ def _check_without(config: CorpusConfig, *names: str) -> None:
             )
 
 
-def _file(path: Path, config: CorpusConfig) -> Source:
+def _file(path: AnyFile, config: CorpusConfig) -> Source:
     kind = kind_of(path)
     if kind in (".csv", ".tsv"):
         separator = separator_of(path, config.separator, "\t" if kind == ".tsv" else ",")
@@ -113,7 +114,7 @@ def _file(path: Path, config: CorpusConfig) -> Source:
     _check_without(config, "separator")
     if kind == ".parquet":
         return Source(str(path), "row", lambda columns: _parquet(path, columns))
-    readers: dict[str, Callable[[Path], RawRows]] = {".txt": _lines, ".json": _json, ".jsonl": _json_lines}
+    readers: dict[str, Callable[[AnyFile], RawRows]] = {".txt": _lines, ".json": _json, ".jsonl": _json_lines}
     read = readers[".jsonl" if kind == ".ndjson" else kind]
     return Source(str(path), "line", lambda _columns: read(path))
 
@@ -123,8 +124,10 @@ def _one_after_the_other(sources: Sequence[Source], columns: Sequence[str] | Non
     yield from enumerate(rows, 1)
 
 
-def _is_saved(folder: Path) -> bool:
-    """Tell whether ``save_to_disk`` of datasets wrote a folder."""
+def _is_saved(folder: AnyFile) -> bool:
+    """Tell whether ``save_to_disk`` of datasets wrote a folder; at an address, its Arrow files are not read."""
+    if isinstance(folder, RemoteFile):
+        return False
     return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
@@ -143,6 +146,11 @@ def _as_corpus_errors(name: str) -> Iterator[None]:
         raise CorpusError(f"{name} is no whole {error.encoding} text ({error.reason}); convert it to UTF-8.") from error
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        if name.lower().endswith(".parquet"):
+            lost = ", or its store was lost" if is_address(name) else ""
+            raise CorpusError(
+                f"{name} is cut short or damaged{lost} ({reason}), expected a whole Parquet file; fetch or write it again."
+            ) from error
         raise CorpusError(
             f"the corpus {name} cannot be read ({reason}); expected a hub id, a {', '.join(KINDS)} file or a save_to_disk "
             "folder."
@@ -152,14 +160,14 @@ def _as_corpus_errors(name: str) -> Iterator[None]:
 # Text
 
 
-def _lines(path: Path) -> RawRows:
+def _lines(path: AnyFile) -> RawRows:
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, {"text": line.rstrip("\r\n")}
 
 
-def _json_lines(path: Path) -> RawRows:
+def _json_lines(path: AnyFile) -> RawRows:
     with open_text(path) as file:
         is_first = True
         for number, line in enumerate(file, 1):
@@ -175,13 +183,13 @@ def _json_lines(path: Path) -> RawRows:
                 raise _no_json(path, number, error) from error
 
 
-def _json(path: Path) -> RawRows:
+def _json(path: AnyFile) -> RawRows:
     with open_text(path) as file:
         for number, value in _json_values(path, file):
             yield number, _object(path, number, value)
 
 
-def _json_values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
+def _json_values(path: AnyFile, file: TextIO) -> Iterator[tuple[int, Any]]:
     """Draw the values of an array, or those that follow one another, each with the line it begins in."""
     text, at, line, in_array, is_first = file.read(_READ_AT_ONCE), 0, 1, False, True
     while True:
@@ -218,7 +226,7 @@ def _json_values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
         at, is_first = end, False
 
 
-def _object(path: Path, number: int, value: Any) -> Values:
+def _object(path: AnyFile, number: int, value: Any) -> Values:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
@@ -230,7 +238,7 @@ def _object(path: Path, number: int, value: Any) -> Values:
     return {name: words[each] if isinstance(each, bool) else each for name, each in value.items()}
 
 
-def _no_json(path: Path, number: int, error: object) -> CorpusError:
+def _no_json(path: AnyFile, number: int, error: object) -> CorpusError:
     reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg}, column {error.colno}"
@@ -240,11 +248,12 @@ def _no_json(path: Path, number: int, error: object) -> CorpusError:
 # Tables
 
 
-def _parquet(path: Path, columns: Sequence[str] | None) -> RawRows:
+def _parquet(path: AnyFile, columns: Sequence[str] | None) -> RawRows:
     require(f"reading {path}", "hub", "pyarrow")
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    opened = path if isinstance(path, Path) else path.open()
+    with pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as file:  # which would read all groups of rows at once
         names = file.schema_arrow.names
         check_once(path, names, columns)
         known = [name for name in columns or () if name in names]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from coreinfer_sim.base.errors import CorpusError
+from coreinfer_sim.base.stores import AnyFile
 
 _BLOCK = 1 << 20
 _MARKS = (
@@ -50,7 +51,7 @@ _LONGEST_DAMAGE = 3
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def open_text(path: Path) -> TextIO:
+def open_text(path: AnyFile) -> TextIO:
     """Open a text file, compressed by gzip or not; line ends are those of the file.
 
     A byte that is no UTF-8 is read as a lone surrogate, which `mended` replaces: one damaged row is not the end of a file.
@@ -93,10 +94,12 @@ def mended(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _unpacked(path: Path) -> BufferedIOBase:
+def _unpacked(path: AnyFile) -> BufferedIOBase:
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else path.open("rb")
+    if packed:
+        return gzip.open(path if isinstance(path, Path) else path.open("rb"), "rb")
+    return path.open("rb")
 
 
 def _encoding(name: str, sample: bytes) -> str:

@@ -20,6 +20,7 @@ from coreinfer_sim.base.progress import Progress, counted, shown
 from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.scale_settings import Executor, ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
+from coreinfer_sim.base.stores import RemoteFile, is_address
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
 from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
 from coreinfer_sim.building.log import LoggedProgress
@@ -29,14 +30,16 @@ from coreinfer_sim.building.refit import fit_refit
 from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.building.stages import add_up, cluster, draw, draw_map, embed, record
 from coreinfer_sim.building.writing import BuiltParts, write_index
+from coreinfer_sim.choosing.compatibility import check_model
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus, recorded_layers
 from coreinfer_sim.fitting.comparing import Statistics
 from coreinfer_sim.fitting.pipeline import make_sets
 from coreinfer_sim.fitting.workers import CorpusSource, Workers
 from coreinfer_sim.index.encoder import DEFAULT_ENCODER, SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import CENTROIDS_FILE
 from coreinfer_sim.models.fingerprint import weights_checksum
-from coreinfer_sim.models.loading import LanguageModel, load_model
+from coreinfer_sim.models.loading import LanguageModel, load_model, tokenizer_hash
 from coreinfer_sim.models.mlps import check_dense
 
 
@@ -53,6 +56,7 @@ def build_index(
     threads: int | None = None,
     scale: ScaleConfig | None = None,
     force: bool = False,
+    part_of: SemanticIndex | None = None,
     progress: Progress | None = None,
 ) -> SemanticIndex:
     """Run a corpus through a model and store each semantic cluster's core neurons.
@@ -73,6 +77,7 @@ def build_index(
         scale: who shares the shards: processes here, on GPUs that are named, or tasks of a Ray cluster.
         force: replace an index that exists, and start anew where a build without it or of other settings was broken off; if
             only those of compensation are others, statistics are kept.
+        part_of: index that this one will be added to: the model must be its model, and what would be promised is not measured.
         progress: takes messages and progress; None: see `shown`.
 
     Raises:
@@ -87,6 +92,7 @@ def build_index(
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
     device = _check_scale(scale, device, workers)
     check_output(out, force)
+    centroids = None if config.centroids is None else SemanticIndex.load(config.centroids)
     progress.say(f"Reading {describe_corpus(corpus)}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
     # 2) the models
@@ -97,6 +103,10 @@ def build_index(
         raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
     kind = str(language_model.model.device)
     sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
+    if centroids is not None:
+        centroids.check_encoder(sentence_encoder)
+    if part_of is not None:
+        check_model(part_of, language_model.layers, tokenizer_hash(language_model.tokenizer))
     # 3) the stages, from where an earlier run was broken off
     folder = work_folder(out)
     source = CorpusSource(
@@ -109,10 +119,12 @@ def build_index(
         threads or default_threads(kind),
     )
     with build_folder(folder):
-        begin_or_continue(folder, _settings(source, corpus, language_model, sentence_encoder), force, progress)
+        settings = _settings(source, corpus, language_model, sentence_encoder, centroids)
+        begin_or_continue(folder, settings, force, progress)
         progress = LoggedProgress(folder, progress)
         lay_out = isinstance(model, str) and dtype in ("auto", "stored") and kind == "cpu"
-        _run_stages(out, source, corpus, language_model, sentence_encoder, workers, scale, lay_out, progress)
+        parts = (source, corpus, language_model, sentence_encoder, centroids)
+        _run_stages(out, *parts, workers, scale, lay_out, part_of is None, progress)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
 
@@ -136,7 +148,11 @@ def _check_scale(scale: ScaleConfig, device: str, workers: int | None) -> str:
 
 
 def _settings(
-    source: CorpusSource, corpus: CorpusConfig, language_model: LanguageModel, encoder: SentenceEncoder
+    source: CorpusSource,
+    corpus: CorpusConfig,
+    language_model: LanguageModel,
+    encoder: SentenceEncoder,
+    centroids: SemanticIndex | None,
 ) -> dict[str, Any]:
     """Return all that the index depends on, as plain JSON types.
 
@@ -157,10 +173,9 @@ def _settings(
         raise ConfigError(
             f"max_tokens is {corpus.max_tokens}, but the model's context is {limit}; give a smaller max_tokens."
         )
-    path = Path(corpus.source)
     return {
         "corpus": asdict(corpus),
-        "corpus_file": sha256_of(path) if path.is_file() else None,
+        "corpus_file": _version_of(corpus.source),
         "config": source.config.as_dict(),
         "model": language_model.name,
         "dtype": source.dtype,
@@ -168,7 +183,15 @@ def _settings(
         "n_threads": source.n_threads,
         "weights": weights_checksum(language_model.layers),
         "encoder": encoder.probe(),
+        "centroids": None if centroids is None else centroids.manifest.files[CENTROIDS_FILE].sha256,
     }
+
+
+def _version_of(corpus: str) -> str | None:
+    """Return what changes when the file of a corpus does; None for a folder or a data set."""
+    if is_address(corpus):
+        return RemoteFile(corpus).version() if RemoteFile(corpus).is_file() else None
+    return sha256_of(Path(corpus)) if Path(corpus).is_file() else None
 
 
 def _run_stages(
@@ -177,9 +200,11 @@ def _run_stages(
     corpus: CorpusConfig,
     language_model: LanguageModel,
     encoder: SentenceEncoder,
+    centroids: SemanticIndex | None,
     n_workers: int | None,
     scale: ScaleConfig,
     lay_out: bool,
+    promises: bool,
     progress: Progress,
 ) -> None:
     """Run all stages of a build that are not finished, in its folder."""
@@ -190,15 +215,23 @@ def _run_stages(
     model_bytes = language_model.model.get_memory_footprint()
     measures = drawn.report.n_held_out > 0  # what tokens need and what that promises
     is_shared = source.shares_weights and (n_workers != 1 or scale.executor is Executor.RAY)
-    laid_out, shared = layout_bytes(language_model) if measures else 0, model_bytes if is_shared else 0
-    plan = BuildPlan(layers, config, drawn.report, model_bytes, laid_out, shared)
+    plan = BuildPlan(
+        layers,
+        config,
+        drawn.report,
+        model_bytes,
+        layout_bytes(language_model) if measures else 0,
+        model_bytes if is_shared else 0,
+        encoder.dimension,
+        None if centroids is None else len(centroids),
+    )
     progress.say(plan.describe())
     if config.clusters != "auto":
         plan.check_disk(plan.n_clusters, folder, out)
     # 2) clusters
     with torch_threads(n_cores()):
         embeddings = embed(folder, drawn.sentences, encoder, progress)
-        clustering = cluster(folder, embeddings, config, progress)
+        clustering = cluster(folder, embeddings, config, progress, None if centroids is None else centroids.centroids)
         prompt_map = draw_map(embeddings, clustering, drawn.sentences, config, progress)
         del embeddings  # what follows needs the memory
     clustered = ClusteredCorpus(language_model, drawn.sentences, clustering, config, corpus.max_tokens, folder)
@@ -217,7 +250,7 @@ def _run_stages(
         with torch_threads(n_cores()):
             refit = fit_refit(clustered, histograms, progress)
         with torch_threads(source.n_threads):
-            profiles = measure_promise(workers, refit, lay_out)
+            profiles = measure_promise(workers, refit, lay_out) if promises else {}
     # 6) the index
     parts = BuiltParts(
         *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, refit, profiles),

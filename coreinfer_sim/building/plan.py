@@ -17,11 +17,12 @@ from coreinfer_sim.building.refit import refit_disk, refit_memory
 from coreinfer_sim.fitting.costs import CompensationCosts
 from coreinfer_sim.fitting.pipeline import LARGE_FOLDERS
 from coreinfer_sim.fitting.workers import WEIGHTS_FOLDER
-from coreinfer_sim.index.clustering import CANDIDATES
+from coreinfer_sim.index.clustering import CANDIDATES, clustering_bytes
 from coreinfer_sim.models.mlps import MLPLayer
 
 _BYTES_PER_SUM = 3 * 8
-_BYTES_PER_STATISTIC = 4 + 4 + 4
+_BYTES_PER_PROMPT, _BYTES_PER_TOKEN = 500, 5  # of texts in memory, about
+_BYTES_PER_STATISTIC = 4 + 4 + 4 + 2 * 4  # with what float32 leaves of the exact sums of energy and activation, at most
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class BuildPlan:
     """Of the language model."""
     layout_bytes: int
     """Of its MLPs in the layout in which is measured what tokens need; 0: nothing is measured."""
-    shared_bytes: int = 0
+    shared_bytes: int
     """Of the file from which workers map the model's weights; 0: there is none."""
+    dimension: int
+    """Of the sentence encoder."""
+    n_given: int | None = None
+    """Clusters of the index whose centroids are taken; None: new ones are made."""
 
     @property
     def n_clusters(self) -> int:
@@ -47,6 +52,8 @@ class BuildPlan:
             ClusteringError: more were asked for than the corpus holds prompts.
         """
         wanted, n_sentences = self.config.clusters, self.corpus.n_kept
+        if self.n_given is not None:
+            return self.n_given
         if isinstance(wanted, str):
             return min(CANDIDATES[-1], max(1, n_sentences // 8))
         if wanted > n_sentences:
@@ -61,14 +68,17 @@ class BuildPlan:
         n_clusters, costs = self.n_clusters, CompensationCosts(self.layers, self.config.compensation)
         index_bytes, build_bytes = self._disk(n_clusters)
         model_bytes = self.model_bytes + LIBRARY_BYTES
-        memory = model_bytes + max(costs.fitting(), costs.training(n_clusters), costs.comparing(), self._fitting())
-        memory += n_clusters * self._n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
-        at_most = "at most " if self.config.clusters == "auto" else ""
+        recording = max(costs.fitting(), costs.training(n_clusters), costs.comparing(), self._fitting())
+        recording += n_clusters * self._n_values * (_BYTES_PER_SUM + _BYTES_PER_STATISTIC)
+        clustering = clustering_bytes(self.corpus.n_kept, n_clusters, self.dimension)
+        texts = _BYTES_PER_PROMPT * self.corpus.n_kept + _BYTES_PER_TOKEN * self.corpus.n_tokens
+        memory = model_bytes + texts + max(recording, clustering)
+        at_most = "at most " if self.config.clusters == "auto" and self.n_given is None else ""
         return (
             f"Plan: {counted(self.corpus.n_kept, 'prompt')}, {counted(self.corpus.n_tokens, 'token')}, "
             f"{at_most}{counted(n_clusters, 'cluster')}, {counted(self._n_shards, 'shard')}; "
             f"disk {at_most}{readable_size(index_bytes)} for the index and {readable_size(build_bytes)} while building; "
-            f"memory about {readable_size(memory)} and {readable_size(model_bytes + costs.fitting())} for every further "
+            f"peak memory about {readable_size(memory)} and {readable_size(model_bytes + costs.fitting())} for every further "
             "worker."
         )
 
@@ -115,5 +125,6 @@ class BuildPlan:
             (self._n_shards + n_clusters) * self._n_values * _BYTES_PER_SUM
             + costs.build_disk(n_clusters)
             + rows
-            + self.shared_bytes,
+            + self.shared_bytes
+            + 4 * self.corpus.n_kept * self.dimension,
         )

@@ -1,4 +1,4 @@
-"""What an index promises: how few neurons tokens may read, measured on texts that its statistics have not seen."""
+"""What an index promises: how few neurons tokens may read, measured on texts that its thresholds and fits have not seen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig
 from coreinfer_sim.base.files import write_json
 from coreinfer_sim.base.processes import Report
-from coreinfer_sim.base.rows import CorpusReport, Row
+from coreinfer_sim.base.rows import Row
 from coreinfer_sim.building.histograms import kept_histograms, layout_bytes
 from coreinfer_sim.building.refit import read_refit
 from coreinfer_sim.engines.registry import check_engine
@@ -19,7 +19,7 @@ from coreinfer_sim.evaluation.results import Result
 from coreinfer_sim.evaluation.run import evaluate
 from coreinfer_sim.evaluation.summary import summarise
 from coreinfer_sim.evaluation.tune import FEWEST_ROWS, by_token_and_dense, choose_profiles
-from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.fitting.clustered_corpus import UNSEEN_FILE, ClusteredCorpus
 from coreinfer_sim.fitting.workers import Workers
 from coreinfer_sim.generation.opening import laid_out_model
 from coreinfer_sim.index.manifest import ProfileInfo, RefitInfo
@@ -28,7 +28,7 @@ from coreinfer_sim.models.loading import LanguageModel
 HELD_OUT_FILE = "held-out.jsonl"
 _PROFILES_FILE, _PARTS_FOLDER = "profiles.json", "promise"
 _FEWEST_TEXTS = 200
-"""With fewer, what is held out would be missed in the statistics."""
+"""With fewer, what is held out would be missed where thresholds are measured."""
 _OF_MANY, _MOST = 60, 40  # one text of so many is held out, and at most so many
 _SHORTEST = 32  # tokens of a text, of which half are scored
 _MAX_TOKENS = 512
@@ -36,7 +36,7 @@ _ROWS_AT_ONCE = 10  # in a part: each has to lay weights out once
 
 
 def held_out(sentences: Sequence[Row]) -> list[int]:
-    """Return the numbers of the texts that are left out of the statistics: some of those that are long enough, evenly spaced."""
+    """Return the numbers of the texts that nothing is fitted to: some of those that are long enough, evenly spaced."""
     able = [number for number, sentence in enumerate(sentences) if sentence.n_tokens >= _SHORTEST]
     n = min(_MOST, max(FEWEST_ROWS + 2, len(sentences) // _OF_MANY))
     if len(sentences) < _FEWEST_TEXTS or len(able) < n:
@@ -44,15 +44,12 @@ def held_out(sentences: Sequence[Row]) -> list[int]:
     return [able[place * len(able) // n] for place in range(n)]
 
 
-def hold_out(report: CorpusReport, sentences: Sequence[Row], folder: Path) -> list[Row]:
-    """Write what is held out into the build folder; return the others, with which the report then agrees."""
-    numbers = set(held_out(sentences))
-    held = [sentence for number, sentence in enumerate(sentences) if number in numbers]
-    write_json(folder / HELD_OUT_FILE, [asdict(row) for row in held])
-    report.n_held_out = len(held)
-    report.n_kept -= len(held)
-    report.n_tokens -= sum(row.n_tokens for row in held)
-    return [sentence for number, sentence in enumerate(sentences) if number not in numbers]
+def hold_out(sentences: Sequence[Row], folder: Path) -> int:
+    """Write into the build folder which texts are held out; return how many."""
+    numbers = held_out(sentences)
+    write_json(folder / HELD_OUT_FILE, [asdict(sentences[number]) for number in numbers])
+    write_json(folder / UNSEEN_FILE, numbers)
+    return len(numbers)
 
 
 @dataclass

@@ -20,11 +20,10 @@ from coreinfer_sim.base.files import write_atomic
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.choosing.statistics import activation_statistics
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
+from coreinfer_sim.index.sums import ACTIVATION_UNIT, ENERGY_UNIT
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.taps import recorded_activations
 
-ENERGY_UNIT = 2.0**-30
-ACTIVATION_UNIT = 2.0**-16
 _LENGTH_STEP = 16
 _TOKENS_AT_ONCE = 2048
 

@@ -15,7 +15,7 @@ import numpy as np
 from coreinfer_sim.base.files import write_atomic, write_json
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.processes import Report
-from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.progress import Progress, counted
 from coreinfer_sim.base.rows import CorpusReport, Row, load_rows, read_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import SHARDS_FOLDER
@@ -23,13 +23,21 @@ from coreinfer_sim.building.promise import hold_out
 from coreinfer_sim.building.shards import PartialSums, cut_into_shards, run_shard
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.workers import CLUSTERING_FILE, SENTENCES_FILE, Workers, read_clustering
-from coreinfer_sim.index.clustering import N_RESTARTS, Clustering, choose_n_clusters, cluster_embeddings
+from coreinfer_sim.index.clustering import (
+    Clustering,
+    assign,
+    choose_n_clusters,
+    cluster_embeddings,
+    n_restarts,
+    n_trained,
+)
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.prompt_map import MOST_PROMPTS, PromptMap, lay_out
 from coreinfer_sim.models.prompts import rendered
 
 _REPORT_FILE = "corpus-report.json"
-_EMBEDDINGS_FOLDER = "embeddings"
+EMBEDDINGS_FILE = "embeddings.f32"
+"""Of a build: float32 [n_sentences, dimension], row after row, as far as it has come."""
 _EMBEDDED_AT_ONCE = 128
 
 
@@ -59,52 +67,60 @@ def draw(folder: Path, corpus: CorpusConfig, tokenizer: Any, progress: Progress)
             write_atomic(path, write)
         finally:
             progress.finish()
-        left = hold_out(report, load_rows(path), folder)
-        if report.n_held_out:
-            write_atomic(path, partial(_write_rows, left))
+        report.n_held_out = hold_out(load_rows(path), folder)
         write_json(report_path, report.as_dict())
     report = CorpusReport(**json.loads(report_path.read_text(encoding="utf-8")))
     progress.say(f"Corpus: {report}.")
     return DrawnCorpus(load_rows(path), report)
 
 
-def _write_rows(rows: Iterable[Row], path: Path, progress: Progress | None = None) -> None:
+def _write_rows(rows: Iterable[Row], path: Path, progress: Progress) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-            if progress is not None:
-                progress.advance(1)
+            progress.advance(1)
 
 
 def embed(folder: Path, sentences: Sequence[Row], encoder: SentenceEncoder, progress: Progress) -> np.ndarray:
-    """Embed the prompts, in pieces that are kept; return [n_sentences, dimension]."""
-    folder = folder / _EMBEDDINGS_FOLDER
-    folder.mkdir(exist_ok=True)
-    n = len(sentences)
-    begins = range(0, n, _EMBEDDED_AT_ONCE)
-    paths = [folder / f"{begin:09d}.npy" for begin in begins]
-    done = sum(min(_EMBEDDED_AT_ONCE, n - b) for b, path in zip(begins, paths, strict=True) if path.exists())
+    """Embed the prompts, block by block, into a file that goes on growing; return it, mapped, [n_sentences, dimension]."""
+    path, n, row_bytes = folder / EMBEDDINGS_FILE, len(sentences), 4 * encoder.dimension
+    done = path.stat().st_size // row_bytes if path.exists() else 0
+    done = n if done >= n else done // _EMBEDDED_AT_ONCE * _EMBEDDED_AT_ONCE  # a block that was cut short is made anew
     progress.start("Embedding", n, "prompts", done)
     try:
-        for begin, path in zip(begins, paths, strict=True):
-            if not path.exists():
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(done * row_bytes)
+            file.seek(done * row_bytes)
+            for begin in range(done, n, _EMBEDDED_AT_ONCE):
                 block = [sentence.prompt for sentence in sentences[begin : begin + _EMBEDDED_AT_ONCE]]
-                write_atomic(path, partial(_save_array, encoder.encode(block)))
+                file.write(np.ascontiguousarray(encoder.encode(block), np.float32).tobytes())
+                file.flush()
                 give_back_memory()
                 progress.advance(len(block))
     finally:
         progress.finish()
-    return np.concatenate([np.load(path) for path in paths])
+    return np.memmap(path, np.float32, "r", shape=(n, encoder.dimension))
 
 
-def cluster(folder: Path, embeddings: np.ndarray, config: BuildConfig, progress: Progress) -> Clustering:
-    """Cluster embeddings [n_sentences, dimension] by k-means, or read what it gave before."""
+def cluster(
+    folder: Path,
+    embeddings: np.ndarray,
+    config: BuildConfig,
+    progress: Progress,
+    centroids: np.ndarray | None = None,
+) -> Clustering:
+    """Cluster embeddings [n_sentences, dimension] by k-means or by given centroids, or read what that gave before."""
     path = folder / CLUSTERING_FILE
+    if not path.exists() and centroids is not None:
+        write_atomic(path, partial(_save_arrays, vars(assign(centroids, embeddings))))
     if not path.exists():
         n_clusters = config.clusters
         if isinstance(n_clusters, str):
             n_clusters = _choose_n_clusters(embeddings, config.seed, progress)
-        progress.start("Clustering", N_RESTARTS, "starts")
+        n = n_trained(len(embeddings), n_clusters)
+        if n < len(embeddings):
+            progress.say(f"k-means is trained on {n:,} of {counted(len(embeddings), 'prompt')}, drawn at random.")
+        progress.start("Clustering", n_restarts(len(embeddings), n_clusters), "starts")
         try:
             clustering = cluster_embeddings(embeddings, n_clusters, config.seed, progress.advance)
         finally:
@@ -187,15 +203,8 @@ def add_up(corpus: ClusteredCorpus) -> PartialSums:
     return sums
 
 
-def _save_array(array: np.ndarray, path: Path) -> None:
-    """Write an array as .npy."""
-    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
-    np.save(buffer, array)
-    path.write_bytes(buffer.getbuffer())
-
-
 def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
     """Write named arrays as .npz."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # numpy's own message on a full disk names no cause
     np.savez(buffer, **arrays)
     path.write_bytes(buffer.getbuffer())

@@ -13,9 +13,10 @@ import numpy as np
 from coreinfer_sim.base.files import replacing
 from coreinfer_sim.base.plain import excerpt
 from coreinfer_sim.base.rows import CorpusReport
-from coreinfer_sim.building.shards import ACTIVATION_UNIT, ENERGY_UNIT, PartialSums
+from coreinfer_sim.building.shards import PartialSums
 from coreinfer_sim.fitting.clustered_corpus import ClusteredCorpus
 from coreinfer_sim.fitting.pipeline import CompensatedSets
+from coreinfer_sim.index.clustering import quantiles_of
 from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.index import SemanticIndex
@@ -32,15 +33,17 @@ from coreinfer_sim.index.manifest import (
     ProfileInfo,
     RefitInfo,
     SettingsInfo,
+    SumsInfo,
 )
 from coreinfer_sim.index.places import places_of
 from coreinfer_sim.index.prompt_map import PromptMap
 from coreinfer_sim.index.storage import save_index
+from coreinfer_sim.index.sums import Sums
 from coreinfer_sim.models.fingerprint import weight_sketch
 from coreinfer_sim.models.loading import tokenizer_hash
 from coreinfer_sim.models.mlps import MLPLayer
 
-_N_EXEMPLARS = 3
+N_EXEMPLARS = 3
 _LIBRARIES = ("coreinfer-sim", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
 
 
@@ -67,21 +70,18 @@ class BuiltParts:
 
 def write_index(out: Path, parts: BuiltParts) -> None:
     """Write an index beside its place, check that it loads, and move it there, in place of an older one."""
-    sums = parts.sums
+    clustering, found = parts.corpus.clustering, parts.sums
+    similarity = clustering.similarity[np.concatenate(clustering.members())]
+    sums = Sums(found.counts, found.energy, found.activation, similarity)
     with replacing(out, MANIFEST_FILE) as temporary:
         temporary.mkdir(parents=True)
-        statistics = {
-            "counts": sums.counts.astype(np.min_scalar_type(int(sums.counts.max(initial=0)))),
-            "energy": (sums.energy * ENERGY_UNIT).astype(np.float32),
-            "activation": (sums.activation * ACTIVATION_UNIT).astype(np.float32),
-        }
         if parts.sets is not None:
             parts.sets.put_into(temporary)
         if parts.refit is not None:
             shutil.copyfile(parts.corpus.folder / REFIT_FILE, temporary / REFIT_FILE)
         manifest = _manifest(out, parts, [] if parts.sets is None else parts.sets.described())
-        centroids, clusters = parts.corpus.clustering.centroids, _clusters(parts.corpus, parts.encoder)
-        save_index(temporary, centroids, clusters, statistics, manifest, parts.histograms, parts.prompt_map)
+        clusters = _clusters(parts.corpus, parts.encoder)
+        save_index(temporary, clustering.centroids, clusters, sums, manifest, parts.histograms, parts.prompt_map)
         SemanticIndex.load(temporary, parts.encoder)  # what cannot be read replaces nothing
 
 
@@ -98,18 +98,17 @@ def _clusters(corpus: ClusteredCorpus, encoder: SentenceEncoder) -> list[Cluster
     prompts = [sentence.prompt for sentence in sentences]
     labels = topic_labels(prompts, clustering.assignment, clustering.centroids, encoder.encode)
     clusters = []
-    for number, label in enumerate(labels):
-        members = np.flatnonzero(clustering.assignment == number).tolist()
-        nearest = clustering.exemplars(number, _N_EXEMPLARS)
+    for number, (label, members) in enumerate(zip(labels, clustering.members(), strict=True)):
+        nearest = members[:N_EXEMPLARS].tolist()
         clusters.append(
             Cluster(
                 id=number,
                 size=len(members),
-                n_tokens=sum(sentences[i].n_tokens for i in members),
+                n_tokens=sum(sentences[i].n_tokens for i in members.tolist()),
                 label=label,
                 exemplars=[excerpt(sentences[i].prompt) for i in nearest] if corpus.config.texts else [],
                 exemplar_ids=[sentences[i].id for i in nearest],
-                similarity_quantiles=clustering.quantiles(number),
+                similarity_quantiles=quantiles_of(clustering.similarity[members]),
             )
         )
     return clusters
@@ -119,6 +118,7 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
     """Say what the index was built from, and how."""
     corpus, encoder, report = parts.corpus, parts.encoder, parts.report
     language_model, config, layers = corpus.language_model, corpus.config, corpus.layers
+    of_corpus = CorpusInfo(Path(parts.source).name, report.sha256, report.n_kept, report.n_tokens)
     return Manifest(
         format_version=FORMAT_VERSION,
         versions={name: version(name) for name in _LIBRARIES},
@@ -139,7 +139,7 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
         encoder=EncoderInfo(
             encoder.name, encoder.dimension, True, "cosine", encoder.probe(), **places_of(encoder.name, out)
         ),
-        corpus=CorpusInfo(Path(parts.source).name, report.sha256, report.n_kept, report.n_tokens),
+        corpus=of_corpus,
         settings=SettingsInfo(
             n_clusters=corpus.n_clusters,
             alpha=config.alpha,
@@ -154,5 +154,6 @@ def _manifest(out: Path, parts: BuiltParts, compensation: list[CompensationInfo]
         compensation=compensation,
         profiles=parts.profiles,
         refit=parts.refit,
+        sums=SumsInfo([of_corpus]),
         files={},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from coreinfer_sim.index.clustering import Clustering
 from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.mlps import MLPLayer
 
+UNSEEN_FILE = "unseen.json"
+"""In the folder of a build: numbers of the sentences on which is measured what the index promises."""
 _MOST_HELD = 48
 
 
@@ -64,6 +67,15 @@ class ClusteredCorpus:
             held[members[len(members) - min(_MOST_HELD, len(members) // 8) :]] = True
         return held
 
+    @cached_property
+    def unseen(self) -> np.ndarray:
+        """Which sentences nothing is fitted to: those held out, and those of the promise, bool [n_sentences]."""
+        unseen: np.ndarray = self.held_out.copy()
+        path = self.folder / UNSEEN_FILE
+        if path.exists():
+            unseen[json.loads(path.read_text(encoding="utf-8"))] = True
+        return unseen
+
     def _order(self) -> np.ndarray:
         return np.random.default_rng(self.config.seed).permutation(len(self.sentences))
 
@@ -74,14 +86,14 @@ class ClusteredCorpus:
 
         Args:
             cluster: whose sentences; None: all.
-            n_tokens: if there are as many, those left out that are held out.
+            n_tokens: if there are as many, those left out that are `unseen`.
             from_end: the order's last sentences, the last first.
 
         Returns:
             The sentences' places in the corpus, and their texts.
         """
         order = self._order()
-        order = order[~self.held_out[order]]
+        order = order[~self.unseen[order]]
         if from_end:
             order = order[::-1]
         if cluster is not None:
@@ -96,10 +108,10 @@ class ClusteredCorpus:
         return order[: len(texts)].tolist(), texts
 
     def n_fitting_tokens(self) -> int:
-        """Return the tokens of all sentences that are not held out, about."""
+        """Return the tokens of all sentences that may be fitted to, about."""
         return sum(
             min(sentence.n_tokens, self.max_tokens)
-            for sentence, held in zip(self.sentences, self.held_out.tolist(), strict=True)
+            for sentence, held in zip(self.sentences, self.unseen.tolist(), strict=True)
             if not held
         )
 

@@ -1,6 +1,7 @@
 """Groups texts by meaning, finds the group of a new one, and keeps all that in a checked folder."""
 
 __all__ = [
+    "asked",
     "checks",
     "clustering",
     "clusters",
@@ -14,6 +15,8 @@ __all__ = [
     "plot",
     "prompt_map",
     "ranking",
+    "remote",
     "storage",
+    "sums",
     "verified",
 ]

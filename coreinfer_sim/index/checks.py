@@ -26,6 +26,7 @@ from coreinfer_sim.index.manifest import (
     ProfileInfo,
     RefitInfo,
     SettingsInfo,
+    SumsInfo,
     manifest_checksum,
 )
 from coreinfer_sim.index.verified import VerifiedFile
@@ -83,6 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
         histograms = [str(name) for name in raw.get("histograms", [])]
         of_map = _typed(MapInfo, raw["map"], "map") if "map" in raw else None
         refit = _typed(RefitInfo, raw["refit"], "refit") if "refit" in raw else None
+        sums = _sums(raw["sums"]) if "sums" in raw else None
     except (KeyError, TypeError, AttributeError) as error:
         raise IndexFormatError(f"{path} lacks or misspells a field ({error}); {REBUILD}.") from error
     manifest = Manifest(
@@ -94,6 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
         histograms=histograms,
         map=of_map,
         refit=refit,
+        sums=sums,
         **sections,
     )
     _check_contents(manifest, path)
@@ -111,6 +114,11 @@ def _compensation(raw: dict[str, Any]) -> CompensationInfo:
     fields = {name: value for name, value in raw.items() if name not in ("rank", "bypass_rank", "distil_from")}
     found: CompensationInfo = _typed(CompensationInfo, {"plain": False, **fields}, "compensation")
     return found
+
+
+def _sums(raw: dict[str, Any]) -> SumsInfo:
+    corpora: list[Any] = _typed(SumsInfo, raw, "sums").corpora
+    return SumsInfo([_typed(CorpusInfo, corpus, "sums.corpora") for corpus in corpora])
 
 
 def _profiles(raw: dict[str, Any], compensation: Sequence[CompensationInfo]) -> dict[str, ProfileInfo]:
@@ -168,6 +176,8 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
         and len({f"{info.keep_ratio:g}" for info in manifest.compensation}) == len(manifest.compensation),
         "encoder.dimension": manifest.encoder.dimension > 0,
         "map.n_prompts": manifest.map is None or manifest.map.n_prompts > 0,
+        "sums.corpora": manifest.sums is None
+        or sum(corpus.n_sentences for corpus in manifest.sums.corpora) == manifest.corpus.n_sentences,
     }
     for name, holds in sound.items():
         if not holds:

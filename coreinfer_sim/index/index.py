@@ -17,7 +17,7 @@ from coreinfer_sim.base.files import check_folder
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.settings import Score, check_ratio, layers_slice, members_within
 from coreinfer_sim.index.checks import read_manifest, verified_files
-from coreinfer_sim.index.clustering import faiss_index, nearest
+from coreinfer_sim.index.clustering import nearest, searcher
 from coreinfer_sim.index.clusters import Cluster, Match
 from coreinfer_sim.index.encoder import SentenceEncoder
 from coreinfer_sim.index.manifest import (
@@ -36,6 +36,7 @@ from coreinfer_sim.index.optional_parts import OptionalParts
 from coreinfer_sim.index.places import find
 from coreinfer_sim.index.prompt_map import Place
 from coreinfer_sim.index.ranking import n_kept, top_ids
+from coreinfer_sim.index.remote import check_no_copy
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
 from coreinfer_sim.index.verified import StoredArray
 
@@ -77,7 +78,7 @@ class SemanticIndex(OptionalParts):
         self.name = name
         self._statistics = statistics
         self.centroids = centroids
-        self._searcher = faiss_index(centroids)
+        self._searcher = searcher(centroids)
         self._encoder = encoder
         self._of_corpus: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.keeps_encoder = True
@@ -94,9 +95,7 @@ class SemanticIndex(OptionalParts):
         Raises:
             IndexFormatError: no index, damaged, or of another format version.
         """
-        folder = Path(
-            os.path.realpath(folder_of(path))
-        )  # the same one, whatever the working directory and links become
+        folder = Path(os.path.realpath(folder_of(path)))  # the same one, whatever becomes of the working directory
         manifest = read_manifest(folder)
         files = verified_files(folder, manifest, INDEX_FILES)  # those of compensated sets follow when they are read
         settings, model = manifest.settings, manifest.model
@@ -135,13 +134,17 @@ class SemanticIndex(OptionalParts):
     def encoder(self) -> SentenceEncoder:
         """The sentence encoder, checked to be the one that the index was built with."""
         encoder = self._encoder or SentenceEncoder(find(self.manifest.encoder, self._folder, self.name))
+        self.check_encoder(encoder)
+        return encoder
+
+    def check_encoder(self, encoder: SentenceEncoder) -> None:
+        """Raise IndexMismatchError unless an encoder is the one that the index was built with."""
         if encoder.dimension != self.manifest.encoder.dimension:
             raise IndexMismatchError(
                 f"the encoder {encoder.name} gives {encoder.dimension} dimensions, {self.name} was built with "
                 f"{self.manifest.encoder.dimension}; use {self.manifest.encoder.name}."
             )
         encoder.check_probe(self.manifest.encoder.probe, self.name)
-        return encoder
 
     def place(self, text: str) -> Place:
         """Return where a prompt stands on the map: at the weighted mean of the dots nearest in meaning.
@@ -292,6 +295,7 @@ class SemanticIndex(OptionalParts):
         if is_ready_made(self.folder):
             check_no_own_demo()
         else:
+            check_no_copy(self.folder, self.name)
             check_folder(self.folder / MANIFEST_FILE)
 
     def write_profiles(self, profiles: Mapping[str, ProfileInfo]) -> None:

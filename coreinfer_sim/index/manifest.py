@@ -20,6 +20,7 @@ CLUSTERS_FILE = "clusters.jsonl"
 HISTOGRAMS_FILE = "histograms.safetensors"
 MAP_FILE = "map.safetensors"
 REFIT_FILE = "refit.safetensors"
+SUMS_FILE = "sums.safetensors"
 INDEX_FILES = (CENTROIDS_FILE, NEURONS_FILE, CLUSTERS_FILE)
 COMPENSATION_FOLDER = "compensation"
 REBUILD = "build it anew with 'coreinfer-sim build-index'"
@@ -212,6 +213,14 @@ class RefitInfo:
 
 
 @dataclass(frozen=True)
+class SumsInfo:
+    """What exact sums an index holds, by which it may be extended and merged."""
+
+    corpora: list[CorpusInfo]
+    """The corpora that it was built over, in the order in which they were added."""
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 of one file."""
 
@@ -239,6 +248,8 @@ class Manifest:
     """Of the map of its prompts; None: there is none."""
     refit: RefitInfo | None = None
     """Of output rows; None: there are none."""
+    sums: SumsInfo | None = None
+    """Of the exact sums; None: an earlier release built the index."""
 
     def file_names(self) -> list[str]:
         """Return the files of the index beside the manifest, relative to its folder."""
@@ -318,7 +329,7 @@ class Manifest:
         return fields
 
 
-OPTIONAL = {"histograms": HISTOGRAMS_FILE, "map": MAP_FILE, "refit": REFIT_FILE}
+OPTIONAL = {"histograms": HISTOGRAMS_FILE, "map": MAP_FILE, "refit": REFIT_FILE, "sums": SUMS_FILE}
 """Fields of a manifest that earlier releases did not have, each with the file that it describes."""
 
 

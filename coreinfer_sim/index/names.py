@@ -11,7 +11,9 @@ import platformdirs
 
 from coreinfer_sim.base.errors import ConfigError, IndexFormatError
 from coreinfer_sim.base.files import replacing
+from coreinfer_sim.base.stores import is_address
 from coreinfer_sim.index.manifest import MANIFEST_FILE
+from coreinfer_sim.index.remote import fetched
 
 DEMO = "demo"
 """Name of the ready-made index, unless the user has one of that name."""
@@ -40,11 +42,14 @@ def known_indexes() -> dict[str, Path]:
 def folder_of(given: str | Path) -> Path:
     """Return the folder of an index that is given by its name or its path.
 
-    A text with a separator is a path, and so is the name of an index folder in the working directory; else it is a name.
+    What lies at an address, such as ``s3://bucket/index``, is copied into the cache. A text with a separator is a path, and so is
+    the name of an index folder in the working directory; else it is a name.
 
     Raises:
         IndexFormatError: there is no index of that name.
     """
+    if is_address(given):
+        return fetched(str(given))
     path = Path(given)
     if isinstance(given, Path) or not _is_name(given) or (path / MANIFEST_FILE).is_file():
         return path

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coreinfer_sim.base.errors import IndexFormatError, MissingMapError
-from coreinfer_sim.index.manifest import HISTOGRAMS_FILE, MAP_FILE, REBUILD, REFIT_FILE, Manifest
+from coreinfer_sim.base.errors import IndexFormatError, MissingMapError, MissingSumsError
+from coreinfer_sim.index.manifest import (
+    HISTOGRAMS_FILE,
+    MAP_FILE,
+    NEURONS_FILE,
+    REBUILD,
+    REFIT_FILE,
+    SUMS_FILE,
+    Manifest,
+)
 from coreinfer_sim.index.prompt_map import PromptMap, read_map
-from coreinfer_sim.index.storage import read_histograms
+from coreinfer_sim.index.storage import read_histograms, read_statistics
+from coreinfer_sim.index.sums import Sums, read_sums
 from coreinfer_sim.index.verified import VerifiedFile
 
 if TYPE_CHECKING:  # an index is looked up and described without torch
@@ -56,6 +65,24 @@ class OptionalParts:
             )
         file = VerifiedFile(self._folder / MAP_FILE, manifest.files[MAP_FILE])
         return read_map(file, manifest.map, manifest.encoder.dimension, manifest.settings.n_clusters)
+
+    def sums(self) -> Sums:
+        """Read the exact sums, all at once.
+
+        Raises:
+            MissingSumsError: there are none.
+            IndexFormatError: the file is damaged.
+        """
+        manifest = self.manifest
+        if self._folder is None or manifest.sums is None:
+            raise MissingSumsError(
+                f"{self.name} holds no exact sums, which extending, merging and reclustering add up, as an earlier release built "
+                f"it; {REBUILD} to get them."
+            )
+        shape = (manifest.settings.n_clusters, len(manifest.settings.layers), manifest.model.d_ff)
+        files = {name: VerifiedFile(self._folder / name, manifest.files[name]) for name in (NEURONS_FILE, SUMS_FILE)}
+        statistics = {name: array.whole() for name, array in read_statistics(files[NEURONS_FILE], shape).items()}
+        return read_sums(files[SUMS_FILE], statistics, manifest.corpus.n_sentences)
 
     def refit(self, read_ratio: float) -> Refit | None:
         """Return what was fitted for tokens that read such a share of all neurons, or None if nothing was.

@@ -26,10 +26,12 @@ from coreinfer_sim.index.manifest import (
     MAP_FILE,
     NEURONS_FILE,
     REBUILD,
+    SUMS_FILE,
     FileInfo,
     Manifest,
 )
 from coreinfer_sim.index.prompt_map import PromptMap
+from coreinfer_sim.index.sums import Sums
 from coreinfer_sim.index.verified import NUMPY_TYPES, StoredArray, VerifiedFile
 
 STATISTICS = ("counts", "energy", "activation")
@@ -132,7 +134,7 @@ def save_index(
     folder: Path,
     centroids: np.ndarray,
     clusters: Sequence[Cluster],
-    statistics: Mapping[str, np.ndarray],
+    statistics: Mapping[str, np.ndarray] | Sums,
     manifest: Manifest,
     histograms: Mapping[str, np.ndarray] | None = None,
     prompt_map: PromptMap | None = None,
@@ -143,8 +145,9 @@ def save_index(
         folder: where compensated sets are already, if there are any.
         centroids: unit norm, [n_clusters, dim].
         clusters: one entry a cluster.
-        statistics: by the names in `STATISTICS`, each [n_clusters, n_recorded_layers, d_ff].
-        manifest: whose ``files``, ``histograms`` and ``map`` are not looked at.
+        statistics: by the names in `STATISTICS`, each [n_clusters, n_recorded_layers, d_ff], or the exact sums behind them,
+            which are then kept as well.
+        manifest: whose ``files``, ``histograms`` and ``map`` are not looked at; its ``sums`` say of which corpora those are.
         histograms: of what tokens need, by layout, whole numbers [n_layers, n_bins].
         prompt_map: of the corpus.
 
@@ -161,6 +164,9 @@ def save_index(
         (folder / MAP_FILE).write_bytes(prompt_map.as_bytes())
     # Made in memory and written by Python, which reports a full disk; FAISS would not.
     (folder / CENTROIDS_FILE).write_bytes(faiss.serialize_index(faiss_index(centroids)).tobytes())
+    if isinstance(statistics, Sums):
+        (folder / SUMS_FILE).write_bytes(statistics.as_bytes())
+        statistics = statistics.statistics()
     (folder / NEURONS_FILE).write_bytes(save({name: np.ascontiguousarray(v) for name, v in statistics.items()}))
     lines = [json.dumps(asdict(cluster), ensure_ascii=False) for cluster in clusters]
     (folder / CLUSTERS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -20,12 +20,13 @@ from coreinfer_sim.index.manifest import REBUILD, FileInfo
 
 _BLOCK = 1 << 18
 NUMPY_TYPES = {
-    **{"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8"},
+    **{"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
+    **{"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"},
     **{"F16": "<f2", "F32": "<f4", "F64": "<f8"},
 }
 """Safetensors' names of the types that numpy has, and numpy's."""
 _ITEM_BYTES = {
-    **{"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I32": 4, "I64": 8},
+    **{"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8},
     **{"BF16": 2, "F16": 2, "F32": 4, "F64": 8},
 }
 
@@ -147,6 +148,11 @@ class StoredArray:
     def __len__(self) -> int:
         """Return the number of rows."""
         return self.shape[0]
+
+    def whole(self) -> np.ndarray:
+        """Read all rows."""
+        content = self._file.read(self._begin, self._begin + len(self) * self._row_bytes)
+        return np.frombuffer(content, self.dtype).reshape(self.shape)
 
     def __getitem__(self, number: int) -> np.ndarray:
         """Read a row."""

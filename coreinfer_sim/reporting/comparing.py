@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coreinfer_sim.base.progress import readable_size
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.reporting.overlap import core_masks, in_common
 
@@ -66,3 +67,23 @@ def compare(
     return Comparison(
         other.name, different, topics, "" if same_model else "The models differ, so that neurons cannot be compared."
     )
+
+
+def facts_of(index: SemanticIndex) -> list[list[str]]:
+    """Return what the index was built from, in rows of two."""
+    m = index.manifest
+    s = m.settings
+    facts = [
+        [
+            "model",
+            f"{m.model.name} ({m.model.family}, {m.model.n_layers} layers, d_ff {m.model.d_ff}, {m.model.dtype})",
+        ],
+        ["encoder", f"{m.encoder.name} ({m.encoder.dimension} dimensions)"],
+        ["corpus", f"{m.corpus.source}: {m.corpus.n_sentences:,} prompts, {m.corpus.n_tokens:,} tokens"],
+        ["corpus's checksum", m.corpus.sha256],
+        ["settings", f"α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, {len(s.layers)} recorded layers"],
+        ["size", readable_size(sum(entry.size for entry in m.files.values()))],
+    ]
+    facts += [["compensated sets", f"keep ratio {each.keep_ratio:g}, {each.budget} budget"] for each in m.compensation]
+    facts += [[f"profile {name}", info.in_words()] for name, info in m.profiles.items()]
+    return facts

@@ -13,12 +13,12 @@ from coreinfer_sim.base.extra import require
 from coreinfer_sim.base.files import check_folder, write_atomic
 from coreinfer_sim.base.plain import plain
 from coreinfer_sim.base.plots import page, svg_of
-from coreinfer_sim.base.progress import counted, readable_size
+from coreinfer_sim.base.progress import counted
 from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.plot import map_chart
 from coreinfer_sim.reporting.charts import layers_chart, topics_chart
-from coreinfer_sim.reporting.comparing import Comparison, compare
+from coreinfer_sim.reporting.comparing import Comparison, compare, facts_of
 from coreinfer_sim.reporting.notices import notices_of
 from coreinfer_sim.reporting.overlap import Overlap, overlap
 from coreinfer_sim.reporting.results import Measured, read_measured
@@ -69,7 +69,7 @@ def write_report(
     check_report(out)
     measured = [read_measured(path) for path in results]
     chart = None if index.manifest.map is None else map_chart(index.map, index.clusters)
-    comparison = None if other is None else compare(index, other, _facts(index), _facts(other))
+    comparison = None if other is None else compare(index, other, facts_of(index), facts_of(other))
     body = _body(index, measured, chart, commands, comparison)
     content = page(
         f"{plain(index.name)}: topics and measurements",
@@ -98,7 +98,7 @@ def _body(
         summary=f"{counted(len(index), 'topic')} over {counted(manifest.corpus.n_sentences, 'prompt')}.",
         parts=[part for part in _PARTS if part[0] != _COMPARISON or comparison is not None],
         comparison=comparison,
-        facts=_facts(index),
+        facts=facts_of(index),
         notices=notices_of(index),
         map=None if chart is None else _drawn(chart),
         map_note=_map_note(index),
@@ -130,26 +130,6 @@ def _drawn(chart: Any) -> Any:
     from markupsafe import Markup
 
     return Markup(svg_of(chart))
-
-
-def _facts(index: SemanticIndex) -> list[list[str]]:
-    """Return what the index was built from, in rows of two."""
-    m = index.manifest
-    s = m.settings
-    facts = [
-        [
-            "model",
-            f"{m.model.name} ({m.model.family}, {m.model.n_layers} layers, d_ff {m.model.d_ff}, {m.model.dtype})",
-        ],
-        ["encoder", f"{m.encoder.name} ({m.encoder.dimension} dimensions)"],
-        ["corpus", f"{m.corpus.source}: {m.corpus.n_sentences:,} prompts, {m.corpus.n_tokens:,} tokens"],
-        ["corpus's checksum", m.corpus.sha256],
-        ["settings", f"α {s.alpha}, β {s.beta}, γ {s.gamma}, seed {s.seed}, {len(s.layers)} recorded layers"],
-        ["size", readable_size(sum(entry.size for entry in m.files.values()))],
-    ]
-    facts += [["compensated sets", f"keep ratio {each.keep_ratio:g}, {each.budget} budget"] for each in m.compensation]
-    facts += [[f"profile {name}", info.in_words()] for name, info in m.profiles.items()]
-    return facts
 
 
 def _map_note(index: SemanticIndex) -> str:

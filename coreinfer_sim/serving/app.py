@@ -31,6 +31,7 @@ from coreinfer_sim.serving.request_queue import RequestQueue
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest
 from coreinfer_sim.serving.static import add_page
 from coreinfer_sim.serving.streaming import ResponseFormat, streamed, while_connected, whole
+from coreinfer_sim.serving.topic_log import TopicLog
 from coreinfer_sim.serving.topics import Neurons, check_watchable, lookup_of, map_of
 from coreinfer_sim.serving.wording import http_sentence, sentence
 
@@ -48,6 +49,7 @@ def make_app(
     timeout: float = 300.0,
     body_limit: int = 2 << 20,
     cors_origins: Sequence[str] = (),
+    log_topics: bool = False,
 ) -> FastAPI:
     """Make the server.
 
@@ -61,11 +63,13 @@ def make_app(
         timeout: seconds that a request may take, waiting included.
         body_limit: bytes of a request.
         cors_origins: of pages that may read answers, such as ``https://example.org``; ``*`` stands for all.
+        log_topics: count prompts by topic in the user's data folder, without their texts.
 
     Returns:
         The app; ``app.state.stop`` refuses further requests and ends open ones after a grace period.
     """
-    queue = RequestQueue(backend, parallel=parallel, queue_limit=queue_limit, timeout=timeout)
+    topics = TopicLog(backend.index) if log_topics else None
+    queue = RequestQueue(backend, parallel=parallel, queue_limit=queue_limit, timeout=timeout, topics=topics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

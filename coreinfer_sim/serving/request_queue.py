@@ -15,6 +15,7 @@ from coreinfer_sim.base.errors import GenerationCancelledError
 from coreinfer_sim.serving.backends import Backend, Completion, TextRequest
 from coreinfer_sim.serving.errors import QueueFullError, RequestTimeoutError, ShutdownError
 from coreinfer_sim.serving.metrics import Metrics
+from coreinfer_sim.serving.topic_log import TopicLog
 
 _log = logging.getLogger(__name__)
 GRACE = 8.0
@@ -45,7 +46,15 @@ class _Task:
 class RequestQueue:
     """Answers requests as they come, so many at a time as share decode steps."""
 
-    def __init__(self, backend: Backend, *, parallel: int = 1, queue_limit: int = 64, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        parallel: int = 1,
+        queue_limit: int = 64,
+        timeout: float = 300.0,
+        topics: TopicLog | None = None,
+    ) -> None:
         """Start the workers.
 
         Args:
@@ -53,7 +62,9 @@ class RequestQueue:
             parallel: requests that are answered at a time, if the backend lets them share decode steps; otherwise one.
             queue_limit: requests that may wait or be answered at a time.
             timeout: seconds that a request may take, waiting included.
+            topics: counts what is asked; None: nothing does.
         """
+        self._topics = topics
         self.backend, self._limit, self._timeout = backend, queue_limit, timeout
         self._open: set[_Task] = set()
         self.metrics = Metrics(lambda: self.n_open)
@@ -126,6 +137,8 @@ class RequestQueue:
             self._tasks.put(None)
         for worker in self._workers:
             worker.join(max(0.0, end - time.monotonic()))
+        if self._topics is not None:
+            self._topics.write()
         if not any(worker.is_alive() for worker in self._workers):
             self.backend.close()
 
@@ -146,6 +159,11 @@ class RequestQueue:
                 continue
             self.metrics.count(completion, time.perf_counter() - begin)
             task.put(completion)
+            if self._topics is not None:
+                try:
+                    self._topics.count(task.request, completion)
+                except Exception as error:  # the answer has gone out
+                    _log.error("counting topics failed", exc_info=error)
             try:
                 self.backend.read_ahead(lambda: self._closing or not self._tasks.empty())
             except Exception as error:  # no request fails by it

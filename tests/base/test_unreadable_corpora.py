@@ -58,7 +58,9 @@ def test_a_missing_file_is_said_to_be_missing(source):
 )
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CorpusError, match=rf"{name} cannot be read \(.+\); expected a hub id") as caught:
+    with pytest.raises(
+        CorpusError, match=rf"{name} is cut short or damaged \(.+\), expected a whole Parquet"
+    ) as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -66,7 +68,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, content):
 def test_a_truncated_parquet_file_is_an_error(tmp_path):
     path = Path(as_parquet(ROWS, tmp_path))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorpusError, match="cannot be read"):
+    with pytest.raises(CorpusError, match="is cut short or damaged"):
         read(path)
 
 

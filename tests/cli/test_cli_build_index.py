@@ -19,7 +19,7 @@ def test_a_build_says_what_it_read_and_what_it_will_take(built, tiny_checkpoint)
     out, run = built
     assert re.search(r"^Corpus: 45 prompts with [\d,]+ tokens kept of 45 rows\.$", run.stderr, re.MULTILINE)
     assert re.search(
-        r"^Plan: 45 prompts, .* 3 clusters, 1 shard; disk .*; memory about .*\.$", run.stderr, re.MULTILINE
+        r"^Plan: 45 prompts, .* 3 clusters, 1 shard; disk .*; peak memory about .*\.$", run.stderr, re.MULTILINE
     )
     recognised, *_ = run.stderr.splitlines()
     assert recognised.startswith("Reading ") and "prompts in 'prompt', completions in 'completion'" in recognised

@@ -13,7 +13,11 @@ from coreinfer_sim.index.clustering import (
     choose_n_clusters,
     cluster_embeddings,
     faiss_index,
+    n_restarts,
+    n_trained,
     nearest,
+    quantiles_of,
+    searcher,
 )
 
 
@@ -94,15 +98,53 @@ def test_more_clusters_than_different_sentences_are_refused():
         cluster_embeddings(embeddings, 4, seed=0)
 
 
-def test_quantiles_and_exemplars_are_those_of_the_members():
+def test_members_come_nearest_first_with_their_quantiles():
     similarity = np.array([0.5, 0.9, 0.1, 0.7, 0.9, 0.3], np.float32)
     clustering = Clustering(np.eye(2, dtype=np.float32), np.array([0, 0, 1, 0, 0, 0]), similarity)
-    quantiles = clustering.quantiles(0)
+    first, second = clustering.members()
+    quantiles = quantiles_of(similarity[first])
     assert list(quantiles) == ["0", "0.01", "0.05", "0.25", "0.5", "0.75", "1"]
     assert (quantiles["0"], quantiles["0.25"], quantiles["0.5"], quantiles["1"]) == (0.3, 0.5, 0.7, 0.9)
-    assert clustering.quantiles(1) == dict.fromkeys(quantiles, 0.1)
-    assert clustering.exemplars(0, 3) == [1, 4, 3]
-    assert clustering.exemplars(1, 3) == [2]
+    assert quantiles_of(similarity[second]) == dict.fromkeys(quantiles, 0.1)
+    assert quantiles_of(np.zeros(0, np.float32)) == dict.fromkeys(quantiles, 1.0)  # nothing is familiar to no texts
+    assert first.tolist() == [1, 4, 3, 0, 5] and second.tolist() == [2]
+    three = Clustering(np.eye(3, dtype=np.float32), np.array([0, 0, 2, 0, 0, 0]), similarity)
+    assert [len(members) for members in three.members()] == [5, 0, 1]
+
+
+def test_many_prompts_are_clustered_by_a_sample_and_assigned_in_blocks(monkeypatch, tmp_path):
+    embeddings, labels = planted([400, 300, 200, 100])
+    whole = cluster_embeddings(embeddings, 4, seed=0)
+    embeddings.tofile(tmp_path / "embeddings.f32")
+    mapped = np.memmap(tmp_path / "embeddings.f32", np.float32, "r", shape=embeddings.shape)
+    monkeypatch.setattr(clustering_module, "_LEAST_TRAINED", 200)
+    monkeypatch.setattr(clustering_module, "_TRAINED_PER_CLUSTER", 40)
+    monkeypatch.setattr(clustering_module, "_MOST_DISTANCES", 500)
+    monkeypatch.setattr(clustering_module, "_BLOCK", 64)
+    assert (n_trained(1000, 4), n_trained(1000, 10), n_trained(150, 4)) == (200, 400, 150)
+    assert (n_restarts(1000, 4), n_restarts(1000, 2)) == (1, 8)
+    starts = []
+    found = cluster_embeddings(mapped, 4, 0, starts.append)
+    assert starts == [1] and len(np.unique(labels[found.assignment == 0])) == 1
+    np.testing.assert_array_equal(found.assignment, whole.assignment)
+    np.testing.assert_array_equal(found.assignment, (embeddings @ found.centroids.T).argmax(axis=1))
+
+
+def test_many_clusters_are_searched_in_lists(monkeypatch):
+    random = np.random.default_rng(0)
+    centroids = planted([40] * 24, spread=0.1)[0]
+    prompts = planted([20] * 24, spread=0.1, seed=1)[0]
+    exact = nearest(searcher(centroids), prompts, 5)
+    monkeypatch.setattr(clustering_module, "_MOST_COMPARED", 900)
+    monkeypatch.setattr(clustering_module, "_N_PROBED", 6)
+    index = searcher(centroids)
+    assert type(index).__name__ == "IndexIVFFlat"
+    assert (nearest(index, prompts, 1)[1][:, 0] == exact[1][:, 0]).mean() >= 0.99
+    shuffled = random.permutation(len(prompts))
+    np.testing.assert_array_equal(nearest(index, prompts[shuffled], 5)[1], nearest(index, prompts, 5)[1][shuffled])
+    assert sorted(nearest(index, prompts[:1], 960)[1][0].tolist()) == list(
+        range(960)
+    )  # all are there where all are wanted
 
 
 def test_nearest_orders_by_cosine():
