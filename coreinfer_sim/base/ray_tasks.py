@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from coreinfer_sim.base.progress import readable_size
 _OBJECT_STORE = 100 << 20
 """Bytes for what tasks share by Ray on this machine: descriptions, as results go to the build folder."""
 _RETRIES = 3
+_ANSWERS_WITHIN = 10.0  # seconds
 _LOADED: dict[str, RunShard] = {}
 """In a worker process: what the stage at work has loaded, by the stage's name."""
 
@@ -36,6 +38,30 @@ class Needs:
         return f"{self.n_cpus} CPU{'s' * (self.n_cpus > 1)}{gpus} and {readable_size(self.n_bytes)} of memory"
 
 
+def check_ray(address: str | None) -> str | None:
+    """Return the address of a cluster that runs, by default the variable RAY_ADDRESS; None: a new one on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        BuildError: nothing answers at the address; Ray itself would look for it for minutes.
+    """
+    require("the executor ray", "scale", "ray")
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "://" not in host:
+        try:
+            socket.create_connection((host, int(port)), _ANSWERS_WITHIN).close()
+        except OSError as error:
+            raise _no_cluster(str(address), error) from error
+    return address
+
+
+def _no_cluster(place: str, error: Exception) -> BuildError:
+    return BuildError(
+        f"no Ray cluster answers at {place} ({in_words(error)}), expected one; start it with 'ray start' or name another address."
+    )
+
+
 class RayCluster:
     """A cluster that runs, or one on this machine for as long as this object is open."""
 
@@ -47,27 +73,22 @@ class RayCluster:
             n_cpus: of a new one.
 
         Raises:
-            ConfigError: Ray is not installed.
-            BuildError: there is no cluster at the address.
+            CoreInferSimError: as `check_ray`.
         """
-        require("the executor ray", "scale", "ray")
+        address = check_ray(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked whether use may be reported
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
         self._ray: Any = ray
         self._is_ours = not ray.is_initialized()
-        address = address or os.environ.get("RAY_ADDRESS") or None
         new: dict[str, Any] = {"num_cpus": n_cpus, "object_store_memory": _OBJECT_STORE, "include_dashboard": False}
         if not self._is_ours:
             return
         try:
             ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **({} if address else new))
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise BuildError(
-                f"no Ray cluster answers at {address or 'this machine'} ({in_words(error)}), expected one; start it with "
-                "'ray start' or name another address."
-            ) from error
+            raise _no_cluster(address or "this machine", error) from error
 
     def close(self) -> None:
         """Disconnect; a cluster of our own ends."""

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.base.extra import require
 from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
 from coreinfer_sim.base.progress import Progress, counted, shown
+from coreinfer_sim.base.ray_tasks import check_ray
 from coreinfer_sim.base.rows import describe_corpus
 from coreinfer_sim.base.scale_settings import Executor, ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
@@ -133,10 +133,11 @@ def _check_scale(scale: ScaleConfig, device: str, workers: int | None) -> str:
     """Return the device of this process, if what shares the work is there and goes together.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it does not, or Ray is not installed.
+        BuildError: no Ray cluster answers.
     """
     if scale.executor is Executor.RAY:
-        require("the executor ray", "scale", "ray")
+        check_ray(scale.ray_address)
     if scale.devices is None:
         return device
     n = len(scale.devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -116,6 +117,17 @@ def test_what_cannot_share_is_refused_before_anything_is_loaded(build, tiny_chec
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cluster_that_does_not_answer_is_named_at_once(build, tmp_path):
+    with socket.socket() as taken:  # a port at which nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            BuildError, match=rf"no Ray cluster answers at {address} \(.*\), expected one; start it with"
+        ):
+            build(tmp_path / "index", model="nowhere", scale=ScaleConfig(executor=Executor.RAY, ray_address=address))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_ray_the_extra_is_named(build, tmp_path, monkeypatch):
     monkeypatch.setattr("coreinfer_sim.base.extra.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"the executor ray needs ray, not found here; install the extra scale"):
@@ -155,23 +167,31 @@ def test_builds_that_are_killed_at_random_moments(executor, corpus, tiny_checkpo
     arguments = ["build-index", corpus, "--model", tiny_checkpoint, "--out", str(out), *AS_OPTIONS, "--workers", "2"]
     arguments += ["--set", "build.shard_size=8", "--set", f"scale.executor={executor}"]
     choose, seen = random.Random(1), {}
-    for n_kills in range(40):
-        victim = subprocess.Popen([sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", *arguments])
-        deadline = time.monotonic() + choose.uniform(3, 25) if n_kills < 6 else None
-        while victim.poll() is None and (deadline is None or time.monotonic() < deadline):
+
+    def watch(build: subprocess.Popen, seconds: float) -> None:
+        """Note which file each finished shard is, until the build or the time is over."""
+        deadline = time.monotonic() + seconds
+        while build.poll() is None and time.monotonic() < deadline:
             for path in out.with_name("index.build").glob("shards/[0-9]*"):
                 with suppress(OSError):
                     seen.setdefault(path.name, set()).add(path.stat().st_ino)
             time.sleep(0.02)
-        if victim.poll() is not None:
-            assert victim.returncode == 0
-            break
-        others = workers(victim.pid)
-        if others and n_kills % 2:
+
+    for _ in range(6):
+        running = subprocess.Popen(
+            [sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", *arguments]
+        )
+        watch(running, choose.uniform(3, 25))
+        if others := workers(running.pid):
             choose.choice(others).send_signal(signal.SIGKILL)
-            deadline = None
-        victim.kill()
-        victim.wait()
+            watch(running, choose.uniform(0, 5))
+        running.kill()
+        if running.wait() == 0:
+            break
+    else:
+        run = subprocess.Popen([sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", *arguments])
+        watch(run, 600)
+        assert run.wait() == 0
     assert contents(out) == contents(reference)
     assert len(seen) == 8 and all(len(files) == 1 for files in seen.values())  # none was written twice
     assert [path.name for path in out.parent.iterdir()] == ["index"]
