@@ -16,7 +16,7 @@ from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
 from coreinfer_sim.base.progress import Progress, shown
-from coreinfer_sim.base.rows import describe_corpus
+from coreinfer_sim.base.rows import check_no_labels, describe_corpus
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
 from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
@@ -80,6 +80,7 @@ def build_index(
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
+    check_no_labels(corpus)
     check_output(out, force)
     progress.say(f"Reading {describe_corpus(corpus)}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once

@@ -16,7 +16,7 @@ from commands import PROCESS, call, refused, succeeded
 
 from coreinfer_sim.index.index import SemanticIndex
 
-WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
+WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "analyze", "export", "serve"]
 INDEXES = ["list", "show", "report", "check", "rm", "info", "lookup"]
 COMMANDS = ["demo", *WORK, *INDEXES, "cache"]
 
