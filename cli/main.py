@@ -13,6 +13,7 @@ import click
 from coreinfer_sim.base.errors import CoreInferSimError, MissingModelError, UnknownEngineError, as_out_of_memory
 
 from .about import print_version
+from .analyze import analyze
 from .bench import bench
 from .build_index import build_index
 from .cache import cache
@@ -71,7 +72,7 @@ class _Group(click.Group):
         except CoreInferSimError as error:
             _fail(ctx, str(error), 1)
         except KeyboardInterrupt:
-            goes_on = ctx.invoked_subcommand in ("build-index", "export", "extend")
+            goes_on = ctx.invoked_subcommand in ("build-index", "analyze", "export", "extend")
             _fail(
                 ctx,
                 "interrupted"
@@ -125,7 +126,7 @@ def main(ctx: click.Context, wants_version: bool, verbose: bool) -> None:
         ctx.default_map = default_map(main)
 
 
-_WORK = (run, build_index, status, generate, evaluate, tune, bench, export, serve)
+_WORK = (run, build_index, status, generate, evaluate, tune, bench, analyze, export, serve)
 _INDEXES = (list_, show, report, check, diff, extend, merge, recluster, rm, push, pull, info, lookup, verify)
 for _command in (demo, *_WORK, *_INDEXES, config, cache):
     main.add_command(_command)

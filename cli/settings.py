@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from coreinfer_sim.base.analysis_settings import AnalysisConfig
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.scale_settings import ScaleConfig
@@ -33,6 +34,7 @@ GROUPS: dict[str, type[Any]] = {
     "build": BuildConfig,
     "compensate": CompensationConfig,
     "scale": ScaleConfig,
+    "analyze": AnalysisConfig,
 }
 """By the name that users write, the settings of the library."""
 _NOT_BY_NAME = {"corpus": {"source"}, "build": {"compensation"}}

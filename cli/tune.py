@@ -89,6 +89,12 @@ def _share(text: str) -> float:
 @options.max_tokens
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @options.log
+@click.option(
+    "--plot",
+    "plot_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw KL over the bytes a token into this .html, .png or .svg file.",
+)
 @set_option("corpus", "decode", "model")
 @options.as_json
 def tune(
@@ -104,6 +110,7 @@ def tune(
     max_tokens: int | None,
     seed: int,
     log: Path | None,
+    plot_path: Path | None,
     settings: Settings,
     as_json: bool,
 ) -> None:
@@ -115,8 +122,10 @@ def tune(
     quarter of each set's rows is not tried on the others.
     """
     from coreinfer_sim.base.files import check_folder
+    from coreinfer_sim.base.plots import check_plot
     from coreinfer_sim.engines.registry import check_engine
     from coreinfer_sim.evaluation.compare import score_with_log
+    from coreinfer_sim.evaluation.plot import plot
     from coreinfer_sim.evaluation.rows import read_sets
     from coreinfer_sim.evaluation.summary import summarise
     from coreinfer_sim.evaluation.tune import candidates, check_rows, choose_profiles, first_and_further, hopeful
@@ -127,6 +136,8 @@ def tune(
     quiet_libraries()
     if log is not None:
         check_folder(log)
+    if plot_path is not None:
+        check_plot(plot_path)
     decode, loading = settings.make(DecodeConfig), settings.make(ModelConfig)
     loaded = SemanticIndex.load(options.needed_index(index))
     loaded.check_writable()
@@ -173,6 +184,8 @@ def tune(
             f"The index of the package stays as it is; {loaded.name} is a copy of yours now, in {loaded.folder}.",
             err=True,
         )
+    if plot_path is not None:
+        plot(summary, contenders, plot_path)
     manifest = loaded.manifest
     if as_json:
         of_index = {"profiles": profiles_summary(manifest), "default_profile": manifest.default_profile.value}

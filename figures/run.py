@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import (  # noqa: F401 - each enters its figures into the table
     clusters,
     engines,
+    findings,
     house,
     inputs,
     living,

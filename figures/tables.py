@@ -16,7 +16,8 @@ from figures.table import ROOT
 from figures.tools import UNSEEN
 
 # "with bars" leaves out the figures that are there for comparison alone
-_BLOCK = re.compile(r"(<!-- figures: (\S+)( with bars)? -->\n).*?(<!-- /figures -->)", re.DOTALL)
+# and "of X" all but those whose names begin with X, which are shown with their intervals
+_BLOCK = re.compile(r"(<!-- figures: (\S+)( with bars| of [^>\n]+)? -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
 def table(path: Path, bars_only: bool = False) -> str:
@@ -145,7 +146,26 @@ def _widest(machine: dict[str, Any]) -> str:
 
 def filled(page: str) -> str:
     """Return a page with every block of figures made anew."""
-    return _BLOCK.sub(lambda m: m[1] + table(ROOT / "figures" / "results" / m[2], bool(m[3])) + m[4], page)
+
+    def made(found: re.Match[str]) -> str:
+        path, which = ROOT / "figures" / "results" / found[2], (found[3] or "").strip()
+        own = _with_intervals(path, which.removeprefix("of ")) if which.startswith("of ") else table(path, bool(which))
+        return found[1] + own + found[4]
+
+    return _BLOCK.sub(made, page)
+
+
+def _with_intervals(path: Path, prefix: str) -> str:
+    """Return the figures whose names begin with ``prefix``, with their intervals."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    own = [each for each in content["figures"] if each["name"].startswith(prefix)]
+    places = {_where(each.get("measured", content)): None for each in own}
+    lines = [f"{'; '.join(places)}.", "", "| figure | value | 95 % interval |", "|---|--:|---|"]
+    for figure in own:
+        low, high = figure["low"], figure["high"]
+        spread = "–" if low is None else f"{low:.4g} to {high:.4g}"
+        lines.append(f"| {figure['name'].removeprefix(prefix).strip(' ,:')} | {figure['value']:.4g} | {spread} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ ROOMS = (
     "evaluation",
     "fitting",
     "building",
+    "analysis",
     "export",
     "bench",
     "reporting",

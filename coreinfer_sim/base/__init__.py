@@ -1,6 +1,7 @@
 """Gives every room what it needs: checked settings, errors, files, memory, processes, progress, plots, and rows."""
 
 __all__ = [
+    "analysis_settings",
     "chats",
     "corpus_files",
     "decode_settings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coreinfer_sim.base.chats import Conversation, Turn, conversation_of, fault_of, is_conversation, last_question
 from coreinfer_sim.base.errors import CorpusError
@@ -34,6 +34,8 @@ class RowText:
     """Values that were no Unicode text, with U+FFFD in place of what is none."""
     n_other_parts: int = 0
     """Parts of messages that are no text."""
+    label: str = ""
+    """What kind of text it is."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Columns:
     """Whether the first rows hold lists of messages."""
     n_tabs: int = 0
     """In each of the first lines of a text file, if there are as many in all of them."""
+    label: str | None = None
+    """Says what kind of text a row is."""
 
     @classmethod
     def of(cls, config: CorpusConfig, source: Source) -> Columns:
@@ -64,7 +68,7 @@ class Columns:
             raise CorpusError(
                 f"the corpus {config.source} holds no row, expected at least one with text; check the file."
             )
-        found = cls._recognise(config, source, sample)
+        found = replace(cls._recognise(config, source, sample), label=config.label_column)
         for part in source.parts:
             found._check_part(part)
         return found
@@ -73,7 +77,8 @@ class Columns:
     def _recognise(cls, config: CorpusConfig, source: Source, sample: Sequence[Values]) -> Columns:
         names = list(dict.fromkeys(name for values in sample for name in values))
         fields = template_fields(config.template)
-        wanted = [name for name in (config.prompt_column, config.completion_column) if name is not None] + fields
+        columns = (config.prompt_column, config.completion_column, config.label_column)
+        wanted = [name for name in columns if name is not None] + fields
         missing = [name for name in dict.fromkeys(wanted) if name not in names]
         if missing:
             near = [f"{name!r}" for name in names if name.lower() in {each.lower() for each in missing}]
@@ -83,6 +88,7 @@ class Columns:
                 f"column in prompt_column or template{f', such as {near[0]}' if near else ''}."
             )
         has_id = "id" in names
+        names = [name for name in names if name != config.label_column or name == config.prompt_column]
         if config.template is not None and config.prompt_column is None:
             usual = [name for name in _usual(names, _TEXTS) if not _holds_numbers(sample, name)]
             prompt = next((name for name in usual if _holds_text(sample, name)), None)
@@ -108,7 +114,8 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Columns that are read."""
-        wanted = [self.prompt, self.completion, *template_fields(self.template), "id" if self.has_id else None]
+        wanted = [self.prompt, self.completion, *template_fields(self.template), self.label]
+        wanted += ["id" if self.has_id else None]
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
     def described(self) -> str:
@@ -152,6 +159,8 @@ class Columns:
             CorpusError: what should be text is a list or an object.
         """
         found = RowText("")
+        if self.label is not None:
+            found.label = self._text(values, self.label, place, found)
         if self.template is not None:
             fields = {name: self._text(values, name, place, found) for name in template_fields(self.template)}
             parts = template_parts(self.template)

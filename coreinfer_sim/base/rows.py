@@ -22,7 +22,7 @@ from coreinfer_sim.base.text_files import lines_of, mended
 
 _BLOCK = 1000
 _OF_BUILDS = ("template", "limit", "max_tokens", "deduplicate")
-"""Settings that only a build looks at."""
+"""Settings that only a build and an analysis look at."""
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 Render = Callable[[Conversation], str]
@@ -45,6 +45,8 @@ class Row:
     """Name of the evaluated set."""
     history: Conversation = ()
     """The conversation up to the prompt, where the row is one."""
+    label: str = ""
+    """What kind of text it is, where a column says so."""
 
     @property
     def digest(self) -> str:
@@ -141,7 +143,8 @@ def _kept_rows(config: CorpusConfig, tokenize: Tokenize, render: Render, report:
     digest = hashlib.sha256()
     texts = _texts(config, render, report)
     while block := list(islice(texts, _block_size(config, report))):
-        for (row_id, prompt, text), ids in zip(block, tokenize([text for _, _, text in block]), strict=True):
+        texts_of_block = [text for _, _, text, _ in block]
+        for (row_id, prompt, text, label), ids in zip(block, tokenize(texts_of_block), strict=True):
             if not ids:
                 report.n_empty += 1
                 continue
@@ -150,8 +153,8 @@ def _kept_rows(config: CorpusConfig, tokenize: Tokenize, render: Render, report:
             report.n_tokens_cut += len(ids) - n_tokens
             report.n_kept += 1
             report.n_tokens += n_tokens
-            digest.update(f"{len(prompt)}:{prompt}{len(text)}:{text}".encode())
-            yield Row(row_id, prompt, text, n_tokens)
+            digest.update(f"{len(prompt)}:{prompt}{len(text)}:{text}{label}".encode())
+            yield Row(row_id, prompt, text, n_tokens, label=label)
     if report.n_kept == 0:
         why = f"; {report.first_refused}" if report.n_refused else ""
         raise CorpusError(
@@ -170,8 +173,8 @@ def describe_corpus(config: CorpusConfig) -> str:
     return _opened(config)[1].described()
 
 
-def _texts(config: CorpusConfig, render: Render, report: CorpusReport) -> Iterator[tuple[str, str, str]]:
-    """Draw (id, prompt, text) of the rows that are neither empty nor duplicates."""
+def _texts(config: CorpusConfig, render: Render, report: CorpusReport) -> Iterator[tuple[str, str, str, str]]:
+    """Draw (id, prompt, text, label) of the rows that are neither empty nor duplicates."""
     seen: set[bytes] = set()
     for where, row_id, found in _rows(*_opened(config), report):
         try:
@@ -188,7 +191,7 @@ def _texts(config: CorpusConfig, render: Render, report: CorpusReport) -> Iterat
             report.n_duplicate += 1
             continue
         seen.add(key)
-        yield row_id, found.prompt, text
+        yield row_id, found.prompt, text, found.label
 
 
 def _opened(config: CorpusConfig) -> tuple[Source, Columns]:
@@ -277,8 +280,15 @@ def read_completions(config: CorpusConfig, report: CorpusReport) -> Iterator[Row
         yield Row(row_id, prompt, completion=completion, set_name=name, history=history)
 
 
+def check_no_labels(config: CorpusConfig) -> None:
+    """Raise ConfigError for the setting that only an analysis looks at."""
+    if config.label_column is not None:
+        raise ConfigError("corpus.label_column is of analyses, and does nothing here; leave it out.")
+
+
 def check_no_build(config: CorpusConfig) -> None:
-    """Raise ConfigError for settings that only a build looks at."""
+    """Raise ConfigError for settings that only builds and analyses look at."""
+    check_no_labels(config)
     defaults = {field.name: field.default for field in fields(CorpusConfig)}
     for name in _OF_BUILDS:
         if getattr(config, name) != defaults[name]:

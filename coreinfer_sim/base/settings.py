@@ -157,6 +157,8 @@ class CorpusConfig:
     """Column of answers, which evaluation scores; a build reads prompt and answer as a conversation. None: "completion"."""
     separator: str | None = None
     """Of a .csv or .tsv file: a character, or comma, semicolon, tab or pipe. None: recognised by the first rows."""
+    label_column: str | None = None
+    """Column that says what kind of text a row is, which an analysis holds clusters against; read by nothing else."""
     template: str | None = None
     """What the language model reads, with ``{column}`` fields. None: the prompt itself."""
     limit: int | None = None

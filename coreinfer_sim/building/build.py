@@ -17,7 +17,7 @@ from coreinfer_sim.base.files import sha256_of
 from coreinfer_sim.base.processes import default_threads, n_cores, torch_threads
 from coreinfer_sim.base.progress import Progress, counted, shown
 from coreinfer_sim.base.ray_tasks import check_ray
-from coreinfer_sim.base.rows import describe_corpus
+from coreinfer_sim.base.rows import check_no_labels, describe_corpus
 from coreinfer_sim.base.scale_settings import Executor, ScaleConfig
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.base.stores import RemoteFile, is_address
@@ -91,6 +91,7 @@ def build_index(
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected 1 or more.")
     device = _check_scale(scale, device, workers)
+    check_no_labels(corpus)
     check_output(out, force)
     centroids = None if config.centroids is None else SemanticIndex.load(config.centroids)
     progress.say(f"Reading {describe_corpus(corpus)}.")

@@ -1,4 +1,4 @@
-"""What is kept in the user's cache folder: laid-out weights, neuron stores, thresholds, fetched models, a built llama.cpp."""
+"""What is kept in the user's cache folder: laid-out weights, neuron stores, thresholds, counts, models, a built llama.cpp."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def _found() -> Iterator[tuple[Path, str]]:
         yield path, "neurons of a model under a memory budget"
     for path in sorted(cache_folder("thresholds").glob("*.json")):
         yield path, "what tokens need of a model's neurons, for a read ratio"
+    for path in sorted(cache_folder("analyses").glob("*/*.safetensors")):
+        yield path.parent, "what an analysis has counted"
     for path in sorted(cache_folder("models").glob("*.gguf*")):
         yield path, "a model that was fetched"
     for path in sorted(path for path in cache_folder("llama.cpp").glob("*") if path.is_dir()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -67,13 +68,7 @@ def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[Act
         layer.output.register_forward_pre_hook(lambda _module, inputs, layer=layer: tap.read(layer, inputs[0]))
         for layer in layers
     ]
-    hooks += [
-        layer.projection(layer.inputs[0]).register_forward_pre_hook(
-            lambda _module, inputs, routing=layer.routing: routing.read(inputs[0])
-        )
-        for layer in layers
-        if layer.routing is not None
-    ]
+    hooks += _routing_hooks(layers)
     try:
         yield tap
     finally:
@@ -90,3 +85,31 @@ def recorded_activations(layers: Sequence[MLPLayer], sink: Sink) -> Iterator[Act
             f"layers {missed} were never reached in a forward pass, expected all of {len(layers)}; these MLPs "
             "are not the ones that the model runs."
         )
+
+
+@contextmanager
+def edited_activations(
+    layers: Sequence[MLPLayer], edit: Callable[[MLPLayer, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Let every output projection of ``layers`` read ``edit(layer, z)`` in place of z inside the block."""
+    hooks = [
+        layer.output.register_forward_pre_hook(lambda _module, inputs, layer=layer: edit(layer, inputs[0]))
+        for layer in layers
+    ]
+    hooks += _routing_hooks(layers)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _routing_hooks(layers: Sequence[MLPLayer]) -> list[Any]:
+    """Let experts note which tokens they get."""
+    return [
+        layer.projection(layer.inputs[0]).register_forward_pre_hook(
+            lambda _module, inputs, routing=layer.routing: routing.read(inputs[0])
+        )
+        for layer in layers
+        if layer.routing is not None
+    ]

@@ -16,8 +16,22 @@ from commands import PROCESS, call, refused, succeeded
 
 from coreinfer_sim.index.index import SemanticIndex
 
-WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "export", "serve"]
-INDEXES = ["list", "show", "report", "check", "rm", "push", "pull", "info", "lookup"]
+WORK = ["run", "build-index", "status", "generate", "evaluate", "tune", "bench", "analyze", "export", "serve"]
+INDEXES = [
+    "list",
+    "show",
+    "report",
+    "check",
+    "diff",
+    "extend",
+    "merge",
+    "recluster",
+    "rm",
+    "push",
+    "pull",
+    "info",
+    "lookup",
+]
 COMMANDS = ["demo", *WORK, *INDEXES, "cache"]
 
 

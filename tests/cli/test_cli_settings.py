@@ -21,6 +21,7 @@ TEXTS = {
     **{"sparse_layers": "4:", "layers": "1:3", "engine": "lean", "exported": "ggufs", "dtype": "bfloat16"},
     **{
         "completion_column": "answer",
+        "label_column": "topic",
         "separator": "tab",
         "device": "cpu",
         "encoder": "./encoder",
@@ -55,7 +56,8 @@ def example(name: str, hint: object) -> tuple[str, object]:
     choices = [each for each in typing.get_args(hint) if each is not type(None)] or [hint]
     kind = choices[0]
     if typing.get_origin(hint) is tuple:
-        return ("0.3, 0.5", (0.3, 0.5)) if kind is float else ("END, STOP", ("END", "STOP"))
+        numbers = {float: ("0.3, 0.5", (0.3, 0.5)), int: ("3, 5", (3, 5))}
+        return numbers.get(kind, ("END, STOP", ("END", "STOP")))
     if isinstance(kind, type) and issubclass(kind, Enum):
         last = list(kind)[-1]
         return str(last.value), last

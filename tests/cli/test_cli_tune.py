@@ -33,7 +33,8 @@ ANY = ["--max-perplexity-increase", "9000%", "--max-perplexity-increase", "fast=
 
 def test_the_profile_is_what_decode_takes(copied, rows):
     given = ("tune", rows, "--index", copied, "--part", "0:100", "--keep-ratio", 0.25)
-    found = parsed(*given, *ANY)
+    found = parsed(*given, *ANY, "--plot", rows.with_name("tuned.svg"))
+    assert "similarity/energy else hybrid" in rows.with_name("tuned.svg").read_text(encoding="utf-8")
     assert found["profiles"]["balanced"]["keep_ratio"] == 0.25 and found["default_profile"] == "balanced"
     assert [row["contender"] for row in found["contenders"]] == ["similarity/energy else hybrid 0.25", "dense 16bit"]
     assert 0 < found["profiles"]["fast"]["gain"] < 1
@@ -61,6 +62,7 @@ def test_what_cannot_be_tuned_on(copied, rows, tmp_path):
     refused(call(*given, "--limit", 9), "there are 9 rows to tune on, expected 10 or more")
     refused(call(*given, "--keep-ratio", 1), "keep ratio 1 is dense decode")
     refused(call(*given, "--log", tmp_path / "none" / "log.jsonl"), "there is no folder")
+    refused(call(*given, "--plot", tmp_path / "tuned.pdf"), "the plot is to be tuned.pdf")
     refused(call(*given, *setting("decode.engine", "best")), "no engine 'best'", code=2)
     assert SemanticIndex.load(copied).manifest.profile is None
 
