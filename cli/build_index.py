@@ -106,6 +106,7 @@ def build_index(
     config = settings.make(BuildConfig, clusters=clusters, compensation=compensation)
     loading = settings.make(ModelConfig)
 
+    from coreinfer_sim.base.stores import is_address
     from coreinfer_sim.building.build import build_index as build
     from coreinfer_sim.index.encoder import DEFAULT_ENCODER
     from coreinfer_sim.index.names import indexes_folder, name_for
@@ -130,4 +131,5 @@ def build_index(
             force=force,
             progress=progress,
         )
-    print_index(index, place.name if is_named else str(out), as_json)
+    shown = out if out is not None and is_address(out) else place.name if is_named else str(place)
+    print_index(index, shown, as_json)

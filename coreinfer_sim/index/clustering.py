@@ -17,8 +17,9 @@ _MOST_DISTANCES = 1 << 25
 """Prompts times clusters up to which k-means starts so often; in a larger corpus one start finds what there is."""
 _LEAST_TRAINED, _TRAINED_PER_CLUSTER = 100_000, 64
 """Prompts that k-means is trained on, of a larger corpus: so many, or so many for each cluster; FAISS asks for 39 or more."""
-_MOST_PLUS_PLUS = 4096
-"""Clusters that k-means++ starts from; for more it would take longer than k-means itself."""
+_FEW, _MOST_PLUS_PLUS, _LOOKED_AT = 256, 1024, 16
+"""Clusters up to which k-means++ looks at all prompts for a start, and up to which at so many a cluster; for more it would take
+longer than k-means itself, which then starts from prompts drawn at random."""
 _BLOCK = 1 << 16
 """Prompts that are assigned at a time."""
 _MOST_COMPARED = 4096
@@ -137,7 +138,8 @@ def _k_means(embeddings: np.ndarray, n_clusters: int, seed: int) -> tuple[float,
     if n_clusters <= _MOST_PLUS_PLUS:
         from sklearn.cluster import kmeans_plusplus
 
-        start, _ = kmeans_plusplus(embeddings, n_clusters, random_state=seed % 2**32)
+        every = 1 if n_clusters <= _FEW else max(1, len(embeddings) // (_LOOKED_AT * n_clusters))
+        start, _ = kmeans_plusplus(embeddings[::every], n_clusters, random_state=seed % 2**32)
     kmeans = faiss.Kmeans(
         embeddings.shape[1],
         n_clusters,

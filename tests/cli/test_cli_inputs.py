@@ -106,7 +106,7 @@ def test_a_file_that_is_not_there_is_a_usage_error(index, arguments):
         ("gbk.txt", "is not UTF-8: line 1 .* iconv -f ENCODING -t UTF-8"),
         ("-", "there is no file or folder '-'"),
         ("./nothere", "there is no file or folder './nothere'"),
-        ("https://example.org/rows.jsonl", "download it first"),
+        ("http://127.0.0.1:9/rows.jsonl", "check the address and the network"),
     ],
 )
 def test_what_cannot_be_read_is_told_by_every_command(index, tiny_checkpoint, tmp_path, command, name, said):
