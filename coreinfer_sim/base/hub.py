@@ -15,8 +15,7 @@ def no_answer() -> str | None:
 
     It is asked once. The hub's own client asks again for half a minute where there is no connection.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
