@@ -147,7 +147,7 @@ def _texts(given: Given, n_sets: int, tokenizer: Any) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _server(given: Given, *options: str) -> Iterator[tuple[str, int]]:
+def server(given: Given, *options: str) -> Iterator[tuple[str, int]]:
     """Run `serve` in a process of its own; yield its address and process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,7 +177,7 @@ def load(given: Given, clients: int, seconds: int) -> None:
 
     prompts = [exemplar for cluster in SemanticIndex.load(given.index).clusters for exemplar in cluster.exemplars[:1]]
     counts, lock = {"answers": 0, "hung up": 0, "mixed": 0, "errors": 0}, threading.Lock()
-    with _server(given, "--queue-limit", str(2 * clients), "--timeout", "600") as (url, pid):
+    with server(given, "--queue-limit", str(2 * clients), "--timeout", "600") as (url, pid):
         process = psutil.Process(pid)
         memory = [process.memory_info().rss]
 
@@ -233,7 +233,7 @@ def bad_input(given: Given, requests: int) -> None:
     tool = shutil.which("schemathesis")
     if tool is None:
         raise click.ClickException("schemathesis is not installed; run: pip install schemathesis")
-    with _server(given, "--max-new-tokens", "2") as (url, _pid):
+    with server(given, "--max-new-tokens", "2") as (url, _pid):
         description = httpx.get(f"{url}/openapi.json").json()
         n_operations = sum(len(methods) for methods in description["paths"].values())
         options = "--checks not_a_server_error --mode all --no-color --phases fuzzing --request-timeout 60 "

@@ -17,6 +17,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     loops,
     memory,
     models,
+    page,
     path,
     problems,
     quality,

@@ -252,6 +252,8 @@ def test_a_wheel_holds_every_module(wheel):
     assert {f"coreinfer_sim_cli/{path.name}" for path in COMMANDS.glob("*.py")} <= names
     assert {"coreinfer_sim/py.typed", "coreinfer_sim/index/demo/manifest.json"} <= names
     assert {"coreinfer_sim/reporting/report.html", "coreinfer_sim/reporting/report.css"} <= names
+    page = [path for path in (PACKAGE / "serving" / "page").rglob("*") if path.is_file()]
+    assert {path.relative_to(ROOT).as_posix() for path in page} <= names
 
 
 def test_a_wheel_installs_the_command(wheel):

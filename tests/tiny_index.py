@@ -65,6 +65,13 @@ def tiny_index(
 def build_tiny_index(checkpoint: str, folder: Path, config: BuildConfig, encoder: SentenceEncoder) -> Path:
     """Build an index of three prompts a cluster in a folder; return the index's."""
     rows = [{"prompt": f"{question} {number}"} for question in PROMPTS for number in range(3)]
+    return build_rows(checkpoint, folder, config, encoder, rows)
+
+
+def build_rows(
+    checkpoint: str, folder: Path, config: BuildConfig, encoder: SentenceEncoder, rows: Sequence[dict[str, str]]
+) -> Path:
+    """Build an index of some rows in a folder; return the index's."""
     corpus = folder / "prompts.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     build_index(checkpoint, str(corpus), folder / "index", config, encoder=encoder, threads=1)

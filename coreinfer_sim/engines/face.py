@@ -311,8 +311,18 @@ class Engine(ABC):
         return self.call.read
 
     def neurons_read(self) -> list[dict[int, torch.Tensor]]:
-        """Return the ids that the latest step read in full, by group and layer; layers that are not named were read whole."""
-        return [dict(prepared.selection.ids) for _, prepared in self.call.latest]
+        """Return the ids that the latest step read in full, by group and layer; layers that are not named were read whole.
+
+        Where tokens choose among what is held, their choice counts if the call is ``watched``.
+        """
+        found = []
+        for _, prepared in self.call.latest:
+            ids = dict(prepared.selection.ids)
+            for number, rows in self.call.chosen.get(id(prepared), {}).items():
+                places = torch.from_numpy(np.flatnonzero(rows.any(axis=0)))
+                ids[number] = ids[number][places] if number in ids else places
+            found.append(ids)
+        return found
 
     def release(self) -> None:
         """Let go of what belongs to the latest call, and begin to count anew."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +51,11 @@ class CallState:
     read: BytesRead = BytesRead()
     latest: Sequence[Group] = ()
     """Of the latest step."""
+    watched: bool = False
+    """Whether somebody wants to know which neurons tokens choose."""
+    chosen: dict[int, Mapping[int, np.ndarray]] = field(default_factory=dict)
+    """What rows of the latest step chose among the neurons that they hold, if the call is watched: by prepared selection (its
+    ``id``) and layer, boolean [n_rows, n_held]. Of layers that are not named, all were read."""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class TextGenerator(Generator):
                     attention_mask=torch.ones_like(ids),
                     pad_token_id=model.tokenizer.pad_token_id,
                     stopping_criteria=StoppingCriteriaList([watch]),
+                    watch=request.watch,
                     **generate_options(sampling),
                 )
         except ValueError as error:  # transformers' own word on settings that contradict each other
@@ -193,6 +194,11 @@ class TextGenerator(Generator):
                 with watch.in_prefill(model.model):
                     options = generate_options(SamplingConfig(max_new_tokens=1))
                     reader.generate_beside_others(text, None, attention_mask=torch.ones_like(text), **options)
+
+    @property
+    def tells_neurons(self) -> bool:
+        """Engines in this process know."""
+        return True
 
     @property
     def has_chat_template(self) -> bool:

@@ -28,6 +28,7 @@ from coreinfer_sim.engines.sizes import BytesRead
 from coreinfer_sim.engines.steps import Group, Step, StepInputs
 from coreinfer_sim.generation.prefix_cache import PrefixCache, Writer
 from coreinfer_sim.generation.reading import passes_of
+from coreinfer_sim.generation.streaming import Watch
 from coreinfer_sim.generation.turns import Turns
 
 
@@ -79,6 +80,7 @@ class PhasedCall:
         ends: torch.Tensor,
         chunked: bool = False,
         turns: Turns | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Choose the neurons, unless the predictor wants the prompts' activations first.
 
@@ -92,10 +94,11 @@ class PhasedCall:
             chunked: the caller has said how many positions a pass of prefill reads; otherwise the engine does.
             turns: that the call takes with others, where the engine lets calls share their steps; None: it has the model to
                 itself.
+            watch: receives which neurons the first row's tokens read.
         """
         self._model, self._engines, self._engine = model, engines, engines[0]
         self._predictor, self._mask, self._prompts, self._ends = predictor, mask, prompts, ends
-        self._chunked, self._turns = chunked, turns
+        self._chunked, self._turns, self._watch = chunked, turns, watch
         self._refused: str | None = None
         self._prepare_seconds, self._prepared_in_decode = 0.0, True
         self._decode_began: float | None = None
@@ -162,6 +165,7 @@ class PhasedCall:
         """Let the model's forward passes in the block be phases of this call; afterwards the model is its dense self."""
         for engine in self._engines:
             engine.release()
+            engine.call.watched = self._watch is not None
         with ExitStack() as stack, self._mount:
             stack.enter_context(self._engine.running())
             if self._reader is not None:
@@ -208,7 +212,10 @@ class PhasedCall:
         ):  # among the beams of a prompt rows change places
             self._finished |= torch.isin(ids[:, -1].cpu(), self._ends).numpy()
         inputs = StepInputs(ids, cache, kwargs, self._starts, self._finished, self._n_copies, original)
-        return self._step(inputs)
+        output = self._step(inputs)
+        if self._watch is not None:
+            self._watch(self._engine.neurons_read()[0])
+        return output
 
     def _step(self, inputs: StepInputs) -> Any:
         """Decode a token in every row, with other calls where that is possible; each keeps its own random numbers."""

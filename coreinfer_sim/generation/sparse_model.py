@@ -20,6 +20,7 @@ from coreinfer_sim.generation.phases import CallFacts, PhasedCall
 from coreinfer_sim.generation.prefix_cache import PrefixCache
 from coreinfer_sim.generation.refusals import CallSettings, check_ids
 from coreinfer_sim.generation.routing import routing_text_of_ids
+from coreinfer_sim.generation.streaming import Watch
 from coreinfer_sim.generation.turns import Turns
 from coreinfer_sim.models.mending import outside
 from coreinfer_sim.models.mlps import find_mlps
@@ -128,13 +129,21 @@ class SparseModel:
         return output
 
     def generate_beside_others(
-        self, input_ids: torch.Tensor, prompts: Sequence[str] | None, **kwargs: Any
+        self, input_ids: torch.Tensor, prompts: Sequence[str] | None, watch: Watch | None = None, **kwargs: Any
     ) -> tuple[Any, CallFacts]:
-        """Generate as `generate` does, in a block of `Turns.call`; return also what the call chose and cost."""
-        return self._checked(input_ids, prompts, self.turns, kwargs)
+        """Generate as `generate` does, in a block of `Turns.call`; return also what the call chose and cost.
+
+        ``watch`` receives which neurons the tokens of the first row read.
+        """
+        return self._checked(input_ids, prompts, self.turns, kwargs, watch)
 
     def _checked(
-        self, input_ids: Any, prompts: Sequence[str] | None, turns: Turns | None, kwargs: dict[str, Any]
+        self,
+        input_ids: Any,
+        prompts: Sequence[str] | None,
+        turns: Turns | None,
+        kwargs: dict[str, Any],
+        watch: Watch | None = None,
     ) -> tuple[Any, CallFacts]:
         check_ids(input_ids, None)
         settings = CallSettings(self.model, kwargs)
@@ -142,7 +151,7 @@ class SparseModel:
         mask = kwargs.get("attention_mask")
         mask = settings.mask_of(input_ids) if mask is None else mask
         check_ids(input_ids, mask, self._n_rows)
-        return self._generate(input_ids, mask, prompts, settings, turns, kwargs)
+        return self._generate(input_ids, mask, prompts, settings, turns, watch, kwargs)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -161,6 +170,7 @@ class SparseModel:
         prompts: Sequence[str] | None,
         settings: CallSettings,
         turns: Turns | None,
+        watch: Watch | None,
         kwargs: dict[str, Any],
     ) -> tuple[Any, CallFacts]:
         # 1) what routes each row
@@ -187,7 +197,7 @@ class SparseModel:
         ends = settings.get("eos_token_id")
         end_ids = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
         chunked = settings.get("prefill_chunk_size") is not None
-        call = PhasedCall(self.model, self.engines, self.predictor, mask, prompts, end_ids, chunked, turns)
+        call = PhasedCall(self.model, self.engines, self.predictor, mask, prompts, end_ids, chunked, turns, watch)
         prefixes = self._prefixes if n_copies * len(input_ids) == 1 and bool(mask.all()) else None
         if any(kwargs.get(name) is not None for name in _CACHES):  # the call's, or the engine's own
             prefixes = None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from coreinfer_sim.base.errors import GenerationCancelledError
+
+if TYPE_CHECKING:
+    import torch
 
 Write = Callable[[str], None]
 """Takes new text piece by piece; what it raises breaks the generation off."""
 Cancelled = Callable[[], bool]
 """Says whether nobody wants the text any more."""
+Watch = Callable[[Mapping[int, "torch.Tensor"]], None]
+"""Takes, after each decode step, the ids that its token read in full, by layer; layers that are not named were read whole."""
 _BROKEN = "\ufffd"
 """What decoders write for bytes that are no character, or not yet a whole one."""
 _MOST_HELD = 8

@@ -16,7 +16,7 @@ from coreinfer_sim.base.errors import ConfigError, GenerationCancelledError, Pro
 from coreinfer_sim.base.settings import Profile
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.generation.routing import routing_text
-from coreinfer_sim.generation.streaming import Cancelled, TextOutput, Write
+from coreinfer_sim.generation.streaming import Cancelled, TextOutput, Watch, Write
 from coreinfer_sim.index.clusters import Match
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.chat_templates import ChatFormat
@@ -127,6 +127,8 @@ class Request:
     chat_template_kwargs: Mapping[str, Any]
     output: TextOutput
     """Takes the text."""
+    watch: Watch | None = None
+    """Takes which neurons each token read."""
 
 
 class Generator(ABC):
@@ -165,6 +167,7 @@ class Generator(ABC):
         shorten: bool = False,
         write: Write | None = None,
         cancelled: Cancelled | None = None,
+        watch: Watch | None = None,
         routed_by: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
@@ -179,6 +182,7 @@ class Generator(ABC):
             shorten: where the context has no room for as many new tokens, generate fewer, rather than refuse.
             write: receives the new text piece by piece, as it comes.
             cancelled: says whether nobody wants the text any more; asked in prefill and at every token.
+            watch: receives which neurons each new token read, where the engine knows (`tells_neurons`).
             routed_by: text that routes in place of the prompt; see `routing_text`.
             chat_template_kwargs: further variables of the chat template, such as ``{"enable_thinking": False}``.
             **settings: further fields of `SamplingConfig`, such as ``max_new_tokens=64``.
@@ -190,6 +194,8 @@ class Generator(ABC):
             GenerationCancelledError: ``cancelled`` said so.
         """
         mode = self.checked_mode(mode)
+        if watch is not None and not self.tells_neurons:
+            raise ConfigError(f"{self.name} is decoded by an engine that does not tell which neurons tokens read.")
         if not (
             isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(each, dict) for each in prompt))
         ):
@@ -203,7 +209,7 @@ class Generator(ABC):
         with self._turn(output):
             routed = routed_by or routing_text(self.index, prompt, self.chat_format)
             output.check()
-            return self._generate(Request(prompt, sampling, routed, mode, chat, shorten, kwargs, output))
+            return self._generate(Request(prompt, sampling, routed, mode, chat, shorten, kwargs, output, watch))
 
     @contextmanager
     def _turn(self, output: TextOutput) -> Iterator[None]:
@@ -309,6 +315,11 @@ class Generator(ABC):
     @property
     def takes_turns(self) -> bool:
         """Whether calls of several threads share their decode steps; otherwise one thread calls it at a time."""
+        return False
+
+    @property
+    def tells_neurons(self) -> bool:
+        """Whether it knows which neurons each token read."""
         return False
 
     @property

@@ -6,19 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from coreinfer_sim.base.errors import CoreInferSimError, UnknownModeError
-from coreinfer_sim.choosing.index_sets import IndexSets
+from coreinfer_sim.generation.streaming import Watch
 from coreinfer_sim.serving.backends import Backend, TextRequest
 from coreinfer_sim.serving.errors import (
     InvalidRequestError,
@@ -30,10 +29,11 @@ from coreinfer_sim.serving.errors import (
 from coreinfer_sim.serving.guard import Guard
 from coreinfer_sim.serving.request_queue import RequestQueue
 from coreinfer_sim.serving.schemas import ChatRequest, CompletionRequest, LookupRequest
+from coreinfer_sim.serving.static import add_page
 from coreinfer_sim.serving.streaming import ResponseFormat, streamed, while_connected, whole
+from coreinfer_sim.serving.topics import Neurons, check_watchable, lookup_of, map_of
 from coreinfer_sim.serving.wording import http_sentence, sentence
 
-PAGE = Path(__file__).parent / "page.html"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -80,10 +80,12 @@ def make_app(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     _add_error_handlers(app)
-    _add_generation(app, queue, name, max_new_tokens)
+    neurons = Neurons(backend.index)
+    _add_generation(app, queue, name, max_new_tokens, neurons)
     _add_models(app, backend, name)
-    _add_lookup(app, backend)
-    _add_status(app, queue)
+    _add_topics(app, backend, neurons)
+    _add_status(app, queue, api_key is not None)
+    add_page(app)
     return app
 
 
@@ -106,12 +108,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_json(error.status_code, http_sentence(request, error, known))
 
 
-def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens: int) -> None:
+def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens: int, neurons: Neurons) -> None:
     """Add the two routes that generate."""
 
     async def respond(request: ChatRequest | CompletionRequest, http: Request) -> Response:
-        events = queue.generate(text_request(request, name, queue.backend, max_new_tokens))
         form = ResponseFormat(name, isinstance(request, ChatRequest), request.ignored)
+        watch = neurons.begin(form.id) if request.coreinfer and request.coreinfer.neurons else None
+        events = queue.generate(text_request(request, name, queue.backend, max_new_tokens, watch))
         if not request.stream:
             return await while_connected(http, whole(form, events))
         usage = request.stream_options is not None and bool(request.stream_options.include_usage)
@@ -129,7 +132,11 @@ def _add_generation(app: FastAPI, queue: RequestQueue, name: str, max_new_tokens
 
 
 def text_request(
-    request: ChatRequest | CompletionRequest, name: str, backend: Backend, max_new_tokens: int
+    request: ChatRequest | CompletionRequest,
+    name: str,
+    backend: Backend,
+    max_new_tokens: int,
+    watch: Watch | None = None,
 ) -> TextRequest:
     """Return a request as the backend reads it.
 
@@ -138,11 +145,13 @@ def text_request(
         name: of the model that is served.
         backend: whose modes a request may choose from.
         max_new_tokens: limit of a request; also the number where it names none, or a larger one.
+        watch: receives which neurons tokens read.
 
     Raises:
         ModelNotFoundError: the request names another model.
         NoChatError: it is a conversation, and the model continues texts.
         UnknownModeError: the backend lacks the mode.
+        ConfigError: nothing tells which neurons tokens read.
     """
     if request.model not in (None, name):
         raise ModelNotFoundError(request.model, name)
@@ -151,6 +160,8 @@ def text_request(
     mode = (request.coreinfer.mode if request.coreinfer else None) or backend.modes[0]
     if mode not in backend.modes:
         raise UnknownModeError(f"coreinfer.mode is {mode!r}, expected one of {', '.join(backend.modes)}.")
+    if watch is not None:
+        check_watchable(backend.tells_neurons, name)
     return TextRequest(
         prompt=request.subject,
         max_new_tokens=min(request.limit or max_new_tokens, max_new_tokens),
@@ -158,6 +169,7 @@ def text_request(
         stop=tuple(request.stop or ()),
         seed=request.seed,
         chat_template_kwargs=request.template_kwargs,
+        watch=watch,
         **{name: value for name in _SAMPLING if (value := getattr(request, name)) is not None},
     )
 
@@ -167,7 +179,16 @@ def _add_models(app: FastAPI, backend: Backend, name: str) -> None:
     created = int(time.time())
 
     def description() -> dict[str, Any]:
-        facts = {"modes": list(backend.modes), "clusters": len(backend.index), "chat": backend.chats}
+        index = backend.index
+        facts = {
+            "modes": list(backend.modes),
+            "profile": backend.profile,
+            "clusters": len(index),
+            "chat": backend.chats,
+            "map": index.manifest.map is not None,
+            "neurons": backend.tells_neurons
+            and index.manifest.model.places is None,  # of experts there are too many to be drawn
+        }
         return {"id": name, "object": "model", "created": created, "owned_by": "coreinfer_sim", "coreinfer": facts}
 
     @app.get("/v1/models")
@@ -183,42 +204,43 @@ def _add_models(app: FastAPI, backend: Backend, name: str) -> None:
         return JSONResponse(description())
 
 
-def _add_lookup(app: FastAPI, backend: Backend) -> None:
-    """Add the look-up that the page shows."""
+def _add_topics(app: FastAPI, backend: Backend, neurons: Neurons) -> None:
+    """Add what says why an answer is as it is: the map, the look-up, and the neurons."""
+
+    @app.get("/api/map")
+    async def map_() -> Response:
+        """Return the prompts of the corpus as dots by topic."""
+        return JSONResponse(await asyncio.to_thread(map_of, backend.index))
 
     @app.post("/api/lookup")
     async def lookup(request: LookupRequest) -> Response:
-        """Return the clusters nearest to a text, and the share of neurons that each layer keeps in the nearest."""
-        if not request.text.strip():
+        """Return the topics nearest to a text, and its place on the map."""
+        subject = request.subject
+        text = await asyncio.to_thread(backend.routing_text, subject) if not isinstance(subject, str) else subject
+        if not text.strip():
             raise InvalidRequestError("the text is empty, expected some.")
-        k = min(request.k, len(backend.index))
-        matches = (await asyncio.to_thread(backend.index.lookup, [request.text], k))[0]
-        kept = await asyncio.to_thread(_kept_shares, backend, matches[0].cluster)
-        found = [{**vars(match), "confident": match.confident} for match in matches]
-        return JSONResponse({"matches": found, "kept": kept})
+        return JSONResponse(await asyncio.to_thread(lookup_of, backend.index, text, request.k))
+
+    @app.get("/api/topics/{topic}/neurons")
+    async def of_topic(topic: int) -> Response:
+        """Return which neurons are core neurons of a topic, and which of those it shares."""
+        return JSONResponse(await asyncio.to_thread(neurons.of_topic, topic))
+
+    @app.get("/api/neurons/{answer}")
+    async def of_answer(answer: str) -> Response:
+        """Return which neurons the latest token of an answer read."""
+        return JSONResponse(neurons.of_answer(answer))
 
 
-def _kept_shares(backend: Backend, cluster: int) -> list[float]:
-    """Return the share of neurons that a cluster's set keeps, by layer."""
-    info = backend.index.manifest.model
-    ids = IndexSets(backend.index).of_cluster(cluster).ids
-    return [round(len(ids[n]) / info.d_ff, 4) if n in ids else 1.0 for n in range(info.n_layers)]
-
-
-def _add_status(app: FastAPI, queue: RequestQueue) -> None:
-    """Add health, metrics and the page."""
+def _add_status(app: FastAPI, queue: RequestQueue, needs_key: bool) -> None:
+    """Add health and metrics."""
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Say that the server lives, and how many requests are open."""
-        return {"status": "ok", "open_requests": queue.n_open}
+        """Say that the server lives, how many requests are open, and whether they need a key."""
+        return {"status": "ok", "open_requests": queue.n_open, "needs_key": needs_key}
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Return metrics for Prometheus."""
         return Response(generate_latest(queue.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/", response_class=HTMLResponse)
-    async def page() -> str:
-        """Return the page."""
-        return PAGE.read_text(encoding="utf-8")

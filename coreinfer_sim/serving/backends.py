@@ -8,13 +8,25 @@ from typing import Any
 
 from coreinfer_sim.base.decode_settings import MAX_SEED, SamplingConfig
 from coreinfer_sim.base.errors import ConfigError
-from coreinfer_sim.generation.streaming import Cancelled, Write
+from coreinfer_sim.generation.routing import routing_text
+from coreinfer_sim.generation.streaming import Cancelled, Watch, Write
 from coreinfer_sim.generation.text import Generation, Generator
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.models.prompts import Message
 
 _FACTS = (
-    *("mode", "cluster", "label", "similarity", "confidence", "confident", "keep_ratio", "engine", "file"),
+    *(
+        "mode",
+        "cluster",
+        "label",
+        "similarity",
+        "confidence",
+        "confident",
+        "keep_ratio",
+        "read_ratio",
+        "engine",
+        "file",
+    ),
     *("tokens_per_second", "mlp_bytes_per_token"),
 )
 _LEAST_TEMPERATURE = 1e-4
@@ -42,6 +54,8 @@ class TextRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    watch: Watch | None = None
+    """Receives which neurons each token read."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,10 @@ class Backend:
         """Whether it answers conversations; a base model only continues texts."""
         self.takes_turns = generator.takes_turns
         """Whether several threads may call `complete` at a time."""
+        self.tells_neurons = generator.tells_neurons
+        """Whether requests may be watched."""
+        self.profile = None if generator.profile is None else generator.profile.value
+        """By which the default mode decodes."""
 
     def complete(self, request: TextRequest, write: Write, cancelled: Cancelled | None = None) -> Completion:
         """Generate at most ``max_new_tokens``, fewer where the context has no room for them.
@@ -108,6 +126,7 @@ class Backend:
             shorten=True,
             write=write,
             cancelled=cancelled,
+            watch=request.watch,
             chat_template_kwargs=request.chat_template_kwargs,
         )
         facts = run.as_dict()
@@ -119,6 +138,10 @@ class Backend:
             {name: facts[name] for name in _FACTS},
             timings_of(run),
         )
+
+    def routing_text(self, prompt: str | list[Message]) -> str:
+        """Return what a prompt is routed by."""
+        return routing_text(self.index, prompt, self._generator.chat_format)
 
     def read_ahead(self, cancelled: Cancelled) -> None:
         """Read what a next turn will begin with until ``cancelled`` says that something else is wanted."""

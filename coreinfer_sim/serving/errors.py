@@ -10,6 +10,7 @@ from coreinfer_sim.base.errors import (
     ConfigError,
     ContextLengthError,
     CoreInferSimError,
+    MissingMapError,
     PromptError,
     RequestRefusedError,
     SamplingError,
@@ -66,6 +67,19 @@ class ModelNotFoundError(ServingError):
         super().__init__(f"the model {found!r} does not exist, expected {expected!r}.")
 
 
+class NoNeuronsError(ServingError):
+    """Of an answer nobody knows which neurons its tokens read."""
+
+    status = 404
+
+    def __init__(self, answer: str) -> None:
+        """Name the answer."""
+        super().__init__(
+            f"of the answer {answer!r} it is not known which neurons its tokens read, expected the id of one of the last answers "
+            'that was asked for with "coreinfer": {"neurons": true}.'
+        )
+
+
 class RequestTooLargeError(ServingError):
     """The body has too many bytes."""
 
@@ -95,6 +109,8 @@ def error_response(error: Exception) -> JSONResponse:
     """Return the answer to a request that failed; what is the server's own fault goes into its log."""
     if isinstance(error, ServingError):
         return error_json(error.status, str(error), error.code, error.param)
+    if isinstance(error, MissingMapError):
+        return error_json(404, str(error))
     if isinstance(error, UnknownModeError):
         return error_json(400, str(error), param="coreinfer.mode")
     if isinstance(error, ContextLengthError):

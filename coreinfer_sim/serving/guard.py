@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coreinfer_sim.serving.errors import AuthenticationError, RequestTooLargeError, error_response
 
 _WITHOUT_KEY = ("/", "/health")
+_FILES = "/page/"
+"""Of the page, which hold nothing of this server's own."""
 
 
 class Guard:
@@ -48,7 +50,7 @@ class Guard:
             await error_response(error)(scope, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in _WITHOUT_KEY:
+        if self._key is None or scope["path"] in _WITHOUT_KEY or scope["path"].startswith(_FILES):
             return
         sent = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(sent.encode(), self._key.encode()):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from coreinfer_sim.models.prompts import Message
+from coreinfer_sim.serving.errors import InvalidRequestError
 from coreinfer_sim.serving.wording import refusal, shown
 
 _MOST_STOPS = 1000
@@ -66,6 +67,8 @@ class Override(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     mode: str | None = Field(None, max_length=32)
+    neurons: bool | None = Field(None, strict=True)
+    """Whether /api/neurons shall know which neurons each token reads."""
 
 
 class StreamOptions(BaseModel):
@@ -250,7 +253,23 @@ class CompletionRequest(_Common):
 
 
 class LookupRequest(BaseModel):
-    """Of the page."""
+    """Of /api/lookup: a text, or a conversation, of which what routes it is looked up."""
 
-    text: Text
+    text: Text | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
     k: Whole = Field(5, ge=1, le=100)
+
+    @property
+    def subject(self) -> str | list[Message]:
+        """The text, or the conversation as a chat template reads it.
+
+        Raises:
+            InvalidRequestError: there is none, or both.
+        """
+        if self.text is not None and self.messages is None:
+            return self.text
+        if self.messages is not None and self.text is None:
+            return [message.turn for message in self.messages]
+        raise InvalidRequestError(
+            f"text is {'missing' if self.text is None else 'there beside messages'}, expected one of both."
+        )

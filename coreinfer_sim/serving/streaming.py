@@ -33,8 +33,9 @@ class ResponseFormat:
         self.chat, self._ignored = chat, list(ignored)
         kind = "chat.completion" if chat else "text_completion"
         prefix = "chatcmpl" if chat else "cmpl"
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
         self._whole = {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "id": self.id,
             "object": kind,
             "created": int(time.time()),
             "model": model,

@@ -32,10 +32,12 @@ _EXPECTED = {
     "stream_options": "an object with include_usage",
     "include_usage": "true or false",
     "chat_template_kwargs": "an object",
-    "coreinfer": "an object with mode",
+    "coreinfer": "an object with mode and neurons",
     "mode": "a text",
+    "neurons": "true or false",
     "text": "a text",
     "k": "a whole number from 1 to 100",
+    "topic": "a whole number",
 }
 """By the name of the field."""
 _MOST_SHOWN = 60
@@ -81,7 +83,7 @@ def sentence(error: Mapping[str, Any], content_type: str) -> tuple[str, str | No
         return f"the body is {shown(error['input'])}, expected a JSON object.", None
     name = next(part for part in reversed(place) if isinstance(part, str))
     if kind == "extra_forbidden":
-        return f"{path} is unknown, expected mode alone.", path
+        return f"{path} is unknown, expected mode or neurons.", path
     what = "an object with role and content" if name == "messages" and isinstance(place[-1], int) else _EXPECTED[name]
     return f"{path} is {'missing' if kind == 'missing' else shown(error['input'])}, expected {what}.", path
 

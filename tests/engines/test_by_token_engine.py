@@ -160,6 +160,36 @@ def test_bytes_are_estimates_and_the_records_that_were_read(weights):
     assert held.n_bytes == 0 and not held.layers  # all lie in the model's own
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_watched_call_tells_which_neurons_its_tokens_read(weights):
+    """As many as were counted, of the held ones alone, and the same for a row in a batch; the text does not change."""
+    held = selection(tiny_model("llama"), 0.6).ids
+    engine = engine_of("llama", weights)
+    every, cut, ids = reading(0.3), reading(0.25, {0: held[0], 2: held[2]}), token_ids(2, 9)
+    told = []
+
+    def watched(chosen, row):
+        sparse = sparse_model(engine, chosen)
+        found = []
+        given = {"attention_mask": torch.ones_like(row), "max_new_tokens": 12, "do_sample": False}
+        with sparse.turns.call():
+            output, facts = sparse.generate_beside_others(row, None, watch=found.append, **given)
+        assert torch.equal(output, generate(sparse_model(engine, chosen), row, 12).sequences)
+        return found, facts.read
+
+    for chosen, row in ((every, ids[:1]), (cut, ids[1:])):
+        found, read = watched(chosen, row)
+        assert len(found) == read.n_steps == 11
+        n_neurons = sum(layer.d_ff for layer in engine.layers)
+        n_read = sum(len(step.get(layer.number, range(layer.d_ff))) for step in found for layer in engine.layers)
+        assert n_read == round(read.read_ratio * read.n_steps * n_neurons)
+        assert len({tuple(step[0].tolist()) for step in found}) > 1  # each token chose anew
+        told.append(found)
+    assert all(sorted(step) == [0, 1, 2] for step in told[0])
+    for number in (0, 2):
+        assert all(set(step[number].tolist()) <= set(held[number].tolist()) for step in told[1])
+
+
 def test_fewer_bytes_are_read_than_by_dense_decode():
     """Of wide MLPs: a tiny one's records are mostly what fills the lines up."""
     config = tiny_model("llama").config

@@ -9,7 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from coreinfer_sim.engines.lean.intrinsics import activate, activated, address, float_at, inline, parallel, serial
+from coreinfer_sim.engines.lean.intrinsics import (
+    activate,
+    activated,
+    address,
+    array_at,
+    float_at,
+    inline,
+    parallel,
+    serial,
+)
 from coreinfer_sim.engines.lean.kernels import call_five, call_rows
 from coreinfer_sim.engines.lean.output_code import TOGETHER
 from coreinfer_sim.engines.lean.products import BIAS, N_IN, N_OUT, SCALE_STEP, SCALES, rounded, tile_product
@@ -161,8 +170,11 @@ def choose(stack, begin, end, threshold, kind, x, codes, factors, sums, gates, u
 
 
 @parallel
-def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read):
-    """Set ``out`` [n_threads, n_rows, outputs] to parts of the outputs; count neurons in ``n_read`` [n_threads, 2]."""
+def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read, marks):
+    """Set ``out`` [n_threads, n_rows, outputs] to parts of the outputs; count neurons in ``n_read`` [n_threads, 2].
+
+    ``marks`` is of `marks_at`.
+    """
     n_rows, n_ff = x.shape[0], stack[0, N_OUT]
     n_tiles = (n_ff + 15) // 16
     for thread in prange(n_threads):
@@ -181,11 +193,20 @@ def _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts
             for r in range(n_rows):
                 for i in range(last - first):
                     n_read[thread, 1] += reads[r, i]
+                    if marks.shape[1] > 0:
+                        marks[r, first + i] = reads[r, i]
             for i in range(last - first):
                 at[i] = stack[2, RECORDS] + (first + i) * stack[2, RECORD_BYTES]
             if n_chosen > 0:
                 given = (x, codes, factors, starts, gates, ups, kind, scaled, out[thread])
                 read_chosen(stack, first, places, n_chosen, at, reads, *given)
+
+
+@inline
+def marks_at(where, n_rows, n_ff):
+    """Return what tells which neurons each row reads, uint8 [n_rows, n_ff], at an address; of 0 columns if that is 0."""
+    like = np.empty(0, np.uint8)
+    return array_at(where if where != 0 else address(like), like, (n_rows, n_ff if where != 0 else 0))
 
 
 @inline
@@ -199,7 +220,7 @@ def started(stack, x):
 
 
 @serial
-def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
+def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out, marks=0):
     """Set ``out`` [n_rows, d_model] to what a gated MLP adds of which each row of inputs reads some neurons.
 
     Args:
@@ -210,11 +231,13 @@ def outputs_by_token(x, stack, kind, n_threads, threshold, n_read, out):
         threshold: neurons whose estimate is smaller are not read; 0: all are.
         n_read: int64 [2]; neurons that any row read, and the sum over rows of what each read, are added.
         out: float32.
+        marks: where to mark the neurons that each row reads, see `marks_at`; 0: nowhere.
     """
     codes, factors, sums, starts = started(stack, x)
     parts = np.zeros((n_threads, x.shape[0], stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
-    _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
+    found = marks_at(marks, x.shape[0], stack[0, N_OUT])
+    _by_token(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts, found)
     summed(stack[2], parts, counts, n_read, out)
 
 

@@ -237,6 +237,7 @@ class LeanEngine(Engine):
             with self.running(), self.mounted(groups):
                 output: CausalLMOutputWithPast = inputs.forward(**inputs.given)
             self.count(groups)
+            self.call.chosen = {}
             return output
         return self.steps([Step(inputs, groups, self.call)])[0]
 
@@ -248,9 +249,9 @@ class LeanEngine(Engine):
         cos, sin = rows.joined(lambda inputs, picked: weights.angles(inputs.positions)[:, :, picked], 2)
         starts = rows.joined(lambda inputs, picked: torch.from_numpy(inputs.starts)[picked])
         caches, positions = rows.adopt()
-        words, thresholds = map(np.stack, zip(*(self._mlps(prepared)[1:] for _, prepared in rows.parts), strict=True))
+        mlps, *stacked = zip(*(self._mlps(prepared) for _, prepared in rows.parts), strict=True)
         # 2) all layers
-        n_read = np.zeros((*thresholds.shape, 2), np.int64)
+        (words, thresholds), n_read = map(np.stack, stacked), rows.counts(mlps)
         made = np.empty((len(hidden), -(-weights.head.n_out // TILE) * TILE), np.float32)
         n_exact = decode_step(
             *(cache_loops(self.model.dtype), hidden, weights.description, words, thresholds, n_read),
@@ -261,8 +262,8 @@ class LeanEngine(Engine):
         )
         rows.hand_back()
         # 3) what each call has read
-        for one, (parts, n_own) in zip(each, rows.parts_of_calls(n_read), strict=True):
-            self.call = one.call
+        for one, (parts, n_own), chosen in zip(each, rows.parts_of_calls(n_read), rows.chosen(mlps), strict=True):
+            self.call, one.call.chosen = one.call, chosen
             self._count(one.groups, parts, n_own)
             of_head = n_exact * sum(len(places) for places, _ in parts) // len(hidden)
             self.call.read += BytesRead(other=of_head * weights.head.n_bytes // weights.head.n_out)

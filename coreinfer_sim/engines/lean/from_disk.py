@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from coreinfer_sim.engines.lean.by_token import N_OUTPUTS, ON_DISK, TILES, choose, read_chosen, started, summed
+from coreinfer_sim.engines.lean.by_token import (
+    N_OUTPUTS,
+    ON_DISK,
+    TILES,
+    choose,
+    marks_at,
+    read_chosen,
+    started,
+    summed,
+)
 from coreinfer_sim.engines.lean.disk_reads import (
     N_DISK_WORDS,
     count_chosen,
@@ -71,8 +80,8 @@ def _add(begins, ends, stack, kind, x, codes, factors, starts, all_gates, all_up
 
 
 @serial
-def _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read):
-    """Do as `by_token._by_token`: in rounds, each of as many neurons as there are free slots for."""
+def _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, out, n_read, told):
+    """Do as `by_token._by_token`: in rounds, each of as many neurons as there are free slots for; ``told`` is of `marks_at`."""
     n_rows, n_ff = x.shape[0], stack[0, N_OUT]
     n_tiles = (n_ff + 15) // 16
     words = array_at(stack[2, ON_DISK], stack, (N_DISK_WORDS,))
@@ -85,6 +94,8 @@ def _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, start
         for i in range(n_ff):
             chosen[i] |= marks[r, i]
             n_read[0, 1] += marks[r, i]
+            if told.shape[1] > 0:
+                told[r, i] = marks[r, i]
     for i in range(n_ff):
         n_read[0, 0] += chosen[i]
     count_chosen(words, chosen)
@@ -117,10 +128,11 @@ def _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, start
 
 
 @serial
-def outputs_from_disk(x, stack, kind, n_threads, threshold, n_read, out):
+def outputs_from_disk(x, stack, kind, n_threads, threshold, n_read, out, marks=0):
     """Do as `by_token.outputs_by_token`."""
     codes, factors, sums, starts = started(stack, x)
     parts = np.zeros((n_threads, x.shape[0], stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
-    _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts)
+    told = marks_at(marks, x.shape[0], stack[0, N_OUT])
+    _from_disk(n_threads, stack, threshold, kind, x, codes, factors, sums, starts, parts, counts, told)
     summed(stack[2], parts, counts, n_read, out)

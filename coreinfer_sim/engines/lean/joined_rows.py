@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from coreinfer_sim.engines.lean.compact import WholeMLP
 from coreinfer_sim.engines.lean.kv_cache import GrowingCache
 from coreinfer_sim.engines.lean.matrix import Array
+from coreinfer_sim.engines.lean.mlp_loops import MARKS, N_COUNTS
 from coreinfer_sim.engines.prepared import Prepared
 from coreinfer_sim.engines.steps import CallState, Step, StepInputs
 
@@ -50,19 +52,41 @@ class JoinedRows:
                     found.append((places, prepared, number))
             self._of_calls.append(found)
             first += len(own)
+        self._marks: dict[int, list[Array]] = {}
+        """Which neurons the rows of a part read, by its number, in each layer; of the parts that a watched call is in."""
+
+    def counts(self, mlps: Sequence[Sequence[Any]]) -> Array:
+        """Return what a step counts in, see `decode_step`; ``mlps`` are those of each part, [n_parts][n_layers]."""
+        made = np.zeros((len(self.parts), len(mlps[0]), N_COUNTS), np.int64)
+        for one, own in zip(self._steps, self._of_calls, strict=True):
+            for number in {number for _, _, number in own if one.call.watched} - set(self._marks):
+                n = len(self.parts[number][0])
+                self._marks[number] = [np.zeros((n, mlp.n_ff), np.bool_) for mlp in mlps[number]]
+                made[number, :, MARKS] = [marks.ctypes.data for marks in self._marks[number]]
+        return made
+
+    def chosen(self, mlps: Sequence[Sequence[Any]]) -> Iterator[dict[int, Mapping[int, Array]]]:
+        """Yield what the rows of each call chose, see `CallState.chosen`; ``mlps`` as for `counts`."""
+        for one, own in zip(self._steps, self._of_calls, strict=True):
+            found: dict[int, Mapping[int, Array]] = {}
+            for places, prepared, number in own if one.call.watched else ():
+                rows = np.isin(self.parts[number][0], places)
+                of_layers = enumerate(zip(mlps[number], self._marks[number], strict=True))
+                found[id(prepared)] = {n: marks[rows] for n, (mlp, marks) in of_layers if not isinstance(mlp, WholeMLP)}
+            yield found
 
     @property
     def _sizes(self) -> list[int]:
         return [len(own) for own in self._rows]
 
     def parts_of_calls(self, n_read: Array) -> Iterator[tuple[list[tuple[list[int], Prepared]], Array]]:
-        """Yield the parts of each call, and what they read of ``n_read`` [n_parts, n_layers, 2].
+        """Yield the parts of each call, and what they read of ``n_read``, which `counts` has made.
 
         That is all neurons that any row of a part has read, and a share of the sum over its rows.
         """
         for own in self._of_calls:
             shares = [len(places) / len(self.parts[number][0]) for places, _, number in own]
-            counts = n_read[[number for _, _, number in own]]
+            counts = n_read[[number for _, _, number in own]][:, :, :MARKS]
             counts[:, :, 1] = np.rint(counts[:, :, 1] * np.array(shares)[:, None])
             yield [(places, prepared) for places, prepared, _ in own], counts
 

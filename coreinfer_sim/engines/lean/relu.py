@@ -18,6 +18,7 @@ from coreinfer_sim.engines.lean.by_token import (
     ROWS,
     TILES,
     add_waiting,
+    marks_at,
     output_at,
     started,
     summed,
@@ -55,8 +56,11 @@ def _add(stack, first, positive, n_own, at, gates, x, codes, factors, starts, ki
 
 
 @parallel
-def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_read):
-    """Set ``out`` [n_threads, n_rows, outputs] to parts of the outputs; count neurons in ``n_read`` [n_threads, 2]."""
+def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_read, marks):
+    """Set ``out`` [n_threads, n_rows, outputs] to parts of the outputs; count neurons in ``n_read`` [n_threads, 2].
+
+    ``marks`` is of `marks_at`.
+    """
     n_rows, n_ff = x.shape[0], stack[0, N_OUT]
     n_tiles = (n_ff + 15) // 16
     for thread in prange(n_threads):
@@ -75,6 +79,8 @@ def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_re
             for r in range(n_rows):
                 n_own = 0
                 for i in range(last - first):
+                    if marks.shape[1] > 0:
+                        marks[r, first + i] = gates[r, i] > np.float32(0.0)
                     if gates[r, i] > np.float32(0.0):
                         positive[n_own] = i
                         n_own += 1
@@ -86,7 +92,7 @@ def _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, out, n_re
 
 
 @serial
-def outputs_of_nonzero(x, stack, kind, n_threads, n_read, out):
+def outputs_of_nonzero(x, stack, kind, n_threads, n_read, out, marks=0):
     """Set ``out`` [n_rows, d_model] to what an MLP with ReLU adds.
 
     Args:
@@ -96,9 +102,11 @@ def outputs_of_nonzero(x, stack, kind, n_threads, n_read, out):
         n_threads: that share the neurons.
         n_read: int64 [2]; neurons that are not zero in any row, and the sum over rows of those of each, are added.
         out: float32.
+        marks: where to mark those of each row, see `marks_at`; 0: nowhere.
     """
     codes, factors, sums, starts = started(stack, x)
     parts = np.zeros((n_threads, x.shape[0], stack[2, N_OUTPUTS]), np.float32)
     counts = np.zeros((n_threads, 2), np.int64)
-    _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, parts, counts)
+    found = marks_at(marks, x.shape[0], stack[0, N_OUT])
+    _not_zero(n_threads, stack, kind, x, codes, factors, sums, starts, parts, counts, found)
     summed(stack[2], parts, counts, n_read, out)

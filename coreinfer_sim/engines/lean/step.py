@@ -126,7 +126,8 @@ def decode_step(
         layers: see `Layers`.
         mlps: words of each group of rows, among them what reads them, see `mlp_loops`; int64 [n_groups, n_layers, 3, N_WORDS].
         thresholds: of neurons that a token reads, float32 [n_groups, n_layers]; what reads all looks at none.
-        n_read: neurons that any row read, and the sum over rows of what each read, are added; int64 [n_groups, n_layers, 2].
+        n_read: neurons that any row read, and the sum over rows of what each read, are added; see `mlp_loops.N_COUNTS`,
+            int64 [n_groups, n_layers, N_COUNTS].
         n_of_group: how many rows each group has.
         places: those rows, group by group.
         cos: of each row's position, float32 [n_tables, n_rows, half of the features that are rotated].

@@ -16,6 +16,7 @@ from coreinfer_sim.engines.lean.compact import WholeMLP
 from coreinfer_sim.engines.lean.head import whole_head
 from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
 from coreinfer_sim.engines.lean.matrix import Matrix
+from coreinfer_sim.engines.lean.mlp_loops import N_COUNTS
 from coreinfer_sim.engines.lean.products import rounded_rows
 from coreinfer_sim.engines.lean.step import N_NORMS, NO_NORM, Layers, decode_step
 
@@ -71,7 +72,14 @@ def _step(dtype: torch.dtype) -> None:
     angles = np.ones((1, 1, 4), np.float32)
     decode_step(
         *(cache_loops(dtype), one.copy(), layers, WholeMLP((matrix, matrix), matrix).words[None, None]),
-        *(np.zeros((1, 1), np.float32), np.zeros((1, 1, 2), np.int64), np.ones(1, np.int64), rows, angles, angles),
+        *(
+            np.zeros((1, 1), np.float32),
+            np.zeros((1, 1, N_COUNTS), np.int64),
+            np.ones(1, np.int64),
+            rows,
+            angles,
+            angles,
+        ),
         *(bits(keys), np.array([[[keys.data_ptr(), values.data_ptr(), 1, 0]]], np.int64), 1, rows, rows),
         *(words[None], whole_head(matrix), np.zeros((1, 16), np.float32), set_threads()),
     )
