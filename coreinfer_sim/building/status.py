@@ -120,6 +120,6 @@ def _events(path: Path) -> list[dict[str, Any]]:
 def _is_alive(pid: int | None, began: float) -> bool:
     """Return whether the process that wrote the log is at work, and not another one that was given its number."""
     try:
-        return psutil.Process(pid).create_time() <= began + _CLOCKS
+        return bool(psutil.Process(pid).create_time() <= began + _CLOCKS)
     except psutil.Error:
         return False
