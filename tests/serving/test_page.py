@@ -242,7 +242,9 @@ def test_texts_of_strangers_are_shown_and_never_executed(browser, url):
 
 def test_a_text_that_streams_becomes_what_it_is_as_a_whole(browser, url):
     """Though only its last blocks are read again; the guide has lists, tables and code."""
-    guide = "".join((ROOT / "docs" / "guide" / f"{name}.md").read_text(encoding="utf-8") for name in ("build", "measure"))
+    guide = "".join(
+        (ROOT / "docs" / "guide" / f"{name}.md").read_text(encoding="utf-8") for name in ("build", "measure")
+    )
     grown = """async ([text, size]) => {
         const {MarkdownView} = await import("/page/markdown.js");
         const [streamed, whole] = [document.createElement("div"), document.createElement("div")];
