@@ -11,7 +11,7 @@ from coreinfer_sim.base.errors import CorpusError
 from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.progress import Progress, counted
 from coreinfer_sim.base.rows import Row
-from coreinfer_sim.index.clustering import N_RESTARTS, cluster_embeddings, faiss_index, nearest
+from coreinfer_sim.index.clustering import cluster_embeddings, faiss_index, n_restarts, nearest
 from coreinfer_sim.index.encoder import SentenceEncoder
 
 SAMPLE = 4096
@@ -45,7 +45,7 @@ def fit_clusters(
         finally:
             progress.finish()
         embeddings = np.concatenate(parts)
-        progress.start("Clustering", N_RESTARTS * len(numbers), "starts")
+        progress.start("Clustering", sum(n_restarts(n, k) for k in numbers), "starts")
         try:
             for k in numbers:
                 clustering = cluster_embeddings(embeddings, k, seed, progress.advance)
