@@ -78,6 +78,7 @@ class RayCluster:
         address = check_ray(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked whether use may be reported
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "100")  # seconds in which a cluster starts on a busy machine
         import ray
 
         self._ray: Any = ray

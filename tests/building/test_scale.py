@@ -96,6 +96,7 @@ def test_a_worker_that_is_killed_costs_no_shard(build, built, tmp_path):
     assert contents(tmp_path / "index") == contents(built)
 
 
+@pytest.mark.slow  # Ray takes longer to start on two cores than the build
 def test_ray_gives_the_same_files(build, built, tmp_path):
     told = Told()
     build(tmp_path / "index", workers=2, scale=RAY, progress=told)
