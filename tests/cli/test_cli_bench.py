@@ -68,7 +68,7 @@ def test_bad_contenders_are_usage_errors(text, says):
     [
         ([], 2, "give --model or --shape"),
         (["--model", "m", "--shape", "opt-6.7b"], 2, "one of them"),
-        (["--shape", "llama-9"], 2, "expected one of gpt2, llama-3.1-8b"),
+        (["--shape", "llama-9"], 2, "expected one of exaone-4.0-1.2b, gemma-3-1b"),
         (["--shape", "opt-6.7b:layers=33"], 2, "expected 1 to 32"),
         (["--shape", "opt-6.7b", "--contender", "sparse"], 1, "needs an index"),
         (["--shape", "opt-6.7b", "--prompt-tokens", "2040"], 1, "context is 2048"),

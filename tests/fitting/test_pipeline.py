@@ -112,7 +112,7 @@ def test_workers_leave_the_same_files(built, tiny_checkpoint, encoder):
         encoder=encoder,
     )
     files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
-    assert len(files) == 5 + 2 * 4
+    assert len(files) == 6 + 2 * 4
     assert all((built / name).read_bytes() == (again / name).read_bytes() for name in files)
 
 
