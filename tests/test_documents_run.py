@@ -40,7 +40,7 @@ DOCUMENTS = [
 ONLY_PARSED = {
     r"demo": "fetches a model of 98 MB; tests/cli/test_cli_demo.py runs it among the slow tests",
     r"serve\b": "does not end; its answers are asked for below",
-    r"(push|pull)\b": "needs the hub; tests/reporting/test_sharing.py looks at what is uploaded",
+    r"(push|pull)\b": "needs the hub; tests/reporting/test_shared_indexes.py looks at what is uploaded",
     r".*model\.device=cuda": "needs a GPU",
     r".*(--build-llamacpp|llamacpp:)": "needs a GGUF file that llama-bench reads; tests/cli/test_cli_bench.py runs it",
 }
@@ -65,6 +65,8 @@ FEW = {
     "BENCH_NEW_TOKENS": 2,
     "BENCH_PROMPT_TOKENS": 8,
     "COMPENSATE_TOKENS": 300,
+    "ANALYZE_LIMIT": 70,
+    "ANALYZE_LENGTH": 16,
 }
 """Variables that make the commands of the documents quick, such as COREINFER_SIM_RUN_MAX_NEW_TOKENS."""
 
@@ -142,6 +144,7 @@ def desk(model, built, tmp_path, monkeypatch) -> Path:
     (desk / "my-model").symlink_to(model)
     for name in ("chats", "held-out", "gsm8k", "squad", "prompts"):
         write(desk / f"{name}.jsonl", rows(240))
+    write(desk / "texts.jsonl", [row | {"topic": row["prompt"].partition(",")[0]} for row in rows(70)])
     write(
         desk / "rajpurkar" / "squad" / "train.jsonl",
         [{"question": r["prompt"], "context": r["completion"]} for r in rows(60)],
@@ -178,6 +181,11 @@ def run_ours(words: list[str], monkeypatch) -> None:
         words = words[:at]
     if not words:
         stdin = "How do stars form?\n"  # on a terminal it would chat
+    if "--memory-budget" in words:  # of which this process alone takes more
+        command = [sys.executable, "-c", "from coreinfer_sim_cli.main import main; main()", *words]
+        alone = subprocess.run(command, capture_output=True, text=True)
+        assert alone.returncode == 0, f"{shlex.join(words)}\n{alone.stderr}"
+        return
     with monkeypatch.context() as patch:
         if reason(" ".join(words), ONLY_PARSED):
             patch.setattr(main.commands[words[0]], "callback", lambda **_: None)

@@ -251,7 +251,7 @@ def _norms_behind(model: Any, layers: list[MLPLayer]) -> list[bool]:
     names = {id(module): path for path, module in model.named_modules()}
     blocks = [model.get_submodule(re.split(r"(?<=\.\d)\.", names[id(layer.owner)])[0]) for layer in layers]
     events: list[tuple[nn.Module, Any, Any]] = []
-    norms = [module for module in model.modules() if "Norm" in type(module).__name__ and not list(module.children())]
+    norms = [module for module in model.modules() if _is_norm(module)]
     watched = {id(module): module for module in (*norms, *(layer.output for layer in layers), *blocks)}
     hooks = [
         module.register_forward_hook(
@@ -265,13 +265,17 @@ def _norms_behind(model: Any, layers: list[MLPLayer]) -> list[bool]:
     return [_is_behind(layer, block, events) for layer, block in zip(layers, blocks, strict=True)]
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not list(module.children())
+
+
 def _is_behind(layer: MLPLayer, block: nn.Module, events: list[tuple[nn.Module, Any, Any]]) -> bool:
     inside = {*block.modules()}
     own = [event for event in events if event[0] in inside]
     first = next(place for place, event in enumerate(own) if event[0] is layer.output)
     y, last = own[first][2], own[-1][2]
     last = last[0] if isinstance(last, tuple | list) else last
-    norms = [event for event in own[first:] if "Norm" in type(event[0]).__name__]
+    norms = [event for event in own[first:] if _is_norm(event[0])]
     return any(_same(read, y) or _same(out, last) for _, read, out in norms)
 
 

@@ -16,8 +16,9 @@ from commands import PROCESS, call, refused, succeeded
 
 from coreinfer_sim.index.index import SemanticIndex
 
-WORK = ["run", "build-index", "status", "generate", "evaluate", "tune", "bench", "analyze", "export", "serve"]
+WORK = ["run", "build-index", "generate", "evaluate", "tune", "bench", "analyze", "export", "serve"]
 INDEXES = [
+    "status",
     "list",
     "show",
     "report",
@@ -67,7 +68,7 @@ def test_every_command_has_help(command, option):
     result = succeeded(command, option)
     assert f"{command} [OPTIONS]" in result.stdout
     assert ("--json" in result.stdout) is (command not in ("serve", "rm"))
-    assert ("--set GROUP.NAME=VALUE" in result.stdout) is (command in (*WORK, "check"))
+    assert ("--set GROUP.NAME=VALUE" in result.stdout) is (command in (*WORK, "check", "extend", "recluster"))
     assert result.stderr == ""
 
 

@@ -13,6 +13,7 @@ from coreinfer_sim_cli.settings import GROUPS, Settings, names, set_option
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, SamplingConfig, SelectionConfig
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.scale_settings import Executor
 from coreinfer_sim.base.settings import BuildConfig, CompensationConfig, CorpusConfig, Fallback, Mode, Weights
 
 ALL = tuple(GROUPS)
@@ -21,6 +22,8 @@ TEXTS = {
     **{"sparse_layers": "4:", "layers": "1:3", "engine": "lean", "exported": "ggufs", "dtype": "bfloat16"},
     **{
         "completion_column": "answer",
+        "centroids": "first",
+        "ray_address": "10.0.0.1:6379",
         "label_column": "topic",
         "separator": "tab",
         "device": "cpu",
@@ -55,6 +58,8 @@ def example(name: str, hint: object) -> tuple[str, object]:
     """Return a text and the value that it stands for."""
     choices = [each for each in typing.get_args(hint) if each is not type(None)] or [hint]
     kind = choices[0]
+    if typing.get_origin(kind) is tuple:
+        return "cpu, cpu", ("cpu", "cpu")
     if typing.get_origin(hint) is tuple:
         numbers = {float: ("0.3, 0.5", (0.3, 0.5)), int: ("3, 5", (3, 5))}
         return numbers.get(kind, ("END, STOP", ("END", "STOP")))
@@ -71,11 +76,12 @@ def test_every_field_is_read_into_its_type(group, name, hint):
     text, value = example(name, hint)
     settings = read(f"{group}.{name}={text}")
     assert settings.given(group) == [name]
-    others = {"source": "rows.jsonl"} if group == "corpus" else {}
+    others: dict[str, object] = {"source": "rows.jsonl"} if group == "corpus" else {}
+    others |= {"executor": Executor.RAY} if name == "ray_address" else {}
     made = settings.make(GROUPS[group], **others)
     found = getattr(made, name)
     assert found == value and type(found) is type(value)
-    rest = [field.name for field in dataclasses.fields(made) if field.name not in (name, "source")]
+    rest = [field.name for field in dataclasses.fields(made) if field.name not in (name, *others)]
     plain = GROUPS[group](**others)
     assert all(getattr(made, each) == getattr(plain, each) for each in rest)
     if type(None) in typing.get_args(hint) and name != "fallback":
