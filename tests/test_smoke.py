@@ -17,16 +17,22 @@ OF_EXTRAS = ("altair", "datasets", "fastapi", "lm_eval", "pyarrow", "uvicorn", "
 
 
 _RUN = """
-import json, sys
+import importlib.metadata, json, sys
 extras, commands = (json.loads(each) for each in sys.argv[1:])
-sys.modules.update(dict.fromkeys(extras))  # so that importing one fails
+from importlib.machinery import PathFinder
+def hiding(found, missing):
+    return lambda name, *given: missing(name) if name in extras else found(name, *given)
+def lacks(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+PathFinder.find_spec = hiding(PathFinder.find_spec, lambda name: None)
+importlib.metadata.Distribution.from_name = hiding(importlib.metadata.Distribution.from_name, lacks)
 from click.testing import CliRunner
 from coreinfer_sim_cli.main import main
 printed = []
 for command in commands:
     done = CliRunner().invoke(main, [str(word) for word in command])
     if done.exit_code:
-        sys.exit(done.output)
+        sys.exit(f'{command}: {done.output} {done.exception!r}')
     printed.append(done.stdout)
 print(json.dumps(printed))
 """
