@@ -8,21 +8,26 @@ _OF_MODELS = ("config.json", "adapter_config.json", "modules.json")
 """One of which a model of the hub has; modules.json is a sentence encoder's."""
 _SECONDS = 10
 """In which a hub that can be reached answers."""
+_ANSWERED: set[str] = set()
+"""Addresses that have answered this process, which are not asked again: a start loads a model and an encoder."""
 
 
 def no_answer() -> str | None:
     """Return why the hub does not answer, in a few words; None: it does.
 
-    It is asked once. The hub's own client asks again for half a minute where there is no connection.
+    It is asked until it has answered once. The hub's own client asks again for half a minute where there is no connection.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    if constants.ENDPOINT in _ANSWERED:
+        return None
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
     except Exception as error:  # of the client that the hub's library uses, which differs between its releases
         return " ".join(str(error).split())[:120] or type(error).__name__
+    _ANSWERED.add(constants.ENDPOINT)
     return None
 
 

@@ -88,7 +88,7 @@ def run_shards(shards: Sequence[int], run: RunShard, helpers: Sequence[Callable[
     Args:
         shards: numbers of the shards to run.
         run: runs one shard in this process.
-        helpers: makes such a function in each further process; they must pickle.
+        helpers: makes such a function in each further process; picklable.
         watch: is told what happens.
     """
     context = multiprocessing.get_context("spawn")

@@ -103,7 +103,7 @@ class RayCluster:
 
         Args:
             shards: numbers of the shards to run.
-            make_run: makes what runs a shard in a worker process, once in each; it must pickle.
+            make_run: makes what runs a shard in a worker process, once in each; picklable.
             needs: of one task.
             limit: tasks at a time; None: as many as the cluster has room for.
             watch: is told of what is finished.

@@ -41,7 +41,7 @@ WEIGHTS_FOLDER = "weights"
 
 
 class Job(Protocol):
-    """Numbered parts of a stage, each of which leaves its result in the build folder; it pickles."""
+    """Numbered parts of a stage, each of which leaves its result in the build folder; picklable."""
 
     def result(self, corpus: ClusteredCorpus, number: int) -> Path:
         """Return the file that a part leaves, in one step: where it is, the part is finished."""
@@ -58,7 +58,7 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """Where a further process finds the model and the corpus of a build; it pickles."""
+    """Where a further process finds the model and the corpus of a build; picklable."""
 
     model: str
     dtype: str

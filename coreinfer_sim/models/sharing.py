@@ -26,7 +26,7 @@ _KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 @dataclass(frozen=True)
 class SharedModel:
-    """A model without its weights, and where these are; it pickles."""
+    """A model without its weights, and where these are; picklable."""
 
     place: Path
     """Of the layout that holds them."""
