@@ -1,7 +1,8 @@
 """Weights as they come back from llama.cpp's quantised formats: what one would take instead of sparsity.
 
 The model is rounded to a format, or read from another GGUF file of it, and decodes through transformers, in the model's own type;
-bytes are those of the format or file.
+bytes are those of the format or file. Inputs of matrices are rounded to Q8_0 as well, as ggml does on a CPU before it multiplies
+by Q8_0 or Q4_0 (``vec_dot_type`` in its ``ggml-cpu.c``); for K types it takes blocks of 256, which are coarser.
 """
 
 from __future__ import annotations
@@ -74,8 +75,16 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return made
 
 
+def _round_inputs(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Round a matrix's inputs [..., n_in] to Q8_0, in their own dtype."""
+    first, *others = inputs
+    n_in = first.shape[-1]
+    blocks = F.pad(first.float(), (0, -n_in % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    return (_q8_0(blocks).flatten(-2)[..., :n_in].to(first.dtype), *others)
+
+
 def rounded_model(language_model: LanguageModel, kind: str) -> LanguageModel:
-    """Return a model whose matrices are rounded to a format, the output head to that of `_OF_HEAD`."""
+    """Return a model whose matrices, and their inputs, are rounded to a format, the output head to that of `_OF_HEAD`."""
     check_dense(language_model.layers, f"rounding to {kind}")
     whole = language_model.model
     matrices = [module.weight for module in whole.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
@@ -92,6 +101,7 @@ def rounded_model(language_model: LanguageModel, kind: str) -> LanguageModel:
         else:
             continue
         module.weight = torch.nn.Parameter(made, requires_grad=False)
+        module.register_forward_pre_hook(_round_inputs)
     return replace(language_model, model=model, layers=find_mlps(model))
 
 
@@ -109,6 +119,7 @@ class FormatEngine(TransformersEngine):
         for parts in made.values():
             for module in parts.values():
                 module.weight = torch.nn.Parameter(rounded(module.weight.data, self._kind), requires_grad=False)
+                module.register_forward_pre_hook(_round_inputs)
         return made
 
     def mlp_bytes(self, held: Sequence[Prepared]) -> int:
@@ -131,6 +142,10 @@ class FileEngine(TransformersEngine):
 
     def __init__(self, of_file: LanguageModel, config: DecodeConfig) -> None:
         """Decode ``of_file``, whose name is that of a GGUF file."""
+        if is_quantised(Path(of_file.name)):
+            for module in of_file.model.modules():
+                if isinstance(module, torch.nn.Linear | Conv1D):
+                    module.register_forward_pre_hook(_round_inputs)
         super().__init__(of_file.model, of_file.layers, config)
         self._mlp, self._other = file_bytes(Path(of_file.name))
 
@@ -150,6 +165,13 @@ def file_bytes(path: Path) -> tuple[int, int]:
         sizes.pop("token_embd.weight", None)
     mlp = sum(size for name, size in sizes.items() if ".ffn_" in name and "norm" not in name)
     return mlp, sum(sizes.values()) - mlp
+
+
+def is_quantised(path: Path) -> bool:
+    """Return whether most weights of a GGUF file lie in blocks."""
+    tensors = gguf.GGUFReader(path).tensors
+    in_blocks = [tensor for tensor in tensors if gguf.GGML_QUANT_SIZES[tensor.tensor_type][0] > 1]
+    return 2 * sum(int(each.n_elements) for each in in_blocks) > sum(int(each.n_elements) for each in tensors)
 
 
 def _of_file(whole: LanguageModel, name: str) -> LanguageModel:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
 
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.source import auto_class, load_errors
@@ -83,15 +84,20 @@ def empty_model(
 
     notes = mend_config(config)
     with load_errors(name):
-        with init_empty_weights():
+        with init_empty_weights(), no_init_weights():  # random numbers for weights that are not there take half a second
             model = auto_class(config).from_config(config, dtype=dtype)
             if not tied(model):  # transformers leaves those untied, too
-                config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+                untie(config)
                 model = auto_class(config).from_config(config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if Path(source, "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)
     return model, tokenizer, [*notes, *mend(model, tokenizer)]
+
+
+def untie(config: Any) -> None:
+    """Let a configuration's embeddings and output head be two tensors."""
+    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
 
 
 class ParameterNames:

@@ -14,7 +14,7 @@ from coreinfer_sim.models.gguf_checkpoint import GGUFCheckpoint
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 from coreinfer_sim.models.gguf_reading import read_once
 from coreinfer_sim.models.mlps import MLPLayer, find_mlps
-from coreinfer_sim.models.parameters import ParameterNames, Tensors, empty_model, main_dtype
+from coreinfer_sim.models.parameters import ParameterNames, Tensors, empty_model, main_dtype, untie
 from coreinfer_sim.models.source import ADAPTER_FILE, holds_fp8, load_errors, read_config, source_of
 from coreinfer_sim.models.whole import check_whole
 
@@ -127,4 +127,6 @@ def empty_like(name: str, settings: Path, dtype: torch.dtype, tied: bool) -> tup
         tied: whether the weights that it ties are stored as one.
     """
     config = read_config(name, str(settings), {})
-    return empty_model(name, config, str(settings), {}, dtype, lambda _: tied)
+    if not tied:
+        untie(config)
+    return empty_model(name, config, str(settings), {}, dtype, lambda _: True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import gguf
 import pytest
 import torch
@@ -15,8 +17,9 @@ from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.choosing.predictors import random_selection
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import compact_model
+from coreinfer_sim.engines.llamacpp.server import LlamaServer
 from coreinfer_sim.evaluation.contenders import Contender, parse_contenders
-from coreinfer_sim.evaluation.formats import engine_for, file_bytes, rounded, rounded_model
+from coreinfer_sim.evaluation.formats import engine_for, file_bytes, is_quantised, rounded, rounded_model
 from coreinfer_sim.evaluation.run import evaluate
 from coreinfer_sim.evaluation.summary import summarise
 from coreinfer_sim.models.loading import LanguageModel, load_model
@@ -49,6 +52,34 @@ def test_weights_are_rounded_as_by_ggml_to_the_bit(kind):
         filled = torch.nn.functional.pad(weight.float(), (0, -n_in % 32)).numpy()
         expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(filled, type_), type_))
         assert torch.equal(rounded(weight, kind), expected[:, :n_in].to(weight.dtype))
+
+
+def test_a_rounded_model_computes_as_llama_cpp_does(quantised_file, tmp_path):
+    """Rounding weights alone is not what llama.cpp does: log-probabilities would lie further from its own."""
+    pytest.importorskip("xllamacpp")
+    path = quantised_file("q8_0")
+    assert is_quantised(path) and not is_quantised(quantised_file("f32"))
+    path = quantised_file("q8_0")
+    whole = load_model(str(tmp_path / "source"), "float32")
+    ids = whole.tokenizer("Stars form when clouds of gas", return_tensors="pt")["input_ids"]
+    request = {"prompt": ids[0].tolist(), "n_predict": 1, "temperature": 0.0, "n_probs": len(whole.tokenizer)}
+    server = LlamaServer(path, str(tmp_path), 64, 1)
+    (step,) = server.complete(request)["completion_probabilities"]
+    expected = {each["id"]: each["logprob"] for each in step["top_logprobs"]}
+    known = torch.tensor(sorted(expected))
+    assert len(known) > len(whole.tokenizer) / 2
+    embeddings = whole.model.get_input_embeddings().weight
+    embeddings.data = rounded(embeddings.data, "q8_0")  # in the file, too
+    as_ggml = rounded_model(whole, "q8_0").model
+    weights_alone = copy.deepcopy(as_ggml)
+    for module in weights_alone.modules():
+        module._forward_pre_hooks.clear()
+    wanted = torch.tensor([expected[int(number)] for number in known])
+    error = {}
+    for name, model in (("as ggml", as_ggml), ("weights alone", weights_alone)):
+        found = model(ids).logits[0, -1].log_softmax(-1)[known]
+        error[name] = float((found - wanted).detach().abs().mean())
+    assert error["as ggml"] < 0.75 * error["weights alone"], error  # its cache is in float16, besides
 
 
 def path_of(model, wanted) -> str:
