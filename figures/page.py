@@ -30,22 +30,23 @@ _FRAME_MS = 1000 / 60
 
 
 @contextmanager
-def _browser() -> Iterator[Any]:
+def browser() -> Iterator[Any]:
+    """Run Chromium."""
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
         raise click.ClickException("there is no Chromium; install it from the system's packages.")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=list(_CHROMIUM))
-        yield browser
-        browser.close()
+        chromium = play.chromium.launch(executable_path=program, args=list(_CHROMIUM))
+        yield chromium
+        chromium.close()
 
 
 @contextmanager
-def _visit(browser: Any, url: str, kept: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+def _visit(chromium: Any, url: str, kept: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
     """Open the page in a context of its own, with settings that it keeps; ``errors`` and ``elsewhere`` list what went wrong."""
-    context = browser.new_context(**options)
+    context = chromium.new_context(**options)
     name, settings = "coreinfer-settings", json.dumps(json.dumps({"tokens": 160, **(kept or {})}))
     context.add_init_script(f"localStorage.getItem('{name}') || localStorage.setItem('{name}', {settings})")
     page = context.new_page()
@@ -76,6 +77,27 @@ def _until(page: Any, expression: str) -> None:
         page.wait_for_timeout(50)
 
 
+def found_by_axe(chromium: Any, url: str) -> tuple[list[str], list[str], list[list[Any]]]:
+    """Return a document's errors in the console, its requests to elsewhere, and what axe-core finds, in two schemes and sizes."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    errors: list[str] = []
+    elsewhere: list[str] = []
+    violations: list[list[Any]] = []
+    for scheme in ("light", "dark"):
+        for size in (_DESK, _PHONE):
+            context = chromium.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce")
+            page = context.new_page()
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("console", lambda said: said.type in ("error", "warning") and errors.append(said.text))
+            page.on("request", lambda sent: sent.url.startswith((url, "data:", "blob:")) or elsewhere.append(sent.url))
+            page.goto(url)
+            found = Axe().run(page).response["violations"]
+            violations += [[each["id"], each["impact"], scheme, size["width"]] for each in found]
+            context.close()
+    return errors, elsewhere, violations
+
+
 @figure(
     FILE, f"{_NEEDS}, axe-playwright-python", "2 minutes", timed=True, model=DEMO_MODEL, name=None, index=DEMO_INDEX
 )
@@ -86,11 +108,11 @@ def checks(given: Given) -> None:
     from coreinfer_sim.serving.static import sent_bytes
 
     wrong: dict[str, list[Any]] = {"errors": [], "elsewhere": [], "axe": []}
-    with server(given) as (url, _pid), _browser() as browser:
+    with server(given) as (url, _pid), browser() as chromium:
         for scheme in ("light", "dark"):
             for size in (_DESK, _PHONE):
                 options = {"viewport": size, "color_scheme": scheme, "reduced_motion": "reduce"}
-                with _visit(browser, url, {"compare": True}, **options) as page:
+                with _visit(chromium, url, {"compare": True}, **options) as page:
                     _ask(page, _QUESTION)
                     found = Axe().run(page).response["violations"]
                     wrong["axe"] += [[each["id"], each["impact"], scheme, size["width"]] for each in found]
@@ -124,10 +146,10 @@ def checks(given: Given) -> None:
 @click.option("--seconds", default=15)
 def frames(_given: Given, rate: int, seconds: int) -> None:
     """Frames that the page drops while an answer streams: the guide's own Markdown, replayed as tokens of four characters."""
-    source = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "guide").glob("*.md")))
     pieces = [source[n : n + 4] for n in range(0, 4 * rate * seconds, 4)]
     pieces = [piece for piece in pieces if piece]
-    with _replayed(pieces, rate) as url, _browser() as browser, _visit(browser, url, viewport=_DESK) as page:
+    with _replayed(pieces, rate) as url, browser() as chromium, _visit(chromium, url, viewport=_DESK) as page:
         page.evaluate(
             "() => { window.frames_ = []; let last = performance.now();"
             "const next = now => { window.frames_.push(now - last); last = now; requestAnimationFrame(next); };"
@@ -198,14 +220,14 @@ def _replayed(pieces: list[str], rate: int) -> Iterator[str]:
 @figure("docs/images", _NEEDS, "3 minutes", model=DEMO_MODEL, name=None, index=REQUIRED, out=ROOT / "docs" / "images")
 def pictures(given: Given) -> None:
     """Take the pictures of the page that the README and the guide show; it measures nothing."""
-    with server(given, "--name", given.name, "--read-ratio", "0.4") as (url, _pid), _browser() as browser:
+    with server(given, "--name", given.name, "--read-ratio", "0.4") as (url, _pid), browser() as chromium:
         for name, kept, asked, options in (
             ("page", {}, _TURNS, {"viewport": _DESK, "color_scheme": "light"}),
             ("page-dark", {}, _TURNS[:1], {"viewport": _DESK, "color_scheme": "dark"}),
             ("page-compare", {"compare": True}, (_QUESTION,), {"viewport": _DESK, "color_scheme": "light"}),
             ("page-phone", {}, _TURNS[:1], {"viewport": _PHONE, "color_scheme": "light", "device_scale_factor": 2}),
         ):
-            with _visit(browser, url, kept, **options) as page:
+            with _visit(chromium, url, kept, **options) as page:
                 for text in asked:
                     _ask(page, text)
                 page.wait_for_timeout(800)  # until the prompt has dropped onto the map

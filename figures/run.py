@@ -17,6 +17,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     inputs,
     living,
     loops,
+    maps,
     memory,
     models,
     page,
@@ -25,7 +26,9 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     quality,
     reading,
     relu,
+    replicas,
     scale,
+    serving,
     speed,
     use,
 )

@@ -46,6 +46,7 @@ ONLY_PARSED = {
 }
 NOT_OURS = {
     r"hf |docker |hadolint ": "another program",
+    r"serve run ": "Ray's; tests/serving/test_on_ray.py runs what it deploys",
     r"python -m coreinfer_sim\.evaluation\.harness": "needs data sets of the hub; tests/evaluation/test_harness.py runs it",
 }
 TOPICS = {

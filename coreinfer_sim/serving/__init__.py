@@ -1,3 +1,3 @@
 """Serves the OpenAI API and a page over a backend that generates."""
 
-__all__ = ["app", "backends"]
+__all__ = ["app", "backends", "on_ray"]
