@@ -42,7 +42,8 @@ def _deployed(given: Given, replicas: int) -> Iterator[str]:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         threads = max(1, n_cores // replicas)
-        arguments = {"model": given.model, "name": "model", "replicas": str(replicas), "threads": str(threads)}
+        arguments = {"index": str(given.index.resolve()), "model": given.model, "name": "model"}
+        arguments |= {"replicas": str(replicas), "threads": str(threads)}
         serve.run(on_ray.app(arguments), logging_config={"log_level": "ERROR"})
         yield f"http://127.0.0.1:{port}/v1/completions"
         serve.shutdown()
@@ -69,8 +70,8 @@ def _ask(address: str, given: Given, prompt: str) -> str | None:
 
 
 @figure(
-    "figures-scale.json", "a checkpoint; Ray Serve", "10 minutes for 1.5 billion weights", timed=True,
-    model=REQUIRED, name=None, new_tokens=24, rounds=3,
+    "figures-scale.json", "an index; Ray Serve", "10 minutes for 1.5 billion weights", timed=True,
+    model=REQUIRED, name=None, index=REQUIRED, new_tokens=24, rounds=3,
 )  # fmt: skip
 def two(given: Given) -> None:
     """Two replicas beside one: memory and requests a second of four clients; then one of the two is killed under load."""

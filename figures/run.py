@@ -30,6 +30,7 @@ from figures import (  # noqa: F401 - each enters its figures into the table
     scale,
     serving,
     speed,
+    terminal,
     use,
 )
 from figures.table import TABLE

@@ -29,7 +29,7 @@ def app(arguments: Mapping[str, str]) -> Any:
             is how many requests each answers at a time.
 
     Raises:
-        ConfigError: Ray Serve is not installed, or an argument is unknown or no number.
+        ConfigError: Ray Serve is not installed, no index is named, or an argument is unknown or no number.
     """
     require("Ray Serve", "scale", "ray", "grpc", "fastapi")
     from ray import serve
@@ -37,6 +37,8 @@ def app(arguments: Mapping[str, str]) -> Any:
     unknown = sorted(set(arguments) - {*_NUMBERS, *_TEXTS})
     if unknown:
         raise ConfigError(f"{unknown[0]} is no argument, expected one of {', '.join((*_TEXTS, *_NUMBERS))}.")
+    if not arguments.get("index"):
+        raise ConfigError("no index was named, expected index=NAME or the path of one, by which requests are routed.")
     numbers = {"replicas": 1, "threads": 1, "parallel": 4}
     for name in _NUMBERS:
         given = str(arguments.get(name, numbers[name]))

@@ -84,8 +84,10 @@ def test_wrong_arguments_are_named():
         ConfigError, match=r"port is no argument, expected one of index, model, profile, name, replicas"
     ):
         on_ray.app({"port": "8000"})
+    with pytest.raises(ConfigError, match="no index was named, expected index=NAME"):
+        on_ray.app({"replicas": "2"})
     with pytest.raises(ConfigError, match="replicas is 'two', expected a whole number from 1"):
-        on_ray.app({"replicas": "two"})
+        on_ray.app({"index": "demo", "replicas": "two"})
 
 
 def test_the_deployment_for_kubernetes_names_options_and_addresses_that_there_are(served):
