@@ -95,7 +95,7 @@ def extend(
     settings: Settings,
     as_json: bool,
 ) -> None:
-    """Add CORPUS to INDEX: only its own texts pass through the model, and their sums are added to those that are there.
+    """Add CORPUS to INDEX. Only its own texts pass through the model; their sums are added to those that are there.
 
     Clusters and settings stay those of INDEX. Broken off, it is continued by the same command.
 
