@@ -242,5 +242,6 @@ def _take(page: Any, path: Path) -> None:
     """Write a picture of what is seen, as WebP, which Playwright itself does not write."""
     session = page.context.new_cdp_session(page)
     taken = session.send("Page.captureScreenshot", {"format": "webp", "quality": 82})
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(taken["data"]))
     print(path.name, path.stat().st_size, flush=True)
