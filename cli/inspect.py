@@ -261,7 +261,10 @@ def _print_lookup(
         raise PromptError("the prompt is empty, expected some text.")
     quiet_libraries()
     matches = loaded.lookup(prompt, k=min(k, len(loaded)))
-    chosen = IndexSets(loaded, keep_ratio, score, layers).of_match(matches[0])
+    sets = IndexSets(loaded, keep_ratio, score, layers)
+    if sets.keep_ratio == 1 and keep_ratio is None:  # dense decode keeps what was promised, and has no sets to show
+        sets = IndexSets(loaded, loaded.manifest.settings.gamma, score, layers)
+    chosen = sets.of_match(matches[0])
     neurons = chosen.ids
     if as_json:
         print_json(
@@ -276,6 +279,9 @@ def _print_lookup(
         familiar = "" if match.confident else "  (unfamiliar)"
         click.echo(f"  {match.similarity:6.3f}  cluster {match.cluster:4d}  {match.label}{familiar}")
     model = loaded.manifest.model
+    if not neurons:
+        click.echo(f"core neurons of cluster {matches[0].cluster}: all {model.d_ff} of every layer")
+        return
     counts = {len(values) for values in neurons.values()}
     spread = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     click.echo(

@@ -74,8 +74,13 @@ def export(
     progress, out = shown(progress), Path(out)
     check_model(index, language_model.layers)
     check_dense(language_model.layers, "an export")
+    named = keep_ratio is not None
     keep_ratio, compensated = wanted_sets(index, keep_ratio, compensated)
     check_ratio("keep ratio", keep_ratio)
+    if keep_ratio == 1 and not named:
+        progress.say(
+            f"Note: {index.name} promises dense decode alone, so models keep all neurons; name a keep ratio for smaller ones."
+        )
     written_as = weights if kind == "gguf" else language_model.dtype_name
     name, sha256 = index.manifest.model.name, index.manifest.identity()
     sources = [Source(name, index.name, sha256, each, keep_ratio, compensated, written_as) for each in sets]

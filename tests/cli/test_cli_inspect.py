@@ -50,6 +50,16 @@ def test_lookup(index):
     assert len(rest) == 4
 
 
+def test_core_neurons_are_shown_where_the_profile_is_dense(encoder):
+    """The ready-made index promises nothing but dense decode, in which no neuron is chosen."""
+    assert SemanticIndex.load("demo").manifest.profile.is_dense
+    text = succeeded("show", "demo", "How do stars form?").stdout
+    assert "core neurons of cluster 1: 1228 of 1536 in each of 30 layers\n" in text
+    assert len(parsed("show", "demo", "How do stars form?")["core_neurons"]["0"]) == 1228
+    whole = succeeded("lookup", "demo", "How do stars form?", "--keep-ratio", 1).stdout
+    assert whole.endswith("core neurons of cluster 1: all 1536 of every layer\n")
+
+
 def test_lookup_as_json(index):
     found = parsed("lookup", index, "Where do comets come from?", "--keep-ratio", 0.25, "--layers", "1:", "-k", 99)
     assert found["prompt"] == "Where do comets come from?"
