@@ -220,12 +220,12 @@ def _replayed(pieces: list[str], rate: int) -> Iterator[str]:
 @figure("docs/images", _NEEDS, "3 minutes", model=DEMO_MODEL, name=None, index=REQUIRED, out=ROOT / "docs" / "images")
 def pictures(given: Given) -> None:
     """Take the pictures of the page that the README and the guide show; it measures nothing."""
-    with server(given, "--name", given.name, "--read-ratio", "0.4") as (url, _pid), browser() as chromium:
+    with server(given, "--name", given.name, "--read-ratio", "0.6") as (url, _pid), browser() as chromium:
         for name, kept, asked, options in (
-            ("page", {}, _TURNS, {"viewport": _DESK, "color_scheme": "light"}),
-            ("page-dark", {}, _TURNS[:1], {"viewport": _DESK, "color_scheme": "dark"}),
-            ("page-compare", {"compare": True}, (_QUESTION,), {"viewport": _DESK, "color_scheme": "light"}),
-            ("page-phone", {}, _TURNS[:1], {"viewport": _PHONE, "color_scheme": "light", "device_scale_factor": 2}),
+            ("page", {"tokens": 72}, _TURNS, {"viewport": _DESK, "color_scheme": "light"}),
+            ("page-dark", {"tokens": 96}, _TURNS[:1], {"viewport": _DESK, "color_scheme": "dark"}),
+            ("page-compare", {"compare": True, "tokens": 96}, (_QUESTION,), {"viewport": _DESK, "color_scheme": "light"}),
+            ("page-phone", {"tokens": 72}, _TURNS[:1], {"viewport": _PHONE, "color_scheme": "light", "device_scale_factor": 2}),
         ):
             with _visit(chromium, url, kept, **options) as page:
                 for text in asked:

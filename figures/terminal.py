@@ -43,7 +43,7 @@ _PLAIN, _BACK = "#e6edf3", "#0d1117"
 _COMMANDS = (
     "coreinfer-sim demo",
     'coreinfer-sim show demo "How do stars form?"',
-    'coreinfer-sim run --max-new-tokens 60 "How do stars form?"',
+    'coreinfer-sim run --read-ratio 0.6 --max-new-tokens 60 "How do stars form?"',
 )
 Row = tuple[tuple[str, str, bool], ...]
 """Runs of characters of one look: text, colour, bold."""

@@ -34,6 +34,7 @@ def test_the_ready_made_index_is_there_from_the_beginning(home):
     (row,) = parsed("list")["indexes"]
     assert (row["name"], row["default"], row["n_clusters"]) == ("demo", True, 10)
     assert row["folder"] == str(DEMO_FOLDER) and row["model"] == "smollm2-135m-instruct-q4_1.gguf"
+    assert parsed("info")["model"].get("path") is None  # no other machine has a place of the one that built it
     assert parsed("info") == parsed("show", "demo") == {**parsed("show", DEMO_FOLDER), "index": "demo"}
     shutil.copytree(DEMO_FOLDER, home / "demo")  # away from the sources, beside which the model may lie
     refused(call("generate", "stars"), "demo names the model models/smollm2-135m", "'coreinfer-sim demo' fetches it")
