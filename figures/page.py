@@ -224,8 +224,18 @@ def pictures(given: Given) -> None:
         for name, kept, asked, options in (
             ("page", {"tokens": 72}, _TURNS, {"viewport": _DESK, "color_scheme": "light"}),
             ("page-dark", {"tokens": 96}, _TURNS[:1], {"viewport": _DESK, "color_scheme": "dark"}),
-            ("page-compare", {"compare": True, "tokens": 96}, (_QUESTION,), {"viewport": _DESK, "color_scheme": "light"}),
-            ("page-phone", {"tokens": 72}, _TURNS[:1], {"viewport": _PHONE, "color_scheme": "light", "device_scale_factor": 2}),
+            (
+                "page-compare",
+                {"compare": True, "tokens": 96},
+                (_QUESTION,),
+                {"viewport": _DESK, "color_scheme": "light"},
+            ),
+            (
+                "page-phone",
+                {"tokens": 72},
+                _TURNS[:1],
+                {"viewport": _PHONE, "color_scheme": "light", "device_scale_factor": 2},
+            ),
         ):
             with _visit(chromium, url, kept, **options) as page:
                 for text in asked:

@@ -61,11 +61,10 @@ def app(arguments: Mapping[str, str]) -> Any:
         title = texts["name"] or Path(generator.name).name
         return make_app(Backend(generator), title, api_key=key, parallel=numbers["parallel"])
 
-    deployment = serve.deployment(
-        serve.ingress(make)(),
+    settled = serve.deployment(
         name="coreinfer_sim",
         num_replicas=numbers["replicas"],
         max_ongoing_requests=4 * numbers["parallel"],
         ray_actor_options={"num_cpus": n_threads},
     )
-    return deployment.bind()
+    return settled(serve.ingress(make)()).bind()
