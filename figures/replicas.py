@@ -31,7 +31,7 @@ def _deployed(given: Given, replicas: int) -> Iterator[str]:
     import ray
     from ray import serve
 
-    from coreinfer_sim.serving import on_ray
+    from coreinfer_sim.serving.on_ray import app
 
     n_cores = os.cpu_count() or 1
     with socket.socket() as free:
@@ -44,7 +44,7 @@ def _deployed(given: Given, replicas: int) -> Iterator[str]:
         threads = max(1, n_cores // replicas)
         arguments = {"index": str(given.index.resolve()), "model": given.model, "name": "model"}
         arguments |= {"replicas": str(replicas), "threads": str(threads)}
-        serve.run(on_ray.app(arguments), logging_config={"log_level": "ERROR"})
+        serve.run(app(arguments), logging_config={"log_level": "ERROR"})
         yield f"http://127.0.0.1:{port}/v1/completions"
         serve.shutdown()
     finally:

@@ -51,10 +51,10 @@ Row = tuple[tuple[str, str, bool], ...]
 
 @figure("docs/images", "the demo's model; pip install pyte", "2 minutes")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "images" / "first-run.svg"
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "docs" / "images" / "first-run.svg"
 )
 @click.argument("commands", nargs=-1)
-def recording(_given: Given, out: Path, commands: tuple[str, ...]) -> None:
+def recording(_given: Given, picture: Path, commands: tuple[str, ...]) -> None:
     """Run COMMANDS in a terminal, by default those of the first run, and write what it shows as a picture that moves."""
     screens: list[tuple[float, list[Row]]] = []
     now = 0.0
@@ -62,9 +62,9 @@ def recording(_given: Given, out: Path, commands: tuple[str, ...]) -> None:
         for seconds, rows in _shown(command):
             screens.append((now + seconds, rows))
         now = screens[-1][0] + _LONGEST_WAIT
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_picture(_spans(screens, now + _AT_END), now + _AT_END), encoding="utf-8")
-    click.echo(f"{out.name}: {now + _AT_END:.0f} s, {out.stat().st_size / 1000:.0f} kB")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_text(_picture(_spans(screens, now + _AT_END), now + _AT_END), encoding="utf-8")
+    click.echo(f"{picture.name}: {now + _AT_END:.0f} s, {picture.stat().st_size / 1000:.0f} kB")
 
 
 def _shown(command: str) -> Iterator[tuple[float, list[Row]]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import call, parsed, refused, setting, succeeded, write_rows
 
+from coreinfer_sim.index.checks import read_manifest
 from coreinfer_sim.index.index import SemanticIndex
+from coreinfer_sim.index.manifest import SUMS_FILE
+from coreinfer_sim.index.storage import write_manifest
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "living.md"
 
@@ -56,14 +60,20 @@ def test_the_document_names_every_command_of_this_kind():
     assert {command[0] for command in commands_of(DOCUMENT)} >= {"extend", "merge", "recluster", "diff"}
 
 
-def test_an_index_of_an_earlier_release_is_refused_by_every_command(home):
+def test_an_index_of_an_earlier_release_is_refused_by_every_command(home, index):
+    earlier = home / "earlier"
+    shutil.copytree(index, earlier)
+    (earlier / SUMS_FILE).unlink()
+    manifest = read_manifest(earlier)
+    files = {name: each for name, each in manifest.files.items() if name != SUMS_FILE}
+    write_manifest(earlier, replace(manifest, sums=None, files=files))
     for arguments in (
-        ["extend", "demo", "march.jsonl", "-o", "out"],
-        ["merge", "demo", "demo", "-o", "out"],
-        ["recluster", "demo", "--clusters", 2, "-o", "out"],
+        ["extend", earlier, "march.jsonl", "-o", "out"],
+        ["merge", earlier, earlier, "-o", "out"],
+        ["recluster", earlier, "--clusters", 2, "-o", "out"],
     ):
         run = call(*arguments)
-        says = "count twice" if arguments[0] == "merge" else "demo holds no exact sums, .* build it anew"
+        says = "count twice" if arguments[0] == "merge" else "earlier holds no exact sums, .* build it anew"
         refused(run, says)
     refused(call("extend", "demo", "march.jsonl"), "comes with the package and stays as it is; say where")
     assert not (home / "data").exists() or list((home / "data").rglob("manifest.json")) == []

@@ -20,7 +20,7 @@ def test_a_line_stands_until_another_takes_its_place(tmp_path):
     code = "import time; print('one <1>', flush=True); time.sleep(0.3); print('\\033[1Atwo    ')"
     out = tmp_path / "shown.svg"
     done = CliRunner().invoke(
-        main, ["terminal-recording", "--out", str(out), f"{sys.executable} -c {shlex.quote(code)}"]
+        main, ["terminal-recording", "--picture", str(out), f"{sys.executable} -c {shlex.quote(code)}"]
     )
     assert done.exit_code == 0, done.output
     texts = ET.fromstring(out.read_text(encoding="utf-8")).findall(f"{_SVG}text")
@@ -40,6 +40,6 @@ def test_a_line_stands_until_another_takes_its_place(tmp_path):
 def test_a_command_that_fails_is_named(tmp_path):
     pytest.importorskip("pyte")
     command = f"{sys.executable} -c 'raise SystemExit(3)'"
-    done = CliRunner().invoke(main, ["terminal-recording", "--out", str(tmp_path / "none.svg"), command])
+    done = CliRunner().invoke(main, ["terminal-recording", "--picture", str(tmp_path / "none.svg"), command])
     assert done.exit_code == 1 and "ended with exit code 3, expected 0" in done.output
     assert not (tmp_path / "none.svg").exists()

@@ -313,7 +313,8 @@ def test_keys_and_a_phone(browser, url):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert not page.is_visible("#insight") and not page.is_visible("#list")
         page.keyboard.press("Alt+i")
-        assert page.is_visible("#map") and "Token 12 read" in visit.text("#neurons-sentence")
+        assert page.is_visible("#map")
+        visit.until("document.getElementById('neurons-sentence').textContent.includes('Token 12 read')")
         page.keyboard.press("Alt+i")
         page.keyboard.press("Alt+n")
         page.wait_for_selector(".empty")
