@@ -221,31 +221,15 @@ def _replayed(pieces: list[str], rate: int) -> Iterator[str]:
 def pictures(given: Given) -> None:
     """Take the pictures of the page that the README and the guide show; it measures nothing."""
     with server(given, "--name", given.name, "--read-ratio", "0.6") as (url, _pid), browser() as chromium:
-        for name, kept, asked, options in (
-            ("page", {"tokens": 72}, _TURNS, {"viewport": _DESK, "color_scheme": "light"}),
-            ("page-dark", {"tokens": 96}, _TURNS[:1], {"viewport": _DESK, "color_scheme": "dark"}),
-            (
-                "page-compare",
-                {"compare": True, "tokens": 96},
-                (_QUESTION,),
-                {"viewport": _DESK, "color_scheme": "light"},
-            ),
-            (
-                "page-phone",
-                {"tokens": 72},
-                _TURNS[:1],
-                {"viewport": _PHONE, "color_scheme": "light", "device_scale_factor": 2},
-            ),
+        for name, kept, asked in (
+            ("page", {"tokens": 72}, _TURNS),
+            ("page-compare", {"compare": True, "tokens": 96}, (_QUESTION,)),
         ):
-            with _visit(chromium, url, kept, **options) as page:
+            with _visit(chromium, url, kept, viewport=_DESK, color_scheme="light") as page:
                 for text in asked:
                     _ask(page, text)
                 page.wait_for_timeout(800)  # until the prompt has dropped onto the map
                 _take(page, given.out / f"{name}.webp")
-                if name == "page-phone":
-                    page.click("#show-insight")
-                    page.wait_for_timeout(300)
-                    _take(page, given.out / f"{name}-why.webp")
 
 
 def _take(page: Any, path: Path) -> None:

@@ -83,23 +83,26 @@ def _round_inputs(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) ->
     return (_q8_0(blocks).flatten(-2)[..., :n_in].to(first.dtype), *others)
 
 
+def _matrices(model: Any) -> list[Any]:
+    """Return the modules of a model that multiply by a matrix."""
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+
+
 def rounded_model(language_model: LanguageModel, kind: str) -> LanguageModel:
     """Return a model whose matrices, and their inputs, are rounded to a format, the output head to that of `_OF_HEAD`."""
     check_dense(language_model.layers, f"rounding to {kind}")
     whole = language_model.model
-    matrices = [module.weight for module in whole.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    matrices = [module.weight for module in _matrices(whole)]
     model = copy.deepcopy(
         whole, {id(weight): weight for weight in matrices}
     )  # these are replaced, and not copied before
     head = model.get_output_embeddings()
-    for module in model.modules():
+    for module in _matrices(model):
         of_module = _OF_HEAD.get(kind, kind) if module is head else kind
         if isinstance(module, torch.nn.Linear):
             made = rounded(module.weight.data, of_module)
-        elif isinstance(module, Conv1D):  # its weight lies the other way round
+        else:  # the weight of a Conv1D lies the other way round
             made = rounded(module.weight.data.T, of_module).T.contiguous()
-        else:
-            continue
         module.weight = torch.nn.Parameter(made, requires_grad=False)
         module.register_forward_pre_hook(_round_inputs)
     return replace(language_model, model=model, layers=find_mlps(model))
@@ -143,9 +146,8 @@ class FileEngine(TransformersEngine):
     def __init__(self, of_file: LanguageModel, config: DecodeConfig) -> None:
         """Decode ``of_file``, whose name is that of a GGUF file."""
         if is_quantised(Path(of_file.name)):
-            for module in of_file.model.modules():
-                if isinstance(module, torch.nn.Linear | Conv1D):
-                    module.register_forward_pre_hook(_round_inputs)
+            for module in _matrices(of_file.model):
+                module.register_forward_pre_hook(_round_inputs)
         super().__init__(of_file.model, of_file.layers, config)
         self._mlp, self._other = file_bytes(Path(of_file.name))
 

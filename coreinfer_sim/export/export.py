@@ -79,7 +79,7 @@ def export(
     check_ratio("keep ratio", keep_ratio)
     if keep_ratio == 1 and not named:
         progress.say(
-            f"Note: {index.name} promises dense decode alone, so models keep all neurons; name a keep ratio for smaller ones."
+            f"Note: the keep ratio of {index.name} is 1, so models keep all neurons; name a keep ratio for smaller ones."
         )
     written_as = weights if kind == "gguf" else language_model.dtype_name
     name, sha256 = index.manifest.model.name, index.manifest.identity()

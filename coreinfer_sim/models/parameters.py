@@ -84,10 +84,8 @@ def empty_model(
 
     notes = mend_config(config)
     with load_errors(name):
-        with (
-            init_empty_weights(),
-            no_init_weights(),
-        ):  # random numbers for weights that are not there take half a second
+        # random numbers for weights that are not there would take half a second of every start
+        with init_empty_weights(), no_init_weights():
             model = auto_class(config).from_config(config, dtype=dtype)
             if not tied(model):  # transformers leaves those untied, too
                 untie(config)
