@@ -288,7 +288,6 @@ def _print_lookup(
         f"core neurons of cluster {matches[0].cluster}: {spread} of {model.d_ff} in each of "
         f"{len(neurons)} {'layers' if model.places is None else 'experts'}{', compensated' if chosen.compensation else ''}"
     )
-    for layer, values in neurons.items():
-        listed = values.tolist()
-        shown = listed if ids else listed[:12]
-        click.echo(f"  {model.title(layer)}: {', '.join(map(str, shown))}{'' if ids else ', …'}")
+    if ids:
+        for layer, values in neurons.items():
+            click.echo(f"  {model.title(layer)}: {', '.join(map(str, values.tolist()))}")

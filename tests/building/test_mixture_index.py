@@ -77,7 +77,7 @@ def test_commands_name_layer_and_expert(index, checkpoint):
     folder = index.folder
     text = succeeded("info", folder).stdout
     assert "(mixtral, 3 layers of 4 experts, d_model 32, d_ff 48, float32)" in text and "layers 0-2" in text
-    text = succeeded("lookup", folder, "Where do comets come from?", "--layers", "1:").stdout
+    text = succeeded("lookup", folder, "Where do comets come from?", "--layers", "1:", "--ids").stdout
     assert re.search(r"core neurons of cluster \d: 24 of 48 in each of 8 experts", text)
     assert "  layer   1 expert   0: " in text and "  layer   2 expert   3: " in text and "layer   0" not in text
     ids = parsed("lookup", folder, "comets")["core_neurons"]

@@ -46,15 +46,14 @@ def test_lookup(index):
     text = succeeded("lookup", index, "Where do comets come from?", "-k", 2).stdout
     first, second, *rest = text.splitlines()
     assert re.match(r" +0\.\d{3}  cluster +\d  .*space", first) and "space" not in second
-    assert re.match(r"core neurons of cluster \d: 24 of 48 in each of 3 layers", rest[0])
-    assert len(rest) == 4
+    assert len(rest) == 1 and re.match(r"core neurons of cluster \d: 24 of 48 in each of 3 layers", rest[0])
 
 
 def test_core_neurons_are_shown_where_the_profile_is_dense(encoder):
     """The ready-made index promises nothing but dense decode, in which no neuron is chosen."""
     assert SemanticIndex.load("demo").manifest.profile.is_dense
     text = succeeded("show", "demo", "How do stars form?").stdout
-    assert "core neurons of cluster 1: 1228 of 1536 in each of 30 layers\n" in text
+    assert text.endswith("core neurons of cluster 1: 1228 of 1536 in each of 30 layers\n")
     assert len(parsed("show", "demo", "How do stars form?")["core_neurons"]["0"]) == 1228
     whole = succeeded("lookup", "demo", "How do stars form?", "--keep-ratio", 1).stdout
     assert whole.endswith("core neurons of cluster 1: all 1536 of every layer\n")
@@ -88,7 +87,7 @@ def test_lookup_shows_all_ids_where_asked_to(index):
     ids = parsed("lookup", index, "comets")["core_neurons"]["2"]
     assert len(ids) == 24
     assert f"layer   2: {', '.join(map(str, ids))}\n" in full
-    assert f"layer   2: {', '.join(map(str, ids[:12]))}, …\n" in short
+    assert "layer" not in short.rpartition("layers")[2]
 
 
 def test_an_index_over_some_layers_can_be_looked_into(build, tmp_path):
