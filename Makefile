@@ -14,7 +14,7 @@ help:
 	@echo "make test-oldest  a quick look with the oldest Python that is promised"
 	@echo "make lint       formatting, lint and types"
 	@echo "make check      lint and test: what a change must pass"
-	@echo "make check-docs  build the site into docs/_build; a warning or a broken link fails"
+	@echo "make check-docs  run the notebooks and build the site into docs/_build; a warning or a broken link fails"
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,7 @@ lint: $(VENV)/.dev
 check: lint test
 
 check-docs: $(VENV)/.docs
+	$(BIN)/python -m coreinfer_sim_cli.demo_model
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
 clean:

@@ -80,9 +80,9 @@ def show(index: str | None, prompt: str | None, k: int, plot: Path | None, as_js
     else:
         _print_lookup(loaded, prompt, k, as_json=as_json)
     if plot is not None:
-        from coreinfer_sim.index.plot import plot_map
+        from coreinfer_sim.base.plots import save_plot
 
-        plot_map(loaded, plot, prompt)
+        save_plot(loaded.plot(prompt), plot)
 
 
 @click.command()

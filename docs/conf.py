@@ -17,7 +17,7 @@ from generated import commands, names, settings  # noqa: E402
 project = "coreinfer_sim"
 author = "the authors of coreinfer_sim"
 release = version = version_of("coreinfer-sim")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 default_role = "code"
 smartquotes = False  # would turn the hyphens of options into dashes
@@ -32,6 +32,10 @@ html_show_copyright = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 highlight_language = "bash"
+nb_execution_mode = "cache"  # a notebook's outputs come of a run: a cell that fails fails the build
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # bars
 
 PLACES = {
     "figures/README.md": "results/figures",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def test_the_public_names_are_those_of_the_document():
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     assert sorted(listed) == coreinfer_sim.__all__
+
+
+@pytest.mark.parametrize("notebook", sorted(ROOT.glob("docs/notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_what_they_print(notebook):
+    """Figures come of committed results; the site runs each notebook and shows what it printed there."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert f"notebooks/{notebook.stem}\n" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")

@@ -34,7 +34,6 @@ from coreinfer_sim.index.manifest import (
 from coreinfer_sim.index.names import check_no_own_demo, copy_demo, folder_of, is_ready_made
 from coreinfer_sim.index.optional_parts import OptionalParts
 from coreinfer_sim.index.places import find
-from coreinfer_sim.index.prompt_map import Place
 from coreinfer_sim.index.ranking import n_kept, top_ids
 from coreinfer_sim.index.remote import check_no_copy
 from coreinfer_sim.index.storage import read_centroids, read_clusters, read_statistics, write_manifest
@@ -145,14 +144,6 @@ class SemanticIndex(OptionalParts):
                 f"{self.manifest.encoder.dimension}; use {self.manifest.encoder.name}."
             )
         encoder.check_probe(self.manifest.encoder.probe, self.name)
-
-    def place(self, text: str) -> Place:
-        """Return where a prompt stands on the map: at the weighted mean of the dots nearest in meaning.
-
-        Raises:
-            MissingMapError: the index has no map.
-        """
-        return self.map.place(self._embed([text])[0])
 
     @overload
     def lookup(self, text: str, k: int = 1) -> list[Match]: ...

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from coreinfer_sim.base.errors import IndexFormatError, MissingMapError, MissingSumsError
+from coreinfer_sim.base.extra import require
+from coreinfer_sim.index.clusters import Cluster
 from coreinfer_sim.index.manifest import (
     HISTOGRAMS_FILE,
     MAP_FILE,
@@ -19,7 +22,8 @@ from coreinfer_sim.index.manifest import (
     SUMS_FILE,
     Manifest,
 )
-from coreinfer_sim.index.prompt_map import PromptMap, read_map
+from coreinfer_sim.index.plot import map_chart
+from coreinfer_sim.index.prompt_map import Place, PromptMap, read_map
 from coreinfer_sim.index.storage import read_histograms, read_statistics
 from coreinfer_sim.index.sums import Sums, read_sums
 from coreinfer_sim.index.verified import VerifiedFile
@@ -28,10 +32,11 @@ if TYPE_CHECKING:  # an index is looked up and described without torch
     from coreinfer_sim.index.compensated import Refit
 
 
-class OptionalParts:
+class OptionalParts(ABC):
     """The optional parts of one index."""
 
     manifest: Manifest
+    clusters: list[Cluster]
     name: str
     _folder: Path | None
 
@@ -65,6 +70,29 @@ class OptionalParts:
             )
         file = VerifiedFile(self._folder / MAP_FILE, manifest.files[MAP_FILE])
         return read_map(file, manifest.map, manifest.encoder.dimension, manifest.settings.n_clusters)
+
+    def place(self, text: str) -> Place:
+        """Return where a prompt stands on the map: at the weighted mean of the dots nearest in meaning.
+
+        Raises:
+            MissingMapError: the index has no map.
+        """
+        return self.map.place(self._embed([text])[0])
+
+    @abstractmethod
+    def _embed(self, texts: list[str]) -> np.ndarray:
+        """Return embeddings, [n_texts, dimension]."""
+
+    def plot(self, prompt: str | None = None) -> Any:
+        """Return the map as an Altair chart, and on it a prompt; a notebook shows it.
+
+        Raises:
+            MissingMapError: the index has no map.
+            ConfigError: the extra ``plots`` is not installed.
+        """
+        require("a plot", "plots", "altair")
+        place = None if prompt is None else self.place(prompt)
+        return map_chart(self.map, self.clusters, prompt, place)
 
     def sums(self) -> Sums:
         """Read the exact sums, all at once.

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coreinfer_sim.base.plain import excerpt
-from coreinfer_sim.base.plots import COLORS, INK, SHAPES, WIDTH, check_plot, save_plot, styled
+from coreinfer_sim.base.plots import COLORS, INK, SHAPES, WIDTH, styled
 from coreinfer_sim.index.clusters import Cluster
-from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.prompt_map import Place, PromptMap
 
 _MOST_IN_LEGEND = 24
 """Topics; of more the numbers on the map are read in the table of `show`."""
-
-
-def plot_map(index: SemanticIndex, path: Path, prompt: str | None = None) -> None:
-    """Draw an index's map, and on it a prompt.
-
-    Args:
-        index: with a map.
-        path: an .html, .png or .svg file; replaced in one step.
-        prompt: placed by `SemanticIndex.place`.
-
-    Raises:
-        MissingMapError: it has none.
-    """
-    check_plot(path)
-    place = None if prompt is None else index.place(prompt)
-    save_plot(map_chart(index.map, index.clusters, prompt, place), path)
 
 
 def map_chart(
