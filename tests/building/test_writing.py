@@ -220,6 +220,9 @@ def test_the_map_shows_every_prompt_with_its_topic(built, corpus, encoder):
     assert [match.cluster for (match,) in index.lookup(prompts)] == index.map.clusters.tolist()
     place = index.place(prompts[7])
     assert place.nearest[0] == 7 and np.allclose((place.x, place.y), index.map.coordinates[7], atol=0.05)
+    dots, _, _, cross = index.plot(prompts[7]).to_dict()["layer"]  # what a notebook shows
+    assert [dot["prompt"] for dot in dots["data"]["values"]] == prompts
+    assert cross["data"]["values"] == [{"x": place.x, "y": place.y, "prompt": prompts[7]}]
 
 
 def test_an_index_may_be_built_without_texts(build, built, tmp_path):

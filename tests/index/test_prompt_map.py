@@ -109,7 +109,7 @@ def test_a_map_is_saved_and_loaded(tmp_path):
 
 def test_an_index_of_an_earlier_release_loads_and_says_that_it_has_no_map(index, index_folder):
     assert "map" not in raw_manifest(index_folder) and index.manifest.map is None
-    for ask in (lambda: index.map, lambda: index.place("How do stars form?")):
+    for ask in (lambda: index.map, lambda: index.place("How do stars form?"), index.plot):
         with pytest.raises(MissingMapError, match=r"has no map of its prompts, .*; build it anew with 'coreinfer-sim"):
             ask()
 
