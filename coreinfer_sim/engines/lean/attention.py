@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import prange
@@ -9,6 +11,7 @@ from numba import prange
 from coreinfer_sim.engines.lean.intrinsics import (
     address,
     array_at,
+    bits,
     centre,
     exp,
     float_name,
@@ -41,6 +44,11 @@ _CHUNK = 64  # positions that one task attends to; widened, they fit into the fi
 def cache_loops(dtype: torch.dtype) -> tuple[int, int, int]:
     """Return the addresses of the loops over a cache: products of widened rows, their weighted sums, and what widens them."""
     return product_address("float32", 1), mixed_address("float32"), widened_address(float_name(dtype))
+
+
+def cache_like(dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """Return an array of a cache's type, always of one layout: for another one the loops would be compiled anew."""
+    return bits(torch.empty(0, dtype=dtype))
 
 
 @inline
@@ -123,7 +131,10 @@ def over_cache(loops, queries, like, caches, n_keys, begins, ends, scaling, cap,
         out: float32 [n_rows, n_heads, head_dim].
     """
     n_rows, n_heads, head_dim = queries.shape
-    n_shared, n_chunks = n_heads // n_keys, (np.max(ends - begins) + _CHUNK - 1) // _CHUNK
+    longest = 0
+    for r in range(n_rows):
+        longest = max(longest, ends[r] - begins[r])
+    n_shared, n_chunks = n_heads // n_keys, (longest + _CHUNK - 1) // _CHUNK
     parts = np.empty((n_rows, n_heads, n_chunks, head_dim), np.float32)
     weights = np.zeros((n_rows, n_heads, n_chunks, 2), np.float32)  # highest score, and sum
     for task in prange(n_rows * n_keys * n_chunks):

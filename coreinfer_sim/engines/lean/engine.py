@@ -23,13 +23,13 @@ from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.cutting import held_ids
 from coreinfer_sim.engines.face import Engine
 from coreinfer_sim.engines.lean.architectures import ARCHITECTURES
-from coreinfer_sim.engines.lean.attention import cache_loops
+from coreinfer_sim.engines.lean.attention import cache_like, cache_loops
 from coreinfer_sim.engines.lean.blocks import DenseMLP, LeanModel, skips_zeros, token_layout, unsupported
 from coreinfer_sim.engines.lean.compact import WholeMLP, held_mlp, read_mlp
 from coreinfer_sim.engines.lean.disk_records import DiskRecords
 from coreinfer_sim.engines.lean.forced import forced_states
 from coreinfer_sim.engines.lean.formats import TILE
-from coreinfer_sim.engines.lean.intrinsics import bits, set_threads
+from coreinfer_sim.engines.lean.intrinsics import set_threads
 from coreinfer_sim.engines.lean.joined_rows import JoinedRows, LeanCall
 from coreinfer_sim.engines.lean.kernels import host_products
 from coreinfer_sim.engines.lean.kv_cache import refuses_cache
@@ -257,7 +257,7 @@ class LeanEngine(Engine):
             *(cache_loops(self.model.dtype), hidden, weights.description, words, thresholds, n_read),
             np.array([len(places) for places, _ in rows.parts]),
             np.concatenate([places for places, _ in rows.parts]),
-            *(cos, sin, bits(each[0].inputs.cache.layers[0].keys), caches, weights.n_keys, starts, positions),
+            *(cos, sin, cache_like(self.model.dtype), caches, weights.n_keys, starts, positions),
             *(weights.head.words[None], weights.head_loops, made, n_threads),
         )
         rows.hand_back()

@@ -84,14 +84,21 @@ def _mlps(x, out, layer, stacks, thresholds, n_read, n_of_group, places, kind, n
         if n_groups > 1:
             own, made = np.empty((n, d_model), np.float32), np.empty((n, d_model), np.float32)
             for i in range(n):
-                own[i] = x[places[first + i]]
+                _copy(x[places[first + i]], own[i])
         words = stacks[group, layer]
         of_mlp = (address(words), address(thresholds[group, layer:]), address(n_read[group, layer]))
         call_rows(words[0, LOOP], (address(own), n, d_model, *of_mlp, kind, n_threads, address(made)))
         if n_groups > 1:  # else they are all rows, in order
             for i in range(n):
-                out[places[first + i]] = made[i]
+                _copy(made[i], out[places[first + i]])
         first += n
+
+
+@serial
+def _copy(row, out):
+    """Copy a row; numba would compile the message of an assignment's error, which takes it seconds."""
+    for j in range(row.shape[0]):
+        out[j] = row[j]
 
 
 @serial

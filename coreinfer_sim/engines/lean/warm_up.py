@@ -11,10 +11,10 @@ import torch
 
 from coreinfer_sim.base.files import cache_folder, locked
 from coreinfer_sim.base.progress import Progress
-from coreinfer_sim.engines.lean.attention import OF_NONE, cache_loops
+from coreinfer_sim.engines.lean.attention import OF_NONE, cache_like, cache_loops
 from coreinfer_sim.engines.lean.compact import WholeMLP
 from coreinfer_sim.engines.lean.head import whole_head
-from coreinfer_sim.engines.lean.intrinsics import SILU, bits, set_threads
+from coreinfer_sim.engines.lean.intrinsics import SILU, set_threads
 from coreinfer_sim.engines.lean.matrix import Matrix
 from coreinfer_sim.engines.lean.mlp_loops import N_COUNTS
 from coreinfer_sim.engines.lean.products import rounded_rows
@@ -80,6 +80,6 @@ def _step(dtype: torch.dtype) -> None:
             angles,
             angles,
         ),
-        *(bits(keys), np.array([[[keys.data_ptr(), values.data_ptr(), 1, 0]]], np.int64), 1, rows, rows),
+        *(cache_like(dtype), np.array([[[keys.data_ptr(), values.data_ptr(), 1, 0]]], np.int64), 1, rows, rows),
         *(words[None], whole_head(matrix), np.zeros((1, 16), np.float32), set_threads()),
     )
