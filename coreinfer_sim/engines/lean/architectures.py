@@ -93,6 +93,11 @@ def _granite(config: Any) -> Architecture:
     )
 
 
+def _hyperclovax(config: Any) -> Architecture:
+    norms = ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2") if config.use_post_norm else PRE
+    return replace(_granite(config), norms=norms, logits=config.logits_scaling)
+
+
 def _cohere(config: Any) -> Architecture:
     return Architecture(norms=ONE, parallel=True, interleaved=True, logits=config.logit_scale)
 
@@ -192,7 +197,7 @@ def _same(architecture: Architecture) -> Callable[[Any], Architecture | str]:
 
 _LIKE_LLAMA = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "starcoder2", "arcee", "nemotron"),
-    *("seed_oss", "cwm"),
+    *("seed_oss", "cwm", "internlm3", "iquestcoder", "jais2"),
 )
 ARCHITECTURES: dict[str, Callable[[Any], Architecture | str]] = {
     **dict.fromkeys(_LIKE_LLAMA, _same(LLAMA)),
@@ -203,6 +208,7 @@ ARCHITECTURES: dict[str, Callable[[Any], Architecture | str]] = {
     "phi3": _same(Architecture(inputs=("qkv_proj",))),
     "smollm3": _same(Architecture(turns=lambda attention: bool(attention.use_rope))),
     "granite": _granite,
+    "hyperclovax": _hyperclovax,
     **dict.fromkeys(("olmo2", "olmo3"), _same(Architecture(norms=POST))),
     "olmo": _olmo,
     "exaone4": _same(
