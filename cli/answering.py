@@ -156,6 +156,10 @@ class Asking:
             chat: whether it goes through the chat template.
             profile: in place of all that was asked of neurons; None: what was asked.
         """
+        if self.index_name is not None:
+            from coreinfer_sim.index.names import folder_of
+
+            folder_of(self.index_name)  # one that is missing is said before torch is imported, which takes seconds
         from coreinfer_sim.generation.budget import Longest
         from coreinfer_sim.generation.opening import load
 
@@ -230,9 +234,16 @@ def answer(
 def typed_prompts(prompt: str | None, report: CorpusReport) -> Iterator[Row]:
     """Yield the prompt that was given as an argument, or the lines that are piped to stdin."""
     if prompt is not None:
+        if not options.readable(prompt).strip():
+            raise PromptError("the prompt is empty, expected some text.")
         yield Row("0", options.readable(prompt))
     elif not sys.stdin.isatty():
-        yield from read_lines(cast(BufferedIOBase, sys.stdin.buffer), "stdin", report)
+        for row in read_lines(cast(BufferedIOBase, sys.stdin.buffer), "stdin", report):
+            if row.prompt.startswith("/"):
+                click.echo(
+                    f"Note: {row.prompt!r} is a prompt like any other; commands are of a chat on a terminal.", err=True
+                )
+            yield row
 
 
 def _asked(row: Row, chat: bool, system: str | None) -> Any:

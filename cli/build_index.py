@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from coreinfer_sim.base.decode_settings import ModelConfig
@@ -106,7 +108,14 @@ def build_index(
     config = settings.make(BuildConfig, clusters=clusters, compensation=compensation)
     loading = settings.make(ModelConfig)
 
+    from coreinfer_sim.base.corpus_files import check_there
+    from coreinfer_sim.base.rows import describe_corpus
     from coreinfer_sim.base.stores import is_address
+
+    if Path(corpus).exists():  # what is wrong with a file is said before torch is imported, which takes seconds
+        describe_corpus(of_corpus)
+    else:
+        check_there(corpus)
     from coreinfer_sim.building.build import build_index as build
     from coreinfer_sim.index.encoder import DEFAULT_ENCODER
     from coreinfer_sim.index.names import indexes_folder, name_for

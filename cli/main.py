@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import sys
 from typing import Any
 
@@ -33,6 +34,7 @@ from .status import status
 from .tune import tune
 
 INTERRUPTED = 130
+_COLUMNS = re.compile(r"(?<![\w.-])prompt_column\b( or template\b)?")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when tqdm is first imported
 
 
@@ -70,7 +72,7 @@ class _Group(click.Group):
         except MissingModelError as error:
             _fail(ctx, f"{error} (--model NAME)", 1)
         except CoreInferSimError as error:
-            _fail(ctx, str(error), 1)
+            _fail(ctx, self._as_given(ctx, str(error)), 1)
         except KeyboardInterrupt:
             goes_on = ctx.invoked_subcommand in ("build-index", "analyze", "export", "extend")
             _fail(
@@ -94,6 +96,15 @@ class _Group(click.Group):
             if (found := as_out_of_memory(error)) is None:
                 raise
             _fail(ctx, f"{found}; use a smaller batch (--set build.batch_size=…) or model.", 1)
+
+    def _as_given(self, ctx: click.Context, message: str) -> str:
+        """Name the columns of a corpus in a message of the library as the command takes them."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        has_options = command is not None and any(each.name == "prompt_column" for each in command.params)
+        column, template = (
+            ("--prompt-column", "--template") if has_options else ("corpus.prompt_column", "corpus.template")
+        )
+        return _COLUMNS.sub(lambda found: column + (f" or {template}" if found[1] else ""), message)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:

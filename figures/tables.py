@@ -176,7 +176,7 @@ def main() -> None:
         if "--check" not in sys.argv[1:]:
             path.write_text(after, encoding="utf-8")
         elif before != after:
-            sys.exit(f"the figures in {path.name} are not those of figures/results; run figures/tables.py")
+            sys.exit(f"the figures in {path.relative_to(ROOT)} are not those of figures/results; run figures/tables.py")
 
 
 if __name__ == "__main__":

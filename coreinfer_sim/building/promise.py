@@ -120,8 +120,8 @@ def _measure(workers: Workers, refit: RefitInfo | None, lay_out: bool) -> dict[s
         return {}
     if not texts:
         progress.say(
-            f"Nothing is promised, which takes {_FEWEST_TEXTS} texts, some of them of {_SHORTEST} tokens or more: decode is "
-            "dense until 'coreinfer-sim tune' has measured what it may leave out."
+            f"Nothing is promised, as that takes {_FEWEST_TEXTS} texts, some of {_SHORTEST} tokens or more, which this corpus "
+            "has not: decode is dense until 'coreinfer-sim tune' has measured what it may leave out."
         )
         return {}
     # 2) scores, by weights that lie as decode will read them

@@ -23,7 +23,7 @@ def test_a_build_says_what_it_read_and_what_it_will_take(built, tiny_checkpoint)
     )
     recognised, *_ = run.stderr.splitlines()
     assert recognised.startswith("Reading ") and "prompts in 'prompt', completions in 'completion'" in recognised
-    assert run.stderr.splitlines()[3].startswith("Nothing is promised, which takes 200 texts")
+    assert run.stderr.splitlines()[3].startswith("Nothing is promised, as that takes 200 texts")
     assert len(run.stderr.splitlines()) == 4  # no bars where there is no terminal
     assert run.stdout.startswith(f"{out}: 3 clusters over 45 prompts\n")
     for topic in TOPICS:

@@ -65,6 +65,23 @@ def test_columns_of_any_name(tiny_checkpoint, tmp_path):
     refused(call("evaluate", source, "--index", out, *setting("corpus.limit", 3)), "corpus.limit is of builds")
 
 
+def test_the_settings_of_columns_are_named_as_the_command_takes_them(tiny_checkpoint, tmp_path):
+    corpus = tmp_path / "corpus.csv"
+    corpus.write_text("first,second,third\nstars,bread,law\n")
+    said = "none is called prompt, text or messages and holds text; name one in "
+    refused(call("build-index", corpus, "--model", tiny_checkpoint), f"{said}--prompt-column or --template")
+    refused(
+        call("generate", "--file", corpus, "--model", tiny_checkpoint), f"{said}corpus.prompt_column or corpus.template"
+    )
+
+
+def test_what_is_missing_is_said_before_anything_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call("build-index", "none.csv", "--model", "./none")
+    refused(done, "there is no file or folder 'none.csv', expected a corpus; check the path")
+    assert "The index is called" not in done.stderr
+
+
 def test_damaged_rows_are_counted_and_named_by_every_command(index, tiny_checkpoint, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "What of \ud83d?", "completion": ANSWER}, {"prompt": QUESTIONS[0], "completion": ANSWER}]

@@ -81,6 +81,12 @@ def test_one_word_is_a_command(index):
     assert succeeded("run", "stars", "--index", index, *SHORT).stdout
 
 
+def test_a_chats_command_that_is_piped_is_a_prompt_and_a_line_says_so(index):
+    done = succeeded("run", "--index", index, *SHORT, stdin=f"{ASKED}\n/why\n")
+    assert done.stdout.count("> ") == 2
+    assert "Note: '/why' is a prompt like any other; commands are of a chat on a terminal.\n" in done.stderr
+
+
 def test_lines_are_answered_one_by_one(index):
     done = succeeded("run", "--index", index, *SHORT, stdin=f"{ASKED}\n\nWhy does bread rise?\n")
     shown = done.stdout.splitlines()
