@@ -18,6 +18,7 @@ from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH
 from coreinfer_sim.engines.lean.head import CoarseHead, whole_head
 from coreinfer_sim.engines.lean.intrinsics import RELU, RELU2, float_name
 from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection, from_codes, halves
+from coreinfer_sim.engines.lean.mlp_loops import nonzero_loop
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.lean.products import N_WORDS
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, fits, of_relu
@@ -125,6 +126,8 @@ class LeanModel:
         self.skips_zeros = (
             not self._by_token and not layers[0].away and not of_file and skips_zeros(model.config, weights)
         )
+        if self.skips_zeros:
+            nonzero_loop()  # compiled now, rather than within the first text
 
     def _matrix(self, name: str) -> Matrix:
         """Return the matrix of a linear layer in the type that was asked for."""
