@@ -59,7 +59,7 @@ check: lint test
 
 check-docs: $(VENV)/.docs
 	$(BIN)/python -m coreinfer_sim_cli.demo_model
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
 clean:
 	rm -rf $(VENV) $(VENV)-* models build *.egg-info

@@ -234,12 +234,15 @@ def answer(
 def typed_prompts(prompt: str | None, report: CorpusReport) -> Iterator[Row]:
     """Yield the prompt that was given as an argument, or the lines that are piped to stdin."""
     if prompt is not None:
-        if not options.readable(prompt).strip():
+        text = options.readable(prompt)
+        if not text.strip():
             raise PromptError("the prompt is empty, expected some text.")
-        yield Row("0", options.readable(prompt))
+        yield Row("0", text)
     elif not sys.stdin.isatty():
+        from .chat import is_command
+
         for row in read_lines(cast(BufferedIOBase, sys.stdin.buffer), "stdin", report):
-            if row.prompt.startswith("/"):
+            if is_command(row.prompt):
                 click.echo(
                     f"Note: {row.prompt!r} is a prompt like any other; commands are of a chat on a terminal.", err=True
                 )

@@ -109,20 +109,23 @@ def build_index(
     loading = settings.make(ModelConfig)
 
     from coreinfer_sim.base.corpus_files import check_there
+    from coreinfer_sim.base.files import is_vacant
     from coreinfer_sim.base.rows import describe_corpus
     from coreinfer_sim.base.stores import is_address
-
-    if Path(corpus).exists():  # what is wrong with a file is said before torch is imported, which takes seconds
-        describe_corpus(of_corpus)
-    else:
-        check_there(corpus)
-    from coreinfer_sim.building.build import build_index as build
-    from coreinfer_sim.index.encoder import DEFAULT_ENCODER
     from coreinfer_sim.index.names import indexes_folder, name_for
 
     quiet_libraries()
     progress = ConsoleProgress(quiet)
     with place_of(name_for(corpus) if out is None else out, force, named=out is None) as place:
+        # what is wrong with a corpus is said before torch is imported, which takes seconds; of a place that is taken the build
+        # says more, and first
+        if is_vacant(place) and Path(corpus).exists():
+            describe_corpus(of_corpus)
+        elif is_vacant(place):
+            check_there(corpus)
+        from coreinfer_sim.building.build import build_index as build
+        from coreinfer_sim.index.encoder import DEFAULT_ENCODER
+
         is_named = place.parent == indexes_folder()
         if is_named:
             progress.say(f"The index is called {place.name}, and goes to {place}.")

@@ -41,6 +41,12 @@ _NEAREST = 3
 """Topics that /why shows."""
 
 
+def is_command(line: str) -> bool:
+    """Return whether a line of a chat is one of its commands, rather than a prompt."""
+    found = _COMMAND.fullmatch(line.strip())
+    return found is not None and (found[1] or found[2]) in _HELP
+
+
 class Chat:
     """A conversation with a model; one without a chat template continues each text by itself."""
 

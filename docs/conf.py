@@ -32,6 +32,7 @@ html_show_copyright = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 highlight_language = "bash"
+nitpick_ignore_regex = [(r"py:.*", r".*")]  # annotations name other packages, whose documents are not linked
 nb_execution_mode = "cache"  # a notebook's outputs come of a run: a cell that fails fails the build
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True

@@ -136,7 +136,7 @@ def test_an_output_folder_that_exists(build, index, tmp_path):
     refused(build(out=index), "exists already", "expected a new or an empty folder", "force")
     assert {path.name: path.read_bytes() for path in index.iterdir()} == before
     (tmp_path / "file").write_text("dear")
-    refused(build(out=tmp_path / "file"), "exists already and is no index")
+    refused(build(out=tmp_path / "file", source="/nowhere"), "exists already and is no index")
     refused(build("--force", out=tmp_path / "file"), "is no index")
     assert (tmp_path / "file").read_text() == "dear"
 
