@@ -306,6 +306,22 @@ def test_a_base_model_continues_a_text(browser, language_model, index, monkeypat
         assert visit.text(".answer .prose") and visit.page.locator("#why li").count() == 3
 
 
+def test_neurons_that_come_after_the_answer(browser, url):
+    """The topic's neurons may arrive when the answer is over; what its last token read is told all the same."""
+    with Visit(browser, url) as visit:
+        held = []
+        visit.page.route("**/api/topics/*/neurons", lambda route: held.append(route))
+        visit.connected()
+        visit.page.fill("#prompt", "How do stars form?")
+        visit.page.press("#prompt", "Enter")
+        visit.until("document.querySelector('.answer .facts')?.textContent.includes('12 tokens')")
+        visit.page.wait_for_timeout(1000)  # for the page's last look at what was read
+        assert held and "Token" not in visit.text("#neurons-sentence")
+        held[0].continue_()
+        visit.answered()
+        visit.until("document.getElementById('neurons-sentence').textContent.includes('Token 12 read')")
+
+
 def test_keys_and_a_phone(browser, url):
     with Visit(browser, url, viewport={"width": 390, "height": 844}, has_touch=True) as visit:
         page = visit.connected().page

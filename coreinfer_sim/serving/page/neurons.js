@@ -57,6 +57,7 @@ export class NeuronsView {
     if (this.#topic === topic) {
       this.#order = this.#orders.get(topic);
       this.#draw(true);
+      this.#say();  // a short answer may be over before its topic's neurons are here
     }
   }
 
@@ -92,7 +93,13 @@ export class NeuronsView {
   #take(found) {
     this.#read = {...found, bits: bits(found.read)};
     this.#draw(false);
-    if (!this.#order) return;
+    this.#say();
+  }
+
+  /** Say which share of each zone the latest token read. */
+  #say() {
+    if (!this.#order || !this.#read) return;
+    const found = this.#read;
     const counts = this.#counts();
     const shares = ZONES.map((_, zone) => (this.#order.sums[zone] ? counts[zone] / this.#order.sums[zone] : 0));
     const token = `Token ${found.n_tokens + 1} read ${percent(found.share)} of the neurons`;
