@@ -183,3 +183,5 @@ def print_table(result: dict[str, Any]) -> None:
     for row in result["contenders"]:
         if "error" in row:
             click.echo(f"{row['contender']:{width}s} was not measured: {row['error']}")
+        elif "crashed" in row:
+            click.echo(f"{row['contender']:{width}s} was measured in part: {row['crashed']}")

@@ -70,15 +70,17 @@ def _compare(given: Given, ours: dict[str, Any], theirs: dict[str, Any], bandwid
     }
     ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
     share = of_both("share_of_bandwidth")
+    crashed = {"crashed": theirs["crashed"]} if "crashed" in theirs else {}
     facts = {
         "share_of_bandwidth": share,
         "bytes_per_token": of_both("bytes_per_token"),
         "bandwidth_gb_per_s": bandwidth,
+        **crashed,
     }
     record(f"{title}: decode", ratio, "×, of medians", at_least(0.95), tokens_per_second=speeds, **facts)
     seconds = of_both("first_token_seconds")
     first = theirs["first_token_seconds"] / ours["first_token_seconds"]
-    record(f"{title}: speed of the first token", first, "×, of medians", at_least(1), seconds=seconds)
+    record(f"{title}: speed of the first token", first, "×, of medians", at_least(1), seconds=seconds, **crashed)
     memory = of_both("peak_bytes")
     record(f"{title}: peak memory", ours["peak_bytes"] / theirs["peak_bytes"], "×", at_most(1.2), bytes=memory)
 

@@ -185,6 +185,7 @@ def speed(given: Given, llama_bench: Path, read_ratio: float, weights: str, file
     )
     facts = {"of_each": {name: {key: row[key] for key in what} for name, row in rows.items()}}
     facts["bandwidth_gb_per_s"] = result["bandwidth_gb_per_s"]
+    facts |= {"crashed": rows[theirs]["crashed"]} if "crashed" in rows[theirs] else {}
     title = f"{given.name}, {given.prompt_tokens} tokens of context, {weights} at a read ratio of {read_ratio:g}: decode over"
     for peer_name, bar in ((theirs, at_least(_FASTER[weights])), (dense, None)):
         ratio = rows[ours]["tokens_per_second"] / rows[peer_name]["tokens_per_second"]

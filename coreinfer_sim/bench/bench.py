@@ -255,6 +255,7 @@ def _summary(entry: _Entry, bandwidth: float) -> dict[str, Any]:
     return {
         **name,
         **(entry.facts or {}),
+        **{what: said for what, said in runs[-1].facts.items() if what == "crashed"},
         "tokens_per_second": round(median, 3),
         "tokens_per_second_lowest": round(min(speeds), 3),
         "tokens_per_second_highest": round(max(speeds), 3),

@@ -21,7 +21,12 @@ from coreinfer_sim.bench.programs import BenchJob, Prompt, Timing
 
 SOURCE = "llama-cpp-python==0.3.36"
 """The package whose source holds llama.cpp."""
+_ONE_AT_A_TIME = ("--batch-size", 1, "--ubatch-size", 1)
 _CMAKE = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF")
+
+
+class _CrashError(GenerationError):
+    """A signal has ended llama-bench."""
 
 
 class LlamaBenchProgram:
@@ -31,6 +36,8 @@ class LlamaBenchProgram:
         """Keep the job, whose file is the GGUF file."""
         self._job = job
         self._peak = 0
+        self._crash: str | None = None
+        """What it said when it read a prompt in one batch, if that has killed it."""
 
     def start(self) -> dict[str, Any]:
         """Say what is run."""
@@ -41,13 +48,21 @@ class LlamaBenchProgram:
     def run(self, prompt: Prompt, n_new: int) -> Timing:
         """Read as many tokens as the prompt has, and decode ``n_new`` behind as many.
 
+        A build may crash in products of several rows and decode well: version 0.3.36 does with quantised weights on processors
+        with AMX. Then the prompt is read without that build's own layout of weights, and before decode it is read one token at
+        a time; `Timing.facts` says so.
+
         Raises:
-            GenerationError: llama-bench crashed or gave no figures.
+            GenerationError: llama-bench crashed in decode, too, or gave no figures.
         """
         assert self._job.bytes_per_token is not None
         n_prompt = len(prompt.ids)
-        prefill = self._seconds("-p", n_prompt, "-n", 0)
-        decode = self._seconds("-p", 0, "-n", n_new, "-d", n_prompt)
+        prefill, facts = self._prefill_seconds(n_prompt), {}
+        decode = self._seconds("-p", 0, "-n", n_new, "-d", n_prompt, *(_ONE_AT_A_TIME if self._crash else ()))
+        if self._crash:
+            facts["crashed"] = (
+                f"{self._crash.rstrip('.')}; it read the prompt with --repack 0, and one token at a time before decode."
+            )
         return Timing(
             lookup_seconds=0.0,
             swap_seconds=0.0,
@@ -57,6 +72,7 @@ class LlamaBenchProgram:
             n_new=n_new,
             tokens_per_second=n_new / decode,
             bytes_per_token=self._job.bytes_per_token,
+            facts=facts,
         )
 
     def peak_bytes(self) -> int:
@@ -65,6 +81,16 @@ class LlamaBenchProgram:
 
     def stop(self) -> None:
         """Nothing is kept between runs."""
+
+    def _prefill_seconds(self, n_prompt: int) -> float:
+        """Return how long a prompt takes."""
+        options = ("-p", n_prompt, "-n", 0)
+        if self._crash is None:
+            try:
+                return self._seconds(*options)
+            except _CrashError as crash:
+                self._crash = str(crash)
+        return self._seconds(*options, "--repack", 0)
 
     def _seconds(self, *options: object) -> float:
         """Return how long one test takes, in seconds."""
@@ -77,7 +103,7 @@ class LlamaBenchProgram:
             errors.seek(0)
             answer, complaint = said.read(), errors.read().decode(errors="replace").strip()
         if code < 0:
-            raise GenerationError(f"llama-bench crashed (signal {-code}) with {' '.join(map(str, options))}.")
+            raise _CrashError(f"llama-bench crashed (signal {-code}) with {' '.join(map(str, options))}.")
         try:
             (test,) = json.loads(answer)
             return float(test["avg_ns"]) / 1e9

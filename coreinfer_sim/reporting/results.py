@@ -76,5 +76,6 @@ def _speed(path: Path, content: dict[str, Any]) -> Measured:
         for row in measured
     ]
     failed = [f"{row['contender']} was not measured: {row['error']}" for row in content["contenders"] if "error" in row]
+    failed += [f"{row['contender']}: {row['crashed']}" for row in measured if "crashed" in row]
     machine = f"{content['rounds']} rounds on {content['threads']} threads of {content['machine']['processor']}"
     return Measured(path.name, True, speed_chart(content), heads, table, [machine, *failed])

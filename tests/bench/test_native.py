@@ -45,6 +45,19 @@ def test_a_crash_is_told_with_its_signal(tmp_path):
         program(path, tmp_path / "llama-bench").run(PROMPT, 8)
 
 
+def test_what_crashes_in_prefill_alone_is_measured_in_decode(tmp_path):
+    """A batch kills this one, unless weights keep their layout; one token at a time, and decode, do not."""
+    lines = (
+        'case "$*" in *"--repack 0"*) echo \'[{"avg_ns": 4e9}]\';; *"--batch-size 1"*) echo \'[{"avg_ns": 2e9}]\';; '
+        "*) kill -s ILL $$;; esac"
+    )
+    timed = program(script(tmp_path / "llama-bench", lines), tmp_path / "llama-bench")
+    for _ in range(2):  # once told, it is not tried again
+        timing = timed.run(PROMPT, 8)
+        assert (timing.first_token_seconds, timing.tokens_per_second) == (4.0, 4.0)
+        assert "crashed (signal 4) with -p 4 -n 0; it read the prompt with --repack 0" in timing.facts["crashed"]
+
+
 def test_what_it_complains_of_is_told(tmp_path):
     path = script(tmp_path / "llama-bench", "echo 'error: failed to load model' >&2; exit 1")
     with pytest.raises(GenerationError, match="code 1, and said: error: failed to load model"):
