@@ -15,6 +15,7 @@ from coreinfer_sim.base.processes import n_cores
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.bench.files import ProgramFile, write_files
 from coreinfer_sim.bench.machine import ReadBandwidth, header
+from coreinfer_sim.bench.native import quantiser_beside
 from coreinfer_sim.bench.programs import BenchJob, Prompt, Subject, Timing
 from coreinfer_sim.bench.prompts import make_prompts
 from coreinfer_sim.bench.specs import DENSE, Spec
@@ -115,7 +116,8 @@ def bench(
             progress.say("Writing the files that contenders need")
             place = folder or Path(scratch)
             place.mkdir(parents=True, exist_ok=True)
-            written = in_process(write_files, subject, list(specs), place, n_threads=n_threads)
+            quantiser = quantiser_beside(settings.llama_bench)
+            written = in_process(write_files, subject, list(specs), place, quantiser, n_threads=n_threads)
         # 3) The rounds.
         entries = [_entry(spec, subject, settings, n_threads, written, Path(scratch)) for spec in specs]
         try:

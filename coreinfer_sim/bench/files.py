@@ -15,7 +15,7 @@ from coreinfer_sim.bench.specs import LLAMACPP, OFFLOAD, OWN_FILE, Spec
 from coreinfer_sim.bench.worker import one_sentence
 from coreinfer_sim.choosing.selection import NeuronSelection
 from coreinfer_sim.engines.llamacpp.router import DENSE
-from coreinfer_sim.export.gguf import check_exportable, export_gguf, facts_of, source_of
+from coreinfer_sim.export.gguf import QUANTISED, check_exportable, export_gguf, facts_of, quantise, source_of
 from coreinfer_sim.export.weights import Source, compact_weights
 from coreinfer_sim.generation.opening import laid_out_model
 from coreinfer_sim.models.loading import LanguageModel
@@ -30,13 +30,17 @@ class ProgramFile:
     error: str | None = None
 
 
-def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[str, ProgramFile]:
+def write_files(
+    subject: Subject, specs: Sequence[Spec], folder: Path, quantiser: Path | None = None
+) -> dict[str, ProgramFile]:
     """Write what llama.cpp and offload need, each file once, and lay out our own weights; files of an earlier run stay.
 
     Args:
         subject: the model.
         specs: the contenders.
         folder: where to; files in it must be of the same model.
+        quantiser: llama.cpp's own, which chooses types as its users have them: a Q4_0 file has its output head in Q6_K. None: all
+            matrices get one type, by the package gguf.
 
     Returns:
         By the contender's text.
@@ -63,23 +67,39 @@ def write_files(subject: Subject, specs: Sequence[Spec], folder: Path) -> dict[s
     for spec in wanted:
         try:
             found[spec.text] = (
-                _gguf(language_model, spec, folder) if spec.kind == LLAMACPP else _checkpoint(language_model, folder)
+                _gguf(language_model, spec, folder, quantiser)
+                if spec.kind == LLAMACPP
+                else _checkpoint(language_model, folder)
             )
         except Exception as error:  # the other contenders go on
             found[spec.text] = ProgramFile(error=one_sentence(error))
     return found
 
 
-def _gguf(language_model: LanguageModel, spec: Spec, folder: Path) -> ProgramFile:
-    path = folder / f"dense-{spec.dtype}.gguf"
-    source = Source(language_model.name, "none", "none", DENSE, 1.0, False, spec.dtype)
-    if not path.exists() or source_of(path) != facts_of(source):  # another model's
-        check_exportable(language_model, spec.dtype)
-        weights = compact_weights(language_model, NeuronSelection(DENSE), one_width=False)
+def _gguf(language_model: LanguageModel, spec: Spec, folder: Path, quantiser: Path | None) -> ProgramFile:
+    if quantiser is None or spec.dtype not in QUANTISED:
+        path = _exported(language_model, spec.dtype, folder)
+        return ProgramFile(path, gguf_bytes(path))
+    whole = _exported(language_model, "bf16", folder)
+    path = folder / f"quantised-{spec.dtype}.gguf"
+    if not path.exists() or source_of(path) != source_of(whole):
         part = path.with_suffix(".part")
-        export_gguf(language_model, weights, source, part, spec.dtype)
+        quantise(quantiser, whole, part, spec.dtype)
         part.replace(path)
     return ProgramFile(path, gguf_bytes(path))
+
+
+def _exported(language_model: LanguageModel, kind: str, folder: Path) -> Path:
+    """Return the file of the dense model in one type."""
+    path = folder / f"dense-{kind}.gguf"
+    source = Source(language_model.name, "none", "none", DENSE, 1.0, False, kind)
+    if not path.exists() or source_of(path) != facts_of(source):  # another model's
+        check_exportable(language_model, kind)
+        weights = compact_weights(language_model, NeuronSelection(DENSE), one_width=False)
+        part = path.with_suffix(".part")
+        export_gguf(language_model, weights, source, part, kind)
+        part.replace(path)
+    return path
 
 
 def _checkpoint(language_model: LanguageModel, folder: Path) -> ProgramFile:

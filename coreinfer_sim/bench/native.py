@@ -22,6 +22,7 @@ from coreinfer_sim.bench.programs import BenchJob, Prompt, Timing
 SOURCE = "llama-cpp-python==0.3.36"
 """The package whose source holds llama.cpp."""
 _ONE_AT_A_TIME = ("--batch-size", 1, "--ubatch-size", 1)
+_TARGETS = ("llama-bench", "llama-quantize")
 _CMAKE = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF")
 
 
@@ -137,8 +138,14 @@ def check_llama_bench(path: Path) -> Path:
     return path.absolute()
 
 
+def quantiser_beside(llama_bench: Path | None) -> Path | None:
+    """Return the `llama-quantize` that lies where `llama-bench` does, if there is one."""
+    beside = llama_bench.with_name(llama_bench.name.replace("bench", "quantize")) if llama_bench is not None else None
+    return beside if beside is not None and beside.is_file() and beside != llama_bench else None
+
+
 def build_llama_bench(progress: Progress | None = None) -> Path:
-    """Build `llama-bench` for this processor from llama.cpp's source, once, in the user's cache folder.
+    """Build `llama-bench` for this processor from llama.cpp's source, once, in the user's cache folder, and `llama-quantize`.
 
     Raises:
         ConfigError: a tool that is needed is missing, or the source cannot be had or built.
@@ -146,7 +153,7 @@ def build_llama_bench(progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     kind = re.sub(r"\W+", "-", f"{processor()} {' '.join(processor_features())}").strip("-").lower()
     target = cache_folder("llama.cpp") / f"{SOURCE.replace('==', '-')}-{kind}" / "llama-bench"
-    if target.is_file():
+    if target.is_file() and quantiser_beside(target) is not None:
         return target
     missing = [tool for tool in ("cmake", "make", "c++") if shutil.which(tool) is None]
     if missing:
@@ -167,15 +174,17 @@ def build_llama_bench(progress: Progress | None = None) -> Path:
         (source,) = folder.glob("*/vendor/llama.cpp")
         _run(["cmake", "-S", source, "-B", folder / "build", *_CMAKE])
         _build(folder / "build", progress)
-        (built,) = (folder / "build" / "bin").glob("llama-bench*")
-        shutil.copy2(built, folder / "done")
-        (folder / "done").replace(target)
+        target.parent.mkdir(exist_ok=True)
+        for name in reversed(_TARGETS):  # what is looked for comes last
+            (built,) = (folder / "build" / "bin").glob(f"{name}*")
+            shutil.copy2(built, folder / "done")
+            (folder / "done").replace(target.with_name(name))
     return target
 
 
 def _build(folder: Path, progress: Progress) -> None:
     """Compile, and tell how far that is: each line of make begins with a share."""
-    command = ["cmake", "--build", str(folder), "--target", "llama-bench", "--parallel", str(os.cpu_count() or 1)]
+    command = ["cmake", "--build", str(folder), "--target", *_TARGETS, "--parallel", str(os.cpu_count() or 1)]
     progress.start("Building llama.cpp", 100, "%")
     lines: list[str] = []
     done = 0

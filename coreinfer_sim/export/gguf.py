@@ -25,6 +25,8 @@ TYPES = {
     "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 """What the gguf package itself can write."""
+QUANTISED = ("q8_0", "q4_0")
+"""Those with scales."""
 K_QUANTS = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 """What llama.cpp's own quantiser makes of a BF16 file."""
 QUANTISER = "llama-quantize"
@@ -112,13 +114,21 @@ def export_gguf(
     whole = out.with_name(out.name + ".bf16")
     try:
         _write(language_model, weights, source, whole, "bf16")
-        done = subprocess.run(
-            [QUANTISER, str(whole.absolute()), str(out.absolute()), kind.upper()], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise ExportError(f"{QUANTISER} failed: {' '.join(done.stderr.split())[-300:]}")
+        quantise(QUANTISER, whole, out, kind)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def quantise(quantiser: str | Path, whole: Path, out: Path, kind: str) -> None:
+    """Let llama.cpp's own quantiser make a file of another type, such as ``q4_k_m``.
+
+    Raises:
+        ExportError: it failed.
+    """
+    command = [str(quantiser), str(whole.absolute()), str(out.absolute()), kind.upper()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ExportError(f"{QUANTISER} failed: {' '.join(done.stderr.split())[-300:]}")
 
 
 def _write(language_model: LanguageModel, weights: CompactWeights, source: Source, out: Path, kind: str) -> None:

@@ -89,6 +89,30 @@ def test_the_file_itself_needs_to_be_one(tiny_checkpoint, tmp_path):
     assert done.exit_code == 1 and "runs the GGUF file that the model is" in done.output + done.stderr
 
 
+def test_the_quantiser_beside_it_makes_the_files(tiny_checkpoint, tmp_path):
+    """llama.cpp's own one chooses types as its users have them; it gets the 16-bit file, once."""
+    bench = script(
+        tmp_path / "llama-bench", """case "$1" in --help) echo "--n-gen";; *) echo '[{"avg_ns": 1e9}]';; esac"""
+    )
+    script(tmp_path / "llama-quantize", 'echo "$3" >> "$(dirname "$0")/asked"; cp "$1" "$2"')
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--threads", "1", "--llama-bench", bench]
+    given = [
+        "bench",
+        "--model",
+        tiny_checkpoint,
+        "--contender",
+        "llamacpp:q4_0",
+        "--folder",
+        tmp_path / "files",
+        *sizes,
+    ]
+    for _ in range(2):
+        done = CliRunner().invoke(main, [str(word) for word in given])
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "asked").read_text() == "Q4_0\n"
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["dense-bf16.gguf", "quantised-q4_0.gguf"]
+
+
 @pytest.mark.skipif(REAL is None, reason="llama-bench is not installed, and LLAMA_BENCH does not name it")
 def test_the_program_itself(exported):
     timing = program(check_llama_bench(Path(REAL)), exported / "dense.gguf").run(PROMPT, 8)
