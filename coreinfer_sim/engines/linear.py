@@ -7,7 +7,8 @@ without instructions for a type multiply many rows slowly in it. So, whatever th
 - more rows in a type that the processor has no instructions for: torch in float32, some weights at a time;
 - everything else: torch.
 
-Packed weights are multiplied by integer products for any number of rows.
+Packed weights are multiplied by integer products; but by `MANY` rows or more, where the processor has matrix instructions for
+bfloat16 (AMX), they are made bfloat16 some at a time and multiplied in torch.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.memory import advise
+from coreinfer_sim.base.processor import processor_features
 from coreinfer_sim.engines.lean.formats import TILE
-from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection
+from coreinfer_sim.engines.lean.matrix import Joined, Linear, Matrix, by_projection
 from coreinfer_sim.models.loading import usable
 from coreinfer_sim.models.mlps import MLPLayer
 
 FEW = 8
 """Rows below which a product is bound by reading its weights."""
+MANY = 128
+"""Rows from which on making packed weights bfloat16 pays where the processor multiplies matrices of them."""
 _BLOCK = 1 << 21  # weights that are widened at a time
 _LINEAR = (nn.Linear, FalconLinear)
 _LOOPS = (torch.bfloat16, torch.float16)
@@ -75,8 +79,23 @@ class MatrixProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., n_in] to [..., n_out]."""
         rows = x.reshape(-1, x.shape[-1]).detach().float().contiguous()
-        made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else self.matrix.times(rows)
+        made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else _of_many(self.matrix, rows)
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
+
+
+def _of_many(matrix: Linear, rows: torch.Tensor) -> torch.Tensor:
+    """Multiply many float32 rows by the rule."""
+    if isinstance(matrix, Joined):
+        return torch.cat([_of_many(part, rows) for part in matrix.parts], 1)
+    if isinstance(matrix, Matrix) and matrix.packed and len(rows) >= MANY and has_matrix_products():
+        return matrix.times_narrowed(rows)
+    return matrix.times(rows)
+
+
+@functools.cache
+def has_matrix_products() -> bool:
+    """Return whether the processor multiplies matrices of bfloat16."""
+    return "amx_bf16" in processor_features()
 
 
 class MappedProduct:

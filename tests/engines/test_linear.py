@@ -12,7 +12,8 @@ from tiny_models import tiny_model
 from torch import nn
 
 from coreinfer_sim.engines import linear
-from coreinfer_sim.engines.linear import FEW, Product, products_of, use_products, widened_product
+from coreinfer_sim.engines.lean.matrix import Joined, Matrix
+from coreinfer_sim.engines.linear import FEW, MANY, MatrixProduct, Product, products_of, use_products, widened_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -49,6 +50,17 @@ def test_every_type_and_number_of_rows_equals_torch(monkeypatch, dtype, n_rows, 
     scale = expected.abs().max()
     assert (found.float() - expected).abs().max() <= ROUNDING[dtype] * scale
     assert (found.float() - torchs.float()).abs().max() <= 2 * ROUNDING[dtype] * scale
+
+
+@pytest.mark.parametrize("units", [False, True], ids=["no-matrix-instructions", "matrix-instructions"])
+@pytest.mark.parametrize("n_rows", [MANY - 1, MANY])
+def test_many_rows_of_packed_weights_go_where_the_processor_is_fastest(monkeypatch, n_rows, units):
+    """Of one matrix, and of one that holds gate and up."""
+    monkeypatch.setattr(linear, "has_matrix_products", lambda: units)
+    matrix, x = Matrix.of(rows_of(48, 64, dtype=torch.float32), None, "Q8_0"), rows_of(n_rows, 64, dtype=torch.float32)
+    expected = matrix.times_narrowed(x) if units and n_rows >= MANY else matrix.times(x)
+    assert torch.equal(MatrixProduct(matrix)(x), expected)
+    assert torch.equal(MatrixProduct(Joined((matrix, matrix)))(x), torch.cat([expected, expected], 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

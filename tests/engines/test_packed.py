@@ -59,6 +59,18 @@ def test_products_are_those_of_the_widened_weights(kind, n_rows):
     assert torch.equal(matrix.times(many), found.repeat(30, 1))
 
 
+@pytest.mark.parametrize("n_out", [50, 2100])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_products_of_weights_that_are_made_bfloat16(kind, n_out):
+    """Weights and inputs are rounded once each; sums are bfloat16, too. The larger matrix goes in several parts."""
+    bias, x, n_in = torch.randn(n_out), torch.randn(130, 512), 512
+    matrix = (
+        of_gguf(kind, n_out, n_in, bias)[0] if kind in GGUF_KINDS else Matrix.of(torch.randn(n_out, n_in), bias, kind)
+    )
+    expected = (x.bfloat16().float() @ matrix.widened().bfloat16().float()).bfloat16().float() + bias
+    assert (matrix.times_narrowed(x) - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
 @pytest.mark.parametrize("n_in", [8, 77, 576, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_of_floats(dtype, n_in):

@@ -148,6 +148,15 @@ def add_product(builder: Builder, variable: Value, a: Value, b: Value) -> None:
     builder.store(fused(builder, a, b, builder.load(variable)), variable)
 
 
+def bfloat16_bits(builder: Builder, values: Value) -> Value:
+    """Return float32 as the bits of bfloat16, rounded to nearest even."""
+    n = values.type.count
+    words = builder.bitcast(values, vector(I32, n))
+    last = builder.and_(builder.lshr(words, constant(I32, n, 16)), constant(I32, n, 1))
+    rounded = builder.add(words, builder.add(last, constant(I32, n, 0x7FFF)))
+    return builder.trunc(builder.lshr(rounded, constant(I32, n, 16)), vector(I16, n))
+
+
 def store(builder: Builder, values: Value, out: Value, place: Value) -> None:
     """Store float32 from a place of an array on."""
     builder.store(values, builder.bitcast(builder.gep(out, [place]), values.type.as_pointer()), align=4)

@@ -61,16 +61,16 @@ def _product(_context, number, n_x, weights, scales, x, codes, factors, sums, n_
 
 
 @intrinsic(prefer_literal=True)
-def _unpacked(_context, number, weights, scales, n_in, out, stride):
-    format_ = FORMATS[_NAMES[number.literal_value]]
+def _unpacked(_context, number, size, weights, scales, n_in, out, stride):
+    format_, n_bytes = FORMATS[_NAMES[number.literal_value]], size.literal_value
 
     def code(context, builder, _signature, args):
-        w, s, n_in, out, stride = args[1:]
-        weights, scales = (builder.inttoptr(each, I8.as_pointer()) for each in (w, s))
-        emit_unpacked(builder, format_, weights, scales, n_in, builder.inttoptr(out, F32.as_pointer()), stride)
+        w, s, n_in, out, stride = args[2:]
+        weights, scales, to = (builder.inttoptr(each, I8.as_pointer()) for each in (w, s, out))
+        emit_unpacked(builder, format_, weights, scales, n_in, to, stride, n_bytes)
         return context.get_dummy_value()
 
-    return types.void(number, *[types.int64] * 5), code
+    return types.void(number, size, *[types.int64] * 5), code
 
 
 @intrinsic(prefer_literal=True)
@@ -258,14 +258,14 @@ def product_address(name: str, n_x: int) -> int:
 
 
 @functools.cache
-def unpacked_address(name: str) -> int:
+def unpacked_address(name: str, size: int = 4) -> int:
     """Return the address of what widens a tile: addresses of weights and scales, n_in, address of the result, its stride."""
     number = _NAMES.index(name)
 
     def unpacked(w, s, n_in, out, stride):
-        _unpacked(number, w, s, n_in, out, stride)
+        _unpacked(number, size, w, s, n_in, out, stride)
 
-    return kept(_FIVE, unpacked, name)
+    return kept(_FIVE, unpacked, name, size)
 
 
 @functools.cache

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from coreinfer_sim.engines.lean.formats import FORMATS, TILE, Scales
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import MANY, product_address, unpacked_address
 from coreinfer_sim.engines.lean.packing import gathered, lay, packed_floats, room
-from coreinfer_sim.engines.lean.products import N_WORDS, multiply, product, rounded_rows, unpack, unpack_rows
+from coreinfer_sim.engines.lean.products import N_WORDS, UNPACKED, multiply, product, rounded_rows, unpack, unpack_rows
 from coreinfer_sim.models.gguf_codes import QuantisedTensor
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
 ]
 Array = np.ndarray[Any, Any]
 _BLOCK = 1 << 21  # weights that are widened at a time
+_NARROWED = 1 << 20  # weights that are made bfloat16 at a time: 2 MB
 _ROWS = 64  # of packed products, whose inputs then stay in the caches
 
 
@@ -130,7 +132,7 @@ class Matrix:
         n = -(-(last - first) // TILE)
         out = torch.empty(self.n_filled, n * TILE)
         set_threads()
-        unpack(self.words, first // TILE, n, out.numpy())
+        unpack(self.words, self.words[UNPACKED], first // TILE, n, out.data_ptr(), 4)
         return out[: self.n_in, : last - first]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -159,6 +161,22 @@ class Matrix:
         step = max(TILE, _BLOCK // self.n_in // TILE * TILE)
         for begin in range(0, self.n_out, step):
             torch.mm(x, self.widened(begin, begin + step), out=out[:, begin : begin + step])
+        if self.bias is not None:
+            out += self.bias[: self.n_out]
+        return out
+
+    def times_narrowed(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply many rows [n_rows, n_in] by packed weights that are made bfloat16 some at a time, in torch."""
+        function, n_threads = unpacked_address(self.kind, 2), set_threads()
+        given, out = F.pad(x.bfloat16(), (0, self.n_filled - self.n_in)), torch.empty(len(x), self.n_out)
+        step = max(1, _NARROWED // self.n_filled // TILE // n_threads) * n_threads
+        for first in range(0, len(self.weight), step):
+            n = min(step, len(self.weight) - first)
+            part = torch.empty(self.n_filled, n * TILE, dtype=torch.bfloat16)
+            unpack(self.words, function, first, n, part.data_ptr(), 2)
+            made = torch.mm(given, part)
+            last = min(self.n_out, (first + n) * TILE)
+            out[:, first * TILE : last] = made[:, : last - first * TILE]
         if self.bias is not None:
             out += self.bias[: self.n_out]
         return out

@@ -119,13 +119,22 @@ def multiply(n_threads, stack, x, codes, factors, sums, out):
 
 
 @parallel
-def unpack(words, first, n_tiles, out):
-    """Set ``out`` [n_in, 16 · n_tiles] to the weights of some tiles of a packed matrix, transposed."""
+def unpack(words, function, first, n_tiles, out, size):
+    """Set ``out`` [n_in, 16 · n_tiles], an address, to the weights of some tiles of a packed matrix, transposed.
+
+    Args:
+        words: of the matrix.
+        function: address of what widens one tile; see `kernels.unpacked_address`.
+        first: tile.
+        n_tiles: how many.
+        out: address of the first weight.
+        size: bytes of each.
+    """
     for i in prange(n_tiles):
         tile = first + i
         weights = words[WEIGHTS] + tile * words[CODE_STEP]
         scales = words[SCALES] + tile * words[SCALE_STEP]
-        call_five(words[UNPACKED], (weights, scales, words[N_IN], address(out) + 64 * i, out.shape[1]))
+        call_five(function, (weights, scales, words[N_IN], out + 16 * size * i, 16 * n_tiles))
 
 
 @serial

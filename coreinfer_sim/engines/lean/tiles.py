@@ -19,6 +19,7 @@ from coreinfer_sim.engines.lean.instructions import (
     Products,
     Value,
     add_product,
+    bfloat16_bits,
     constant,
     field,
     load,
@@ -122,9 +123,12 @@ def emit_product(
 
 
 def emit_unpacked(
-    builder: Builder, format_: Format, weights: Value, scales: Value, n_in: Value, out: Value, stride: Value
+    builder: Builder, format_: Format, weights: Value, scales: Value, n_in: Value, out: Value, stride: Value, size: int
 ) -> None:
-    """Set ``out`` [n_in, 16], rows ``stride`` floats apart, to a tile's weights, transposed."""
+    """Set ``out`` [n_in, 16], rows ``stride`` numbers apart, to a tile's weights, transposed.
+
+    They are float32 (``size`` 4) or bfloat16 (2).
+    """
     with cgutils.for_range(builder, builder.udiv(n_in, whole(BLOCK))) as loop:
         codes = codes_of(builder, format_, weights, builder.mul(loop.index, whole(format_.code_bytes)))
         n_within = whole(format_.span // BLOCK)
@@ -151,7 +155,8 @@ def emit_unpacked(
                 if minimum is not None:
                     weight = builder.fadd(weight, minimum)
                 row = builder.add(builder.mul(loop.index, whole(BLOCK)), whole(4 * j + i))
-                store(builder, weight, out, builder.mul(row, stride))
+                made = weight if size == 4 else bfloat16_bits(builder, weight)
+                store(builder, made, out, builder.mul(builder.mul(row, stride), whole(size)))
 
 
 def emit_scales(builder: Builder, format_: Format, scales: Value, factors: Value, n_blocks: Value, out: Value) -> None:

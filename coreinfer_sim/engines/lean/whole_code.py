@@ -11,10 +11,10 @@ from coreinfer_sim.engines.lean.instructions import (
     F16,
     F32,
     I8,
-    I16,
     I32,
     Builder,
     Value,
+    bfloat16_bits,
     constant,
     field,
     fused,
@@ -115,7 +115,7 @@ def emit_widened_row(builder: Builder, n_bits: int, row: Value, n: Value, out: V
             else:
                 made = fused(builder, values, number_of(block), number_of(builder.add(block, n_blocks)))
             at = builder.mul(builder.add(first, whole(begin)), whole(size))
-            store(builder, made if size == 4 else _bfloat16(builder, made), out, at)
+            store(builder, made if size == 4 else bfloat16_bits(builder, made), out, at)
 
     over_groups(builder, n_bits, n, row, lambda place: (place,), part_of, group)
 
@@ -139,12 +139,3 @@ def _behind(builder: Builder, row: Value, n_bytes: Value, n: Value) -> Value:
     done = convert(whole(0), builder.udiv(n, whole(TILE)), TILE)
     convert(done, builder.udiv(builder.sub(n, done), whole(2)), 2)
     return made
-
-
-def _bfloat16(builder: Builder, values: Value) -> Value:
-    """Return float32 as the bits of bfloat16, rounded to nearest even."""
-    n = values.type.count
-    words = builder.bitcast(values, vector(I32, n))
-    last = builder.and_(builder.lshr(words, constant(I32, n, 16)), constant(I32, n, 1))
-    rounded = builder.add(words, builder.add(last, constant(I32, n, 0x7FFF)))
-    return builder.trunc(builder.lshr(rounded, constant(I32, n, 16)), vector(I16, n))
