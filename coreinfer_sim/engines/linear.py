@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from coreinfer_sim.base.memory import advise
 from coreinfer_sim.base.processor import processor_features
 from coreinfer_sim.engines.lean.formats import TILE
-from coreinfer_sim.engines.lean.matrix import Joined, Linear, Matrix, by_projection
+from coreinfer_sim.engines.lean.matrix import Linear, Matrix, by_projection
 from coreinfer_sim.models.loading import usable
 from coreinfer_sim.models.mlps import MLPLayer
 
@@ -79,17 +79,13 @@ class MatrixProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., n_in] to [..., n_out]."""
         rows = x.reshape(-1, x.shape[-1]).detach().float().contiguous()
-        made = self.matrix.of_few(rows.numpy()) if len(rows) < FEW else _of_many(self.matrix, rows)
+        if len(rows) < FEW:
+            made = self.matrix.of_few(rows.numpy())
+        elif len(rows) >= MANY and has_matrix_products():
+            made = self.matrix.times_narrowed(rows)
+        else:
+            made = self.matrix.times(rows)
         return made.to(x.dtype).reshape(*x.shape[:-1], self.matrix.n_out)
-
-
-def _of_many(matrix: Linear, rows: torch.Tensor) -> torch.Tensor:
-    """Multiply many float32 rows by the rule."""
-    if isinstance(matrix, Joined):
-        return torch.cat([_of_many(part, rows) for part in matrix.parts], 1)
-    if isinstance(matrix, Matrix) and matrix.packed and len(rows) >= MANY and has_matrix_products():
-        return matrix.times_narrowed(rows)
-    return matrix.times(rows)
 
 
 @functools.cache

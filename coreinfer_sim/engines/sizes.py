@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from coreinfer_sim.models.budgeted import ModelShape
 from coreinfer_sim.models.loading import LanguageModel
@@ -40,7 +40,7 @@ class BytesRead:
 
     def __add__(self, further: BytesRead) -> BytesRead:
         """Add what further steps read."""
-        return BytesRead(*(sum(pair) for pair in zip(astuple(self), astuple(further), strict=True)))
+        return BytesRead(*map(sum, zip(vars(self).values(), vars(further).values(), strict=True)))
 
     @property
     def read_ratio(self) -> float:

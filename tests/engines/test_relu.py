@@ -150,6 +150,7 @@ def test_held_neurons_compensation_and_linear_maps(kind):
         for few in (1, 9):
             made = part.times(given[:few]) if few == 9 else part.of_few(given[:few].numpy())
             assert (made - expected[:few]).abs().max() <= 3e-2 * expected.abs().max()
+        assert (part.times_narrowed(given) - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 def engine_of(weights="stored", wide=False):

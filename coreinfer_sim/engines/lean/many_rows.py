@@ -11,17 +11,30 @@ import torch
 from numba import prange
 
 from coreinfer_sim.engines.lean.formats import CODE_BYTES, FORMATS, TILE
-from coreinfer_sim.engines.lean.intrinsics import address, parallel, set_threads
+from coreinfer_sim.engines.lean.intrinsics import address, inline, parallel, set_threads
 from coreinfer_sim.engines.lean.kernels import MANY as ROWS_AT_ONCE
 from coreinfer_sim.engines.lean.kernels import (
+    call_five,
     call_whole_tile,
     call_widened,
     product_address,
+    unpacked_address,
     whole_tile_address,
     widened_row_address,
 )
-from coreinfer_sim.engines.lean.matrix import Matrix
-from coreinfer_sim.engines.lean.products import CODE_STEP, MANY, N_IN, N_OUT, ONE, WEIGHTS, rounded_rows, tile_product
+from coreinfer_sim.engines.lean.matrix import Matrix, narrowed_product
+from coreinfer_sim.engines.lean.products import (
+    CODE_STEP,
+    MANY,
+    N_IN,
+    N_OUT,
+    ONE,
+    SCALE_STEP,
+    SCALES,
+    WEIGHTS,
+    rounded_rows,
+    tile_product,
+)
 
 _INPUTS = 256
 """Rows of inputs for which a tile is put together once; their codes then stay in the second cache."""
@@ -52,6 +65,37 @@ def planes_product(high: Matrix, whole: str, records: torch.Tensor, begin: int, 
     return out[:, : high.n_out]
 
 
+def narrowed_planes_product(
+    high: Matrix, whole: str, records: torch.Tensor, begin: int, x: torch.Tensor
+) -> torch.Tensor:
+    """Do as `planes_product`, but for weights that are made bfloat16 some at a time; see `matrix.narrowed_product`."""
+    low = np.array([whole_tile_address(high.kind), records.data_ptr() + begin, records.shape[1]])
+    function, n_bytes = unpacked_address(whole, 2), CODE_BYTES[FORMATS[whole].bits]
+
+    def narrow(first: int, n_tiles: int, out: int) -> None:
+        _narrow(high.words, low, n_bytes, function, first, n_tiles, out)
+
+    return narrowed_product(high, x, narrow)
+
+
+@inline
+def _put_together(words, low, tile, buffer):
+    """Set ``buffer`` to the whole codes of a tile; see `_multiply`."""
+    high, n_rows = words[WEIGHTS] + tile * words[CODE_STEP], min(16, words[N_OUT] - 16 * tile)
+    call_whole_tile(low[0], (high, low[1] + 16 * tile * low[2], low[2], n_rows, words[N_IN], address(buffer)))
+
+
+@parallel
+def _narrow(words, low, n_bytes, function, first, n_tiles, out):
+    """Set ``out``, an address, to the bfloat16 weights of some tiles, transposed; see `_multiply` and `products.unpack`."""
+    for i in prange(n_tiles):
+        buffer = np.empty(words[N_IN] // 32 * n_bytes, np.uint8)
+        tile = first + i
+        _put_together(words, low, tile, buffer)
+        scales = words[SCALES] + tile * words[SCALE_STEP]
+        call_five(function, (address(buffer), scales, words[N_IN], out + 32 * i, 16 * n_tiles))
+
+
 @parallel
 def _multiply(n_threads, words, low, n_bytes, x, codes, factors, sums, out):
     """Multiply rows of inputs with all tiles.
@@ -73,9 +117,7 @@ def _multiply(n_threads, words, low, n_bytes, x, codes, factors, sums, out):
         own = words.copy()
         own[WEIGHTS], own[CODE_STEP] = address(buffer), 0
         for tile in range(thread * n_tiles // n_threads, (thread + 1) * n_tiles // n_threads):
-            high, n_rows = words[WEIGHTS] + tile * words[CODE_STEP], min(16, words[N_OUT] - 16 * tile)
-            given = (high, low[1] + 16 * tile * low[2], low[2], n_rows, words[N_IN], address(buffer))
-            call_whole_tile(low[0], given)
+            _put_together(words, low, tile, buffer)
             tile_product(own, tile, x, codes, factors, sums, out, 16 * tile)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -57,6 +57,10 @@ class Linear(Protocol):
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply many float32 rows [n_rows, n_in]."""
+        ...
+
+    def times_narrowed(self, x: torch.Tensor) -> torch.Tensor:
+        """Do so where the processor multiplies matrices of bfloat16."""
         ...
 
     def of_few(self, x: Array) -> torch.Tensor:
@@ -166,20 +170,15 @@ class Matrix:
         return out
 
     def times_narrowed(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply many rows [n_rows, n_in] by packed weights that are made bfloat16 some at a time, in torch."""
-        function, n_threads = unpacked_address(self.kind, 2), set_threads()
-        given, out = F.pad(x.bfloat16(), (0, self.n_filled - self.n_in)), torch.empty(len(x), self.n_out)
-        step = max(1, _NARROWED // self.n_filled // TILE // n_threads) * n_threads
-        for first in range(0, len(self.weight), step):
-            n = min(step, len(self.weight) - first)
-            part = torch.empty(self.n_filled, n * TILE, dtype=torch.bfloat16)
-            unpack(self.words, function, first, n, part.data_ptr(), 2)
-            made = torch.mm(given, part)
-            last = min(self.n_out, (first + n) * TILE)
-            out[:, first * TILE : last] = made[:, : last - first * TILE]
-        if self.bias is not None:
-            out += self.bias[: self.n_out]
-        return out
+        """Multiply many float32 rows [n_rows, n_in]: packed weights are made bfloat16 some at a time, for a product in torch."""
+        if not self.packed:
+            return self.times(x)
+        function = unpacked_address(self.kind, 2)
+
+        def narrow(first: int, n_tiles: int, out: int) -> None:
+            unpack(self.words, function, first, n_tiles, out, 2)
+
+        return narrowed_product(self, x, narrow)
 
     def outputs(self, ids: torch.Tensor) -> Matrix:
         """Return the map to some outputs [n] alone, its codes as they are."""
@@ -224,9 +223,38 @@ class Joined:
         """Multiply many float32 rows [n_rows, n_in]."""
         return torch.cat([part.times(x) for part in self.parts], 1)
 
+    def times_narrowed(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply many float32 rows [n_rows, n_in] where the processor multiplies matrices of bfloat16."""
+        return torch.cat([part.times_narrowed(x) for part in self.parts], 1)
+
     def of_few(self, x: Array) -> torch.Tensor:
         """Multiply few float32 rows [n_rows, n_in]."""
         return torch.cat([part.of_few(x) for part in self.parts], 1)
+
+
+def narrowed_product(matrix: Matrix, x: torch.Tensor, narrow: Callable[[int, int, int], None]) -> torch.Tensor:
+    """Multiply float32 rows [n_rows, n_in] with packed weights that are made bfloat16 some at a time.
+
+    Args:
+        matrix: for its sizes and bias.
+        x: the rows.
+        narrow: sets bfloat16 [n_filled, 16 · n], an address, to the weights of the tiles from the first on, transposed; takes the
+            first tile, n and the address.
+
+    Returns:
+        Float32 [n_rows, n_out].
+    """
+    n_threads, n_in = set_threads(), matrix.n_filled
+    given, out = F.pad(x.bfloat16(), (0, n_in - matrix.n_in)), torch.empty(len(x), matrix.n_out)
+    step = max(1, _NARROWED // n_in // TILE // n_threads) * n_threads
+    room = torch.empty(n_in * step * TILE, dtype=torch.bfloat16)
+    for first in range(0, len(matrix.weight), step):
+        n_tiles = min(step, len(matrix.weight) - first)
+        part = room[: n_in * n_tiles * TILE].view(n_in, -1)
+        narrow(first, n_tiles, part.data_ptr())
+        columns = out[:, first * TILE : (first + n_tiles) * TILE]
+        columns.copy_(torch.mm(given, part)[:, : columns.shape[1]])
+    return out if matrix.bias is None else out.add_(matrix.bias[: matrix.n_out])
 
 
 def by_projection(names: Sequence[str], parts: Sequence[Linear], fused: bool) -> dict[str, Linear]:

@@ -24,7 +24,7 @@ from coreinfer_sim.engines.lean.formats import BLOCK, FORMATS, HIGH, WHOLE, Scal
 from coreinfer_sim.engines.lean.from_disk import outputs_from_disk
 from coreinfer_sim.engines.lean.intrinsics import float_name, float_type, set_threads
 from coreinfer_sim.engines.lean.kernels import added_address, rows_address, scales_address
-from coreinfer_sim.engines.lean.many_rows import planes_product
+from coreinfer_sim.engines.lean.many_rows import narrowed_planes_product, planes_product
 from coreinfer_sim.engines.lean.matrix import Array, Matrix, filled_bias, scales_of
 from coreinfer_sim.engines.lean.mlp_loops import by_token_loop, from_disk_loop
 from coreinfer_sim.engines.lean.packing import lay, room, rounded_codes
@@ -158,10 +158,10 @@ class TokenMLP:
         """Return the bias of a projection."""
         return (self.gate.bias, self.up.bias, self.bias)[part]
 
-    def times_codes(self, part: int, x: torch.Tensor) -> torch.Tensor:
-        """Multiply rows of inputs with gate (0) or up (1) of codes, put together from both planes; see `planes_product`."""
-        estimate = (self.gate, self.up)[part]
-        return planes_product(estimate, WHOLE[self.kind], self.records, self.begin_of(part), x)
+    def times_codes(self, part: int, x: torch.Tensor, narrowed: bool) -> torch.Tensor:
+        """Multiply rows of inputs with gate (0) or up (1) of codes, put together from both planes; see `many_rows`."""
+        product = narrowed_planes_product if narrowed else planes_product
+        return product((self.gate, self.up)[part], WHOLE[self.kind], self.records, self.begin_of(part), x)
 
     def rows(self, part: int, first: int, last: int) -> torch.Tensor:
         """Return gate (0), up (1) or output rows (2) of the neurons first … last, float32 [n, d_model].

@@ -52,8 +52,8 @@ class ByNeuron(Protocol):
     def rows(self, part: int, first: int, last: int) -> torch.Tensor:
         """Return rows of the neurons first … last, float32 [n, d_model]; ``first`` is a multiple of 16."""
 
-    def times_codes(self, part: int, x: torch.Tensor) -> torch.Tensor:
-        """Multiply float32 rows of inputs with gate or up rows of codes, and add the bias."""
+    def times_codes(self, part: int, x: torch.Tensor, narrowed: bool) -> torch.Tensor:
+        """Multiply float32 rows of inputs with gate or up rows of codes, and add the bias; see `Linear.times_narrowed`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,18 +85,25 @@ class RecordPart:
 
         The gate comes first: of records on the disk, mapped pages are read ahead then, and let go of after the down projection.
         """
+        return self._many(x, narrowed=False)
+
+    def times_narrowed(self, x: torch.Tensor) -> torch.Tensor:
+        """Do so where the processor multiplies matrices of bfloat16."""
+        return self._many(x, narrowed=True)
+
+    def _many(self, x: torch.Tensor, narrowed: bool) -> torch.Tensor:
         on_disk = self.mlp.on_disk
         if on_disk is not None and self.part == 0:
             on_disk.expect()
-        out = self._times(x)
+        out = self._times(x, narrowed)
         if on_disk is not None and self.part == 2:
             on_disk.forget()
         return out
 
-    def _times(self, x: torch.Tensor) -> torch.Tensor:
+    def _times(self, x: torch.Tensor, narrowed: bool) -> torch.Tensor:
         mlp = self.mlp
         if mlp.kind not in FLOATS and self.part < 2:
-            return mlp.times_codes(self.part, x.contiguous())
+            return mlp.times_codes(self.part, x.contiguous(), narrowed)
         if mlp.output_kind not in FLOATS:
             out = self._outputs(x)
         elif usable(dtype := float_type(mlp.output_kind), "cpu") is dtype:

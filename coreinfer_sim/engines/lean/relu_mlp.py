@@ -114,10 +114,10 @@ class ReluMLP:
         """Return the bias of a projection."""
         return (self.gate.bias, self.up_bias, self.bias)[part]
 
-    def times_codes(self, part: int, x: torch.Tensor) -> torch.Tensor:
+    def times_codes(self, part: int, x: torch.Tensor, narrowed: bool) -> torch.Tensor:
         """Multiply rows of inputs with up rows of codes, which are put into tiles again some at a time."""
-        rows = range(0, self.n_ff, ROWS)
-        return torch.cat([self._tiles(first, min(self.n_ff, first + ROWS)).times(x) for first in rows], 1)
+        tiles = (self._tiles(first, min(self.n_ff, first + ROWS)) for first in range(0, self.n_ff, ROWS))
+        return torch.cat([each.times_narrowed(x) if narrowed else each.times(x) for each in tiles], 1)
 
     def _tiles(self, first: int, last: int) -> Matrix:
         bias = None if self.up_bias is None else self.up_bias[first : -(-last // 16) * 16]
