@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -68,3 +69,12 @@ def test_a_corpus_becomes_a_text_without_the_extras(tmp_path, tiny_checkpoint):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert json.loads(found[1]) and json.loads(found[2]) and found[3].strip()
+
+
+def test_threads_wait_for_each_other_briefly_unless_the_user_says_otherwise():
+    """While other programs need the cores, threads that spin for milliseconds take decode to a twentieth."""
+    said = "import os, coreinfer_sim; print(os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for own, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        done = subprocess.run([sys.executable, "-c", said], env=plain | own, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

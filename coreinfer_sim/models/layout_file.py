@@ -154,7 +154,11 @@ def read_layout(place: Path) -> Layout:
                 raise ValueError("the checksum of its weights differs")
             with suppress(OSError):  # so that the next start need not read them all
                 os.utime(place / _WEIGHTS, ns=(found.st_atime_ns, layout.mtime_ns))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError as error:
+        raise StoreError(f"The weights in {place} are damaged ({Path(error.filename).name} is missing)") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"The weights in {place} are damaged ({_MANIFEST} does not describe them)") from error
+    except (OSError, ValueError) as error:
         raise StoreError(f"The weights in {place} are damaged ({error})") from error
     return layout
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +51,7 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise ModelError(f"there is no file {name}, expected a GGUF model; check the path.")
         _check_gguf(path)
-        return str(path.parent), {"gguf_file": str(path.absolute())}  # a bare name would be looked for here first
+        return _nothing_beside(), {"gguf_file": str(path.absolute())}
     if path.is_dir():
         _check_folder(path)
     elif path.is_file() or path.is_absolute() or name.startswith((".", "~")):
@@ -58,6 +61,14 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
             f"the model {name!r} cannot be loaded ({why}), expected {_KINDS}; check the name or the connection."
         )
     return name, {}
+
+
+@functools.cache
+def _nothing_beside() -> str:
+    """Return an empty folder: what lies beside a GGUF file, such as another model's tokenizer, is not part of it."""
+    folder = tempfile.TemporaryDirectory(prefix="coreinfer-sim-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def read_config(name: str, source: str, options: dict[str, str], fp8: bool = False) -> Any:

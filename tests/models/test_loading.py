@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoints import saved, with_json, with_tensors
@@ -15,6 +19,7 @@ from coreinfer_sim.export.gguf import export_gguf
 from coreinfer_sim.export.weights import compact_weights
 from coreinfer_sim.models.budgeted import load_within
 from coreinfer_sim.models.loading import dtype_name, load_model, usable
+from coreinfer_sim.models.weightless import open_weightless
 
 SUPPORTED = {
     torch.float32: True,
@@ -109,3 +114,20 @@ def test_a_gguf_file_of_plain_weights_is_read_as_it_stands(kind, dtype, tiny_che
     assert loaded.model.dtype is dtype
     found, expected = loaded.layers[1].output.weight, original.layers[1].output.weight
     assert torch.equal(found, expected.to(dtype))
+
+
+def test_what_lies_beside_a_gguf_file_is_not_part_of_it(exported, tiny_checkpoint, tmp_path):
+    """Such as the tokenizer and settings of the checkpoint that it was made from, or of another model."""
+    alone, beside = tmp_path / "alone" / "model.gguf", tmp_path / "beside" / "model.gguf"
+    for path in (alone, beside):
+        path.parent.mkdir()
+        shutil.copy(exported / "dense.gguf", path)
+    for path in Path(tiny_checkpoint).iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, beside.parent)
+    (beside.parent / "generation_config.json").write_text(json.dumps({"max_new_tokens": 1, "eos_token_id": 7}))
+    one, two = (load_model(str(path), "stored", "cpu") for path in (alone, beside))
+    for name in ("chat_template", "eos_token_id", "pad_token_id", "bos_token_id"):
+        assert getattr(one.tokenizer, name) == getattr(two.tokenizer, name), name
+    assert one.model.generation_config == two.model.generation_config
+    assert open_weightless(str(beside), {"llama"}).tokenizer.chat_template == one.tokenizer.chat_template

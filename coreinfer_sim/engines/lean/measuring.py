@@ -26,8 +26,8 @@ FASTER_BY_TOKEN = {
     Products.VNNI_512: ("float32", "bfloat16", "float16", "Q8_0 high", "Q4_K high"),
     Products.AVX2: ("bfloat16",),
 }
-"""Layouts of which less than half of the neurons decode faster than all, by the processor's instructions; see the project's figures. What
-was not measured is not there."""
+"""Layouts of which less than half of the neurons decode faster than all, by the processor's instructions; see the project's
+figures. What was not measured is not there."""
 Text = tuple[torch.Tensor, int]
 """Token ids [n_tokens], and how many of them stand before those that count."""
 
