@@ -50,8 +50,7 @@ def test_a_process_keeps_to_its_budget(tmp_path, monkeypatch):
         if found["n_compiled"] == 0:
             break
     assert found["n_compiled"] == 0
-    # the kernel may map more pages of libraries around those that are touched, by how it has read them into its cache
-    assert found["peak"] <= 1.02 * found["budget"]
+    assert found["peak"] <= found["budget"]
     assert found["mlps"] > 200e6 and found["slots"] < 0.4 * found["mlps"]
     assert 0 < found["found"] < 0.6
     assert found["tokens"][0] == found["tokens"][1]
