@@ -8,6 +8,7 @@ from typing import Any
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, ModelConfig, Prefill, SelectionConfig, with_settings
 from coreinfer_sim.base.errors import ConfigError, MissingModelError, ModelError
+from coreinfer_sim.base.memory import keep_heap_small
 from coreinfer_sim.base.progress import Progress, shown
 from coreinfer_sim.base.settings import Fallback, Mode, Profile
 from coreinfer_sim.choosing.compatibility import check_model
@@ -66,6 +67,8 @@ def load(
     )
     if decode.prefill is Prefill.SPARSE and selection.fallback is None:
         selection = replace(selection, fallback=Fallback.GLOBAL)
+    if decode.memory_budget is not None:
+        keep_heap_small()  # before the index' encoder leaves holes in the heap
     # 2) the index
     opened = open_index(index, loading.encoder)
     if decode.engine == EXPORTED:

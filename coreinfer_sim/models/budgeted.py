@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer_sim.base.errors import ConfigError, ModelError, UnsupportedModelError
-from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
+from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import Checkpoint
 from coreinfer_sim.models.loading import DTYPES, LanguageModel, dtype_name, load_model, usable, usable_device
@@ -96,7 +96,6 @@ def load_within(
         LanguageModel(model, tokenizer, name, layers), model_shape(model, layers, without_table=streamed_table)
     )
     # 3) The weights
-    keep_heap_small()
     _stream(model, layers, names, checkpoint, progress or Progress())
     _load_rest(model, names, checkpoint, streamed_table)
     give_back_memory()

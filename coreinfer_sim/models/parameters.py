@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from coreinfer_sim.base.memory import keep_heap_small
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.source import auto_class, load_errors
 from coreinfer_sim.models.whole import Found
@@ -82,6 +83,9 @@ def empty_model(
     """
     from accelerate import init_empty_weights
 
+    # Parameters take real memory until they are moved to no device at all: as holes in the heap that would take up later tensors,
+    # page after page, without giving any back.
+    keep_heap_small()
     notes = mend_config(config)
     with load_errors(name):
         # random numbers for weights that are not there would take half a second of every start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,12 @@ def cluster():
 
 
 def files_in(folder: Path, how: str = "sound") -> Callable[[int, Callable[[int], None]], None]:
-    """Return what leaves a file for each shard, once, and breaks down at the second."""
+    """Return what leaves a file for each shard, once, and breaks down at the second, when the first is done."""
 
     def run(number: int, report: Callable[[int], None]) -> None:
+        begin = time.monotonic()
+        while number == 1 and not (folder / "0").exists() and time.monotonic() < begin + 60:
+            time.sleep(0.01)  # what is at work is cancelled when another task fails
         if number == 1 and how == "killed" and not (folder / "killed").exists():
             (folder / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,7 @@ from torch import nn
 
 from coreinfer_sim.base.errors import StoreError
 from coreinfer_sim.base.files import locked, remove
-from coreinfer_sim.base.memory import give_back_memory, keep_heap_small
+from coreinfer_sim.base.memory import give_back_memory
 from coreinfer_sim.base.progress import Progress, readable_size
 from coreinfer_sim.base.settings import Weights
 from coreinfer_sim.engines.lean.architectures import ARCHITECTURES, architecture_of
@@ -91,7 +91,6 @@ def load_laid_out(
     if kind == Weights.STORED.value and not is_gguf(name):
         return None
     place = layout_folder(files, kind, progress)
-    keep_heap_small()  # before anything large is allocated: prefill's activations would else stay in the heap as holes
     if by_token and held is None:
         by_token_loop()  # what compiling takes is free again before weights come into memory
     return _kept(name, place, wanted, progress) or _made(name, place, wanted, progress)
