@@ -158,11 +158,13 @@ def bench(
 
 def print_table(result: dict[str, Any]) -> None:
     """Print a line a contender, and what went wrong below."""
+    from coreinfer_sim.base.progress import counted
+
     width = max(18, *(len(row["contender"]) for row in result["contenders"]))
     bandwidth = result["bandwidth_gb_per_s"]["highest"]
     click.echo(
         f"{result['model']}: {result['prompt_tokens']} prompt tokens, {result['new_tokens']} new ones, median of "
-        f"{result['rounds']} rounds on {result['threads']} threads; memory is read at {bandwidth:.1f} GB/s"
+        f"{counted(result['rounds'], 'round')} on {counted(result['threads'], 'thread')}; memory is read at {bandwidth:.1f} GB/s"
     )
     titles = ("lookup", "swap", "prefill", "first", "tokens/s", "lowest-highest", "peak MB", "MB/token", "of limit")
     widths = (9, 9, 9, 9, 9, 16, 9, 9, 9)

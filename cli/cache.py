@@ -17,14 +17,12 @@ def cache(clear: bool, as_json: bool) -> None:
     Everything in it is made anew when it is needed. The folder is ~/.cache/coreinfer_sim (elsewhere than on Linux the
     system's), or COREINFER_SIM_CACHE.
     """
-    from coreinfer_sim.base.files import cache_folder, remove
+    from coreinfer_sim.base.files import cache_folder
     from coreinfer_sim.base.progress import counted, readable_size
+    from coreinfer_sim.models.kept import clear as cleared
     from coreinfer_sim.models.kept import kept
 
-    found = kept()
-    if clear:
-        for each in found:
-            remove(each.path)
+    found = cleared() if clear else kept()
     total = sum(each.n_bytes for each in found)
     if as_json:
         print_json({"folder": str(cache_folder("")), "cleared": clear, "entries": [each.as_dict() for each in found]})

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coreinfer_sim.base.files import cache_folder
+from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.files import cache_folder, remove
 from coreinfer_sim.models.layout_file import kept_layouts
 
 
@@ -29,8 +30,31 @@ class Kept:
 
 
 def kept() -> list[Kept]:
-    """Return all entries of the cache folder."""
+    """Return all entries of the cache folder.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    folder = cache_folder("")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, expected the cache folder; name a folder in COREINFER_SIM_CACHE.")
     return [_entry(path, what) for path, what in _found()]
+
+
+def clear() -> list[Kept]:
+    """Delete all entries, and return them.
+
+    Raises:
+        ConfigError: as `kept`.
+        OSError: one cannot be deleted; it has the entry's path.
+    """
+    found = kept()
+    for path in (*(each.path for each in found), cache_folder("layouts") / "sources"):
+        try:
+            remove(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    return found
 
 
 def _found() -> Iterator[tuple[Path, str]]:

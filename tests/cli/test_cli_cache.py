@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from commands import parsed, succeeded
+from commands import call, parsed, refused, succeeded
 
 import coreinfer_sim
 
@@ -56,3 +56,28 @@ def test_thresholds_of_a_read_ratio_are_listed_and_cleared(cache, tiny_checkpoin
     ]
     succeeded("cache", "--clear")
     assert parsed("cache")["entries"] == [] and not list((cache / "thresholds").iterdir())
+
+
+def test_a_file_in_its_place_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path / "file"))
+    refused(call("cache"), f"{tmp_path}/file is a file, expected the cache folder")
+
+
+def test_clearing_forgets_which_files_it_has_read(cache, tiny_checkpoint):
+    coreinfer_sim.load(None, tiny_checkpoint, mode="dense", weights="int8").close()
+    assert list((cache / "layouts" / "sources").iterdir())
+    succeeded("cache", "--clear")
+    assert not (cache / "layouts" / "sources").exists()
+
+
+def test_what_cannot_be_deleted_is_named(cache, tiny_checkpoint, monkeypatch):
+    """A read-only disk cannot be made here, where the root user may write anything."""
+    coreinfer_sim.load(None, tiny_checkpoint, mode="dense", weights="int8").close()
+    (folder,) = cache.glob("layouts/*-int8-*")
+
+    def refuse(_):
+        raise OSError(30, "Read-only file system", "weights.bin")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    refused(call("cache", "--clear"), "Read-only file system", str(folder))
