@@ -158,7 +158,8 @@ def build_llama_bench(progress: Progress | None = None) -> Path:
     missing = [tool for tool in ("cmake", "make", "c++") if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
-            f"llama.cpp cannot be built, as {' and '.join(missing)} is missing; install what is missing, or name a llama-bench that is built."
+            f"llama.cpp cannot be built without {' and '.join(missing)}; install what is missing, or name a llama-bench that is "
+            "built."
         )
     progress.say(f"Building llama.cpp for this processor from {SOURCE}, once; it takes some minutes")
     target.parent.mkdir(parents=True, exist_ok=True)
