@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from coreinfer_sim.models.loading import LanguageModel
 from coreinfer_sim.models.taps import recorded_activations
 
 _LENGTH_STEP = 16
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 256
+"""On a CPU, where more make no pass faster."""
+_TOKENS_ON_DEVICE = 2048
 
 
 @dataclass
@@ -88,45 +91,60 @@ def cut_into_shards(assignment: np.ndarray, n_tokens: np.ndarray, shard_size: in
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids of some sentences."""
+    """Right-padded token ids of some sentences; rows without one fill it up."""
 
     numbers: np.ndarray
-    """Which sentences, [n_rows]."""
+    """Which sentences, [n_sentences]."""
     input_ids: torch.Tensor
     """[n_rows, n_positions]."""
     attention_mask: torch.Tensor
-    """1 for tokens, 0 for padding, [n_rows, n_positions]."""
+    """1 for tokens, 0 for padding, [n_rows, n_positions]; a row without a sentence has one token, as a softmax needs one."""
+
+    @property
+    def is_token(self) -> torch.Tensor:
+        """The same, but 0 throughout the rows without a sentence."""
+        found = self.attention_mask.clone()
+        found[len(self.numbers) :] = 0
+        return found
 
     @property
     def n_tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.attention_mask.sum())
+        """Tokens of sentences."""
+        return int(self.is_token.sum())
 
 
 def batches(corpus: ClusteredCorpus, shard: np.ndarray) -> Iterator[Batch]:
-    """Tokenise a shard in batches of at most ``batch_size`` sentences, fewer where they are long.
+    """Tokenise a shard in batches whose shape depends on the length of their sentences alone.
 
-    The longest batch decides how much memory a build takes, so it is bounded whatever the corpus holds.
+    Libraries take another kernel for another shape, whose sums are rounded otherwise: so each sentence passes in a shape of its
+    own, whichever others come with it, and an index that is extended or merged has the sums of one build. The longest batch
+    decides how much memory a build takes, so it is bounded whatever the corpus holds.
     """
-    tokenizer = corpus.language_model.tokenizer
+    tokenizer, max_tokens = corpus.language_model.tokenizer, corpus.max_tokens
     device = corpus.language_model.model.device
-    max_tokens = corpus.max_tokens
-    begin = 0
-    while begin < len(shard):
-        numbers = shard[begin : begin + corpus.config.batch_size]
-        texts = [corpus.sentences[i].text for i in numbers]
-        rows = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    at_once = _TOKENS_AT_ONCE if device.type == "cpu" else _TOKENS_ON_DEVICE
+    by_length: dict[int, list[tuple[int, list[int]]]] = {}
+    for number, ids in zip(shard, _tokenized(tokenizer, corpus, shard), strict=True):
         # Every new shape costs memory and time in the libraries below, so lengths are rounded up to a few.
-        n_positions = min(-(-max(map(len, rows)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
-        rows = rows[: max(1, _TOKENS_AT_ONCE // n_positions)]
-        numbers = numbers[: len(rows)]
-        begin += len(rows)
-        input_ids = torch.full((len(rows), n_positions), tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        yield Batch(numbers, input_ids.to(device), mask.to(device))
+        n_positions = min(-(-max(1, len(ids)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
+        by_length.setdefault(n_positions, []).append((number, ids))
+    for n_positions, rows in by_length.items():
+        n_rows = max(1, min(corpus.config.batch_size, at_once // n_positions))
+        for begin in range(0, len(rows), n_rows):
+            here = rows[begin : begin + n_rows]
+            input_ids = torch.full((n_rows, n_positions), tokenizer.pad_token_id or 0)
+            mask = torch.zeros_like(input_ids)
+            mask[:, 0] = 1
+            for row, (_, ids) in enumerate(here):
+                input_ids[row, : len(ids)] = torch.tensor(ids)
+                mask[row, : len(ids)] = 1
+            yield Batch(np.array([number for number, _ in here]), input_ids.to(device), mask.to(device))
+
+
+def _tokenized(tokenizer: Any, corpus: ClusteredCorpus, shard: np.ndarray) -> list[list[int]]:
+    texts = [corpus.sentences[i].text for i in shard]
+    found: list[list[int]] = tokenizer(texts, truncation=True, max_length=corpus.max_tokens)["input_ids"]
+    return found
 
 
 def forward(language_model: LanguageModel, batch: Batch) -> None:
@@ -165,9 +183,10 @@ def run_shard(corpus: ClusteredCorpus, shard: np.ndarray) -> PartialSums:
 
     with recorded_activations(layers, add) as tap:
         for batch in batches(corpus, shard):
-            starts = np.concatenate([[0], np.cumsum(batch.attention_mask.sum(1).cpu().numpy())])
+            is_token = batch.is_token
+            starts = np.concatenate([[0], np.cumsum(is_token[: len(batch.numbers)].sum(1).cpu().numpy())])
             places = np.searchsorted(sums.clusters, assignment[batch.numbers])
-            tap.set_mask(batch.attention_mask)
+            tap.set_mask(is_token)
             forward(corpus.language_model, batch)
             give_back_memory()  # batches of many shapes would leave holes, more with every one
     return sums
