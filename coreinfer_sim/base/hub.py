@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+NO_CODE = {"trust_remote_code": False}
+"""Option of transformers' ``from_pretrained``: it would else ask on the terminal whether a checkpoint's own code may run."""
 _OF_MODELS = ("config.json", "adapter_config.json", "modules.json")
 """One of which a model of the hub has; modules.json is a sentence encoder's."""
 _SECONDS = 10

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import faiss
@@ -152,7 +153,8 @@ class _Helper(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self._ours, self._theirs = context.Pipe()
-        self._process = context.Process(target=_help, args=(make_run, self._theirs), daemon=True)
+        self._process = context.Process(target=_help, args=(self._theirs,), daemon=True)
+        self._make_run = ForkingPickler.dumps(make_run)
         self._left, self._told = left, told
 
     def start(self) -> None:
@@ -163,6 +165,9 @@ class _Helper(threading.Thread):
     def run(self) -> None:
         number = None
         try:
+            # Not as an argument of the process: `multiprocessing` writes those into a pipe of which this process holds the other
+            # end, too, and would wait without end for a process that was killed before it has read what the pipe does not hold.
+            self._ours.send_bytes(self._make_run)
             self._answer()  # it has loaded what it needs
             while (number := _next(self._left)) is not None:
                 self._ours.send(number)
@@ -196,12 +201,12 @@ class _HelperFailedError(Exception):
     """What another process says of its failure."""
 
 
-def _help(make_run: Callable[[], RunShard], parent: Connection) -> None:
+def _help(parent: Connection) -> None:
     """Run shards in a further process until none is left, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        run = make_run()
+        run = parent.recv()()
         parent.send(None)
         while (number := parent.recv()) is not None:
             parent.send(timed(run, number))

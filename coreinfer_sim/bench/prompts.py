@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from coreinfer_sim.base.errors import ContextLengthError, ModelError, PromptError
+from coreinfer_sim.base.hub import NO_CODE
 from coreinfer_sim.bench.programs import Prompt, Subject
 from coreinfer_sim.bench.shapes import byte_tokenizer
 from coreinfer_sim.models.loading import load_tokenizer
@@ -56,7 +57,7 @@ def _config(subject: Subject) -> Any:
     if model.endswith(".gguf"):
         return None
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **NO_CODE)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(

@@ -10,6 +10,7 @@ import torch
 
 from coreinfer_sim.base.decode_settings import ModelConfig
 from coreinfer_sim.base.errors import ConfigError, GenerationError
+from coreinfer_sim.base.hub import NO_CODE
 from coreinfer_sim.base.settings import Mode
 from coreinfer_sim.bench.programs import BenchJob, Prompt, Timing
 from coreinfer_sim.generation.in_process import TextGenerator
@@ -86,7 +87,7 @@ class OffloadProgram(TransformersProgram):
             )
         dtype = DTYPES.get(spec.dtype, "auto")
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map="meta")
+            whole = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map="meta", **NO_CODE)
         n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
         layers = find_mlps(whole)
         self._bytes = dense_bytes(layers) + other_bytes(whole, layers)
@@ -96,6 +97,7 @@ class OffloadProgram(TransformersProgram):
             device_map="auto",
             max_memory={"cpu": int(spec.ratio * n_bytes)},
             offload_folder=str(self._job.folder),
+            **NO_CODE,
         ).eval()
         places = list(self._model.hf_device_map.values())
         if set(places) == {"disk"}:

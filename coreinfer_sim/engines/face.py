@@ -225,8 +225,8 @@ class Engine(ABC):
         """Raise ConfigError unless tokens may read a share of what is held."""
         if not self.reads_by_token:
             raise ConfigError(
-                f"a read ratio below 1 was asked for, but the engine {self.name} reads all held neurons; leave it out, or let "
-                "lean decode."
+                f"a read ratio below 1 was asked for, but the engine {self.name} reads all held neurons; leave it out, or "
+                "name a model that the engine lean decodes."
             )
 
     @abstractmethod

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from coreinfer_sim.base.decode_settings import Prefill
-from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.errors import ConfigError, GenerationError
 from coreinfer_sim.base.memory import reusing_memory
 from coreinfer_sim.choosing.predictors import Predictor
 from coreinfer_sim.choosing.prompt_reader import PromptReader
@@ -240,6 +240,11 @@ class PhasedCall:
                     self._reader.begin(part["input_ids"], n_past)
                 output = original(*args, **part)
                 n_past += part["input_ids"].shape[1]
+        if output is not None and bool(output.logits[:, -1].isnan().any()):
+            raise GenerationError(
+                "the model gives what is no number (NaN) for the prompt, expected logits; its weights are damaged, or their type "
+                "is too narrow: fetch the model again, or set model.dtype to float32."
+            )
         return output
 
     def _compiled(self, original: Callable[..., Any], config: Any) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from coreinfer_sim.base.errors import ModelError
+from coreinfer_sim.base.hub import NO_CODE
 from coreinfer_sim.models.gguf_codes import main_dtype, own_codes
 from coreinfer_sim.models.gguf_names import GGUFNames
 from coreinfer_sim.models.gguf_reading import read_once
@@ -129,7 +130,7 @@ def load_model(
     wanted = DTYPES.get(dtype, of_gguf or "auto")
     # 2) the weights
     with load_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **NO_CODE)
         loaded: Any = auto_class(config).from_pretrained(
             source,
             config=config,
@@ -137,6 +138,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
+            **NO_CODE,
             **_dense_gguf(options),
         )
         model, read = loaded
@@ -166,9 +168,7 @@ def _widened_fp8(name: str, config: Any) -> list[str]:
         return []
     rows, columns = config.quantization_config["weight_block_size"]
     config.quantization_config = {**config.quantization_config, "dequantize": True}
-    return [
-        f"Note: the weights of {name} are FP8 with a scale for each {rows} × {columns}; they are widened to 16 bits."
-    ]
+    return [f"Note: the weights of {name} are FP8 with a scale for each {rows} × {columns}; they are widened."]
 
 
 def _text_part(name: str, config: Any) -> list[str]:
@@ -221,7 +221,7 @@ def load_tokenizer(name: str) -> Any:
     """
     source, options = source_of(name)
     with load_errors(name, "tokenizer of"):
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options, **NO_CODE)
 
 
 def usable(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from coreinfer_sim.base.hub import NO_CODE
 from coreinfer_sim.base.memory import keep_heap_small
 from coreinfer_sim.models.mending import mend, mend_config
 from coreinfer_sim.models.source import auto_class, load_errors
@@ -94,7 +95,7 @@ def empty_model(
             if not tied(model):  # transformers leaves those untied, too
                 untie(config)
                 model = auto_class(config).from_config(config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **NO_CODE)
         if Path(source, "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)
     return model, tokenizer, [*notes, *mend(model, tokenizer)]

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coreinfer_sim.base.errors import CoreInferSimError, ModelError, UnsupportedModelError
-from coreinfer_sim.base.hub import out_of_reach
+from coreinfer_sim.base.hub import NO_CODE, out_of_reach
 from coreinfer_sim.models.checkpoint import SHARDED, Checkpoint, has_safetensors
 
 ADAPTER_FILE = "adapter_config.json"
@@ -33,6 +33,10 @@ _UNKNOWN = re.compile(
     r"model type `?([\w.-]+)`? but Transformers does not recognize|GGUF model with architecture (\S+) is not supported"
 )
 """What transformers says of an architecture that it lacks."""
+_OTHER_KIND = re.compile(r"Unrecognized configuration class <class '[\w.]+\.(\w+)Config'>")
+"""What it says of one that writes no text from left to right."""
+_CODE = "trust_remote_code"
+"""What it names where a checkpoint needs code of its own."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _OF_TOKENIZERS = re.compile(r"(?i)tokenizer|vocab|merges|spiece|sentencepiece|tiktoken|tekken|\.model$|\.spm$")
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -85,7 +89,7 @@ def read_config(name: str, source: str, options: dict[str, str], fp8: bool = Fal
         UnsupportedModelError: the weights are quantised.
     """
     with load_errors(name):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options, **NO_CODE)
     for part in (config, config.get_text_config()):
         for field, method in (("quantization_config", "a method that it does not name"), ("quantization", "MLX")):
             settings = getattr(part, field, None)
@@ -138,6 +142,15 @@ def load_errors(name: str, what: str = "model") -> Iterator[None]:
             raise UnsupportedModelError(
                 f"{name} is of the architecture {unknown[1] or unknown[2]}, which transformers {transformers.__version__} does "
                 "not know; upgrade transformers, or name another model."
+            ) from error
+        if other := _OTHER_KIND.search(str(error)):
+            raise UnsupportedModelError(
+                f"{name} is of the type {other[1]}, expected a causal language model; name one, such as a Llama or a Qwen."
+            ) from error
+        if _CODE in str(error):
+            raise UnsupportedModelError(
+                f"{name} needs code of its own, which its config.json or tokenizer_config.json names, and such code does not "
+                f"run here; name a model of an architecture that transformers {transformers.__version__} knows."
             ) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if is_here and Path(name).is_file() and "cannot reshape array" in reason:  # fewer bytes than its header says

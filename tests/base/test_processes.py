@@ -11,8 +11,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -80,6 +82,31 @@ def test_a_shard_in_whose_middle_a_process_breaks_down_runs_again(how, message, 
     assert {each.worker for each in finished} == {this_worker()} and len(done) == 4
     (line,) = failed
     assert re.match(message, line)
+
+
+def carries(content: bytes) -> Callable[[int, Callable[[int], None]], None]:
+    raise AssertionError(f"nothing with {len(content)} bytes should get so far")
+
+
+def test_a_process_that_is_killed_while_it_starts_holds_nobody_up():
+    """What it is to run may be larger than a pipe holds, which it has not read then."""
+    was_killed = threading.Event()
+
+    def kill() -> None:
+        while not was_killed.is_set():
+            for child in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    if any("spawn_main" in word for word in child.cmdline()):
+                        child.kill()
+                        was_killed.set()
+
+    watch, done, _, failed = told()
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    run_shards(range(3), lambda number, report: report(was_killed.wait(60)), [partial(carries, bytes(1 << 20))], watch)
+    thread.join()
+    assert len(done) == 3
+    assert failed == ["a worker process was killed, as systems do where memory is short; the others do its share."]
 
 
 def leaves_files(folder: Path) -> Callable[[int, Callable[[int], None]], None]:

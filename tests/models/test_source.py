@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import refused_by_all, rewritten, saved, with_json
 from safetensors.torch import load_file
+from transformers import T5Config
 
 from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
 from coreinfer_sim.models.loading import load_model, load_tokenizer
@@ -287,3 +288,28 @@ def test_a_gguf_file_is_parsed_once(exported, monkeypatch):
     again = load_model(str(exported / "dense.gguf"))
     for one, other in zip(loaded.model.parameters(), again.model.parameters(), strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "of", "file"),
+    [
+        ("llamazilla", "config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        ("llama", "tokenizer_config.json", {"AutoTokenizer": ["own.Own", None]}),
+    ],
+    ids=["model", "tokenizer"],
+)
+def test_a_checkpoints_own_code_does_not_run(model_type, of, file, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model")
+    with_json(folder, model_type=model_type)
+    with_json(folder, of, auto_map=file, **({"tokenizer_class": "Own"} if of.startswith("tok") else {}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    refused_by_all(folder, UnsupportedModelError, "needs code of its own", "does not run here")
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_another_kind(tmp_path):
+    folder = saved(tmp_path / "model")
+    T5Config(vocab_size=64, d_model=16).save_pretrained(folder)
+    refused_by_all(folder, UnsupportedModelError, "is of the type T5, expected a causal language model")

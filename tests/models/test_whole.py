@@ -12,7 +12,8 @@ from checkpoints import loads, refused_by_all, rewritten, saved, saved_family, w
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from coreinfer_sim.base.errors import ModelError, UnsupportedModelError
+import coreinfer_sim
+from coreinfer_sim.base.errors import GenerationError, ModelError, UnsupportedModelError
 from coreinfer_sim.models.loading import load_model
 
 IDS = torch.arange(5, 20)[None]
@@ -251,3 +252,16 @@ def test_an_exported_set_with_biases_is_not_read_without_them(exported, tmp_path
     assert "blk.0.ffn_down.bias" in {tensor.name for tensor in gguf.GGUFReader(path).tensors}
     with pytest.raises(ModelError, match=r"3 tensors that its configuration has no place for \(blk.0.ffn_down.bias"):
         load_model(str(path))
+
+
+@pytest.mark.parametrize("engine", ["lean", "transformers"])
+def test_a_weight_that_is_no_number_is_said_and_not_decoded(engine, tmp_path):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+    folder = with_tensors(saved(tmp_path / "model"), spoil)
+    with (
+        coreinfer_sim.load(None, str(folder), mode="dense", engine=engine) as generator,
+        pytest.raises(GenerationError, match=r"gives what is no number \(NaN\) for the prompt"),
+    ):
+        generator.generate("How do stars form?", max_new_tokens=4)

@@ -240,5 +240,5 @@ ARCHITECTURES: dict[str, Callable[[Any], Architecture | str]] = {
 def architecture_of(config: Any) -> Architecture | str:
     """Return how a model of a configuration is built, or why it cannot be decoded here."""
     if config.model_type not in ARCHITECTURES:
-        return f"{config.model_type} is not among its {len(ARCHITECTURES)} types, which docs/models.md lists"
+        return f"{config.model_type} is not among the types of docs/models.md that it decodes"
     return ARCHITECTURES[config.model_type](config)
