@@ -145,7 +145,9 @@ def load_model(
         if getattr(model, "_hf_peft_config_loaded", False):
             check_no_adapter(name)
         if dtype == "auto" and not (as_stored and not any(isinstance(module, Conv1D) for module in model.modules())):
-            model = model.to(usable(model.dtype, device))
+            native = usable(model.dtype, device)
+            if native is not model.dtype:  # not else: rotary frequencies, which stay float32, would be rounded to 16 bits
+                model = model.to(native)
         model = model.to(device).eval()
         if options:
             reader = gguf.GGUFReader(options["gguf_file"])

@@ -34,7 +34,9 @@ def test_what_auto_computes_in(dtype, tmp_path):
     folder = save_tiny_checkpoint(tmp_path / "stored")
     AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     expected = dtype if SUPPORTED[dtype] else torch.float32
-    assert usable(dtype, "cpu") is load_model(folder, device="cpu").model.dtype is expected
+    model = load_model(folder, device="cpu").model
+    assert usable(dtype, "cpu") is model.dtype is expected
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32
     assert usable(dtype, "cuda") is dtype
     named = str(dtype).removeprefix("torch.")
     assert load_model(folder, dtype=named, device="cpu").model.dtype is dtype  # who names a type gets it
