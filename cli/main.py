@@ -34,6 +34,7 @@ from .status import status
 from .tune import tune
 
 INTERRUPTED = 130
+_FORCE = re.compile(r"(?<=replace it with )force\b")
 _COLUMNS = re.compile(r"(?<![\w.-])prompt_column\b( or template\b)?")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when tqdm is first imported
 
@@ -77,8 +78,7 @@ class _Group(click.Group):
             goes_on = ctx.invoked_subcommand in ("build-index", "analyze", "export", "extend")
             _fail(
                 ctx,
-                "interrupted"
-                + ("; what was finished is kept – run the same command again to go on." if goes_on else "."),
+                "interrupted" + ("; the same command goes on from what was finished." if goes_on else "."),
                 INTERRUPTED,
             )
         except BrokenPipeError:  # the reader of our output has gone; keep Python from complaining at exit
@@ -98,12 +98,13 @@ class _Group(click.Group):
             _fail(ctx, f"{found}; use a smaller batch (--set build.batch_size=…) or model.", 1)
 
     def _as_given(self, ctx: click.Context, message: str) -> str:
-        """Name the columns of a corpus in a message of the library as the command takes them."""
+        """Name the columns of a corpus, and `force`, in a message of the library as the command takes them."""
         command = self.get_command(ctx, ctx.invoked_subcommand or "")
         has_options = command is not None and any(each.name == "prompt_column" for each in command.params)
         column, template = (
             ("--prompt-column", "--template") if has_options else ("corpus.prompt_column", "corpus.template")
         )
+        message = _FORCE.sub("--force", message)
         return _COLUMNS.sub(lambda found: column + (f" or {template}" if found[1] else ""), message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -172,7 +173,8 @@ def serve(
     with _listening(host, port) as listener:
         place = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         click.echo(f"Serving {title} at http://{place} – Ctrl-C ends it.", err=True)
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+            server.run(sockets=[listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -46,10 +46,8 @@ def check_output(out: Path, force: bool) -> None:
     parts = {*INDEX_FILES, *OPTIONAL.values(), COMPENSATION_FOLDER, REPLACED}
     rest_of_index = names <= parts
     if not rest_of_index and not (out / MANIFEST_FILE).is_file():
-        raise BuildError(
-            f"{out} exists already and is no index, which force would replace, expected a new or an empty folder; name "
-            "another one."
-        )
+        found = "exists already and is no index" if out.is_dir() else "is a file"
+        raise BuildError(f"{out} {found}, expected a new or an empty folder; name another one.")
     foreign = sorted(names - {*parts, MANIFEST_FILE})
     if force and foreign:
         raise BuildError(

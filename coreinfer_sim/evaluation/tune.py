@@ -37,8 +37,11 @@ def check_rows(set_names: Iterable[str], part: range) -> None:
         part: of the 100 parts into which ids hash, those that the rows were taken from.
     """
     n_rows = Counter(set_names)
-    taken = f"{part.start}:{part.stop} of 0:100"
-    remedy = f"give more sets, longer completions, a higher limit, or a wider part than {taken}."
+    is_whole = part.start == 0 and part.stop == 100
+    wider = (
+        "or a higher limit" if is_whole else f"a higher limit, or a wider part than {part.start}:{part.stop} of 0:100"
+    )
+    remedy = f"give more sets, longer completions, {wider}."
     if n_rows.total() < FEWEST_ROWS:
         verb = "is" if n_rows.total() == 1 else "are"
         raise ConfigError(

@@ -66,11 +66,13 @@ def own_folder(name: str) -> Path:
     """Return the folder of one of the user's own indexes, whole or not.
 
     Raises:
-        ConfigError: the user has none of that name.
+        ConfigError: the user has none of that name, or it is the one that comes with the package.
     """
     folder = indexes_folder() / name
     if _is_name(name) and (folder.is_dir() or unfinished(folder).is_dir()):
         return folder
+    if name == DEMO:
+        raise ConfigError(f"the index {DEMO!r} comes with the package, expected one of your own; leave it.")
     own = ", ".join(own_indexes()) or "no index yet"
     raise ConfigError(
         f"there is no index {name!r} in {indexes_folder()}, expected one of your own: {own}; 'coreinfer-sim list' shows them."

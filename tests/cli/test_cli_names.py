@@ -110,11 +110,16 @@ def test_a_name_that_nobody_has(home):
     )
 
 
-@pytest.mark.parametrize("name", ["..", "../mine", "mine/..", "demo", "", "~"])
+@pytest.mark.parametrize("name", ["..", "../mine", "mine/..", "", "~"])
 def test_rm_deletes_the_users_own_alone(install, name):
     folder = install("mine")
     refused(call("rm", name, "--yes"), f"there is no index '{name}'", "your own: mine")
     assert folder.is_dir() and DEMO_FOLDER.is_dir()
+
+
+def test_rm_leaves_the_ready_made_index(home):
+    refused(call("rm", "demo", "--yes"), "the index 'demo' comes with the package")
+    assert DEMO_FOLDER.is_dir()
 
 
 def test_rm(install):
