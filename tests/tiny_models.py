@@ -166,6 +166,8 @@ TINY_FAMILIES = (
     TinyFamily("starcoder2", "starcoder2", _without_head_dim("Starcoder2Config"), biases=True),
 )
 BY_KEY = {tiny.key: tiny for tiny in TINY_FAMILIES}
+STRUCTURES = ("llama", "gemma2", "phi3", "opt", "gpt-neox")
+"""Of the families, one of each kind of layer: gated, normed behind the MLP, fused, plain with biases, and parallel to attention."""
 
 
 def _from_config(auto_class: Any, config: Any, seed: int) -> Any:

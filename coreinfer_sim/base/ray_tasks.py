@@ -79,8 +79,6 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody was asked whether use may be reported
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "100")  # seconds in which a cluster starts on a busy machine
-        # A busy machine answers late, and is not dead; Ray would end this process without a word.
-        os.environ.setdefault("RAY_health_check_failure_threshold", "100")
         import ray
 
         self._ray: Any = ray

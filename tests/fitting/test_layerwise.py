@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compensation_cases import divergence, language_model_of, some_texts
-from tiny_models import BY_KEY, N_LAYERS, tiny_model
+from tiny_models import BY_KEY, N_LAYERS, STRUCTURES, tiny_model
 from transformers import OPTForCausalLM
 
 from coreinfer_sim.base.settings import Ranking
@@ -33,7 +33,9 @@ def test_fitted_sets_beat_plain_ones_in_every_family(model, ranking):
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
 
 
-def test_a_ridge_chosen_on_held_texts_serves_unseen_ones_no_worse(model):
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_a_ridge_chosen_on_held_texts_serves_unseen_ones_no_worse(key, models):
+    model = models[key]
     language_model, texts, unseen = language_model_of(model), some_texts(40), some_texts(20, seed=1)
     n = [language_model.layers[0].d_ff // 2] * N_LAYERS
     chosen, least = (
@@ -42,8 +44,9 @@ def test_a_ridge_chosen_on_held_texts_serves_unseen_ones_no_worse(model):
     assert chosen < 1.02 * least
 
 
-def test_narrow_passes_give_the_moments_of_wide_ones(model):
-    language_model = language_model_of(model)
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_narrow_passes_give_the_moments_of_wide_ones(key, models):
+    language_model = language_model_of(models[key])
     layers, blocks, fit = language_model.layers, decoder_blocks(language_model), Fit()
     first, second = layers[:2]
     kept = torch.arange(1, second.d_ff, 3)

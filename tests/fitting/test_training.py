@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from compensation_cases import divergence, fitted_blankly, language_model_of, some_texts
-from tiny_models import N_LAYERS
+from tiny_models import N_LAYERS, STRUCTURES
 
 from coreinfer_sim.base.errors import BuildError
 from coreinfer_sim.engines.cutting import compact_model
@@ -81,7 +81,9 @@ def test_training_moves_weights_by_what_the_fit_moved_them(tiny_checkpoint):
     assert moved(1e3, settings) == unbound  # the rate that goes by the weights is the most
 
 
-def test_sets_that_learn_jointly_share_what_they_learn_in_every_family(model):
+@pytest.mark.parametrize("key", STRUCTURES)
+def test_sets_that_learn_jointly_share_what_they_learn_in_every_structure(key, models):
+    model = models[key]
     language_model, texts = language_model_of(model), some_texts(30)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     blank, settings = fitted_blankly(language_model, texts, 2)
