@@ -206,7 +206,8 @@ def _help(parent: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        run = parent.recv()()
+        make_run: Callable[[], RunShard] = parent.recv()
+        run = make_run()
         parent.send(None)
         while (number := parent.recv()) is not None:
             parent.send(timed(run, number))

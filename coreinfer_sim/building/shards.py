@@ -27,8 +27,9 @@ from coreinfer_sim.models.taps import recorded_activations
 
 _LENGTH_STEP = 16
 _TOKENS_AT_ONCE = 256
-"""On a CPU, where more make no pass faster."""
+"""In a batch on a CPU, where more make no pass faster."""
 _TOKENS_ON_DEVICE = 2048
+"""In a batch on a GPU."""
 
 
 @dataclass

@@ -146,9 +146,8 @@ def load_model(
             check_no_adapter(name)
         if dtype == "auto" and not (as_stored and not any(isinstance(module, Conv1D) for module in model.modules())):
             native = usable(model.dtype, device)
-            if (
-                native is not model.dtype
-            ):  # not else: rotary frequencies, which stay float32, would be rounded to 16 bits
+            # Not else: rotary frequencies, which stay float32 in a model of 16 bits, would be rounded.
+            if native is not model.dtype:
                 model = model.to(native)
         model = model.to(device).eval()
         if options:
