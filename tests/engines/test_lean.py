@@ -391,3 +391,16 @@ def test_weights_prepared_ahead(models):
     assert held > 0
     generate(sparse, token_ids(1, 5))
     assert cache.n_bytes == held
+
+
+def test_loops_keep_the_number_of_threads_that_torch_was_given(tmp_path):
+    """In a process of its own, as numba starts its threads once."""
+    program = (
+        "import sys, torch; torch.set_num_threads(1); import coreinfer_sim\n"
+        "with coreinfer_sim.load(None, sys.argv[1], mode='dense', weights='int8') as generator:\n"
+        "    generator.generate('How do stars form?', max_new_tokens=2)\n"
+        "print(torch.get_num_threads())"
+    )
+    folder = save_tiny_checkpoint(tmp_path / "model")
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "1"

@@ -257,6 +257,9 @@ def set_threads() -> int:
     return n
 
 
+set_threads()  # else numba would start its threads when a loop is first loaded, and leave torch with as many
+
+
 _FLOAT_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
