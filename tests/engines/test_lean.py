@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -21,7 +23,7 @@ from calls import (
     selection,
     token_ids,
 )
-from tiny_models import tiny_model
+from tiny_models import save_tiny_checkpoint, tiny_model
 from transformers import DynamicCache, StoppingCriteriaList
 
 from coreinfer_sim.base.decode_settings import DecodeConfig
