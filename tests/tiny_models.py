@@ -167,7 +167,7 @@ TINY_FAMILIES = (
 )
 BY_KEY = {tiny.key: tiny for tiny in TINY_FAMILIES}
 STRUCTURES = ("llama", "gemma2", "phi3", "opt", "gpt-neox")
-"""Of the families, one of each kind of layer: gated, normed behind the MLP, fused, plain with biases, and parallel to attention."""
+"""Of the families, one of each kind of layer: gated, normed behind the MLP, fused, plain with biases, parallel to attention."""
 
 
 def _from_config(auto_class: Any, config: Any, seed: int) -> Any:
