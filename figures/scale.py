@@ -62,7 +62,9 @@ def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         for each in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.Error):
                 words = " ".join(each.cmdline())
-                if "spawn_main" in words or (words.startswith("ray::") and "Agent" not in words):  # those are the node's
+                if "spawn_main" in words or (
+                    words.startswith("ray::") and "Agent" not in words
+                ):  # those are the node's
                     found.append(each)
     return found
 
