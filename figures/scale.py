@@ -62,7 +62,8 @@ def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         for each in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.Error):
                 words = " ".join(each.cmdline())
-                of_ray = words.startswith("ray::") and "Agent" not in words  # an agent is its machine's, which ends with it
+                # an agent of Ray is its machine's, which ends with it
+                of_ray = words.startswith("ray::") and "Agent" not in words
                 if of_ray or "spawn_main" in words:
                     found.append(each)
     return found
