@@ -226,7 +226,7 @@ class Engine(ABC):
         if not self.reads_by_token:
             raise ConfigError(
                 f"a read ratio below 1 was asked for, but the engine {self.name} reads all held neurons; leave it out, or "
-                "name a model that the engine lean decodes."
+                "use the engine lean, with a model that it decodes."
             )
 
     @abstractmethod

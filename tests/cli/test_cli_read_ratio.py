@@ -79,7 +79,7 @@ def test_ratios_out_of_range(tiny_checkpoint, ratio):
 def test_what_cannot_be_served(tiny_checkpoint):
     for engine in ("transformers", "compiled"):
         result = call(*without_index(tiny_checkpoint, *HALF, "--engine", engine))
-        refused(result, f"the engine {engine} reads all held neurons", "let lean decode")
+        refused(result, f"the engine {engine} reads all held neurons", "use the engine lean")
         assert result.stdout == ""
 
 
