@@ -357,6 +357,8 @@ def test_what_cannot_read_by_token_says_so():
         engine.prepare([reading(0.3)])
     model = tiny_model("llama")
     other = TransformersEngine(model, find_mlps(model), DecodeConfig(engine="transformers"))
-    with pytest.raises(ConfigError, match="the engine transformers reads all held neurons; leave it out, or use the engine lean"):
+    with pytest.raises(
+        ConfigError, match="the engine transformers reads all held neurons; leave it out, or use the engine lean"
+    ):
         other.prepare([reading(0.3)])
     assert other.prepare([reading(1.0)])
