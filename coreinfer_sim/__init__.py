@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP's threads wait for each other some hundred times a token. By default they spin for milliseconds: while other programs
-    # need the same cores, that takes decode to a twentieth. OpenMP reads this when torch or numba is first imported.
+    # need the same cores, that takes most of decode's speed. OpenMP reads this when torch or numba is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:  # what type checkers and editors see; the same names as in _WHERE

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +124,8 @@ def batches(corpus: ClusteredCorpus, shard: np.ndarray) -> Iterator[Batch]:
     device = corpus.language_model.model.device
     at_once = _TOKENS_AT_ONCE if device.type == "cpu" else _TOKENS_ON_DEVICE
     by_length: dict[int, list[tuple[int, list[int]]]] = {}
-    for number, ids in zip(shard, _tokenized(tokenizer, corpus, shard), strict=True):
+    texts = [corpus.sentences[i].text for i in shard]
+    for number, ids in zip(shard, tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"], strict=True):
         # Every new shape costs memory and time in the libraries below, so lengths are rounded up to a few.
         n_positions = min(-(-max(1, len(ids)) // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
         by_length.setdefault(n_positions, []).append((number, ids))
@@ -140,12 +140,6 @@ def batches(corpus: ClusteredCorpus, shard: np.ndarray) -> Iterator[Batch]:
                 input_ids[row, : len(ids)] = torch.tensor(ids)
                 mask[row, : len(ids)] = 1
             yield Batch(np.array([number for number, _ in here]), input_ids.to(device), mask.to(device))
-
-
-def _tokenized(tokenizer: Any, corpus: ClusteredCorpus, shard: np.ndarray) -> list[list[int]]:
-    texts = [corpus.sentences[i].text for i in shard]
-    found: list[list[int]] = tokenizer(texts, truncation=True, max_length=corpus.max_tokens)["input_ids"]
-    return found
 
 
 def forward(language_model: LanguageModel, batch: Batch) -> None:

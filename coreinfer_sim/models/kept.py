@@ -10,7 +10,7 @@ from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.files import cache_folder, remove
-from coreinfer_sim.models.layout_file import kept_layouts
+from coreinfer_sim.models.layout_file import SOURCES, kept_layouts
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def clear() -> list[Kept]:
         OSError: one cannot be deleted; it has the entry's path.
     """
     found = kept()
-    for path in (*(each.path for each in found), cache_folder("layouts") / "sources"):
+    for path in (*(each.path for each in found), cache_folder("layouts") / SOURCES):
         try:
             remove(path)
         except OSError as error:

@@ -26,7 +26,7 @@ from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.models.checkpoint import raw
 
 VERSION = 1
-_MANIFEST, _WEIGHTS, _SOURCES = "layout.json", "weights.bin", "sources"
+_MANIFEST, _WEIGHTS, SOURCES = "layout.json", "weights.bin", "sources"
 _ALIGN = 4096
 _BLOCK = 1 << 22
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)}
@@ -67,7 +67,7 @@ def _digest(files: Sequence[Path], progress: Progress) -> str:
     names = [str(path.resolve()) for path in files]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     now = [[name, *stat] for name, stat in zip(names, stats, strict=True)]
-    kept = cache_folder("layouts") / _SOURCES / f"{hashlib.sha256(repr(names).encode()).hexdigest()[:24]}.json"
+    kept = cache_folder("layouts") / SOURCES / f"{hashlib.sha256(repr(names).encode()).hexdigest()[:24]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["files"] == now:
