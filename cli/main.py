@@ -78,7 +78,7 @@ class _Group(click.Group):
             goes_on = ctx.invoked_subcommand in ("build-index", "analyze", "export", "extend")
             _fail(
                 ctx,
-                "interrupted" + ("; the same command goes on from what was finished." if goes_on else "."),
+                "interrupted" + ("; run the same command again to go on from what was finished." if goes_on else "."),
                 INTERRUPTED,
             )
         except BrokenPipeError:  # the reader of our output has gone; keep Python from complaining at exit

@@ -231,7 +231,7 @@ def test_ctrl_c_ends_a_build_with_130_and_keeps_what_was_finished(tiny_checkpoin
     assert stdout == ""
     lines = stderr.splitlines()
     assert [line.split(":")[0].split()[0] for line in lines] == ["Reading", "Corpus", "Plan", "Error"]
-    assert "interrupted; the same command goes on from what was finished" in lines[-1]
+    assert "interrupted; run the same command again to go on from what was finished" in lines[-1]
     assert not CONTROL.search(stderr)
     assert (
         3 <= len(list(shards.glob("[0-9]*.safetensors"))) < 300
