@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from coreinfer_sim.base.files import cache_folder
 from figures.record import RESULTS, record, slug
 from figures.table import REQUIRED, Given, figure
-from figures.tools import coreinfer, output_of, sets_of
+from figures.tools import coreinfer, peak_of, sets_of
 
 FILE = "figures-findings.json"
 _EXPERIMENTS = ("alpha-beta", "stability", "similarity", "clusters", "layers", "information")
@@ -31,7 +33,7 @@ _MOVES = {(position, more) for position in (16, 64, 128) for more in (8, 16, 32,
 @click.option("--texts", type=click.IntRange(16), default=1000, show_default=True, help="In all, evenly of the sets.")
 @click.option("--experiment", "experiments", type=click.Choice(_EXPERIMENTS), multiple=True, default=_EXPERIMENTS)
 def analyses(given: Given, texts: int, experiments: tuple[str, ...]) -> None:
-    """Every experiment's numbers over all layers, and its picture; what was broken off goes on."""
+    """Every experiment's numbers over all layers, its picture, and its time if it begins now; what was broken off goes on."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for experiment in experiments:
@@ -51,7 +53,19 @@ def analyses(given: Given, texts: int, experiments: tuple[str, ...]) -> None:
             command = coreinfer(
                 "analyze", experiment, corpus, "--model", given.model, "--plot", picture, *words, "--json"
             )
-            _record(given.name, json.loads(output_of(command)))
+            kept, begin = _kept(), time.perf_counter()
+            text, peak = peak_of(command)
+            seconds = time.perf_counter() - begin
+            found = json.loads(text)
+            _record(given.name, found)
+            if _kept() - kept:  # begun now: nothing of it had been counted before
+                title = f"{given.name}: time of {experiment}"
+                record(title, seconds / 60, "minutes", n_texts=found["corpus"]["n_kept"], peak_bytes=peak)
+
+
+def _kept() -> set[Path]:
+    """Return what analyses keep in the cache folder."""
+    return set(cache_folder("analyses").iterdir()) if cache_folder("analyses").is_dir() else set()
 
 
 def _mixed(data: Path, n: int, long: bool) -> list[dict[str, str]]:

@@ -70,6 +70,18 @@ def output_of(command: Sequence[str], **env: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=more).stdout
 
 
+def peak_of(command: Sequence[str]) -> tuple[str, int]:
+    """Run a command; return what it prints and its peak memory in bytes. Linux only."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        process = subprocess.Popen(command, stdout=printed)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        printed.seek(0)
+        return printed.read(), usage.ru_maxrss * 1024
+
+
 def generated(
     given: Given, prompts: str | Sequence[str], *, tree: Path = ROOT, cache: Path | None = None, **settings: object
 ) -> Any:
