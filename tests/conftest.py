@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# tqdm reads this once, when it is first imported, and tests look at bars
+os.environ.pop("TQDM_DISABLE", None)
 
 import pytest
 import torch

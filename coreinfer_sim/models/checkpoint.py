@@ -164,6 +164,8 @@ def _header(path: Path) -> tuple[set[str], dict[str, StoredTensor]]:
     with path.open("rb") as file:
         n_bytes = int.from_bytes(file.read(8), "little")
         text = file.read(n_bytes) if n_bytes <= min(size, _LARGEST_HEADER) else b""
+    if size < 8 or size - 8 < n_bytes <= _LARGEST_HEADER:
+        raise ModelError(f"{path} is cut off at {size:,} bytes, within its header; fetch it again.")
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)

@@ -25,8 +25,7 @@ def test_a_notebook_shows_bars_and_nothing_else_does(monkeypatch):
     assert shown(silent) is silent
 
 
-def test_a_bar_of_a_notebook(monkeypatch, capsys):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+def test_a_bar_of_a_notebook(capsys):
     bars = NotebookProgress()
     bars.advance(1)  # no stage yet
     bars.say("Reading prompts.jsonl.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -31,6 +32,11 @@ def test_weights_that_are_no_weights(index, tiny_checkpoint, tmp_path):
         "no readable safetensors header",
         "fetch it again",
     )
+    for n_bytes in (0, 2000):
+        shutil.copy(f"{tiny_checkpoint}/model.safetensors", broken)
+        os.truncate(broken / "model.safetensors", n_bytes)
+        said = f"model.safetensors is cut off at {n_bytes:,} bytes, within its header"
+        refused(call("generate", "stars", "--index", index, "--model", broken), said, "fetch it again")
 
 
 def test_another_model_of_the_same_family(index, tmp_path):
