@@ -53,7 +53,7 @@ def analyze(
     layers       how activations differ by layer
     information  how much of what a token needs is known before it comes
 
-    Every number has a 95 % interval. What was broken off goes on when the same command runs again.
+    Numbers have a 95 % interval, from some hundred texts on. What was broken off goes on when the same command runs again.
 
     \b
     coreinfer-sim analyze stability texts.jsonl --model ./my-model --plot stability.png

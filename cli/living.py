@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coreinfer_sim.base.decode_settings import ModelConfig
+from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.settings import CorpusConfig
 
@@ -50,6 +51,10 @@ def place_of(out: str, force: bool, named: bool = False) -> Iterator[Path]:
     from coreinfer_sim.index.remote import put_at
 
     if is_address(out):
+        if out.startswith("memory://"):
+            raise ConfigError(
+                f"{out} is memory of this process, which ends with the command, expected a place that stays; name another one."
+            )
         with put_at(out, force) as place:
             yield place
         return

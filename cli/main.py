@@ -30,6 +30,7 @@ from .living import diff, extend, merge, recluster
 from .report import report
 from .run import run
 from .serve import serve
+from .settings import SetOption
 from .status import status
 from .tune import tune
 
@@ -68,6 +69,15 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            params = [] if error.ctx is None else error.ctx.command.params
+            settings = [each for each in params if isinstance(each, SetOption)]
+            setting = settings[0].named(error.option_name) if settings else None
+            if setting is None:
+                raise
+            raise click.UsageError(
+                f"there is no option {error.option_name}; it is a setting: --set {setting}=VALUE.", error.ctx
+            ) from error
         except UnknownEngineError as error:
             _fail(ctx, str(error), 2)
         except MissingModelError as error:

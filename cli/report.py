@@ -39,14 +39,15 @@ def report(index: str, results: tuple[Path, ...], out: Path, other: str | None) 
     check_report(out)
     with status("Writing the report"):
         beside = None if other is None else SemanticIndex.load(other)
-        write_report(SemanticIndex.load(index), results, out, _commands(index, results, out), beside)
+        write_report(SemanticIndex.load(index), results, out, _commands(index, results, other, out), beside)
     click.echo(f"{out} is written; open it in a browser.")
 
 
-def _commands(index: str, results: tuple[Path, ...], out: Path) -> list[tuple[str, str]]:
+def _commands(index: str, results: tuple[Path, ...], other: str | None, out: Path) -> list[tuple[str, str]]:
     """Return what a reader may want to do, and the commands for that."""
     name = shlex.quote(index)
     files = "".join(f" {shlex.quote(str(path))}" for path in results)
+    files += f" --compare {shlex.quote(other)}" if other is not None else ""
     return [
         (
             "Show a prompt's topics, and where it stands on the map",

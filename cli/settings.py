@@ -86,6 +86,20 @@ def _is_typed(name: str) -> bool:
     return context is None or context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
+class SetOption(click.Option):
+    """``--set``, which knows its groups."""
+
+    def __init__(self, *names: Any, groups: tuple[str, ...], **attributes: Any) -> None:
+        """Take what `click.Option` takes, and the groups."""
+        super().__init__(*names, **attributes)
+        self.groups = groups
+
+    def named(self, option: str) -> str | None:
+        """Return the setting that an option would be called like, such as ``scale.executor`` for ``--executor``."""
+        name = option.lstrip("-").replace("-", "_")
+        return next((full for full in names(self.groups) if full.partition(".")[2] == name), None)
+
+
 def set_option(*groups: str) -> Callable[[F], F]:
     """Add --set for some groups."""
 
@@ -105,6 +119,8 @@ def set_option(*groups: str) -> Callable[[F], F]:
     return click.option(
         "--set",
         "settings",
+        cls=SetOption,
+        groups=groups,
         multiple=True,
         callback=read,
         shell_complete=complete,

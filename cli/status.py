@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 def status(name: str, as_json: bool) -> None:
     """Show how far the build of the index NAME is; NAME is what build-index was given as --out.
 
-    It reads the log of the build, log.jsonl in the folder NAME.build, and may be asked from another terminal.
+    It reads the log of the build, log.jsonl in the folder NAME.build, and may be asked from another terminal. An index for an
+    address is built in the cache folder of the machine that builds it, so it is asked there.
     """
-    from coreinfer_sim.building.status import build_status
+    from coreinfer_sim.base.stores import is_address
+    from coreinfer_sim.building.status import build_status, status_at
     from coreinfer_sim.index.names import place_of_new
 
-    found = build_status(place_of_new(name))
+    found = status_at(name) if is_address(name) else build_status(place_of_new(name))
     if as_json:
         print_json(found.as_dict())
         return

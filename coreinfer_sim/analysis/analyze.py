@@ -24,7 +24,7 @@ from coreinfer_sim.analysis.layers import Layers
 from coreinfer_sim.analysis.reading import Reader
 from coreinfer_sim.analysis.similarity import Similarity
 from coreinfer_sim.analysis.stability import Stability
-from coreinfer_sim.analysis.texts import Texts, draw
+from coreinfer_sim.analysis.texts import BLOCK, Texts, draw
 from coreinfer_sim.base import analysis_settings as settings
 from coreinfer_sim.base.errors import ConfigError, CorpusError
 from coreinfer_sim.base.files import cache_folder, locked, write_atomic
@@ -62,13 +62,20 @@ class Analysis:
     encoders: tuple[str, ...]
     """Empty where none was needed."""
     rows: list[dict[str, Any]]
-    """A number each: what it is of, "value", and "low" and "high", the ends of its 95 % interval."""
+    """A number each: what it is of, "value", and "low" and "high", the ends of its 95 % interval; None: too few texts."""
     remarks: list[str]
+    n_texts: int
+    """That were measured, which may be fewer than the corpus holds."""
 
     @property
     def picture(self) -> Picture:
         """How it is drawn."""
         return EXPERIMENTS[self.experiment].picture(self.config)
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there were texts enough for intervals."""
+        return any(row["low"] is not None for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -148,7 +155,7 @@ def analyze(
     # 4) the numbers
     work.check()
     rows = with_intervals(work.sums, work.measures, work.unit)
-    return Analysis(
+    found = Analysis(
         experiment,
         language_model.name,
         {"source": corpus.source, **texts.report.as_dict()},
@@ -156,7 +163,13 @@ def analyze(
         tuple(each.name for each in encoders),
         rows,
         work.remarks(),
+        int(work.sums[work.measured].sum()),
     )
+    if not found.has_intervals:
+        found.remarks.append(
+            f"intervals compare blocks of {BLOCK} texts, and {counted(found.n_texts, 'text')} gave too few of them"
+        )
+    return found
 
 
 def _encoders(encoder: str | SentenceEncoder, further: Sequence[str], device: str) -> list[SentenceEncoder]:

@@ -57,7 +57,7 @@ class Experiment(ABC):
     that is kept of a text, and what a run that was broken off goes on from.
     """
 
-    unit = "texts"
+    unit = measured = "texts"
     """The sum that is zero for groups that tell nothing."""
     needs_encoder = False
     least_texts = 2

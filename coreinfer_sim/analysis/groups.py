@@ -29,7 +29,7 @@ def fit_clusters(
     if len(texts) < 2 * max(numbers):
         raise CorpusError(
             f"the corpus holds {counted(len(texts), 'text')}, expected {2 * max(numbers)} or more for {max(numbers)} clusters; "
-            "give a larger one, or smaller numbers of clusters."
+            "give a larger one, or smaller numbers in analyze.clusters."
         )
     found = {}
     for place, encoder in enumerate(encoders):

@@ -7,6 +7,7 @@ from typing import Any
 
 from coreinfer_sim.analysis.analyze import Analysis
 from coreinfer_sim.base.plots import COLORS, HEIGHT, SHAPES, WIDTH, check_plot, cycled, save_plot, styled
+from coreinfer_sim.base.progress import counted
 
 
 def plot(found: Analysis, path: Path) -> None:
@@ -41,13 +42,13 @@ def analysis_chart(found: Analysis) -> Any:
         "at:Q",
         title=picture.x_title,
         scale=alt.Scale(nice=False, zero=False),
-        axis=alt.Axis(tickCount=6, tickMinStep=0.1 if picture.x == "share" else 1, format="~g"),
+        axis=alt.Axis(tickCount=6, tickMinStep=0.1 if picture.x == "share" else 1, format="~r"),
     )
     y = alt.Y(
         "value:Q",
         title=picture.y_title,
         scale=alt.Scale(type="log", nice=False) if picture.is_log else alt.Scale(zero=False),
-        axis=alt.Axis(tickCount=6, format="~g"),
+        axis=alt.Axis(tickCount=6, format="~r"),
     )
     color = alt.Color("series:N", scale=alt.Scale(domain=names, range=cycled(COLORS, len(names))), title=None)
     shape = alt.Shape("series:N", scale=alt.Scale(domain=names, range=cycled(SHAPES, len(names))), title=None)
@@ -56,5 +57,5 @@ def analysis_chart(found: Analysis) -> Any:
     lines = base.mark_line().encode(y=y)
     dots = base.mark_point(size=45).encode(y=y, shape=shape)
     chart = alt.layer(lines, bars, dots).properties(width=WIDTH, height=HEIGHT)
-    n = found.corpus["n_kept"]
-    return styled(chart, f"{picture.title}: {Path(found.model).name}, {n:,} texts, 95\u00a0% intervals")
+    intervals = ", 95\u00a0% intervals" if found.has_intervals else ""
+    return styled(chart, f"{picture.title}: {Path(found.model).name}, {counted(found.n_texts, 'text')}{intervals}")

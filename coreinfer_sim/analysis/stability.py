@@ -38,7 +38,7 @@ class Stability(Experiment):
             where={"layers": ("all",), "more": (None,)},
         )
 
-    unit = "long"
+    unit = measured = "long"
 
     def __init__(self, setting: Setting) -> None:
         """Begin with no text.

@@ -89,7 +89,7 @@ def styled(chart: Any, title: str) -> Any:
     )
 
 
-def wrapped(text: str, width: int = 55) -> list[str]:
+def wrapped(text: str, width: int = 46) -> list[str]:
     """Cut a text into lines that fit a plot."""
     return textwrap.wrap(text, width)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coreinfer_sim.base.errors import BuildError, CoreInferSimError
+from coreinfer_sim.base.errors import BuildError, ConfigError, CoreInferSimError
 from coreinfer_sim.base.extra import require
 from coreinfer_sim.base.processes import AGAIN, Finished, RunShard, Watch, in_words, timed
 from coreinfer_sim.base.progress import readable_size
@@ -19,6 +19,8 @@ _OBJECT_STORE = 100 << 20
 """Bytes for what tasks share by Ray on this machine: descriptions, as results go to the build folder."""
 _RETRIES = 3
 _ANSWERS_WITHIN = 10.0  # seconds
+_BY_NAME = ("auto", "local")
+_LAST_PORT = 65535
 _LOADED: dict[str, RunShard] = {}
 """In a worker process: what the stage at work has loaded, by the stage's name."""
 
@@ -42,18 +44,34 @@ def check_ray(address: str | None) -> str | None:
     """Return the address of a cluster that runs, by default the variable RAY_ADDRESS; None: a new one on this machine.
 
     Raises:
-        ConfigError: Ray is not installed.
-        BuildError: nothing answers at the address; Ray itself would look for it for minutes.
+        ConfigError: Ray is not installed, or the address is none.
+        BuildError: nothing answers at the address, or something else than Ray; Ray itself would look for it for minutes.
     """
-    require("the executor ray", "scale", "ray")
+    require("the executor ray", "scale", "ray", "grpc")
     address = address or os.environ.get("RAY_ADDRESS") or None
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal() and "://" not in host:
-        try:
-            socket.create_connection((host, int(port)), _ANSWERS_WITHIN).close()
-        except OSError as error:
-            raise _no_cluster(str(address), error) from error
+    if address is None or address in _BY_NAME or "://" in address:
+        return address
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) <= _LAST_PORT):
+        raise ConfigError(f"the Ray address is {address!r}, expected HOST:PORT, such as 10.0.0.5:6379; name one.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+    if os.environ.get("RAY_USE_TLS", "0") == "0":
+        _check_grpc(address)
     return address
+
+
+def _check_grpc(address: str) -> None:
+    """Raise BuildError unless what answers at an address speaks gRPC, as the head of a Ray cluster does."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(_ANSWERS_WITHIN)
+        except grpc.FutureTimeoutError as error:
+            raise _no_cluster(address, OSError("what answers there is something else")) from error
 
 
 def _no_cluster(place: str, error: Exception) -> BuildError:

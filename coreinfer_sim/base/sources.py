@@ -263,8 +263,12 @@ def _parquet(path: AnyFile, columns: Sequence[str] | None) -> RawRows:
 
 def _data_set(path: Path, config: CorpusConfig) -> Callable[[Sequence[str] | None], RawRows]:
     """Open a data set on the hub, or one in a folder."""
-    require(f"reading the data set {config.source}", "hub", "datasets")
-    if not path.is_dir() and (why := no_answer()):
+    is_here = path.is_dir()
+    what = f"reading the data set {config.source}"
+    if not is_here:
+        what = f"there is no file or folder {config.source!r}, and reading the hub's data set {config.source}"
+    require(what, "hub", "datasets")
+    if not is_here and (why := no_answer()):
         raise CorpusError(
             f"the corpus {config.source} cannot be read: it is no path here, and the hub does not answer ({why}); check the "
             "path or the connection."
@@ -273,7 +277,7 @@ def _data_set(path: Path, config: CorpusConfig) -> Callable[[Sequence[str] | Non
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is in the exception
-    if path.is_dir() and _is_saved(path):
+    if is_here and _is_saved(path):
         opened: Any = datasets.load_from_disk(str(path))
         if isinstance(opened, dict):
             if config.split not in opened:

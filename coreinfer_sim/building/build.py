@@ -24,6 +24,7 @@ from coreinfer_sim.base.stores import RemoteFile, is_address
 from coreinfer_sim.building.folder import begin_or_continue, build_folder, check_output, work_folder
 from coreinfer_sim.building.histograms import layout_bytes, measure_histograms
 from coreinfer_sim.building.log import LoggedProgress
+from coreinfer_sim.building.merging import check_new
 from coreinfer_sim.building.plan import BuildPlan
 from coreinfer_sim.building.promise import measure_promise
 from coreinfer_sim.building.refit import fit_refit
@@ -61,7 +62,7 @@ def build_index(
 ) -> SemanticIndex:
     """Run a corpus through a model and store each semantic cluster's core neurons.
 
-    A killed build is continued by the same call, ``force`` included: what is finished is found in ``OUT.build``.
+    A killed build is continued by the same call: what is finished is found in ``OUT.build``.
 
     Args:
         model: hub id, checkpoint folder, GGUF file, or a loaded model (then ``workers`` must be 1).
@@ -75,9 +76,10 @@ def build_index(
             ``if __name__ == "__main__"``, as always with Python's multiprocessing.
         threads: torch threads of each process; None a quarter of the cores. Part of the build, unlike ``workers``.
         scale: who shares the shards: processes here, on GPUs that are named, or tasks of a Ray cluster.
-        force: replace an index that exists, and start anew where a build without it or of other settings was broken off; if
-            only those of compensation are others, statistics are kept.
-        part_of: index that this one will be added to: the model must be its model, and what would be promised is not measured.
+        force: replace an index that exists, and start anew where a build of other settings was broken off; if only those of
+            compensation are others, statistics are kept.
+        part_of: index that this one will be added to: the model must be its model, the corpus one that it does not hold, and
+            what would be promised is not measured.
         progress: takes messages and progress; None: see `shown`.
 
     Raises:
@@ -120,12 +122,13 @@ def build_index(
         threads or default_threads(kind),
     )
     with build_folder(folder):
+        check_output(out, force)  # once more, as something may have come there before the lock
         settings = _settings(source, corpus, language_model, sentence_encoder, centroids)
         begin_or_continue(folder, settings, force, progress)
         progress = LoggedProgress(folder, progress)
         lay_out = isinstance(model, str) and dtype in ("auto", "stored") and kind == "cpu"
         parts = (source, corpus, language_model, sentence_encoder, centroids)
-        _run_stages(out, *parts, workers, scale, lay_out, part_of is None, progress)
+        _run_stages(out, *parts, workers, scale, lay_out, part_of, progress)
     shutil.rmtree(folder)
     return SemanticIndex.load(out, sentence_encoder)
 
@@ -206,13 +209,15 @@ def _run_stages(
     n_workers: int | None,
     scale: ScaleConfig,
     lay_out: bool,
-    promises: bool,
+    part_of: SemanticIndex | None,
     progress: Progress,
 ) -> None:
     """Run all stages of a build that are not finished, in its folder."""
     folder, config = source.folder, source.config
     # 1) sentences, and what the build will take
     drawn = draw(folder, corpus, language_model.tokenizer, progress)
+    if part_of is not None:
+        check_new(part_of, corpus.source, drawn.report.sha256)
     layers = recorded_layers(language_model, config)
     model_bytes = language_model.model.get_memory_footprint()
     measures = drawn.report.n_held_out > 0  # what tokens need and what that promises
@@ -252,7 +257,7 @@ def _run_stages(
         with torch_threads(n_cores()):
             refit = fit_refit(clustered, histograms, progress)
         with torch_threads(source.n_threads):
-            profiles = measure_promise(workers, refit, lay_out) if promises else {}
+            profiles = measure_promise(workers, refit, lay_out) if part_of is None else {}
     # 6) the index
     parts = BuiltParts(
         *(clustered, corpus.source, drawn.report, encoder, source.n_threads, sums(), sets, histograms, refit, profiles),

@@ -9,8 +9,8 @@ from coreinfer_sim.base.files import remove
 from coreinfer_sim.base.progress import Progress, shown
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building.build import build_index
-from coreinfer_sim.building.folder import check_output
-from coreinfer_sim.building.merging import merge
+from coreinfer_sim.building.folder import holding
+from coreinfer_sim.building.merging import add_up
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.names import is_ready_made
 
@@ -49,16 +49,16 @@ def extend(
     if out is None and is_ready_made(index.folder):
         raise ConfigError(f"{index.name} comes with the package and stays as it is; say where the new index shall go.")
     place = index.folder if out is None else Path(out).resolve()
-    check_output(place, force or out is None)
-    index.sums()
-    # 2) an index over the corpus alone, by the same settings and clusters
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
-    added = place.with_name(f".{place.name}.added")
-    part = part_of(index, corpus, added, model, device, workers, progress)
-    # 3) both together
-    part.name = Path(corpus.source).name
-    found = merge([index, part], place, force or out is None, progress)
-    remove(added)
+    with holding(place, force or out is None):
+        index.sums()
+        # 2) an index over the corpus alone, by the same settings and clusters
+        added = place.with_name(f".{place.name}.added")
+        part = part_of(index, corpus, added, model, device, workers, progress)
+        # 3) both together
+        part.name = Path(corpus.source).name
+        found = add_up([index, part], place, progress)
+        remove(added)
     return found
 
 

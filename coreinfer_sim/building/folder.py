@@ -28,8 +28,6 @@ from coreinfer_sim.index.manifest import (
 SHARDS_FOLDER = "shards"
 SETTINGS_FILE = "plan.json"
 LOCK_FILE = "lock"
-FORCED_FILE = "forced"
-"""Left where a forced build began, which goes on when it is repeated as it was, ``force`` included."""
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -66,6 +64,28 @@ def work_folder(out: Path) -> Path:
 
 
 @contextmanager
+def holding(out: Path, force: bool) -> Iterator[None]:
+    """Hold the place of an index for this process alone: what is made there from other indexes, and a build, exclude each other.
+
+    Args:
+        out: the index folder to make, no link.
+        force: replace an index.
+
+    Raises:
+        BuildError: something stands there, or a build of that index is at work or was broken off.
+    """
+    check_output(out, force)
+    folder = work_folder(out)
+    with build_folder(folder):
+        check_output(out, force)  # once more, as something may have come there before the lock
+        if not force and (folder / SETTINGS_FILE).exists():
+            raise BuildError(
+                f"{folder} holds a build that was broken off, expected none; finish it by its command, or name another folder."
+            )
+        yield
+
+
+@contextmanager
 def build_folder(folder: Path) -> Iterator[None]:
     """Hold the build folder for this process alone; a failed start leaves none behind in the way of the next one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +111,6 @@ def build_folder(folder: Path) -> Iterator[None]:
                 LOCK_FILE,
                 LOG_FILE,
                 SETTINGS_FILE,
-                FORCED_FILE,
             }:
                 _remove_held(folder)
 
@@ -108,13 +127,14 @@ def begin_or_continue(folder: Path, settings: dict[str, Any], force: bool, progr
         folder: of the build, held by this process.
         settings: all that the index depends on; compensation lies under "config".
         force: drop what other settings have left; of a build that only compensates otherwise, the statistics stay.
+            What the same settings have left is gone on with.
         progress: takes a message.
 
     Raises:
         BuildError: the folder holds a build with other settings.
     """
     settings = json.loads(json.dumps(settings))  # as they will be read
-    path, forced = folder / SETTINGS_FILE, folder / FORCED_FILE
+    path = folder / SETTINGS_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     different = [] if found is None else differing(found, settings)
     if different and not force:
@@ -122,16 +142,14 @@ def begin_or_continue(folder: Path, settings: dict[str, Any], force: bool, progr
             f"{folder} holds a build with other settings – {', '.join(different)} –, expected the same; repeat them to go on, "
             "or start anew with force – where only compensation differs, behind the statistics."
         )
-    if found is not None and not different and (forced.exists() or not force):
+    if found is not None and not different:
         progress.say(f"Continuing the build in {folder}.")
         return
-    if found is not None and different and _without_compensation(found) == _without_compensation(settings):
+    if found is not None and _without_compensation(found) == _without_compensation(settings):
         forget_sets(folder)
         progress.say(f"Making other compensated sets from the statistics in {folder}.")
     else:
         _clear(folder)
-    if force:
-        forced.touch()
     write_json(path, settings)
 
 

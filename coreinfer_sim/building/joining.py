@@ -11,7 +11,7 @@ import numpy as np
 
 from coreinfer_sim.base.errors import ClusteringError
 from coreinfer_sim.base.progress import Progress, counted, shown
-from coreinfer_sim.building.folder import check_output
+from coreinfer_sim.building.folder import holding
 from coreinfer_sim.building.merging import Members, joined, members_of, note_left_out, profiles_by_token, write_changed
 from coreinfer_sim.index.index import SemanticIndex
 from coreinfer_sim.index.sums import Sums
@@ -44,10 +44,14 @@ def recluster(
         MissingSumsError: an earlier release built it.
         BuildError: something stands where the index shall go.
     """
-    progress = shown(progress)
     out = Path(out).resolve()
-    check_output(out, force)
-    _check(index, n_clusters)
+    with holding(out, force):
+        _check(index, n_clusters)
+        return _join_to(index, n_clusters, out, shown(progress))
+
+
+def _join_to(index: SemanticIndex, n_clusters: int, out: Path, progress: Progress) -> SemanticIndex:
+    """Make the index of joined clusters at a place that this process holds."""
     sums = index.sums()
     members = members_of(index, sums)
     # 1) which join, the largest group first

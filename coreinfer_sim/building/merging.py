@@ -15,7 +15,7 @@ import numpy as np
 from coreinfer_sim.base.errors import ConfigError, IndexFormatError, IndexMismatchError, ModelError
 from coreinfer_sim.base.files import replacing
 from coreinfer_sim.base.progress import Progress, shown
-from coreinfer_sim.building.folder import check_output
+from coreinfer_sim.building.folder import holding
 from coreinfer_sim.building.writing import N_EXEMPLARS
 from coreinfer_sim.index.clustering import quantiles_of
 from coreinfer_sim.index.clusters import Cluster
@@ -68,9 +68,13 @@ def merge(
         ConfigError: there are fewer than two, or two hold the same corpus.
         BuildError: something stands where the index shall go.
     """
-    progress = shown(progress)
     out = Path(out).resolve()
-    check_output(out, force)
+    with holding(out, force):
+        return add_up(indexes, out, shown(progress))
+
+
+def add_up(indexes: Sequence[SemanticIndex], out: Path, progress: Progress) -> SemanticIndex:
+    """As `merge`, at a place that this process holds."""
     check_mergeable(indexes)
     first = indexes[0].manifest
     # 1) the sums
@@ -90,7 +94,7 @@ def merge(
     refit = None if source is None else source.manifest.refit
     note_left_out([index.manifest for index in indexes], profiles, refit is not None, progress)
     # 3) the index
-    corpora = [corpus for index in indexes for corpus in _corpora(index)]
+    corpora = [corpus for index in indexes for corpus in corpora_of(index)]
     manifest = replace(
         first,
         corpus=_whole_corpus(corpora),
@@ -120,7 +124,7 @@ def check_mergeable(indexes: Sequence[SemanticIndex]) -> None:
         )
     first, known = indexes[0], dict[str, str]()
     for index in indexes:
-        for corpus in _corpora(index):
+        for corpus in corpora_of(index):
             if corpus.sha256 in known:
                 raise ConfigError(
                     f"{index.name} holds the corpus {corpus.source}, which {known[corpus.sha256]} holds too, so that its texts "
@@ -132,6 +136,16 @@ def check_mergeable(indexes: Sequence[SemanticIndex]) -> None:
             raise IndexMismatchError(
                 f"{index.name} has other centroids than {first.name}, expected the same; build it with "
                 f"build.centroids={first.name}."
+            )
+
+
+def check_new(index: SemanticIndex, source: str, sha256: str) -> None:
+    """Raise ConfigError if an index holds a corpus already, which is known by the checksum of its texts."""
+    for corpus in corpora_of(index):
+        if corpus.sha256 == sha256:
+            raise ConfigError(
+                f"{index.name} holds the texts of {source} already, as {corpus.source}, and they would count twice, expected "
+                "other texts; leave this corpus out."
             )
 
 
@@ -275,7 +289,8 @@ def note_left_out(
         progress.say(f"Left out, as they rest on other texts or clusters: {'; '.join(lost)}.")
 
 
-def _corpora(index: SemanticIndex) -> list[CorpusInfo]:
+def corpora_of(index: SemanticIndex) -> list[CorpusInfo]:
+    """Return what an index was built over."""
     return [index.manifest.corpus] if index.manifest.sums is None else index.manifest.sums.corpora
 
 

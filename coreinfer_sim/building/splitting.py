@@ -16,7 +16,7 @@ from coreinfer_sim.base.progress import Progress, counted, shown
 from coreinfer_sim.base.rows import Row, read_corpus
 from coreinfer_sim.base.settings import CorpusConfig
 from coreinfer_sim.building.extending import part_of
-from coreinfer_sim.building.folder import check_output
+from coreinfer_sim.building.folder import holding
 from coreinfer_sim.building.merging import Members, members_of, note_left_out, profiles_by_token, write_changed
 from coreinfer_sim.building.stages import embed
 from coreinfer_sim.index.clustering import assign, cluster_embeddings, quantiles_of
@@ -61,9 +61,23 @@ def split(
         ClusteringError: the texts cannot be cut into so many clusters.
         CoreInferSimError: any other of its kinds; the same call goes on with what was finished.
     """
-    progress, place = shown(progress), Path(out).resolve()
+    place = Path(out).resolve()
     corpus = CorpusConfig(corpus) if isinstance(corpus, str) else corpus
-    check_output(place, force)
+    with holding(place, force):
+        return _split_to(index, n_clusters, corpus, place, model, device, workers, shown(progress))
+
+
+def _split_to(
+    index: SemanticIndex,
+    n_clusters: int,
+    corpus: CorpusConfig,
+    place: Path,
+    model: str | None,
+    device: str,
+    workers: int | None,
+    progress: Progress,
+) -> SemanticIndex:
+    """Make the index of split clusters at a place that this process holds."""
     sums = index.sums()
     members = members_of(index, sums)
     name, work = model or index.model_place, place.with_name(f".{place.name}.split")

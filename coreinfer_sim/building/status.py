@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 
 from coreinfer_sim.base.errors import BuildError
+from coreinfer_sim.base.stores import RemoteFile
 from coreinfer_sim.building.folder import work_folder
 from coreinfer_sim.building.log import LOG_FILE
 from coreinfer_sim.index.manifest import MANIFEST_FILE
+from coreinfer_sim.index.remote import place_for
 
 _CLOCKS = 5.0  # seconds by which two clocks of one machine may differ
 
@@ -68,6 +70,26 @@ def build_status(out: Path) -> BuildStatus:
         return BuildStatus("finished", str(out))
     raise BuildError(
         f"there is neither an index nor a build at {out}, expected one; name the folder that was given to it."
+    )
+
+
+def status_at(address: str) -> BuildStatus:
+    """Return how far the build of an index is that goes to an address, as it is seen on the machine that builds it.
+
+    Args:
+        address: of the index folder.
+
+    Raises:
+        BuildError: there is neither an index there nor a build here.
+        UnreachableError: the store cannot be reached.
+    """
+    place = place_for(address)
+    if work_folder(place).is_dir() or place.is_dir():
+        return build_status(place)
+    if (RemoteFile(address) / MANIFEST_FILE).exists():
+        return BuildStatus("finished", address)
+    raise BuildError(
+        f"there is no index at {address}, and no build of one on this machine, expected one; name the address that it has."
     )
 
 

@@ -66,7 +66,7 @@ def find(info: ModelInfo | EncoderInfo, folder: Path | None, index: str) -> str:
         + ("" if info.path in (None, info.name) else f" nor at {info.path}")
         + f" nor in {' or '.join(map(str, model_folders()))}, expected it at one of these; "
         + (
-            "'coreinfer-sim demo' fetches it."
+            "fetch it by 'coreinfer-sim demo', or give the model's present place."
             if name.name == DEMO_MODEL
             else f"put it there, name its folder in {SEARCH_PATH}, or give the {what}'s present place."
         )

@@ -46,6 +46,11 @@ def fetched(address: str) -> Path:
     return place
 
 
+def place_for(address: str) -> Path:
+    """Return the folder on disk in which an index is made that goes to an address."""
+    return cache_folder(_FOLDER) / f"to-{hashlib.sha256(address.encode()).hexdigest()[:24]}"
+
+
 @contextmanager
 def put_at(address: str, force: bool) -> Iterator[Path]:
     """Yield a place on disk to make an index at, which is put at an address, the manifest last, if the block ends well.
@@ -59,7 +64,7 @@ def put_at(address: str, force: bool) -> Iterator[Path]:
         BuildError: there is something already.
     """
     target = RemoteFile(address)
-    place = cache_folder(_FOLDER) / f"to-{hashlib.sha256(address.encode()).hexdigest()[:24]}"
+    place = place_for(address)
     if (target / MANIFEST_FILE).exists() and not force:
         raise BuildError(
             f"{address} holds an index already, expected none; name another address or replace it with force."

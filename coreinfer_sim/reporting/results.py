@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_sim.base.errors import ConfigError
+from coreinfer_sim.base.progress import counted
 from coreinfer_sim.bench.plot import speed_chart
 from coreinfer_sim.evaluation.contenders import Contender
 from coreinfer_sim.evaluation.plot import quality_chart
@@ -38,9 +39,10 @@ def read_measured(path: Path) -> Measured:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}), expected a file of results.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ConfigError) as error:
+        found = "no JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else "other JSON"
         raise ConfigError(
-            f"{path} holds no results ({type(error).__name__}: {error}), expected JSON that evaluate, tune or bench wrote; "
-            "leave it out, or write it anew."
+            f"{path} holds no results (it is {found}), expected JSON that evaluate, tune or bench wrote; leave it out, or write "
+            "it anew."
         ) from error
 
 
@@ -77,5 +79,6 @@ def _speed(path: Path, content: dict[str, Any]) -> Measured:
     ]
     failed = [f"{row['contender']} was not measured: {row['error']}" for row in content["contenders"] if "error" in row]
     failed += [f"{row['contender']}: {row['crashed']}" for row in measured if "crashed" in row]
-    machine = f"{content['rounds']} rounds on {content['threads']} threads of {content['machine']['processor']}"
+    rounds, threads = counted(content["rounds"], "round"), counted(content["threads"], "thread")
+    machine = f"{rounds} on {threads} of {content['machine']['processor']}"
     return Measured(path.name, True, speed_chart(content), heads, table, [machine, *failed])

@@ -271,5 +271,5 @@ class LookupRequest(BaseModel):
         if self.messages is not None and self.text is None:
             return [message.turn for message in self.messages]
         raise InvalidRequestError(
-            f"text is {'missing' if self.text is None else 'there beside messages'}, expected one of both."
+            f"text and messages are {'both missing' if self.text is None else 'both there'}, expected one of them."
         )

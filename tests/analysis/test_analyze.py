@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,17 @@ def test_pictures(experiment, small, topics, encoder, tmp_path):
     found = analyze(experiment, small, topics, CONFIG, encoder=encoder)
     plot(found, path)
     text = path.read_text(encoding="utf-8")
-    assert "84 texts" in text and COLORS[0] in text and COLORS[1] in text and found.picture.x_title in text
+    assert found.n_texts == 84 if experiment != "stability" else 0 < found.n_texts < 84
+    assert (
+        f"{found.n_texts} texts" in text and COLORS[0] in text and COLORS[1] in text and found.picture.x_title in text
+    )
+
+
+def test_too_few_texts_for_intervals_are_said(small, topics, tmp_path):
+    found = analyze("layers", small, replace(topics, limit=30), CONFIG)
+    assert not found.has_intervals and any("30 texts gave too few" in remark for remark in found.remarks)
+    plot(found, tmp_path / "a.svg")
+    assert "30 texts" in (tmp_path / "a.svg").read_text() and "intervals" not in (tmp_path / "a.svg").read_text()
 
 
 # The command

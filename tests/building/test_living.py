@@ -11,7 +11,14 @@ import pytest
 from builds import LANGUAGE_MODEL_STAGE, TOPICS, StopAt, write_rows
 from tiny_models import save_tiny_checkpoint
 
-from coreinfer_sim.base.errors import ClusteringError, ConfigError, CorpusError, IndexMismatchError, MissingSumsError
+from coreinfer_sim.base.errors import (
+    BuildError,
+    ClusteringError,
+    ConfigError,
+    CorpusError,
+    IndexMismatchError,
+    MissingSumsError,
+)
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.settings import BuildConfig, CorpusConfig
 from coreinfer_sim.building import promise
@@ -108,7 +115,7 @@ def test_an_index_is_extended_in_its_place(parts, encoder, tmp_path):
     found = extend(SemanticIndex.load(folder, encoder), corpus)
     assert_equal(found, SemanticIndex.load(parts["all"]))
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    with pytest.raises(ConfigError, match="new.jsonl holds the corpus new.jsonl, which .*index holds too.*count twice"):
+    with pytest.raises(ConfigError, match="index holds the texts of .*new.jsonl already, as new.jsonl, .*count twice"):
         extend(SemanticIndex.load(folder, encoder), corpus)
     assert_equal(SemanticIndex.load(folder), SemanticIndex.load(parts["all"]))
 
@@ -309,6 +316,63 @@ def test_an_extension_that_was_broken_off_goes_on(parts, encoder, tmp_path):
 
     assert_equal(extend(index, corpus, tmp_path / "out", progress=Kept()), SemanticIndex.load(parts["all"]))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_corpus_that_is_there_already_is_refused_before_it_passes_through_the_model(parts, encoder, tmp_path):
+    index, again = (
+        SemanticIndex.load(parts["old"], encoder),
+        shutil.copy(f"{parts['old']}.jsonl", tmp_path / "again.jsonl"),
+    )
+
+    class NoPass(Progress):
+        def start(self, stage, total, unit, done=0):
+            assert stage == "Reading the corpus"
+
+    with pytest.raises(
+        ConfigError, match=r"old holds the texts of .*again\.jsonl already, as old\.jsonl, .*leave this"
+    ):
+        extend(index, str(again), tmp_path / "out", progress=NoPass())
+    assert [path.name for path in tmp_path.iterdir()] == ["again.jsonl"]
+
+
+def test_nothing_is_made_where_a_build_is_at_work(parts, encoder, tiny_checkpoint, tmp_path):
+    old, new, corpus = (
+        SemanticIndex.load(parts["old"], encoder),
+        SemanticIndex.load(parts["new"]),
+        f"{parts['new']}.jsonl",
+    )
+
+    class Others(Progress):
+        def start(self, stage, total, unit, done=0):
+            for make in (
+                lambda: merge([old, new], tmp_path / "out"),
+                lambda: recluster(old, 2, tmp_path / "out"),
+                lambda: extend(old, corpus, tmp_path / "out"),
+                lambda: split(old, 6, f"{parts['old']}.jsonl", tmp_path / "out"),
+            ):
+                with pytest.raises(BuildError, match=r"another build is at work in .*out\.build"):
+                    make()
+            tried.append(stage)
+
+    tried: list[str] = []
+    build_index(tiny_checkpoint, corpus, tmp_path / "out", ALONE, encoder=encoder, threads=1, progress=Others())
+    assert LANGUAGE_MODEL_STAGE in tried and SemanticIndex.load(tmp_path / "out").manifest.corpus.source == "new.jsonl"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_build_that_was_broken_off_is_not_written_over(parts, encoder, tiny_checkpoint, tmp_path):
+    old, new, corpus = SemanticIndex.load(parts["old"]), SemanticIndex.load(parts["new"]), f"{parts['new']}.jsonl"
+    given = (tiny_checkpoint, corpus, tmp_path / "out", ALONE)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(*given, encoder=encoder, threads=1, progress=StopAt(LANGUAGE_MODEL_STAGE, end=True))
+    with pytest.raises(BuildError, match=r"out\.build holds a build that was broken off, .*finish it by its command"):
+        merge([old, new], tmp_path / "out")
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shards/*")}
+    assert kept and not (tmp_path / "out").exists()
+    assert merge([old, new], tmp_path / "out", force=True).manifest.corpus.n_sentences == 60
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shards/*")}
+    found = build_index(*given, encoder=encoder, threads=1, force=True)
+    assert found.manifest.corpus.source == "new.jsonl"
 
 
 def test_the_widest_clusters_are_split_and_their_texts_alone_read_again(parts, encoder, tmp_path):

@@ -179,6 +179,20 @@ def test_force_starts_a_broken_off_build_anew(build, built, tmp_path):
     assert contents(out) == contents(built)
 
 
+def test_force_goes_on_with_what_the_same_settings_have_left(build, built, tmp_path):
+    out = tmp_path / "index"
+    with pytest.raises(KeyboardInterrupt):
+        build(out, progress=StopAt(LANGUAGE_MODEL_STAGE, end=True))
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "index.build" / "shards").iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        build(out, force=True, progress=StopAt(LANGUAGE_MODEL_STAGE))
+    assert shards and shards == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "index.build" / "shards").iterdir()
+    }
+    build(out, force=True)
+    assert contents(out) == contents(built)
+
+
 def test_a_forced_build_goes_on_when_it_is_repeated(build, built, tmp_path):
     out = tmp_path / "index"
     build(out, BuildConfig(clusters=2))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import psutil
@@ -129,9 +130,25 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(build, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("address", ["somewhere", "somewhere:", ":6379", "somewhere:port", "somewhere:99999"])
+def test_what_is_no_address_of_a_cluster_is_refused_at_once(build, tmp_path, address):
+    with pytest.raises(ConfigError, match=f"the Ray address is '{address}', expected HOST:PORT"):
+        build(tmp_path / "index", model="nowhere", scale=ScaleConfig(executor=Executor.RAY, ray_address=address))
+
+
+def test_what_answers_at_a_port_may_be_something_else(build, tmp_path, monkeypatch):
+    monkeypatch.setattr("coreinfer_sim.base.ray_tasks._ANSWERS_WITHIN", 1.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        with pytest.raises(BuildError, match=rf"no Ray cluster answers at {address} \(.*something else"):
+            build(tmp_path / "index", model="nowhere", scale=ScaleConfig(executor=Executor.RAY, ray_address=address))
+        server.shutdown()
+
+
 def test_without_ray_the_extra_is_named(build, tmp_path, monkeypatch):
     monkeypatch.setattr("coreinfer_sim.base.extra.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"the executor ray needs ray, not found here; install the extra scale"):
+    with pytest.raises(ConfigError, match=r"the executor ray needs ray, grpc, not found here; install the extra scale"):
         build(tmp_path / "index", scale=RAY)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,13 @@ import pytest
 from builds import LANGUAGE_MODEL_STAGE, StopAt
 from commands import call, parsed, refused, succeeded
 
+from coreinfer_sim.base.errors import BuildError
 from coreinfer_sim.base.progress import Progress
+from coreinfer_sim.base.stores import RemoteFile
 from coreinfer_sim.building.log import LOG_FILE, LoggedProgress
-from coreinfer_sim.building.status import build_status
+from coreinfer_sim.building.status import build_status, status_at
+from coreinfer_sim.index.manifest import MANIFEST_FILE
+from coreinfer_sim.index.remote import place_for
 
 
 def events(folder: Path) -> list[dict]:
@@ -33,6 +38,24 @@ def write(folder: Path, *lines: dict, pid: int = 0, host: str = os.uname().noden
 def part(number: int, when: float, done: int) -> dict:
     facts = {"number": number, "size": 100, "n_rows": 4, "worker": "h:1", "seconds": 2.0}
     return {"time": when, "event": "part", "done": done, **facts}
+
+
+def test_an_index_for_an_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("COREINFER_SIM_CACHE", str(tmp_path))
+    address = f"memory://status-{tmp_path.name}"
+    with pytest.raises(BuildError, match=f"no index at {address}, and no build of one on this machine"):
+        status_at(address)
+    refused(call("status", address), "no index at", "name the address")
+    building = place_for(address).with_name(f"{place_for(address).name}.build")
+    building.parent.mkdir(parents=True)
+    write(building, STAGE, pid=2**22 + 1)
+    assert status_at(address).state == "stopped" and "broken off" in succeeded("status", address).stdout
+    shutil.rmtree(building)
+    (RemoteFile(address) / MANIFEST_FILE).put(Path(__file__))
+    assert (
+        status_at(address).state == "finished"
+        and f"{address}: the index is finished" in succeeded("status", address).stdout
+    )
 
 
 STAGE = {"time": 1010.0, "event": "stage", "stage": "Language model", "total": 1000, "unit": "tokens", "done": 200}

@@ -37,7 +37,7 @@ def test_the_ready_made_index_is_there_from_the_beginning(home):
     assert parsed("info")["model"].get("path") is None  # no other machine has a place of the one that built it
     assert parsed("info") == parsed("show", "demo") == {**parsed("show", DEMO_FOLDER), "index": "demo"}
     shutil.copytree(DEMO_FOLDER, home / "demo")  # away from the sources, beside which the model may lie
-    refused(call("generate", "stars"), "demo names the model models/smollm2-135m", "'coreinfer-sim demo' fetches it")
+    refused(call("generate", "stars"), "demo names the model models/smollm2-135m", "fetch it by 'coreinfer-sim demo'")
 
 
 def test_names_are_listed_found_and_taken_where_there_is_one(install, index):

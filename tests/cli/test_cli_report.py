@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 
 import pytest
@@ -26,6 +27,13 @@ def test_a_report_is_one_page(index, tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"coreinfer-sim check {index}" in text and "45 prompts" in text and "3 topics" in text
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_comparison_and_its_command(index, tmp_path):
+    other = shutil.copytree(index, tmp_path / "other one")
+    succeeded("report", index, "--compare", other, "-o", tmp_path / "page.html")
+    text = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert f"coreinfer-sim report {index} --compare '{other}' --out {tmp_path / 'page.html'}" in text
 
 
 def test_results_that_are_none_are_refused(index, tmp_path):

@@ -9,6 +9,8 @@ from enum import Enum
 import click
 import pytest
 from click.testing import CliRunner
+from commands import call
+from commands import refused as refused_by
 from coreinfer_sim_cli.settings import GROUPS, Settings, names, set_option
 
 from coreinfer_sim.base.decode_settings import DecodeConfig, Prefill, SamplingConfig, SelectionConfig
@@ -69,6 +71,16 @@ def example(name: str, hint: object) -> tuple[str, object]:
     return {bool: ("no", False), int: ("40", 40), float: ("0.3", 0.3), str: (TEXTS.get(name, ""), TEXTS.get(name))}[
         kind
     ]
+
+
+def test_an_option_that_is_a_setting_is_named_as_one():
+    refused_by(
+        call("build-index", "a.jsonl", "--executor", "ray"),
+        "there is no option --executor; it is a setting: --set scale.executor=VALUE",
+        code=2,
+    )
+    refused_by(call("run", "stars", "--top-k", 3), "it is a setting: --set sample.top_k=VALUE", code=2)
+    refused_by(call("run", "stars", "--executor", "ray"), "No such option", code=2)  # of another command
 
 
 @pytest.mark.parametrize(("group", "name", "hint"), fields(), ids=lambda value: value if isinstance(value, str) else "")

@@ -51,6 +51,7 @@ print("<script>pwned=1</script>")
 Escapes: """
     + "\x1b[31mred\x1b[0m \x1b]8;;javascript:pwned=1\x07link\x1b]8;;\x07"
 )
+DAMAGED = {"turns": [{"asked": "How?", "ours": {"text": "So.", "facts": {"speed": "fast", "megabytes": "many"}}}]}
 ALIKE = {"ours": {"text": "Stars form in cold clouds of gas."}, "dense": {"text": "Stars form in large clouds of gas."}}
 
 
@@ -205,10 +206,68 @@ def test_conversations_leave_and_come_back(browser, url):
                 json.dumps({**content, "conversations": [{"turns": [{"asked": 3}]}]}).encode(),
                 "Conversation 1 of a.json is damaged",
             ),
+            (
+                json.dumps({**content, "conversations": [DAMAGED]}).encode(),
+                "Conversation 1 of a.json is damaged",
+            ),
+            (json.dumps({**content, "conversations": [{"turns": []}]}).encode(), "holds no conversations"),
         ):
             visit.page.set_input_files("#file", {"name": "a.json", "mimeType": "application/json", "buffer": buffer})
             visit.until(f"document.getElementById('error').textContent.includes({expected!r})")
         assert visit.page.locator("#conversations li").count() == 1
+
+
+def test_tabs_keep_each_other_s_conversations(browser, url):
+    with Visit(browser, url) as visit:
+        visit.connected().ask("How do stars form?")
+        first = visit.page
+        other = visit.context.new_page()
+        other.goto(url)
+        visit.page = other
+        visit.connected()
+        assert "stars" in visit.text(".asked")  # which the first tab has kept
+        other.click("#new")
+        visit.ask("Why does bread rise?")
+        visit.page = first
+        visit.until("document.querySelectorAll('#conversations li').length === 2")
+        assert "stars" in visit.text(".asked")  # what is looked at stays
+        visit.ask("And how do they end?")
+        # both change the same conversation: none is lost
+        visit.page = other
+        other.locator("#conversations .open", has_text="stars").click()
+        assert other.locator(".turn").count() == 2
+        other.fill("#prompt", "What do judges decide?")
+        first.fill("#prompt", "And what are they made of?")
+        other.press("#prompt", "Enter")
+        first.press("#prompt", "Enter")
+        for visit.page in (other, first):
+            visit.answered()
+        first.reload()
+        visit.connected()
+        kept = "".join(json.dumps(each) for each in first.evaluate("Object.values(localStorage)"))
+        for asked in ("stars form", "bread rise", "they end", "judges decide", "made of"):
+            assert asked in kept, asked
+
+
+def test_what_has_come_is_kept_when_the_page_is_left(browser, url):
+    with Visit(browser, url, {"tokens": 1000}) as visit:
+        visit.connected()
+        visit.page.fill("#prompt", "How do stars form?")
+        visit.page.press("#prompt", "Enter")
+        visit.until("document.querySelector('.answer .prose').textContent.length > 40")
+        visit.page.reload()
+        visit.connected()
+        assert len(visit.text(".answer .prose")) > 40 and "stopped" in visit.text(".answer .facts")
+
+
+def test_what_was_refused_is_not_asked_again(browser, url):
+    with Visit(browser, url) as visit:
+        visit.connected().ask("word " * 5000)
+        assert "shorten the prompt" in visit.text("#error")
+        visit.ask("How do stars form?")
+        assert visit.text("#error") == "" and visit.text(".answer .prose") != ""
+        assert any("400" in each for each in visit.errors)  # of the first one, as a browser tells it
+        visit.errors.clear()
 
 
 def test_texts_of_strangers_are_shown_and_never_executed(browser, url):
@@ -320,6 +379,20 @@ def test_neurons_that_come_after_the_answer(browser, url):
         held[0].continue_()
         visit.answered()
         visit.until("document.getElementById('neurons-sentence').textContent.includes('Token 12 read')")
+
+
+def test_the_field_keeps_the_keyboard(browser, url):
+    with Visit(browser, url) as visit:
+        visit.connected().ask("How do stars form?")
+        focused = "document.activeElement.id === 'prompt'"
+        for keys in (("ArrowUp", "Escape"), ("ArrowUp", "Enter")):
+            for key in keys:
+                visit.page.keyboard.press(key)
+            visit.answered()
+            visit.until(focused)
+        visit.page.locator("button", has_text="Regenerate").last.click()
+        visit.answered()
+        visit.until(focused)
 
 
 def test_keys_and_a_phone(browser, url):

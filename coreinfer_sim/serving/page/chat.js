@@ -1,6 +1,6 @@
 // A conversation as it is shown: turns with what was asked, one answer or two, and what they cost.
 
-import {copy, el, shown} from "./dom.js";
+import {$, copy, el, shown} from "./dom.js";
 import {markDifferences} from "./differences.js";
 import {MarkdownView} from "./markdown.js";
 
@@ -57,7 +57,7 @@ export class AnswerView {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
     if (this.#answer.text) this.#view.show(this.#answer.text);
-    else this.#text.replaceChildren(el("span", {class: this.#answer.facts.waiting ? "waiting" : "soft", textContent: this.#answer.facts.waiting || "No text came."}));
+    else this.#text.replaceChildren(el("span", {class: this.#answer.facts.waiting ? "waiting" : "soft", textContent: this.#answer.facts.waiting || (this.#answer.facts.stopped ? "Stopped before any text came." : "No text came.")}));
     this.#facts.replaceChildren(...factsOf(this.#answer.facts));
   }
 }
@@ -98,6 +98,7 @@ export class TurnView {
     const field = el("textarea", {value: this.#turn.asked, "aria-label": "Message"});
     const done = text => {
       this.#showAsked();
+      $("prompt").focus();
       if (text !== null) this.#on({edit: text});
     };
     const send = el("button", {type: "button", class: "wide", textContent: "Send"});

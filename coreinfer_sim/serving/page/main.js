@@ -49,7 +49,9 @@ async function connect() {
 }
 
 function fail(text) {
+  const then = staying();
   $("error").textContent = text;
+  then();
 }
 
 // Conversations
@@ -135,11 +137,13 @@ function regenerate(at = current.turns.length - 1) {
 
 // Answers
 
-/** Return the messages that a turn is asked with. */
+/** Return the messages that a turn is asked with; a turn before it that has failed is not said again. */
 function messagesOf(turns) {
-  return turns.flatMap(turn => [{role: "user", content: turn.asked}, ...(turn.ours && turn.ours.text ? [{role: "assistant", content: turn.ours.text}] : [])]);
+  const said = turns.filter((turn, n) => n === turns.length - 1 || !turn.ours?.facts.failed);
+  return said.flatMap(turn => [{role: "user", content: turn.asked}, ...(turn.ours && turn.ours.text ? [{role: "assistant", content: turn.ours.text}] : [])]);
 }
 
+const askedOf = turns => messagesOf(turns).filter(each => each.role === "user");
 const subjectOf = turns => (server.chat ? {messages: messagesOf(turns)} : {prompt: turns.at(-1).asked});
 
 async function ask(text) {
@@ -163,6 +167,7 @@ async function ask(text) {
   $("messages").append(view.node);
   compareLayout();
   scrollDown();
+  if (document.activeElement === document.body && !NARROW.matches) $("prompt").focus();  // what had it is gone
   store.touch(current);
   listConversations();
   // 2) its answers, one after the other, so that each has the machine to itself
@@ -263,10 +268,10 @@ const sendable = () => ($("send").disabled = !$("prompt").value.trim());
 /** Look up the latest turns of the conversation, show why the last one went where it did, and their trail on the map. */
 async function placeTurns(drops) {
   if (!server) return;
-  const conversation = current, all = current.turns.map(each => ({role: "user", content: each.asked}));
+  const conversation = current, all = current.turns;
   const turns = current.turns.slice(-TRAIL), before = all.length - turns.length;
   for (const [n, turn] of turns.entries()) {
-    if (!places.has(turn)) places.set(turn, await api.lookup(server.chat ? {messages: all.slice(0, before + n + 1)} : {text: turn.asked}));
+    if (!places.has(turn)) places.set(turn, await api.lookup(server.chat ? {messages: askedOf(all.slice(0, before + n + 1))} : {text: turn.asked}));
   }
   if (conversation !== current) return;
   const found = places.get(turns.at(-1));
@@ -332,10 +337,18 @@ async function importFile() {
   try {
     const n = await store.import(file);
     show(store.all[0] || store.begin());
-    say(`${n} conversations were imported.`);
+    say(n === 1 ? "1 conversation was imported." : `${n} conversations were imported.`);
   } catch (error) {
     fail(error.message);
   }
+}
+
+/** Take what another tab has changed. */
+function takeChanges() {
+  store.sync(busy ? current : null);
+  const same = store.all.find(each => each.id === current.id);
+  if (busy || same === current || !current.turns.length) listConversations();
+  else show(same || store.all[0] || store.begin());
 }
 
 function exportAll() {
@@ -419,6 +432,8 @@ $("show-insight").addEventListener("click", () => toggle("insight"));
 $("show-settings").addEventListener("click", openSettings);
 $("settings").addEventListener("close", closeSettings);
 document.addEventListener("keydown", onKey);
+addEventListener("pagehide", () => busy && store.touch(current));  // what has come of an answer
+addEventListener("storage", takeChanges);
 for (const each of [NARROW, MEDIUM]) each.addEventListener("change", layPanels);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme(false));
 

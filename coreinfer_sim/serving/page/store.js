@@ -2,13 +2,33 @@
 
 import {newId} from "./dom.js";
 
-const NAME = "coreinfer-conversations", SETTINGS = "coreinfer-settings";
+const PREFIX = "coreinfer-conversation-", SETTINGS = "coreinfer-settings";
 const KIND = "coreinfer_sim conversations";
 const MOST_BYTES = 20e6;
 
-const isText = each => typeof each === "string";
+const isText = each => typeof each === "string", isFlag = each => typeof each === "boolean";
+const isNumber = each => typeof each === "number" && Number.isFinite(each);
 const isObject = each => typeof each === "object" && each !== null && !Array.isArray(each);
-const isAnswer = each => isObject(each) && isText(each.text);
+
+/** What is kept of an answer beside its text, each with its check. */
+const FACTS = {
+  first: isNumber, speed: isNumber, tokens: isNumber, megabytes: isNumber, cached: isNumber, cluster: isNumber, mode: isText,
+  failed: isText, cut: isFlag, stopped: isFlag,
+};
+
+/** Return an answer as it is kept, or null if it is damaged; one that was still coming has been stopped. */
+function checkedAnswer(each) {
+  if (!isObject(each) || !isText(each.text)) return null;
+  const given = each.facts ?? {}, facts = {};
+  if (!isObject(given)) return null;
+  for (const [name, passes] of Object.entries(FACTS)) {
+    if (given[name] === undefined || given[name] === null) continue;
+    if (!passes(given[name])) return null;
+    facts[name] = given[name];
+  }
+  if (given.live || given.waiting) facts.stopped = true;
+  return {text: each.text, facts};
+}
 
 function checkedTurn(turn) {
   if (!isObject(turn) || !isText(turn.asked)) return null;
@@ -16,8 +36,8 @@ function checkedTurn(turn) {
   for (const which of ["ours", "dense"]) {
     const each = turn[which];
     if (each === undefined || each === null) continue;
-    if (!isAnswer(each)) return null;
-    answers[which] = {text: each.text, facts: isObject(each.facts) ? each.facts : {}};
+    answers[which] = checkedAnswer(each);
+    if (!answers[which]) return null;
   }
   return {asked: turn.asked, ...answers};
 }
@@ -32,27 +52,63 @@ function checked(each) {
 /** Return what a conversation is called. */
 export const titleOf = each => (each.turns.length ? each.turns[0].asked.trim().replace(/\s+/g, " ").slice(0, 80) : "New conversation");
 
+/** Return the conversations that lie in the browser, each a text, by their ids. */
+function stored() {
+  try {
+    const names = Object.keys(localStorage).filter(name => name.startsWith(PREFIX));
+    return new Map(names.map(name => [name.slice(PREFIX.length), localStorage.getItem(name)]));
+  } catch {  // a browser that keeps nothing
+    return new Map();
+  }
+}
+
+/** Return a conversation from its text, or null if it is damaged. */
+function parsed(id, text) {
+  try {
+    const found = checked(JSON.parse(text));
+    return found && found.turns.length ? {...found, id} : null;
+  } catch {
+    return null;
+  }
+}
+
+/** Conversations, the latest first. Each has an entry of its own in the browser, so that tabs do not write over each other's. */
 export class Store {
-  #full = false;
+  #texts = new Map();  // as this tab knows them to lie in the browser
 
   constructor() {
-    let known = [];
-    try {
-      known = JSON.parse(localStorage.getItem(NAME) || "[]").map(each => ({...checked(each), id: String(each.id)})).filter(each => each.turns);
-    } catch {  // what is not ours is left alone until something is kept
-    }
-    this.all = known;
+    this.all = [];
+    this.sync();
   }
 
-  /** Keep all conversations; return whether there was room. */
-  save() {
-    try {
-      localStorage.setItem(NAME, JSON.stringify(this.all.filter(each => each.turns.length)));
-      this.#full = false;
-    } catch {
-      this.#full = true;
+  /** Take what other tabs have changed. Where they changed the one that is `held` here, it goes on here as another conversation. */
+  sync(held = null) {
+    const found = stored();
+    for (const [id, text] of found) {
+      if (this.#texts.get(id) === text) continue;
+      this.#texts.set(id, text);
+      const one = parsed(id, text);
+      if (!one) continue;  // what is not ours is left alone
+      if (held && held.id === id) held.id = newId();
+      this.all = [one, ...this.all.filter(each => each.id !== id)];
     }
-    return !this.#full;
+    for (const id of [...this.#texts.keys()].filter(each => !found.has(each))) {
+      this.#texts.delete(id);
+      this.all = this.all.filter(each => each.id !== id || each === held);
+    }
+    this.all.sort((one, other) => other.changed - one.changed);
+  }
+
+  /** Keep a conversation; return whether there was room. */
+  #keep(one) {
+    const text = JSON.stringify(one);
+    try {
+      localStorage.setItem(PREFIX + one.id, text);
+    } catch {
+      return false;
+    }
+    this.#texts.set(one.id, text);
+    return true;
   }
 
   begin() {
@@ -61,16 +117,21 @@ export class Store {
     return made;
   }
 
-  /** Note that a conversation has changed: it comes first. */
+  /** Keep a conversation that has changed; it comes first. Return whether there was room. */
   touch(one) {
     one.changed = Date.now();
+    this.sync(one);
     this.all = [one, ...this.all.filter(each => each !== one)];
-    return this.save();
+    return this.#keep(one);
   }
 
   remove(one) {
     this.all = this.all.filter(each => each !== one);
-    this.save();
+    this.#texts.delete(one.id);
+    try {
+      localStorage.removeItem(PREFIX + one.id);
+    } catch {  // nothing is kept
+    }
   }
 
   exported() {
@@ -92,14 +153,14 @@ export class Store {
     const found = content.conversations.map(checked);
     const wrong = found.indexOf(null);
     if (wrong >= 0) throw new Error(`Conversation ${wrong + 1} of ${file.name} is damaged, ${expected}.`);
-    const before = this.all;
-    this.all = [...found, ...this.all];
-    if (!this.save()) {
-      this.all = before;
-      this.save();
+    const added = found.filter(each => each.turns.length);
+    if (!added.length) throw new Error(`${file.name} holds no conversations, ${expected}.`);
+    if (!added.every(each => this.#keep(each))) {
+      for (const each of added) this.remove(each);
       throw new Error("The browser has no room for these conversations; remove some, or import fewer.");
     }
-    return found.length;
+    this.all = [...added, ...this.all];
+    return added.length;
   }
 }
 
