@@ -24,6 +24,7 @@ from figures.tools import coreinfer, in_turns, medians, output_of, python, sprea
 
 FILE = "figures-scale.json"
 _MOST_KILLS = 6
+_TO_WARM_UP = 40  # prompts
 """Of one build, which is then left to finish."""
 _executor = click.option("--executor", type=click.Choice(["local", "ray"]), default="local")
 _corpus = click.option(
@@ -152,7 +153,8 @@ def ray(given: Given, corpus: Path, limit: int) -> None:
     with tempfile.TemporaryDirectory() as name:
 
         def measure(executor: str, number: int) -> float:
-            return _built(_command(given, corpus, limit, Path(name, f"{executor}-{number}", "index"), executor))
+            n_prompts = limit if number else min(limit, _TO_WARM_UP)
+            return _built(_command(given, corpus, n_prompts, Path(name, f"{executor}-{number}", "index"), executor))
 
         for each in ("local", "ray"):
             for number in range(given.rounds + 1):
