@@ -24,8 +24,8 @@ from figures.tools import coreinfer, in_turns, medians, output_of, python, sprea
 
 FILE = "figures-scale.json"
 _MOST_KILLS = 6
-_TO_WARM_UP = 40  # prompts
 """Of one build, which is then left to finish."""
+_TO_WARM_UP = 40  # prompts
 _executor = click.option("--executor", type=click.Choice(["local", "ray"]), default="local")
 _corpus = click.option(
     "--corpus", type=click.Path(exists=True, path_type=Path), default=ROOT / "demo" / "corpus.jsonl", help="JSONL file."
