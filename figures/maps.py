@@ -75,3 +75,17 @@ def report(given: Given) -> None:
     record("report: errors in the console", len(errors), "errors", exactly(0), which=errors)
     record("report: requests that leave the machine", len(elsewhere), "requests", exactly(0), which=elsewhere)
     record("report: what axe-core finds, light and dark, desk and phone", len(axe), "violations", exactly(0), which=axe)
+
+
+@figure("docs/images", "an index with a map", "5 seconds", index=DEMO_INDEX, out=ROOT / "docs" / "images")
+def pictures(given: Given) -> None:
+    """Draw the map of an index and what its topics have in common, as the README shows them; it measures nothing."""
+    from coreinfer_sim import SemanticIndex
+    from coreinfer_sim.base.plots import save_plot
+    from coreinfer_sim.index.plot import map_chart
+    from coreinfer_sim.reporting.charts import topics_chart
+    from coreinfer_sim.reporting.overlap import overlap
+
+    index = SemanticIndex.load(given.index)
+    save_plot(map_chart(index.map, index.clusters), given.out / "map.svg")
+    save_plot(topics_chart(overlap(index)), given.out / "overlap.svg")

@@ -159,6 +159,7 @@ def first_answer(_given: Given, interpreter: str, tool: str) -> None:
         size = sum(path.stat().st_size for path in venv.rglob("*") if path.is_file() and not path.is_symlink())
         record(f"{name}: install of the wheel with its extra demo", taken, "s")
         record(f"{name}: what the install takes on the disk", round(size / 1e6), "MB")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as on a user's machine
         own = {part: str(Path(folder, part)) for part in ("COREINFER_SIM_CACHE", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
         # the numba cache of the package lies in its folders, which are new
         demo = [str(venv / "bin" / "coreinfer-sim"), "demo"]
