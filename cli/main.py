@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 import sys
@@ -11,7 +10,13 @@ from typing import Any
 
 import click
 
-from coreinfer_sim.base.errors import CoreInferSimError, MissingModelError, UnknownEngineError, as_out_of_memory
+from coreinfer_sim.base.errors import (
+    DISK_FULL,
+    CoreInferSimError,
+    MissingModelError,
+    UnknownEngineError,
+    as_out_of_memory,
+)
 
 from .about import print_version
 from .analyze import analyze
@@ -96,11 +101,7 @@ class _Group(click.Group):
             ctx.exit(1)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            remedy = (
-                "free some space"
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                else "check the path and its permissions"
-            )
+            remedy = "free some space" if error.errno in DISK_FULL else "check the path and its permissions"
             _fail(ctx, f"{error.strerror or error}{where}; {remedy} and run the same command again.", 1)
         except (MemoryError, RuntimeError) as error:
             if (found := as_out_of_memory(error)) is None:

@@ -6,7 +6,11 @@ apart by their class, never by their words.
 
 from __future__ import annotations
 
+import errno
 import sys
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors where there is no room for a file."""
 
 
 class CoreInferSimError(Exception):

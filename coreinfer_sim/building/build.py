@@ -98,31 +98,31 @@ def build_index(
     centroids = None if config.centroids is None else SemanticIndex.load(config.centroids)
     progress.say(f"Reading {describe_corpus(corpus)}.")
     out.parent.mkdir(parents=True, exist_ok=True)  # before anything slow, so that a bad path is known at once
-    # 2) the models
-    language_model = load_model(model, dtype, device) if isinstance(model, str) else model
-    for note in language_model.notes:
-        progress.say(note)
-    if not isinstance(model, str) and (workers != 1 or scale.executor is Executor.RAY):
-        raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
-    kind = str(language_model.model.device)
-    sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
-    if centroids is not None:
-        centroids.check_encoder(sentence_encoder)
-    if part_of is not None:
-        check_model(part_of, language_model.layers, tokenizer_hash(language_model.tokenizer))
-    # 3) the stages, from where an earlier run was broken off
     folder = work_folder(out)
-    source = CorpusSource(
-        language_model.name,
-        language_model.dtype_name,
-        kind,
-        folder,
-        config,
-        corpus.max_tokens,
-        threads or default_threads(kind),
-    )
     with build_folder(folder):
         check_output(out, force)  # once more, as something may have come there before the lock
+        # 2) the models
+        language_model = load_model(model, dtype, device) if isinstance(model, str) else model
+        for note in language_model.notes:
+            progress.say(note)
+        if not isinstance(model, str) and (workers != 1 or scale.executor is Executor.RAY):
+            raise ConfigError("a loaded model cannot be shared among processes; give its name, or workers=1.")
+        kind = str(language_model.model.device)
+        sentence_encoder = SentenceEncoder(encoder, kind) if isinstance(encoder, str) else encoder
+        if centroids is not None:
+            centroids.check_encoder(sentence_encoder)
+        if part_of is not None:
+            check_model(part_of, language_model.layers, tokenizer_hash(language_model.tokenizer))
+        # 3) the stages, from where an earlier run was broken off
+        source = CorpusSource(
+            language_model.name,
+            language_model.dtype_name,
+            kind,
+            folder,
+            config,
+            corpus.max_tokens,
+            threads or default_threads(kind),
+        )
         settings = _settings(source, corpus, language_model, sentence_encoder, centroids)
         begin_or_continue(folder, settings, force, progress)
         progress = LoggedProgress(folder, progress)

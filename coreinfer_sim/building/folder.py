@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from coreinfer_sim.base.errors import BuildError, ClusteringError, ConfigError, CorpusError
+from coreinfer_sim.base.errors import DISK_FULL, BuildError, ClusteringError, ConfigError, CorpusError
 from coreinfer_sim.base.files import REPLACED, is_vacant, remove, restore, write_json
 from coreinfer_sim.base.progress import Progress
 from coreinfer_sim.base.resuming import differing
@@ -105,6 +105,10 @@ def build_folder(folder: Path) -> Iterator[None]:
         except (ConfigError, CorpusError, ClusteringError):
             if new and not (folder / SHARDS_FOLDER).exists():  # another setting is needed, which cannot go on from here
                 _remove_held(folder)
+            raise
+        except OSError as error:
+            if error.errno in DISK_FULL and error.filename is None:
+                error.filename = str(folder)  # which disk is full
             raise
         finally:
             if folder.exists() and {path.name for path in folder.iterdir()} <= {

@@ -81,7 +81,7 @@ def test_a_second_build_in_the_same_folder_is_refused(build, built, tmp_path, fo
     with held(tmp_path / "index.build"):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(BuildError, match=r"another build is at work in .*index\.build"):
-            build(out, force=force)
+            build(out, model="nowhere", force=force)  # before a model is loaded
         assert sorted(tmp_path.rglob("*")) == before
     build(out)
     assert contents(out) == contents(built)

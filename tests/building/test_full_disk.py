@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
     assert run.exit_code == 1
     assert isinstance(run.exception, SystemExit), run.exception
     (error,) = [line for line in run.stderr.splitlines() if "Error:" in line]
-    assert re.search(r"^Error: .*free some space .*run the same command again", error), error
+    assert re.search(r"^Error: .*index.*; free some space .*run the same command again", error), error  # and where
     assert "Traceback" not in run.output
     assert not out.exists()
     assert_nothing_loads(tmp_path)

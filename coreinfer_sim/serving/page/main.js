@@ -137,9 +137,9 @@ function regenerate(at = current.turns.length - 1) {
 
 // Answers
 
-/** Return the messages that a turn is asked with; a turn before it that has failed is not said again. */
+/** Return the messages that a turn is asked with; one before it that failed without an answer is not said again. */
 function messagesOf(turns) {
-  const said = turns.filter((turn, n) => n === turns.length - 1 || !turn.ours?.facts.failed);
+  const said = turns.filter((turn, n) => n === turns.length - 1 || !turn.ours?.facts.failed || turn.ours.text);
   return said.flatMap(turn => [{role: "user", content: turn.asked}, ...(turn.ours && turn.ours.text ? [{role: "assistant", content: turn.ours.text}] : [])]);
 }
 
