@@ -79,7 +79,13 @@ class PrefixCache:
             kept = self._kept[best]
         cache = DynamicCache(config=model.config)
         for number, (keys, values) in enumerate(kept.states):
-            cache.update(keys[:, :, :n], values[:, :, :n], number)
+            given = keys[:, :, :n], values[:, :, :n]
+            layer = cache.layers[number] if number < len(cache.layers) else None
+            if type(layer) is DynamicLayer:  # which copies them when it grows, so that they need not be copied here
+                layer.lazy_initialization(*given)
+                layer.keys, layer.values = given
+            else:
+                cache.update(*given, number)
         return cache
 
     def keep(self, model: Any, ids: torch.Tensor, cache: Any, writer: Writer) -> None:
