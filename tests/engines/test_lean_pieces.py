@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
-import pytest
 import torch
 from calls import generate, random_predictor, token_ids
 from transformers import DynamicCache
 
-from coreinfer_sim.base.processes import n_cores
 from coreinfer_sim.engines.lean import kv_cache
 from coreinfer_sim.engines.lean.intrinsics import bits, exp, narrowed, serial
 from coreinfer_sim.generation.sparse_model import SparseModel
@@ -67,21 +61,3 @@ def test_exponential():
     out = np.empty_like(x)
     run(x, out)
     assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 3e-7
-
-
-_AHEAD = """
-from coreinfer_sim.engines.lean import kernels, mlp_loops
-
-begun = mlp_loops.begin_by_token()
-mlp_loops.by_token_loop()
-print(begun, kernels._ALIVE[-1].cache_hits, mlp_loops.begin_by_token())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(n_cores() < 2, reason="on one core nothing is compiled beside the rest")
-def test_another_process_compiles_what_this_one_loads(tmp_path):
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    for expected in ("True 1 False", "False 1 False"):
-        done = subprocess.run([sys.executable, "-c", _AHEAD], check=True, capture_output=True, text=True, env=env)
-        assert done.stdout.strip() == expected

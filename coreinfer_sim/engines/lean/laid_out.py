@@ -22,7 +22,7 @@ from coreinfer_sim.engines.lean.blocks import HEAD, TOKEN_KINDS, rounded_kind, s
 from coreinfer_sim.engines.lean.disk_parts import disk_parts
 from coreinfer_sim.engines.lean.head import CoarseHead
 from coreinfer_sim.engines.lean.matrix import Matrix, from_codes, halves
-from coreinfer_sim.engines.lean.mlp_loops import begin_by_token, by_token_loop, from_disk_loop
+from coreinfer_sim.engines.lean.mlp_loops import by_token_loop, from_disk_loop
 from coreinfer_sim.engines.lean.opened_layout import MATRICES, TENSORS, Parts, from_layout, whole
 from coreinfer_sim.engines.lean.planes import TokenMLP, of_stored, of_weights
 from coreinfer_sim.engines.lean.relu_mlp import ReluMLP, of_relu
@@ -91,7 +91,7 @@ def load_laid_out(
     if kind == Weights.STORED.value and not is_gguf(name):
         return None
     place = layout_folder(files, kind, progress)
-    if by_token and held is None and not begin_by_token():
+    if by_token and held is None:
         by_token_loop()  # what compiling takes is free again before weights come into memory
     return _kept(name, place, wanted, progress) or _made(name, place, wanted, progress)
 

@@ -7,20 +7,13 @@ A step that held all of them would take far longer to compile. All take the same
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numba import types
-from numba.core.caching import FunctionCache
 
-from coreinfer_sim.base.processes import n_cores
 from coreinfer_sim.engines.lean import (
     by_token,
     disk_reads,
@@ -42,8 +35,6 @@ from coreinfer_sim.engines.lean.relu import outputs_of_nonzero
 _SHARED: tuple[ModuleType, ...] = (intrinsics, kernels, products)
 N_COUNTS, MARKS = 3, 2
 """What an MLP counts: neurons that any row has read, and the sum over its rows; behind them, where to mark which (0: nowhere)."""
-_BEGUN: list[subprocess.Popen[bytes]] = []
-"""Compiles for this process."""
 _FLOATS, _WHOLE = np.empty(0, np.float32), np.empty(0, np.int64)
 
 
@@ -63,35 +54,9 @@ def whole_loop() -> int:
     return _address(whole, mlp)
 
 
-def begin_by_token() -> bool:
-    """Begin to compile `by_token_loop` in another process: it takes as long as all other loops of a first start together.
-
-    Returns:
-        Whether it is at work; not so where the loop lies on the disk already or could not be kept there, and on one core.
-    """
-    try:
-        place = Path(FunctionCache(outputs_by_token.py_func).cache_path)
-    except RuntimeError:
-        return False
-    if _BEGUN or n_cores() < 2 or any(place.glob("by_token.outputs_by_token-*.nbi")):
-        return bool(_BEGUN)
-    code = f"from {__name__} import by_token_loop; by_token_loop()"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    nowhere = subprocess.DEVNULL
-    try:
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=nowhere, stdout=nowhere, stderr=nowhere, env=env)
-    except OSError:
-        return False
-    _BEGUN.append(process)
-    atexit.register(process.kill)
-    return True
-
-
 @functools.cache
 def by_token_loop() -> int:
     """Return the address of `by_token.outputs_by_token`."""
-    while _BEGUN:  # what it has kept is loaded then; where it failed, the loop is compiled here
-        _BEGUN.pop().wait()
 
     def chosen(x, n, d, words, threshold, n_read, kind, n_threads, out):
         stack, counts = array_at(words, _WHOLE, (3, N_WORDS)), array_at(n_read, _WHOLE, (N_COUNTS,))
