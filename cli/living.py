@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from coreinfer_sim.base.decode_settings import ModelConfig
-from coreinfer_sim.base.errors import ConfigError
 from coreinfer_sim.base.progress import counted
 from coreinfer_sim.base.settings import CorpusConfig
 
@@ -52,9 +51,7 @@ def place_of(out: str, force: bool, named: bool = False) -> Iterator[Path]:
 
     if is_address(out):
         if out.startswith("memory://"):
-            raise ConfigError(
-                f"{out} is memory of this process, which ends with the command, expected a place that stays; name another one."
-            )
+            click.echo(f"Note: {out} is memory of this process, and is gone when the command ends.", err=True)
         with put_at(out, force) as place:
             yield place
         return

@@ -271,5 +271,7 @@ class LookupRequest(BaseModel):
         if self.messages is not None and self.text is None:
             return [message.turn for message in self.messages]
         raise InvalidRequestError(
-            f"text and messages are {'both missing' if self.text is None else 'both there'}, expected one of them."
+            "text is missing, expected it or messages."
+            if self.text is None
+            else "text is there beside messages, expected one of them."
         )

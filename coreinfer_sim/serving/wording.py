@@ -104,7 +104,7 @@ def http_sentence(request: Request, error: HTTPException, known: Sequence[str]) 
         found = (
             "is compressed" if is_packed else f"is not UTF-8 (byte 0x{cause.object[cause.start]:02X} at {cause.start})"
         )
-        return f"the body {found}, expected plain JSON in UTF-8; send that."
+        return f"the body {found}, expected JSON in UTF-8, not compressed; send that."
     if isinstance(cause, RecursionError):
         return "the body is nested too deeply, expected a JSON object of the API; send a flatter one."
     return f"{error.detail.rstrip('.')}."

@@ -187,7 +187,8 @@ def test_commands_take_addresses(memory, corpus_at, cache):
 
     corpus, model = corpus_at
     out = "memory://built/index"
-    succeeded("build-index", corpus, "--model", model, "--clusters", 2, "--out", out, *ONE_PROCESS)
+    built = succeeded("build-index", corpus, "--model", model, "--clusters", 2, "--out", out, *ONE_PROCESS)
+    assert f"{out} is memory of this process, and is gone when the command ends" in built.stderr
     assert parsed("info", out)["corpus"]["source"] == "prompts.jsonl"
     more = "memory://texts/more.jsonl"
     memory.pipe_file(more, b"".join(json.dumps({"prompt": f"Why {n}?"}).encode() + b"\n" for n in range(3)))

@@ -138,7 +138,6 @@ def test_an_output_folder_that_exists(build, index, tmp_path):
     (tmp_path / "file").write_text("dear")
     refused(build(out=tmp_path / "file", source="/nowhere"), "file is a file, expected")
     refused(build("--force", out=tmp_path / "file"), "is a file")
-    refused(build(out="memory://index"), "memory of this process, which ends with the command", "name another one")
     assert (tmp_path / "file").read_text() == "dear"
 
 

@@ -48,7 +48,9 @@ export async function stream(body, chat, on, signal) {
   const found = {finish: null, facts: null, timings: null, usage: null};
   let rest = "", id = null;
   for (;;) {
-    const {done, value} = await reader.read();
+    const {done, value} = await reader.read().catch(error => {
+      throw error.name === "AbortError" ? error : new Error("The connection to the server broke off; is it still running?");
+    });
     if (done) break;
     const events = (rest + value).split("\n\n");
     rest = events.pop();

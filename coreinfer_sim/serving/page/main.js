@@ -19,6 +19,7 @@ let server = null;  // facts of the model
 let current = null;  // conversation
 let views = [];  // of its turns
 let busy = null;  // {controller}
+let leaving = false;  // the page, which breaks off what streams
 let places = new WeakMap();  // where turns lie on the map
 
 const keep = values => saveSettings(Object.assign(settings, values));
@@ -231,7 +232,7 @@ async function answer(turn, view, which, mode, signal) {
       cut: finish === "length",
     };
   } catch (error) {
-    own.facts = {first: first ? first - began : null, ...(error.name === "AbortError" ? {stopped: true} : {failed: error.message})};
+    own.facts = {first: first ? first - began : null, ...(error.name === "AbortError" || leaving ? {stopped: true} : {failed: error.message})};
     throw error;
   } finally {
     done = true;
@@ -432,7 +433,13 @@ $("show-insight").addEventListener("click", () => toggle("insight"));
 $("show-settings").addEventListener("click", openSettings);
 $("settings").addEventListener("close", closeSettings);
 document.addEventListener("keydown", onKey);
-addEventListener("pagehide", () => busy && store.touch(current));  // what has come of an answer
+for (const name of ["beforeunload", "pagehide"]) {
+  addEventListener(name, () => {
+    leaving = true;
+    if (busy) store.touch(current);  // what has come of an answer
+  });
+}
+addEventListener("pageshow", () => (leaving = false));
 addEventListener("storage", takeChanges);
 for (const each of [NARROW, MEDIUM]) each.addEventListener("change", layPanels);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme(false));
