@@ -256,7 +256,9 @@ def test_bodies_that_are_no_request(served, where):
         "the body is not UTF-8 (byte 0xE4 at 15), expected JSON in UTF-8",
     )
     packed = {**AS_JSON, "Content-Encoding": "gzip"}
-    refused(post(gzip.compress(b"{}"), packed), "the body is compressed, expected JSON in UTF-8, not compressed; send that.")
+    refused(
+        post(gzip.compress(b"{}"), packed), "the body is compressed, expected JSON in UTF-8, not compressed; send that."
+    )
     refused(post(b"{}", {"Content-Type": "text/plain"}), "the content type is text/plain, expected application/json.")
     refused(post(b"{}"), "is missing, expected")
 
