@@ -23,7 +23,7 @@ def status(name: str, as_json: bool) -> None:
     """Show how far the build of the index NAME is; NAME is what build-index was given as --out.
 
     It reads the log of the build, log.jsonl in the folder NAME.build, and may be asked from another terminal. An index for an
-    address is built in the cache folder of the machine that builds it, so it is asked there.
+    address is built in the cache folder; ask on the machine that builds it.
     """
     from coreinfer_sim.base.stores import is_address
     from coreinfer_sim.building.status import build_status, status_at
