@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -90,12 +90,15 @@ def test_end_tokens_and_special_ones_are_no_text():
 
 
 @given(st.lists(st.text("abc", max_size=4), max_size=8), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+@example(["bc", "a"], ["c", "bca"])
 def test_text_is_cut_before_the_first_stop(pieces, stops):
+    """The text ends with the piece that completes a stop, so that what would complete another one is never written."""
     written = []
     output = TextOutput(stops, written.append)
     for piece in pieces:
         output.add(piece)
-    whole = "".join(pieces)
+    texts = ["".join(pieces[:n]) for n in range(len(pieces) + 1)]
+    whole = next((text for text in texts if any(stop in text for stop in stops)), texts[-1])
     places = [whole.find(stop) for stop in stops if stop in whole]
     assert output.end() == "".join(written) == whole[: min(places, default=len(whole))]
     assert output.stopped == bool(places) and all(written)
