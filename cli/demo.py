@@ -47,7 +47,7 @@ def demo(as_json: bool) -> None:
         model = index.model_place
     except MissingModelError:
         model = str(fetch(progress))
-    progress.say("Loading the model. The first start also compiles the decode loops, which takes one to two minutes.")
+    progress.say("Loading the model. The first start also compiles the decode loops, which takes one to three minutes.")
     with progress.waiting("Loading the model"):
         generator = load(index, model, read_ratio=READ_RATIO, progress=progress)
     answers = []

@@ -249,6 +249,17 @@ def test_tabs_keep_each_other_s_conversations(browser, url):
             assert asked in kept, asked
 
 
+def test_conversations_of_an_earlier_release_stay(browser, url):
+    earlier = json.dumps([{"id": "a1", "changed": 5, "turns": [{"asked": "How?", **ALIKE}]}])
+    with Visit(browser, url) as visit:
+        visit.connected().page.evaluate(f"localStorage.setItem('coreinfer-conversations', {json.dumps(earlier)})")
+        for _ in range(2):
+            visit.page.reload()
+            visit.connected()
+            assert visit.text("#conversations li.current").startswith("How?")
+            assert visit.page.locator("#conversations li").count() == 1
+
+
 def test_what_has_come_is_kept_when_the_page_is_left(browser, url):
     with Visit(browser, url, {"tokens": 1000}) as visit:
         visit.connected()

@@ -2,7 +2,7 @@
 
 import {newId} from "./dom.js";
 
-const PREFIX = "coreinfer-conversation-", SETTINGS = "coreinfer-settings";
+const PREFIX = "coreinfer-conversation-", EARLIER = "coreinfer-conversations", SETTINGS = "coreinfer-settings";
 const KIND = "coreinfer_sim conversations";
 const MOST_BYTES = 20e6;
 
@@ -78,7 +78,18 @@ export class Store {
 
   constructor() {
     this.all = [];
+    this.#takeEarlier();
     this.sync();
+  }
+
+  /** Give conversations that an earlier release kept in one entry entries of their own. */
+  #takeEarlier() {
+    try {
+      const found = JSON.parse(localStorage.getItem(EARLIER) || "[]").map(each => ({...checked(each), id: String(each.id)}));
+      if (found.filter(each => each.turns).every(each => this.#keep(each))) localStorage.removeItem(EARLIER);
+    } catch {  // what is not ours is left alone
+    }
+    this.#texts.clear();  // they are read like all others
   }
 
   /** Take what other tabs have changed. Where they changed the one that is `held` here, it goes on here as another conversation. */
